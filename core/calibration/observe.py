@@ -1,0 +1,112 @@
+"""Layer-by-layer observation: one float block and the activations of all windows are in memory, nothing else.
+
+Sites are named attn_in (R1), q, k (R2, after the rotation, q scaled by E**-0.5), v, o_in (R3), mlp_in (R4), down_in (R5).
+No hook and no state outlives a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from core.calibration.ranges import ChannelRanges
+from core.config import SITES
+from core.errors import NumericError
+from core.models.adapter import ModelAdapter
+from core.models.block import DecoderBlock
+from core.models.shell import BlockInputs, block_inputs
+
+Progress = Callable[[str, float | None], None]
+BATCH_TOKENS = 2048
+SAMPLED_ROWS = 512
+LINEAR_SITES = ("attn_in", "o_in", "mlp_in", "down_in")
+
+
+def silent(stage: str, fraction: float | None = None) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass
+class Recorder:
+    """Collects one layer's statistics over several batches; call `ranges` and read `hessians` afterwards.
+
+    Args:
+        layer: its index, for error messages.
+        windows: total number of calibration windows (for sampling rows).
+        hessians_wanted: accumulate Xᵀ X of the inputs of linear layers.
+        skip_first: positions at the start of every window left out of the ranges (sink tokens).
+        seed: of the row sample.
+    """
+
+    layer: int
+    windows: int
+    hessians_wanted: bool
+    skip_first: int = 0
+    seed: int = 0
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    _low: dict[str, list[Tensor]] = field(default_factory=dict)
+    _high: dict[str, list[Tensor]] = field(default_factory=dict)
+    _rows: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, site: str, x: Tensor) -> None:
+        """Observe x [B, T, C] of one batch of windows."""
+        kept = x[:, self.skip_first :]
+        low, high = kept.amin(dim=1), kept.amax(dim=1)  # [B, C]
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise NumericError(f"layers.{self.layer}.{site} has {bad} NaN or infinite activations on this text: check the "
+                               "model's weights or try another calibration text.", code="E-NUM-NAN")
+        self._low.setdefault(site, []).append(low)
+        self._high.setdefault(site, []).append(high)
+        per_window = max(1, -(-SAMPLED_ROWS // self.windows))
+        generator = torch.Generator().manual_seed(self.seed + len(self._low[site]))
+        picked = torch.randint(kept.shape[1], (per_window,), generator=generator)
+        self._rows.setdefault(site, []).append(kept[:, picked].flatten(0, 1).clone())
+        if self.hessians_wanted and site in LINEAR_SITES:
+            rows = x.flatten(0, 1)
+            if site in self.hessians:
+                self.hessians[site].addmm_(rows.t(), rows)
+            else:
+                self.hessians[site] = rows.t() @ rows
+
+    def ranges(self) -> dict[str, ChannelRanges]:
+        """Ranges of every observed site, in the order of `SITES`."""
+        result = {}
+        for site in SITES:
+            low, high = torch.cat(self._low[site]), torch.cat(self._high[site])
+            result[site] = ChannelRanges(low.amin(0), high.amax(0), low, high, torch.cat(self._rows[site]))
+        return result
+
+
+def batches(windows: Tensor) -> list[Tensor]:
+    """Split windows [S, T] into batches of about BATCH_TOKENS tokens."""
+    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
+
+
+def embed(model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor) -> list[BlockInputs]:
+    """Inputs of the first decoder layer for every batch of windows [S, T]."""
+    return [block_inputs(model, adapter, part) for part in batches(windows)]
+
+
+@torch.inference_mode()
+def observe_layers(model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor, *,
+                   progress: Progress = silent) -> Iterator[dict[str, ChannelRanges]]:
+    """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
+
+    Raises: NumericError naming the first site with NaN or infinity.
+    """
+    layers = adapter.decoder_layers(model)
+    spec = adapter.spec(model.config)
+    inputs = embed(model, adapter, windows)
+    hidden = [item.hidden for item in inputs]
+    for index, layer in enumerate(layers):
+        block = layer if isinstance(layer, DecoderBlock) else DecoderBlock.from_layer(layer, adapter, spec, index)
+        recorder = Recorder(index, len(windows), hessians_wanted=False)
+        for i, item in enumerate(inputs):
+            progress(f"Observing layer {index + 1} of {len(layers)}", (index + i / len(inputs)) / len(layers))
+            hidden[i] = block(hidden[i], **item.kwargs[index], observe=recorder)
+        yield recorder.ranges()

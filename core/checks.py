@@ -1,0 +1,47 @@
+"""Checks of single values: each raises `InputError` naming the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+from core.errors import InputError
+
+FLOAT_BITS = 16
+"""Bits that mean "not quantised": the tensor stays in the model's floating-point type."""
+
+
+def parse_int(name: str, text: str) -> int:
+    """An integer written in ASCII digits. Raises InputError naming the field."""
+    text = str(text).strip()
+    digits = text[1:] if text[:1] in "+-" else text
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 12):
+        raise InputError(f"{name} is {text[:40]!r}: write a whole number.", code=param_code(name))
+    return int(text)
+
+
+def require_int(name: str, value: object, low: int, high: int, remedy: str) -> int:
+    """`value` if it is an int (not a bool) in [low, high]. Raises InputError otherwise."""
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} is {str(value)[:40]!r}: {remedy}.", code=param_code(name))
+    return value
+
+
+def require_bits(name: str, value: object) -> int:
+    """`value` if it is 2..8 or 16. Raises InputError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS):
+        raise InputError(f"{name} is {str(value)[:40]!r}: use 2 to 8, or 16 for not quantised.", code="E-PARAM-BITS")
+    return value
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`. Raises InputError otherwise."""
+    if value not in choices:
+        raise InputError(f"{name} is {str(value)[:40]!r}: use one of {', '.join(choices)}.", code=param_code(name))
+    return value
+
+
+def param_code(name: str) -> str:
+    """The stable code of a parameter: "E-PARAM-CALIBRATION-TOKENS"."""
+    return "E-PARAM-" + name.upper().replace(" ", "-")

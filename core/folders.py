@@ -1,0 +1,104 @@
+"""Putting one folder in another's place, in one step where the system can, and small helpers around folders.
+
+renameat2(RENAME_EXCHANGE) swaps two names atomically on Linux's own file systems. Where it is missing (some network
+and sandbox file systems) the old folder is moved aside first, and `recover` undoes that if the writer died in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def publish(stage: Path, target: Path) -> None:
+    """Give the folder `stage` the name `target`, and flush the parent folder.
+
+    Afterwards the name `stage` holds what was replaced, or nothing. Raises OSError; then `target` is as it was.
+    """
+    try:
+        os.rename(stage, target)  # nothing there, or an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not exchange(stage, target):
+            _replace_in_two_steps(stage, target)
+    flush(target.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (renameat2 with RENAME_EXCHANGE). False where the system cannot; nothing moved then."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _replace_in_two_steps(stage: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.old-{secrets.token_hex(6)}")
+    os.rename(target, old)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rename(old, target)
+        raise
+    remove(old)
+
+
+def recover(target: Path) -> None:
+    """Put back a folder that a replacement in two steps had moved aside when it was killed. Else do nothing."""
+    if os.path.lexists(target) or not target.parent.is_dir():
+        return
+    for old in sorted(target.parent.glob(f"{glob_name(target)}.old-*")):
+        with contextlib.suppress(OSError):
+            os.rename(old, target)
+        return
+
+
+def glob_name(path: Path) -> str:
+    """The name of `path` as a glob pattern that matches only itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path.name)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there; what cannot be deleted is logged, and the next writer tries again."""
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        logger.warning("could not remove %s: %s", path.name, error.strerror)
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files under `folder`; files that vanish while counting are skipped."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total

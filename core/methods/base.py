@@ -1,0 +1,90 @@
+"""What a method is: it decides (a `LayerPlan`, pure data) and then builds a quantised layer from the decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from core.calibration.ranges import ChannelRanges
+from core.config import QuantRecipe
+from core.models.adapter import BlockSpec
+from core.models.block import DecoderBlock
+from core.quant.affine import QParams
+from core.registry import Registry
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one activation site is quantised.
+
+    Attributes:
+        bits: 2 to 8, or 16 for not at all.
+        offsets: [G + 1] int64 cluster boundaries in the planned order (16-bit sites keep them: weights are grouped by them).
+        params: scale and zero point per cluster [G]; None at 16 bits.
+        sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
+    """
+
+    bits: int
+    offsets: Tensor
+    params: QParams | None
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Decisions for one decoder layer.
+
+    Attributes:
+        orders: R1 … R5 -> new = old[order]; [D], [Hkv, E] for R2 and R3, [F]. Left out: the order stays.
+        sites: every site of `core.config.SITES`.
+        softmax_bits, weight_bits: 2 to 8 or 16.
+        sink_tokens: first positions whose activations stay in float.
+    """
+
+    orders: dict[str, Tensor]
+    sites: dict[str, SitePlan]
+    softmax_bits: int
+    weight_bits: int
+    sink_tokens: int
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a method may look at when it plans a layer.
+
+    Attributes:
+        ranges: per site, channels in the original order.
+        hessians: Xᵀ X per linear input site, original order; empty when not asked for.
+        importance: per linear input site [C], mean square of the weight columns that read it.
+    """
+
+    ranges: dict[str, ChannelRanges]
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightNote:
+    """How one weight matrix was quantised: bits, method used, signal to noise in dB, reason of a fallback, stored bits."""
+
+    bits: int
+    method: str
+    sqnr_db: float
+    fallback: str | None
+    effective_bits: float
+
+
+class Method(Protocol):
+    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and leaves its inputs alone."""
+
+    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
+        """Decide orders, clusters, scales and bits of one layer from its statistics."""
+
+    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
+                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+        """The quantised block that `plan` describes, and a note per weight."""
+
+
+METHODS: Registry[Method] = Registry("method")

@@ -1,0 +1,167 @@
+"""RPTQ: reorder channels into clusters of similar range, one static scale per cluster, GPTQ weights grouped alike.
+
+Variants. `official` repeats the published code's rules: 2**bits grid, moving-average ranges, unscaled q in R2, R3
+clustered on P·V, Hessians of unquantised inputs. `default` keeps its scheme table and cluster counts and changes what
+measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits.
+Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.calibration.ranges import ChannelRanges
+from core.config import FLOAT_BITS, QuantRecipe
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, SitePlan, WeightNote
+from core.methods.build import build_block
+from core.methods.rptq.activations import RangeRules, plan_site
+from core.methods.rptq.cluster import ChannelClusters, cluster_channels
+from core.methods.rptq.reorder import query_channels
+from core.models.adapter import BlockSpec
+from core.models.block import DecoderBlock
+from core.quant.affine import Grid
+
+
+@dataclass(frozen=True)
+class RPTQRules:
+    """What separates the variants.
+
+    Attributes:
+        ranges: how bounds become grids.
+        n_init: restarts of KMeans.
+        scaled_query: cluster R2 on q as it is quantised (scaled by E**-0.5) rather than on the raw projection.
+        own_value_stats: R3 looks at v (and o_in beside it) rather than at o_in alone; KV-only schemes look at k and v alone.
+        sink_tokens: first positions left out of ranges and kept in float.
+    """
+
+    ranges: RangeRules
+    n_init: int
+    scaled_query: bool
+    own_value_stats: bool
+    sink_tokens: int
+
+
+OFFICIAL = RPTQRules(RangeRules(Grid.OFFICIAL, ema=True, clip_search=False), n_init=10, scaled_query=False,
+                     own_value_stats=False, sink_tokens=0)
+BETTER = RPTQRules(RangeRules(Grid.EXACT, ema=False, clip_search=True), n_init=2, scaled_query=True,
+                   own_value_stats=True, sink_tokens=1)
+
+
+def rules_of(recipe: QuantRecipe) -> RPTQRules:
+    """The rules of a recipe's variant."""
+    return OFFICIAL if recipe.variant == "official" else BETTER
+
+
+def reorder_clusters(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecipe, spec: BlockSpec) -> ChannelClusters:
+    """Cluster one reordering: R1, R4, R5 over the width, R2, R3 inside key/value heads (over Hkv * E channels)."""
+    rules = rules_of(recipe)
+    count = getattr(recipe.clusters, name)
+    if name in ("R2", "R3"):
+        points, block = _head_points(name, ranges, recipe, spec), spec.head_dim
+    else:
+        points, block = _points(ranges[{"R1": "attn_in", "R4": "mlp_in", "R5": "down_in"}[name]]), None
+    return cluster_channels(points, count, block=block, n_init=rules.n_init, seed=recipe.seed)
+
+
+def _points(*ranges: ChannelRanges) -> np.ndarray:
+    """[C, 2 n]: the maxima of each tensor, then the minima."""
+    return torch.stack([r.high for r in ranges] + [r.low for r in ranges], dim=1).numpy()
+
+
+def _head_points(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecipe, spec: BlockSpec) -> np.ndarray:
+    rules, bits = rules_of(recipe), recipe.tensor_bits
+    kv_only = rules.own_value_stats and bits.q == FLOAT_BITS and bits.o_in == FLOAT_BITS
+    query_site, own_site = ("q", "k") if name == "R2" else ("o_in", "v")
+    united = _united(ranges[query_site], spec)
+    if kv_only:
+        return _points(ranges[own_site])
+    if name == "R2":
+        factor = 1.0 if rules.scaled_query else spec.head_dim**0.5
+        return _points(_scaled(united, factor), ranges[own_site])
+    return _points(ranges[own_site], united) if rules.own_value_stats else _points(united)
+
+
+def _united(ranges: ChannelRanges, spec: BlockSpec) -> ChannelRanges:
+    """Ranges of H * E query channels joined over the query heads of each kv head: [Hkv * E]."""
+    def join(values: Tensor, largest: bool) -> Tensor:
+        heads = values.view(spec.kv_heads, spec.groups, spec.head_dim)
+        return (heads.amax(1) if largest else heads.amin(1)).flatten()
+
+    return ChannelRanges(join(ranges.low, False), join(ranges.high, True), ranges.sample_low, ranges.sample_high, ranges.rows)
+
+
+def _scaled(ranges: ChannelRanges, factor: float) -> ChannelRanges:
+    return ChannelRanges(ranges.low * factor, ranges.high * factor, ranges.sample_low, ranges.sample_high, ranges.rows)
+
+
+def query_offsets(clusters: ChannelClusters, spec: BlockSpec) -> Tensor:
+    """Cluster boundaries over H * E query channels: each kv head's clusters once per query head."""
+    heads = clusters.order[clusters.offsets[:-1]] // spec.head_dim
+    counts = [clusters.counts[heads == h] for h in range(spec.kv_heads) for _ in range(spec.groups)]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+
+
+class RPTQ:
+    """The method object: see the module's text. Plans are pure functions of statistics and recipe."""
+
+    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
+        """Cluster, order and choose grids for one layer."""
+        bits, rules = recipe.tensor_bits, rules_of(recipe)
+        wanted = ["R1", "R3", "R4", "R5"] if bits.q == bits.k == FLOAT_BITS else ["R1", "R2", "R3", "R4", "R5"]
+        clusters = {name: reorder_clusters(name, stats.ranges, recipe, spec) for name in wanted}
+        importance = _importance(stats, spec)
+        sites = {}
+        for site, (order, offsets) in _layout(clusters, spec).items():
+            weight = importance.get(site)
+            sites[site] = plan_site(stats.ranges[site].permuted(order), offsets, bits.site(site), rules.ranges,
+                                    None if weight is None else weight[order])
+        orders = {name: _local(c.order, spec) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
+        sink = rules.sink_tokens if bits.quantizes_activations else 0
+        return LayerPlan(orders, sites, bits.softmax, bits.weights, sink)
+
+    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
+                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+        """Fold, quantise weights, attach quantisers."""
+        hessians = stats.hessians if recipe.weights == "gptq" else None
+        return build_block(block, plan, hessians=hessians, grid=rules_of(recipe).ranges.grid)
+
+
+def _local(order: Tensor, spec: BlockSpec) -> Tensor:
+    """Order over Hkv * E channels -> [Hkv, E] orders inside each head."""
+    return order.view(spec.kv_heads, spec.head_dim) % spec.head_dim
+
+
+def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, tuple[Tensor, Tensor]]:
+    """(channel order, cluster offsets) of every site."""
+    layout = {}
+    for name, own, query in (("R2", "k", "q"), ("R3", "v", "o_in")):
+        if name in clusters:
+            c = clusters[name]
+            layout[own] = (c.order, c.offsets)
+            layout[query] = (query_channels(_local(c.order, spec), spec.groups), query_offsets(c, spec))
+        else:
+            for site in (own, query):
+                plain = ChannelClusters.identity(spec.width(site))
+                layout[site] = (plain.order, plain.offsets)
+    for name, site in (("R1", "attn_in"), ("R4", "mlp_in"), ("R5", "down_in")):
+        layout[site] = (clusters[name].order, clusters[name].offsets)
+    return layout
+
+
+def _importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:
+    """How much a squared error in each channel costs downstream: consumer weights, or the other side of q kᵀ."""
+    result = dict(stats.importance)
+    q2 = stats.ranges["q"].rows.square().mean(0).view(spec.kv_heads, spec.groups, spec.head_dim)
+    k2 = stats.ranges["k"].rows.square().mean(0).view(spec.kv_heads, 1, spec.head_dim)
+    result["k"] = q2.mean(1).flatten()
+    result["q"] = k2.expand(-1, spec.groups, -1).flatten()
+    if "o_in" in result:
+        result["v"] = result["o_in"].view(spec.kv_heads, spec.groups, spec.head_dim).mean(1).flatten()
+    return result
+
+
+METHODS.register("rptq", RPTQ())

@@ -1,0 +1,105 @@
+"""Fold the five reorderings into a block's norms and weights. Before quantising this does not change the function.
+
+    R1  attn_in   norm1 stores order R1                    columns of Wq, Wk, Wv
+    R2  q, k      the rotation stores order R2 per head    (no rotation: rows and biases of Wq, Wk)
+    R3  v, o_in   rows and biases of Wv per kv head        columns of Wo, every query head in its kv head's order
+    R4  mlp_in    norm2 stores order R4                    columns of W_gate, W_up (or W_fc1)
+    R5  down_in   rows and biases of W_gate and W_up       columns of W_down
+
+Rows of Wo and W_down are never permuted: the residual stream keeps its order. With grouped-query attention one order
+serves a key/value head and all its query heads. Why each other choice is illegal: docs/rptq.md, "Legality".
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.models.adapter import BlockSpec
+from core.models.block import DecoderBlock, FloatLinear
+
+
+@dataclass(frozen=True)
+class Orders:
+    """new = old[order] for each reordering.
+
+    Attributes:
+        R1, R4: [D]; R5: [F]; R2, R3: [Hkv, E], orders inside a head. None leaves that order alone.
+    """
+
+    R1: Tensor | None = None
+    R2: Tensor | None = None
+    R3: Tensor | None = None
+    R4: Tensor | None = None
+    R5: Tensor | None = None
+
+
+def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
+    """A block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
+    spec, new = block.spec, _shallow(block)
+    if orders.R1 is not None:
+        new.norm1 = _reordered_norm(block.norm1, orders.R1)
+    if orders.R4 is not None:
+        new.norm2 = _reordered_norm(block.norm2, orders.R4)
+    if orders.R2 is not None and spec.rope:
+        new.rope_order = orders.R2.to(torch.int32)
+    new.qkv = _permuted(block.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1)
+    new.o = _permuted(block.o, columns=None if orders.R3 is None else query_channels(orders.R3, spec.groups))
+    mlp_rows = None
+    if orders.R5 is not None:
+        mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
+    new.up = _permuted(block.up, rows=mlp_rows, columns=orders.R4)
+    new.down = _permuted(block.down, columns=orders.R5)
+    return new
+
+
+def qkv_rows(spec: BlockSpec, r2: Tensor | None, r3: Tensor | None) -> Tensor | None:
+    """Row order of the fused [q; k; v] weight, or None."""
+    if r2 is None and r3 is None:
+        return None
+    plain = torch.arange(spec.head_dim).expand(spec.kv_heads, -1)
+    query = query_channels(plain if r2 is None else r2, spec.groups)
+    key = head_channels(plain if r2 is None else r2)
+    value = head_channels(plain if r3 is None else r3)
+    return torch.cat([query, len(query) + key, len(query) + len(key) + value])
+
+
+def head_channels(order: Tensor) -> Tensor:
+    """Per-head orders [Hkv, E] as one order over Hkv * E channels."""
+    heads, dim = order.shape
+    return (order + torch.arange(heads)[:, None] * dim).flatten()
+
+
+def query_channels(order: Tensor, groups: int) -> Tensor:
+    """The same over H * E query channels: query head h uses the order of kv head h // groups."""
+    return head_channels(order.repeat_interleave(groups, dim=0))
+
+
+def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> FloatLinear:
+    weight, bias = linear.weight.detach(), linear.bias
+    if rows is not None:
+        weight = weight[rows]
+        bias = None if bias is None else bias.detach()[rows]
+    if columns is not None:
+        weight = weight[:, columns]
+    made = FloatLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return made
+
+
+def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
+    new = _shallow(norm)
+    new.reorder(order)
+    return new
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    for table in ("_modules", "_parameters", "_buffers"):
+        clone.__dict__[table] = dict(module.__dict__[table])
+    return clone

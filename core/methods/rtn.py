@@ -1,0 +1,37 @@
+"""Round-to-nearest without clusters: the baseline. One static range per activation tensor, one per weight row.
+
+The bits are those of the same schemes, so a row "RTN W4A4" differs from "RPTQ W4A4" by the method alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from core.config import SITES, QuantRecipe
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
+from core.methods.build import build_block
+from core.methods.rptq.activations import RangeRules, plan_site
+from core.models.adapter import BlockSpec
+from core.models.block import DecoderBlock
+from core.quant.affine import Grid
+
+RULES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
+
+
+class RoundToNearest:
+    """Exact min/max of the calibration text, no order, no clusters; weights by `recipe.weights`."""
+
+    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
+        """One grid per site."""
+        bits = recipe.tensor_bits
+        sites = {site: plan_site(stats.ranges[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES}
+        return LayerPlan({}, sites, bits.softmax, bits.weights, sink_tokens=0)
+
+    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
+                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+        """Quantise weights per row, attach quantisers."""
+        hessians = stats.hessians if recipe.weights == "gptq" else None
+        return build_block(block, plan, hessians=hessians, grid=RULES.grid)
+
+
+METHODS.register("rtn", RoundToNearest())

@@ -1,0 +1,208 @@
+"""The one decoder block every adapter maps to: float for observing, quantised for running, same forward.
+
+    n1 = norm1(x)[R1]                     q, k, v = qkv(n1)            q, k = rope(q, k)[R2]      v is in order R3
+    h  = x + o(attention(q, k, v))        n2 = norm2(h)[R4]            y = h + down(mlp(n2))      mlp output in order R5
+
+R1 and R4 are stored by the norm, R2 by the rotation (OPT: by the rows of Wq and Wk), R3 and R5 by the rows of the
+producing weights: no permutation is left to run. `observe(site, tensor)` sees the seven sites before quantisation.
+Shapes: B batch, T tokens, D hidden, H query heads, Hkv key/value heads, E head dimension, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+
+from core.models.adapter import BlockSpec, ModelAdapter
+from core.quant.activation import ActivationQuantizer
+from core.quant.attention import attend
+from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.quant.linear import QuantLinear
+
+Observer = Callable[[str, Tensor], None]
+
+
+class FloatLinear(nn.Linear):
+    """`nn.Linear` with QuantLinear's call: the exemption mask is accepted and has nothing to do."""
+
+    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class ReorderNorm(nn.Module):
+    """LayerNorm or RMSNorm that stores its output in the order `order` [D]; None keeps the original order.
+
+    y[j] = norm(x)[order[j]]: the statistics do not depend on the order, so the gather is part of the store.
+    """
+
+    def __init__(self, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("order", None)
+
+    def reorder(self, order: Tensor) -> None:
+        """Store in `order` [D] int64 from now on; gain and bias are permuted with it."""
+        self.order = order.to(torch.int32)
+        if self.weight is not None:
+            self.weight = self.weight[order].contiguous()
+        if self.bias is not None:
+            self.bias = self.bias[order].contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        if self.kind == "layer":
+            variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+            factor, shift = torch.rsqrt(variance + self.eps), mean
+        else:
+            factor, shift = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps), None
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        y = x * factor if shift is None else (x - shift).mul_(factor)
+        if self.weight is not None:
+            y.mul_(self.weight)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class DecoderBlock(nn.Module):
+    """A pre-norm decoder layer over a transformers model's call convention.
+
+    Attributes set by quantisation: `qkv`, `o`, `up`, `down` become QuantLinear; `q_quantizer`, `k_quantizer`,
+    `v_quantizer` ActivationQuantizer or None; `softmax_bits`; `rope_order` [Hkv, E] (R2, None keeps the order);
+    `sink_tokens`, the first positions whose activations stay in float.
+    """
+
+    def __init__(self, spec: BlockSpec, layer_index: int) -> None:
+        super().__init__()
+        self.spec, self.layer_index = spec, layer_index
+        self.activation = ACT2FN[spec.activation]
+        self.norm1: ReorderNorm
+        self.norm2: ReorderNorm
+        self.register_buffer("q_norm", None)
+        self.register_buffer("k_norm", None)
+        self.register_buffer("rope_order", None)
+        self.q_quantizer: ActivationQuantizer | None = None
+        self.k_quantizer: ActivationQuantizer | None = None
+        self.v_quantizer: ActivationQuantizer | None = None
+        self.softmax_bits = 16
+        self.sink_tokens = 0
+
+    @classmethod
+    def from_layer(cls, layer: nn.Module, adapter: ModelAdapter, spec: BlockSpec, layer_index: int) -> DecoderBlock:
+        """The float block that computes what `layer` of a transformers model computes. Weights are copied."""
+        block = cls(spec, layer_index)
+
+        def linear(*paths: str) -> FloatLinear:
+            parts = [layer.get_submodule(p) for p in paths]
+            weight = torch.cat([p.weight.detach() for p in parts])
+            made = FloatLinear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None, device="meta")
+            made.weight = nn.Parameter(weight, requires_grad=False)
+            if parts[0].bias is not None:
+                made.bias = nn.Parameter(torch.cat([p.bias.detach() for p in parts]), requires_grad=False)
+            return made
+
+        def norm(path: str) -> ReorderNorm:
+            source = layer.get_submodule(path)
+            bias = getattr(source, "bias", None)
+            weight = source.weight
+            return ReorderNorm(spec.norm, None if weight is None else weight.detach().clone(),
+                               None if bias is None else bias.detach().clone(), spec.eps)
+
+        block.norm1, block.norm2 = norm(adapter.norm1), norm(adapter.norm2)
+        block.qkv, block.o = linear(adapter.q, adapter.k, adapter.v), linear(adapter.o)
+        block.up, block.down = linear(*adapter.mlp_in), linear(adapter.down)
+        if spec.qk_norm:
+            block.q_norm = layer.get_submodule(adapter.q_norm).weight.detach().clone()
+            block.k_norm = layer.get_submodule(adapter.k_norm).weight.detach().clone()
+        return block.eval()
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
+        return {"qkv": self.qkv, "o": self.o, "up": self.up, "down": self.down}
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                past_key_values: Cache | None = None, position_embeddings: tuple[Tensor, Tensor] | None = None,
+                observe: Observer | None = None, **_: object) -> Tensor:
+        """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal)."""
+        exempt = self._exempt(hidden_states, position_ids, past_key_values)
+        n1 = self.norm1(hidden_states)
+        if observe is not None:
+            observe("attn_in", n1)
+        q, k, v = self._project(n1, exempt, position_embeddings, observe)
+        mixed = self._attend(q, k, v, attention_mask, past_key_values, exempt)
+        if observe is not None:
+            observe("o_in", mixed)
+        h = hidden_states + self.o(mixed, exempt)
+        n2 = self.norm2(h)
+        if observe is not None:
+            observe("mlp_in", n2)
+        mlp = self._activate(self.up(n2, exempt))
+        if observe is not None:
+            observe("down_in", mlp)
+        return self.down(mlp, exempt).add_(h)
+
+    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """[B or 1, T] bool, True for sink tokens; None when there are none."""
+        if self.sink_tokens == 0:
+            return None
+        if position_ids is None:
+            past = cache.get_seq_length(self.layer_index) if cache is not None else 0
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask = position_ids < self.sink_tokens
+        return mask if bool(mask.any()) else None
+
+    def _project(self, n1: Tensor, exempt: Tensor | None, rotary: tuple[Tensor, Tensor] | None,
+                 observe: Observer | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
+        s = self.spec
+        heads = self.qkv(n1, exempt).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
+        if s.qk_norm:
+            q, k = _rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)
+        if s.rope:
+            cos, sin = (t.unsqueeze(1) for t in rotary)
+            q, k = q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+        if self.rope_order is not None:
+            q, k = self._store_r2(q, s.groups), self._store_r2(k, 1)
+        q = q * s.head_dim**-0.5
+        if observe is not None:
+            for site, tensor in (("q", q), ("k", k), ("v", v)):
+                observe(site, tensor.transpose(1, 2).flatten(2))
+        return q, k, v
+
+    def _store_r2(self, x: Tensor, groups: int) -> Tensor:
+        order = self.rope_order.to(torch.int64).repeat_interleave(groups, dim=0)
+        return torch.gather(x, 3, order[None, :, None, :].expand_as(x))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Tensor | None) -> Tensor:
+        if self.q_quantizer is not None:
+            q = self.q_quantizer.fake_heads(q, exempt)
+        packed = isinstance(cache, QuantizedKVCache) and isinstance(cache.layers[self.layer_index], QuantizedKVLayer)
+        if not packed:
+            k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, exempt)
+            v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, exempt)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_index)
+        return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
+
+    def _activate(self, up: Tensor) -> Tensor:
+        if not self.spec.gated:
+            return self.activation(up)
+        gate, up = up.split(self.spec.ffn, dim=-1)
+        return self.activation(gate).mul_(up)
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)

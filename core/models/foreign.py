@@ -1,0 +1,67 @@
+"""Calling transformers and tokenizers on files we did not write: silent, and failing with one sentence of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import struct
+from collections.abc import Iterator
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from core.errors import ModelError, QuantscopeError, ResourceError
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
+                  AssertionError, ArithmeticError, struct.error, SafetensorError, StrictDataclassError)
+"""What transformers, safetensors and gguf raise on a file they cannot use."""
+
+
+@contextlib.contextmanager
+def library_errors(sentence: str, *, code: str = "E-MODEL-BAD") -> Iterator[None]:
+    """Turn a library's error into ModelError(`sentence`, `code`); the details go to the log.
+
+    Raises: ModelError; ResourceError E-MEM for a MemoryError. Quantscope's own errors pass unchanged.
+    """
+    try:
+        yield
+    except QuantscopeError:
+        raise
+    except MemoryError as error:
+        raise ResourceError("The memory ran out while the model was loading. Choose a smaller model.") from error
+    except LIBRARY_ERRORS as error:
+        logger.warning("%s", sentence, exc_info=logger.isEnabledFor(logging.DEBUG))
+        raise ModelError(sentence, code=code) from error
+
+
+@contextlib.contextmanager
+def tokenizer_errors(sentence: str, *, code: str = "E-MODEL-TOKENIZER", kind: type[QuantscopeError] = ModelError
+                     ) -> Iterator[None]:
+    """Like `library_errors` for the tokenizers library, which raises bare Exception and, on a hostile file, a Rust
+    panic that is a BaseException: uncaught it would end the process without a word."""
+    try:
+        yield
+    except (QuantscopeError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # noqa: BLE001  (pyo3's PanicException derives from BaseException, see above)
+        raise kind(sentence, code=code) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars or warnings of transformers inside the block: its logger is lowered, and what is written to Python's
+    `sys.stderr` is dropped (the bar of its GGUF reader has no switch). The former state is restored."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,178 @@
+"""From a name to a checked model in memory: resolve, preflight, load, and compare what was loaded with what was asked.
+
+transformers fills a missing tensor with random numbers and says so only in a log; here a tensor that is missing, left
+over or of another shape refuses the model, and so does a NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import BackendError, InputError, ModelError, NumericError
+from core.models.catalog import resolve
+from core.models.foreign import library_errors, quiet, tokenizer_errors
+from core.models.limits import check_memory
+from core.models.preflight import FolderReport, check_folder
+from core.models.preflight_config import check_architecture, check_config, check_layers
+from core.storage import verify
+
+if TYPE_CHECKING:
+    from core.models.adapter import ModelAdapter
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float | None], None]
+QUANTSCOPE_FILE = "quantscope.json"
+"""Present in a folder that Quantscope saved itself."""
+
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
+"""Buffers that old checkpoints store and current code computes."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be observed and run.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient.
+        adapter: where its sites are.
+        name, revision: what `resolve` accepts to get the same weights again.
+        source: a sentence for reports on where the weights came from.
+        path: the folder it was loaded from; None for a model made in memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: ModelAdapter
+    name: str
+    revision: str | None
+    source: str
+    path: Path | None
+
+
+def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+               progress: Progress | None = None, allow_local: bool = True) -> LoadedModel:
+    """Load the model called `name` (see `catalog.resolve`), whatever its stored type, as `dtype` on `device`.
+
+    Args:
+        dtype: a floating-point type; float32 on a CPU.
+        progress: called with a stage's text and a fraction (None: unknown).
+    Raises:
+        ModelError: cannot be found or is refused; E-MODEL-ARCH for an architecture without adapter, E-MODEL-MISSING
+            naming up to three tensors, E-MODEL-TOKENIZER.
+        NumericError E-NUM-NAN naming the tensor that holds NaN or infinity. ArtifactError: a damaged saved folder.
+        InputError, BackendError: `device` is unknown or not there.
+    """
+    progress = progress or (lambda text, fraction: None)
+    _check_device(device, dtype)
+    resolved = resolve(name, revision=revision, progress=progress, allow_local=allow_local)
+    if (resolved.path / QUANTSCOPE_FILE).exists():
+        from core.models.quantized import load_quantized
+
+        verify(resolved.path)
+        loaded = load_quantized(resolved.path, progress=progress)
+        loaded.model.to(device)
+        return loaded
+    progress("Checking the model's files", None)
+    report = check_folder(resolved.path)
+    check_architecture(report.config)
+    check_memory(report.parameters, bytes_per_parameter=dtype.itemsize)
+    adapter = _adapter(resolved.path, report)
+    progress("Loading the tokenizer", 0.1)
+    tokenizer = load_tokenizer(resolved.path)
+    progress("Loading the weights", 0.2)
+    model = _load_weights(resolved.path, report, dtype)
+    _check_vocabulary(model, tokenizer)
+    progress("Checking the weights", 0.9)
+    require_finite(model.state_dict().items())
+    model = model.to(device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a checked model folder. Raises: ModelError E-MODEL-TOKENIZER."""
+    with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+
+
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Check every floating-point tensor of (name, tensor) pairs.
+
+    Raises: NumericError E-NUM-NAN naming the first tensor with NaN or infinity and how many values it holds.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            continue
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise NumericError(f"{name} has {bad:,} NaN or infinite values: the weights are damaged, or too large for "
+                               f"{str(tensor.dtype).removeprefix('torch.')}. Download the model again.",
+                               code="E-NUM-NAN")
+
+
+def _adapter(folder: Path, report: FolderReport) -> ModelAdapter:
+    """The adapter for the folder's configuration, after checking that with transformers' defaults filled in."""
+    from core.models.adapter import adapter_for
+
+    with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        complete = json.loads(config.to_json_string(use_diff=False))
+        check_config(complete)
+        check_layers(complete, report.tensors)
+    return adapter_for(config)
+
+
+def _load_weights(folder: Path, report: FolderReport, dtype: torch.dtype) -> PreTrainedModel:
+    with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True)
+    _check_loading(info, report, tied=bool(getattr(model.config, "tie_word_embeddings", False)))
+    return model
+
+
+def _check_loading(info: dict[str, Any], report: FolderReport, *, tied: bool) -> None:
+    """Refuse a model that is not exactly its files. A tied output weight may be stored or not."""
+    def names(key: str) -> list[str]:
+        found = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
+        return [n for n in found if not _HARMLESS.search(n) and not (tied and n == "lm_head.weight")]
+
+    for key, fault in (("missing_keys", "are missing from the weights"),
+                       ("mismatched_keys", "have another shape than config.json says"),
+                       ("unexpected_keys", "do not belong to this architecture")):
+        if found := names(key):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ModelError(f"{len(found)} of {len(report.tensors)} tensors {fault}: "
+                             f"{', '.join(name[:50] for name in found[:3])}{more}.", code="E-MODEL-MISSING")
+    if info.get("error_msgs"):
+        raise ModelError("The weights cannot be read as this architecture.", code="E-MODEL-BAD")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token beyond the embedding would end the first forward pass with an index error."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model embeds {rows:,}: they do not "
+                         "belong together.", code="E-MODEL-TOKENIZER")
+
+
+def _check_device(device: str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"The type {str(dtype)[:30]} is not a floating-point type: use float32.", code="E-PARAM-DTYPE")
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise InputError(f"Device {str(device)[:30]!r} is unknown: use cpu or cuda.", code="E-PARAM-DEVICE") from None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"Device {kind!r} is not supported: use cpu or cuda.", code="E-PARAM-DEVICE")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError("No CUDA device is available here: use the device cpu.")

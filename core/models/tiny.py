@@ -1,0 +1,127 @@
+"""Seeded random models of a few thousand parameters, one per supported architecture, with a byte-level tokenizer.
+
+Made for tests, and shaped to expose what large models do: norm gains far from one with a few outlier channels (so that
+activations are skewed as in trained models), non-zero biases where the architecture has them, grouped-query attention
+with 4 query heads per key/value head (OPT has no groups), and, for `smollm`, tied embeddings. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from core.errors import InputError
+from core.models.foreign import quiet
+from core.models.load import LoadedModel
+from core.storage import atomic_dir
+
+SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+OUTLIER_CHANNELS = 3
+"""Norm gains per norm that are about twenty times the others."""
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 1024, "tie_word_embeddings": False}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE | {"sliding_window": None},
+    "qwen2": _LLAMA_LIKE | {"hidden_size": 128},  # its head size is always hidden_size / heads
+    "qwen3": _LLAMA_LIKE,
+    "smollm": _LLAMA_LIKE | {"model_type": "llama", "tie_word_embeddings": True},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4,
+            "max_position_embeddings": 1024, "dropout": 0.0, "attention_dropout": 0.0, "do_layer_norm_before": True,
+            "activation_function": "relu", "tie_word_embeddings": True},
+}
+
+
+def tiny_architectures() -> list[str]:
+    """Names that `tiny_model` knows: llama, mistral, qwen2, qwen3, smollm (llama with tied embeddings), opt."""
+    return list(_CONFIGS)
+
+
+def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> LoadedModel:
+    """A random model of `architecture` in memory, float32 on the CPU, the same for the same arguments.
+
+    Args:
+        architecture: one of `tiny_architectures()`.
+        layers: decoder layers, 1 or more.
+        overrides: fields of the architecture's transformers configuration, such as `hidden_size`.
+    Returns: LoadedModel without path; its outputs are finite and of order one.
+    Raises: InputError E-PARAM-ARCHITECTURE for an unknown name; ModelError E-MODEL-ARCH as `adapter_for`.
+    """
+    from core.models.adapter import adapter_for
+
+    if architecture not in _CONFIGS:
+        raise InputError(f"No tiny model {architecture[:40]!r}: use one of {', '.join(_CONFIGS)}.",
+                         code="E-PARAM-ARCHITECTURE")
+    fields = {"model_type": architecture, "num_hidden_layers": layers, "vocab_size": VOCAB_SIZE, "bos_token_id": 256,
+              "eos_token_id": 257, "pad_token_id": 257} | _CONFIGS[architecture] | overrides
+    config = AutoConfig.for_model(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    _randomize(model, torch.Generator().manual_seed(seed))
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(model, tiny_tokenizer(), adapter_for(config), f"tiny-random-{architecture}", None,
+                       f"random weights, seed {seed}", None)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte (ids 0 to 255), then <s>, </s>, <unk>. Decoding restores the text exactly."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="</s>", clean_up_tokenization_spaces=False)
+
+
+def save_tiny(folder: Path | str, architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> Path:
+    """Write the model of `tiny_model` as a folder that `load_model` accepts (safetensors and tokenizer).
+
+    Returns: the folder. Raises: as `tiny_model` and `atomic_dir`.
+    """
+    loaded = tiny_model(architecture, seed=seed, layers=layers, **overrides)
+    with atomic_dir(folder) as stage, quiet():
+        loaded.model.save_pretrained(stage)
+        loaded.tokenizer.save_pretrained(stage)
+    return Path(folder)
+
+
+def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Overwrite every parameter: matrices ~ N(0, 1/K), untied embeddings ~ N(0, 1), biases ~ N(0, 0.01), gains uniform
+    in [0.5, 1.5] and, except in the last norm (so that logits stay of order one), with outliers."""
+    tied = model.config.tie_word_embeddings
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                scale = 1.0 if "embed" in name and not tied else parameter.shape[-1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif _is_gain(model, name):
+                parameter.copy_(_gains(parameter, generator, outliers=".layers." in name))
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _is_gain(model: PreTrainedModel, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and not isinstance(model.get_submodule(owner), nn.Linear)
+
+
+def _gains(parameter: nn.Parameter, generator: torch.Generator, *, outliers: bool) -> torch.Tensor:
+    """[C] gains; a few are 20 times as large, with either sign. Per-head norms (C = head size) get one outlier."""
+    gains = torch.rand(parameter.shape, generator=generator) + 0.5
+    if not outliers:
+        return gains
+    count = min(OUTLIER_CHANNELS, max(1, len(gains) // 20))
+    chosen = torch.randperm(len(gains), generator=generator)[:count]
+    signs = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    gains[chosen] *= 20.0 * signs
+    return gains

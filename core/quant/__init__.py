@@ -1,0 +1,1 @@
+"""Grids, packed storage and low-bit layers: tensors in, tensors out."""

@@ -1,0 +1,66 @@
+"""Static quantiser of one activation site: contiguous clusters of channels, one scale and zero point each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from core.quant.affine import QParams, code_limits
+from core.quant.granularity import expand
+from kernels import fake_quantize, quantize
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantise [..., C] activations whose channels lie in cluster order.
+
+    Buffers (saved): scale [G] float32, zero_point [G] int32, offsets [G + 1] int32. Per-channel copies are derived.
+
+    Args:
+        bits: 2 to 8.
+        params: scale and zero point per cluster, [G].
+        offsets: [G + 1] int64, 0 … C.
+    """
+
+    def __init__(self, bits: int, params: QParams, offsets: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        self.qmin, self.qmax = code_limits(bits)
+        self.register_buffer("scale", params.scale.to(torch.float32).contiguous())
+        self.register_buffer("zero_point", params.zero_point.to(torch.int32).contiguous())
+        self.register_buffer("offsets", offsets.to(torch.int32).contiguous())
+        self.refresh()
+
+    @classmethod
+    def empty(cls, bits: int, clusters: int, width: int) -> ActivationQuantizer:
+        """A quantiser of the right shape whose numbers are loaded later; call `refresh` after that."""
+        offsets = torch.arange(clusters + 1)
+        offsets[-1] = width
+        return cls(bits, QParams(torch.ones(clusters), torch.zeros(clusters)), offsets)
+
+    def refresh(self) -> None:
+        """Derive the per-channel copies from the saved buffers."""
+        offsets, zero = self.offsets.to(torch.int64), self.zero_point.to(torch.float32)
+        self.register_buffer("channel_scale", expand(self.scale, offsets), persistent=False)
+        self.register_buffer("lower", expand(self.qmin - zero, offsets), persistent=False)
+        self.register_buffer("upper", expand(self.qmax - zero, offsets), persistent=False)
+        self.register_buffer("channel_zero", expand(zero, offsets), persistent=False)
+
+    @property
+    def width(self) -> int:
+        """C, the number of channels."""
+        return self.channel_scale.numel()
+
+    def fake(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+        """x̂ for x [..., C]; rows where `exempt` [...] is True come back unchanged."""
+        out = fake_quantize(x, self.channel_scale, self.lower, self.upper)
+        return out if exempt is None else torch.where(exempt.unsqueeze(-1), x, out)
+
+    def fake_heads(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+        """x̂ for x [B, H, T, E], C = H * E; `exempt` [B or 1, T] marks tokens that come back unchanged."""
+        shape = (x.shape[1], 1, x.shape[3])
+        out = fake_quantize(x, self.channel_scale.view(shape), self.lower.view(shape), self.upper.view(shape))
+        return out if exempt is None else torch.where(exempt[:, None, :, None], x, out)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of x [..., C], int8."""
+        return quantize(x, self.channel_scale, self.channel_zero, self.qmin, self.qmax)

@@ -1,0 +1,80 @@
+"""Scale and zero point of a range: the affine grid.
+
+Two rules. OFFICIAL is the published code's: the step is the range over 2**bits, so the largest value falls one code
+beyond the grid and is clipped by up to 1.5 steps; scale and zero point are clipped to 1e-4..1e4. EXACT spreads
+2**bits - 1 steps over the range, so both ends are codes, and constants round-trip exactly.
+
+    OFFICIAL   scale = clip((max - min) / 2**bits, 1e-4, 1e4)     zero_point = round(clip(-(max + min) / (2 scale), ±1e4))
+    EXACT      scale = (max - min) / (2**bits - 1)                zero_point = qmin - round(min / scale)
+
+Codes are signed: qmin = -2**(bits-1), qmax = 2**(bits-1) - 1. Source: RPTQ (arXiv:2304.01089), official quantiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from core.errors import NumericError
+
+MAX_ZERO_POINT = 2.0**22
+"""Largest |zero point| of the EXACT rule: sums of code and zero point stay exact in float32."""
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Grid(StrEnum):
+    """How a range becomes a grid of 2**bits codes."""
+
+    OFFICIAL = "official"
+    EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class QParams:
+    """x ≈ scale * (q - zero_point): scale [...] float32 > 0, zero_point [...] float32 holding integers."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def code_limits(bits: int) -> tuple[int, int]:
+    """(qmin, qmax) of a signed code of `bits` bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid) -> QParams:
+    """Scale and zero point for the range [low, high].
+
+    Args:
+        low, high: [...] floating, low <= high, in units of the tensor.
+        bits: 2 to 8.
+    Returns: QParams of the same shape.
+    Raises: NumericError if a bound is NaN or infinite.
+    """
+    low, high = low.to(torch.float32), high.to(torch.float32)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NumericError("A range to quantise holds NaN or infinity: check the model's weights and the calibration text.",
+                           code="E-NUM-NAN")
+    if grid is Grid.OFFICIAL:
+        scale = ((high - low) * 2.0**-bits).clamp_(1e-4, 1e4)
+        return QParams(scale, (-0.5 * (high + low) / scale).clamp_(-1e4, 1e4).round_())
+    qmin, qmax = code_limits(bits)
+    scale = high / (qmax - qmin) - low / (qmax - qmin)
+    largest = torch.maximum(low.abs(), high.abs())
+    scale = torch.where(scale > largest / MAX_ZERO_POINT, scale, largest)  # a constant c becomes one step of |c|
+    scale = scale.clamp_min(_TINY)
+    return QParams(scale, qmin - (low / scale).round_())
+
+
+def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) -> QParams:
+    """The same grid with its scale rounded to a storage type, zero point recomputed for it (EXACT rule).
+
+    Used for weights, whose scales are stored in float16: rounding first makes the codes exact for the stored scale.
+    """
+    scale = params.scale.to(dtype).to(torch.float32).clamp_min(float(torch.finfo(dtype).smallest_normal))
+    qmin, _ = code_limits(bits)
+    return QParams(scale, qmin - (low / scale).round_())

@@ -1,0 +1,193 @@
+"""A key/value cache that stores packed low-bit codes: a transformers `Cache`, used by `generate` and in prefill.
+
+Keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
+R3); the first `sink_tokens` positions stay in float. Slots grow by doubling, so appending a token copies nothing else.
+Reading dequantises what the attention needs. With left-padded batches the float slots are the first slots, padding
+included; single sequences and right padding are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from core.quant.activation import ActivationQuantizer
+from kernels import dequantize, pack, packed_width, quantize, unpack
+
+
+class PackedStates:
+    """Keys or values of one layer: [B, Hkv, S, E] as packed codes plus the first tokens in float.
+
+    Args:
+        quantizer: C = Hkv * E channels.
+        sink_tokens: how many first positions stay in float.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, sink_tokens: int) -> None:
+        self.quantizer, self.sink_tokens = quantizer, sink_tokens
+        self.length = 0
+        self.sink: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.dim = 0
+
+    def append(self, states: Tensor) -> Tensor:
+        """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        first, self.dim = self.length, states.shape[-1]
+        sink = max(0, min(self.sink_tokens - first, states.shape[2]))
+        if sink:
+            part = states[:, :, :sink].clone()
+            self.sink = part if self.sink is None else torch.cat([self.sink, part], dim=2)
+        codes = self._codes(states)
+        packed = pack(codes, self.quantizer.bits)
+        self._reserve(packed, first + states.shape[2])
+        self.packed[:, :, first : first + states.shape[2]] = packed
+        self.length = first + states.shape[2]
+        return self._decode(codes) if first == 0 else self.read()
+
+    def read(self) -> Tensor:
+        """All states, dequantised: [B, Hkv, S, E] float32."""
+        return self._decode(unpack(self.packed[:, :, : self.length], self.quantizer.bits, self.dim))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored states: packed codes of the filled slots, and the float sink."""
+        if self.packed is None:
+            return 0
+        sink = 0 if self.sink is None else self.sink.numel() * self.sink.element_size()
+        return self.packed[:, :, : self.length].numel() + sink
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.length = min(self.length, length)
+        if self.sink is not None:
+            self.sink = self.sink[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat batch rows."""
+        if self.packed is not None:
+            self.packed = self.packed.index_select(0, rows)
+        if self.sink is not None:
+            self.sink = self.sink.index_select(0, rows)
+
+    def _per_head(self, values: Tensor, heads: int) -> Tensor:
+        return values.view(heads, 1, self.dim)
+
+    def _codes(self, states: Tensor) -> Tensor:
+        q, heads = self.quantizer, states.shape[1]
+        zero = self._per_head(q.channel_zero, heads) - q.qmin
+        return quantize(states, self._per_head(q.channel_scale, heads), zero, 0, q.qmax - q.qmin).to(torch.uint8)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        q, heads = self.quantizer, codes.shape[1]
+        out = dequantize(codes, self._per_head(q.channel_scale, heads), self._per_head(q.channel_zero, heads) - q.qmin)
+        if self.sink is not None:
+            out[:, :, : self.sink.shape[2]] = self.sink
+        return out
+
+    def _reserve(self, like: Tensor, slots: int) -> None:
+        if self.packed is None:
+            self.packed = like.new_empty(*like.shape[:2], slots, like.shape[3])
+        elif self.packed.shape[2] < slots:
+            grown = like.new_empty(*like.shape[:2], max(slots, 2 * self.packed.shape[2]), like.shape[3])
+            grown[:, :, : self.length] = self.packed[:, :, : self.length]
+            self.packed = grown
+
+
+class QuantizedKVLayer(CacheLayerMixin):
+    """One layer of `QuantizedKVCache`."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, key: ActivationQuantizer, value: ActivationQuantizer, sink_tokens: int) -> None:
+        super().__init__()
+        self.key_states, self.value_states = PackedStates(key, sink_tokens), PackedStates(value, sink_tokens)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate before the first update."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E]."""
+        self.is_initialized = True
+        return self.key_states.append(key_states), self.value_states.append(value_states)
+
+    def get_seq_length(self) -> int:
+        """Stored positions."""
+        return self.key_states.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys the mask must cover, offset of the first one)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (older name of `get_max_length`)."""
+        return -1
+
+    def crop(self, tokens: int) -> None:
+        """Remove -`tokens` positions from the end; a positive number (older transformers) is the length to keep."""
+        keep = tokens if tokens > 0 else self.get_seq_length() + tokens
+        self.key_states.crop(keep)
+        self.value_states.crop(keep)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for name in ("key_states", "value_states"):
+            old = getattr(self, name)
+            setattr(self, name, PackedStates(old.quantizer, old.sink_tokens))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        if self.key_states.packed is not None:
+            self.batch_select_indices(torch.arange(self.key_states.packed.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows."""
+        self.key_states.select(indices)
+        self.value_states.select(indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored keys and values."""
+        return self.key_states.nbytes + self.value_states.nbytes
+
+
+class QuantizedKVCache(Cache):
+    """Packed cache of a whole model: one layer per decoder block; blocks whose keys and values stay in float get a
+    plain dynamic layer.
+
+    Args:
+        pairs: per layer (key quantiser, value quantiser), either both or neither None.
+        sink_tokens: first positions kept in float.
+    """
+
+    def __init__(self, pairs: list[tuple[ActivationQuantizer | None, ActivationQuantizer | None]], sink_tokens: int = 0) -> None:
+        layers = [QuantizedKVLayer(k, v, sink_tokens) if k is not None and v is not None else DynamicLayer() for k, v in pairs]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes of all stored keys and values."""
+        return sum(cache_layer_bytes(layer) for layer in self.layers)
+
+
+def cache_layer_bytes(layer: CacheLayerMixin) -> int:
+    """Bytes held by one cache layer, packed or plain."""
+    if isinstance(layer, QuantizedKVLayer):
+        return layer.nbytes
+    return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
+
+
+def bytes_per_token(heads: int, dim: int, bits: int, *, float_bytes: int = 4) -> int:
+    """Stored bytes of one token's keys (or values) in one layer."""
+    return heads * (packed_width(dim, bits) if bits < 16 else dim * float_bytes)

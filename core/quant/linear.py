@@ -1,0 +1,167 @@
+"""Linear layer with packed weights and a static quantiser on its input: the layer a quantised model is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import BackendError
+from core.quant.activation import ActivationQuantizer
+from core.quant.granularity import expand
+from kernels import Backend, Choice, dequantize, int_linear, pack, packed_width, select_linear_backend, unpack
+from kernels.int_linear import LinearOperands
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of a weight matrix, columns grouped by contiguous input clusters.
+
+    Attributes:
+        codes: [N, K] uint8, 0 … 2**bits - 1.
+        scale: [N, G] float16 or float32.
+        zero_point: [N, G] int8 or int16; Ŵ = scale * (codes - 2**(bits-1) - zero_point).
+        offsets: [G + 1] int64.
+        bits: 2 to 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    offsets: Tensor
+    bits: int
+
+    def dequantize(self) -> Tensor:
+        """Ŵ [N, K] float32."""
+        scale = expand(self.scale.to(torch.float32), self.offsets)
+        zero = expand(self.zero_point.to(torch.float32), self.offsets) + 2 ** (self.bits - 1)
+        return dequantize(self.codes, scale, zero)
+
+
+class QuantLinear(nn.Module):
+    """y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
+
+    Saved buffers: `packed` [N, packed_width(K, bits)] uint8, `weight_scale`, `weight_zero` [N, G], `offsets` [G + 1]
+    int32, `bias` [N]; with 16-bit weights `weight` [N, K] replaces the first three. The working copy that a backend
+    multiplies with (`LinearOperands`) is built on first use, is not part of the model, and `release` drops it.
+
+    Args:
+        weight: QuantizedWeight, or a float [N, K] tensor for unquantised weights.
+        offsets: [G + 1] int64, clusters of the input channels (needed with a float weight).
+    """
+
+    def __init__(self, weight: QuantizedWeight | Tensor, bias: Tensor | None, quantizer: ActivationQuantizer | None,
+                 *, offsets: Tensor | None = None) -> None:
+        super().__init__()
+        if isinstance(weight, QuantizedWeight):
+            self.out_features, self.in_features = weight.codes.shape
+            self.bits, offsets = weight.bits, weight.offsets
+            self.register_buffer("packed", pack(weight.codes, weight.bits))
+            self.register_buffer("weight_scale", weight.scale.contiguous())
+            self.register_buffer("weight_zero", weight.zero_point.contiguous())
+        else:
+            self.out_features, self.in_features = weight.shape
+            self.bits = 16
+            offsets = torch.tensor([0, self.in_features]) if offsets is None else offsets
+            self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("offsets", offsets.to(torch.int32))
+        self.register_buffer("bias", bias)
+        self.quantizer = quantizer
+        self._operands: LinearOperands | None = None
+        self.set_backend(Backend.AUTO)
+
+    @classmethod
+    def empty(cls, *, out_features: int, in_features: int, bits: int, clusters: int, bias: bool, scale_dtype: torch.dtype,
+              zero_dtype: torch.dtype, quantizer: ActivationQuantizer | None) -> QuantLinear:
+        """A layer of the right shapes whose buffers are loaded later; call `refresh` after that."""
+        offsets = torch.arange(clusters + 1)
+        offsets[-1] = in_features
+        b = torch.zeros(out_features) if bias else None
+        if bits >= 16:
+            return cls(torch.zeros(out_features, in_features), b, quantizer, offsets=offsets)
+        weight = QuantizedWeight(torch.zeros(out_features, 1, dtype=torch.uint8).expand(-1, in_features),
+                                 torch.ones(out_features, clusters, dtype=scale_dtype),
+                                 torch.zeros(out_features, clusters, dtype=zero_dtype), offsets, bits)
+        return cls(weight, b, quantizer)
+
+    def refresh(self) -> None:
+        """Re-derive everything that depends on loaded buffers."""
+        if self.quantizer is not None:
+            self.quantizer.refresh()
+        self.set_backend(Backend.AUTO)
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose the implementation; drops the working copy.
+
+        Raises: BackendError if `backend` is asked for by name and cannot run this layer.
+        """
+        activation_bits = self.quantizer.bits if self.quantizer is not None and self.bits < 16 else 16
+        self._segments = tuple(self.offsets.tolist())
+        try:
+            self.choice: Choice = select_linear_backend(backend, activation_bits=activation_bits, offsets=self._segments,
+                                                        device=self.offsets.device.type)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        self._operands = None
+
+    def release(self) -> None:
+        """Drop the working copy."""
+        self._operands = None
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of the working copy at this moment."""
+        return self._operands.nbytes if self._operands is not None else 0
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, scales and zero points included."""
+        if self.bits >= 16:
+            return float(self.weight.element_size() * 8)
+        stored = sum(t.numel() * t.element_size() for t in (self.packed, self.weight_scale, self.weight_zero))
+        return stored * 8 / (self.out_features * self.in_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """Ŵ [N, K] float32, columns in cluster order."""
+        if self.bits >= 16:
+            return self.weight.to(torch.float32)
+        return self._quantized_weight().dequantize()
+
+    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32. Rows where `exempt` [...] is True keep a float input."""
+        if self._operands is None:
+            self._operands = self._build_operands()
+        if self._operands.backend is Backend.REFERENCE:
+            return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
+        y = int_linear(self.quantizer.codes(x).view(-1, self.in_features), self._operands).view(*x.shape[:-1], -1)
+        if exempt is not None:
+            rows = exempt.expand(x.shape[:-1])
+            y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
+        return y
+
+    def _quantized_weight(self) -> QuantizedWeight:
+        codes = unpack(self.packed, self.bits, self.in_features)
+        return QuantizedWeight(codes, self.weight_scale, self.weight_zero, self.offsets.to(torch.int64), self.bits)
+
+    def _build_operands(self) -> LinearOperands:
+        if self.choice.backend is Backend.REFERENCE:
+            return LinearOperands(Backend.REFERENCE, self._segments, self.bias, weight=self.dequantized_weight())
+        weight, quantizer = self._quantized_weight(), self.quantizer
+        half = 2 ** (self.bits - 1)
+        codes = (weight.codes.to(torch.int16) - half).to(torch.int8)
+        output_scale = (quantizer.scale * weight.scale.to(torch.float32)).t().contiguous()  # [G, N]
+        zero_rows = output_scale * weight.zero_point.to(torch.float32).t()
+        offset = weight.dequantize() * (quantizer.channel_scale * quantizer.channel_zero)  # [N, K]
+        bias = -offset.sum(dim=1, dtype=torch.float64).to(torch.float32)
+        bias = bias if self.bias is None else bias + self.bias
+        return LinearOperands(Backend.INT8, self._segments, bias, codes=codes, output_scale=output_scale, zero_rows=zero_rows)
+
+    def extra_repr(self) -> str:
+        """Shape, bits and backend for `print(model)`."""
+        return f"{self.in_features} → {self.out_features}, {self.bits} bits, {len(self._segments) - 1} clusters, {self.choice.backend}"
+
+
+def packed_bytes(out_features: int, in_features: int, bits: int) -> int:
+    """Bytes of a packed [N, K] weight without scales."""
+    return out_features * packed_width(in_features, bits)

@@ -1,0 +1,287 @@
+"""Folders that are either whole or absent, whatever interrupts the writer.
+
+`atomic_dir(target)` gives a stage beside the target. On success every file is flushed to disk, `manifest.json` (size
+and SHA-256 of each file) is written last, and the stage takes the target's place in one rename; where a folder is
+already there the two are exchanged in one system call (renameat2, Linux), so that a reader or a crash sees the old
+folder or the new one. On failure the stage is removed. A stage is locked while its writer lives (flock on the folder),
+so that the stages of dead writers can be told apart and swept.
+
+`verify(folder)` accepts only a folder with its full manifest. Source of the recipe: write, fsync, rename, fsync of the
+parent, as in SQLite's and LMDB's notes on atomic commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from core.errors import ArtifactError, InputError, ResourceError
+from core.folders import flush, glob_name, publish, recover, remove
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "quantscope-manifest"
+MAX_MANIFEST_BYTES = 8 * 2**20
+_CHUNK = 2**20
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk reports an error", errno.EFBIG: "a file would exceed the size limit",
+}
+_PLACE_REASONS = _DISK_REASONS | {
+    errno.EACCES: "no permission to write there", errno.EPERM: "no permission to write there",
+    errno.ENOTDIR: "a part of its path is a file", errno.EEXIST: "a part of its path is a file",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+
+
+def cache_root() -> Path:
+    """Folder of everything Quantscope may delete: `$QUANTSCOPE_CACHE`, else the XDG cache folder / `quantscope`.
+
+    Returns: an absolute path. It is not created here: writers create it.
+    """
+    chosen = os.environ.get("QUANTSCOPE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"  # the XDG rule: ignore a relative value
+    return base / "quantscope"
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as 64 lower-case hex digits. `on_bytes` is called with the count of bytes read so far."""
+    digest, done = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            done += len(block)
+            if on_bytes:
+                on_bytes(done)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a fresh stage folder; when the body ends well, the stage becomes `target` in one step.
+
+    Args:
+        target: folder to create or to replace. An existing folder is replaced only when it is empty or when its
+            manifest lists every file in it, so that nobody's own files are deleted.
+        replace: replace whatever is there; for folders inside the cache only.
+    Raises:
+        InputError E-PARAM-OUT: the target is a file, or a folder with files that are not Quantscope's.
+        ResourceError E-DISK: the disk is full, read-only or not writable. The target is then as it was.
+    """
+    target = Path(os.path.realpath(target))
+    with _disk_errors(target, _PLACE_REASONS):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        _check_replaceable(target, replace)
+        stage, lock = _new_stage(target)
+    try:
+        try:
+            with disk_errors(target):
+                yield stage
+            with _disk_errors(target, _PLACE_REASONS):
+                _seal(stage)
+                publish(stage, target)
+        finally:  # after a publication this is the folder that was replaced, if any
+            remove(stage)
+    finally:
+        os.close(lock)
+
+
+def verify(folder: Path | str, checksums: bool = False) -> None:
+    """Check that `folder` is complete: manifest present, every listed file there with its size.
+
+    Args:
+        folder: a folder written by `atomic_dir`. Files that the manifest does not list are ignored.
+        checksums: also compare each SHA-256 (reads everything: about 1 s per GB).
+    Raises: ArtifactError E-CKPT-BAD naming the first file that is missing or differs.
+    """
+    folder = Path(folder)
+    recover(folder)
+    for name, record in read_manifest(folder).items():
+        path = folder / name
+        try:
+            info = os.lstat(path)
+        except OSError:
+            raise ArtifactError(f"{name} is missing from {folder.name!r}. Create the folder again.") from None
+        if not stat.S_ISREG(info.st_mode) or info.st_size != record["size"]:
+            raise ArtifactError(f"{name} has {info.st_size:,} of {record['size']:,} bytes: {folder.name!r} is damaged. "
+                                "Create the folder again.")
+        if checksums and file_sha256(path) != record["sha256"]:
+            raise ArtifactError(f"The checksum of {name} differs: {folder.name!r} is damaged. Create the folder again.")
+
+
+def read_manifest(folder: Path | str) -> dict[str, dict]:
+    """File name → {"size": bytes, "sha256": hex} of a folder written by `atomic_dir`.
+
+    Raises: ArtifactError E-CKPT-BAD when it is missing, not ours, or names a file outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        if os.path.getsize(path) > MAX_MANIFEST_BYTES:
+            raise ValueError("too large")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != MANIFEST_FORMAT or document["version"] != 1:
+            raise ValueError("another format")
+        files = dict(document["files"])
+        if not all(_is_inside(name) and type(record["size"]) is int and isinstance(record["sha256"], str)
+                   for name, record in files.items()):
+            raise ValueError("bad entry")
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder.name!r} has no {MANIFEST}: it is incomplete, or Quantscope did not write it. "
+                            "Create the folder again.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ArtifactError(f"{MANIFEST} in {folder.name!r} cannot be read. Create the folder again.") from None
+    return files
+
+
+@contextlib.contextmanager
+def file_lock(path: Path | str, *, timeout: float = 600.0) -> Iterator[None]:
+    """Hold the lock file `path` (created when missing, never removed): one holder at a time, threads included.
+
+    Args: timeout: seconds to wait for another holder.
+    Raises: ResourceError E-TIME naming the holder's process id; E-DISK when the lock cannot be created.
+    """
+    path = Path(path)
+    with _disk_errors(path, _PLACE_REASONS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(handle, unsupported=True):
+            if time.monotonic() >= deadline:
+                holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise ResourceError(f"In use by process {holder} for more than {timeout:.0f} s. "
+                                    "Wait for it to finish, or stop it.", code="E-TIME")
+            time.sleep(0.05)
+        with disk_errors(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        yield
+    finally:
+        os.close(handle)  # closing releases the lock
+
+
+def disk_errors(target: Path) -> contextlib.AbstractContextManager[None]:
+    """A context in which a full, read-only or failing disk becomes ResourceError E-DISK naming `target`."""
+    return _disk_errors(target, _DISK_REASONS)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path, reasons: dict[int, str]) -> Iterator[None]:
+    """Turn an OSError with one of `reasons` (by errno) into ResourceError E-DISK; everything else passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise _disk_error(target, reasons[error.errno]) from error
+    except Exception as error:
+        if "os error 28" not in str(error):  # how Rust libraries (safetensors) say ENOSPC
+            raise
+        raise _disk_error(target, _DISK_REASONS[errno.ENOSPC]) from error
+
+
+def _disk_error(target: Path, reason: str) -> ResourceError:
+    return ResourceError(f"Cannot write {target.name[:60]!r}: {reason}. Free some space, or choose another folder "
+                         "(QUANTSCOPE_CACHE moves the cache).", code="E-DISK")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a manifest's file name stays inside its folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name and name != MANIFEST
+
+
+def _check_replaceable(target: Path, replace: bool) -> None:
+    """Refuse to replace anything that Quantscope did not write in full."""
+    if replace or not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise InputError(f"{target.name!r} is a file: give the name of a folder.", code="E-PARAM-OUT")
+    try:
+        ours = set(read_manifest(target)) | {MANIFEST}
+        present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    except ArtifactError:
+        ours, present = set(), {path.name for path in target.iterdir()}
+    if foreign := sorted(present - ours):
+        raise InputError(f"The folder {target.name!r} holds files that Quantscope did not write ({foreign[0]}): "
+                         "choose a new or empty folder.", code="E-PARAM-OUT")
+
+
+def _new_stage(target: Path) -> tuple[Path, int]:
+    """Make and lock `<target>.part-<random>`, sweeping dead ones first. Returns its path and the lock's descriptor."""
+    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _try_lock(parent, wait=True)  # so that no sweep sees a stage between its creation and its lock
+        for leftover in target.parent.glob(f"{glob_name(target)}.part-*"):
+            _sweep(leftover)
+        if target.exists():  # then a replacement in two steps has ended, perhaps before its last deletion
+            for replaced in target.parent.glob(f"{glob_name(target)}.old-*"):
+                remove(replaced)
+        stage = target.parent / f"{target.name}.part-{secrets.token_hex(6)}"
+        os.mkdir(stage)
+        lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _try_lock(lock)
+        return stage, lock
+    finally:
+        os.close(parent)
+
+
+def _sweep(leftover: Path) -> None:
+    """Remove a stage whose writer is dead, that is, one that nobody has locked."""
+    try:
+        handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        if _try_lock(handle):
+            logger.info("removing the unfinished folder %s", leftover.name)
+            remove(leftover)
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int, *, wait: bool = False, unsupported: bool = False) -> bool:
+    """Lock an open file or folder. False when another holder has it; `unsupported` where locks do not exist."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("this file system has no locks (%s)", error.strerror)
+        return unsupported
+    return True
+
+
+def _seal(stage: Path) -> None:
+    """Flush every file and folder of the stage, then write the manifest and flush that."""
+    mode = stat.S_IMODE(stage.stat().st_mode) & 0o666  # the umask's choice; safetensors writes 0600
+    files = {}
+    for path in sorted(stage.rglob("*")):
+        if path.is_symlink() or path == stage / MANIFEST:
+            raise ValueError(f"{path.name} is a link or has the manifest's name: neither can be saved")
+        if path.is_dir():
+            flush(path)
+            continue
+        os.chmod(path, mode)
+        flush(path)
+        files[path.relative_to(stage).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    document = {"format": MANIFEST_FORMAT, "version": 1, "files": files}
+    (stage / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    flush(stage / MANIFEST)
+    flush(stage)

@@ -1,0 +1,110 @@
+"""Low-bit linear layer with one scale per input cluster: y = x̂ Ŵᵀ + b.
+
+    x̂[m, k] = sx[c] (qx[m, k] - zx[c])          Ŵ[n, k] = sw[n, c] (qw[n, k] - zw[n, c])          c = cluster of column k
+
+Clusters are contiguous runs of columns given by `offsets` [G + 1]. Activation scales are static, so their zero points
+fold into a bias computed once, and only Σ qx per cluster is left for the weights' zero points:
+
+    y[m, n] = Σ_c sx[c] sw[n, c] ( Σ_k qx qw  -  zw[n, c] Σ_k qx )  +  b'[n]
+    b'[n]   = b[n] - Σ_c sx[c] zx[c] Σ_k Ŵ[n, k]                                       (docs/rptq.md, integer identity)
+
+Two implementations with one signature. REFERENCE forms x̂ and Ŵ in float32 and multiplies; INT8 multiplies codes with
+`torch._int_mm` (exact int32) cluster by cluster and applies the scales in the epilogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend, Choice
+
+MIN_COLUMNS_PER_SEGMENT = 128
+"""INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
+dequantised weights is faster (benchmarks: `python -m benchmarks linear`)."""
+
+
+@dataclass(frozen=True)
+class LinearOperands:
+    """What one backend needs of a quantised linear layer, precomputed from its packed tensors.
+
+    REFERENCE fills `weight` [N, K] float32 = Ŵ. INT8 fills `codes` [N, K] int8 (codes minus 2**(bits-1)),
+    `output_scale` [G, N] = sx sw, `zero_rows` [G, N] = sx sw zw, and `bias` = b'.
+    """
+
+    backend: Backend
+    offsets: tuple[int, ...]
+    bias: Tensor | None
+    weight: Tensor | None = None
+    codes: Tensor | None = None
+    output_scale: Tensor | None = None
+    zero_rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the working copy (not part of the packed model)."""
+        tensors = (self.weight, self.codes, self.output_scale, self.zero_rows)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def select_linear_backend(requested: Backend, *, activation_bits: int, offsets: tuple[int, ...], device: str) -> Choice:
+    """Choose the implementation of one layer.
+
+    Args:
+        requested: AUTO or an explicit backend.
+        activation_bits: 2 to 8, or 16 when the input stays in floating point.
+        offsets: cluster boundaries of the input channels, [G + 1].
+        device: torch device type.
+    Raises: ValueError if INT8 is requested where it cannot run, saying why.
+    """
+    clusters, width = len(offsets) - 1, offsets[-1]
+    columns = width // clusters
+    if requested is Backend.INT8:
+        if activation_bits > 8:
+            raise ValueError("int8 needs activations of 8 bits or fewer; this layer keeps 16: use reference")
+        if device != "cpu":
+            raise ValueError(f"int8 runs on cpu, not on {device}: use reference")
+        return Choice(Backend.INT8, "asked for")
+    if requested is Backend.REFERENCE:
+        return Choice(Backend.REFERENCE, "asked for")
+    if activation_bits > 8:
+        return Choice(Backend.REFERENCE, "activations stay in float, so the product does too")
+    if device != "cpu":
+        return Choice(Backend.REFERENCE, f"no integer path on {device} yet")
+    if columns < MIN_COLUMNS_PER_SEGMENT:
+        return Choice(Backend.REFERENCE, f"{clusters} clusters of about {columns} columns: separate integer products "
+                                         "would be slower than one float32 product")
+    return Choice(Backend.INT8, f"{clusters} cluster{'s' if clusters > 1 else ''} of about {columns} columns fill torch._int_mm")
+
+
+def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    """Apply the layer.
+
+    Args:
+        x: REFERENCE: [M, K] float32, already x̂. INT8: [M, K] int8 codes qx.
+        operands: of the backend that x was prepared for.
+    Returns: [M, N] float32.
+    """
+    if operands.backend is Backend.REFERENCE:
+        return torch.nn.functional.linear(x, operands.weight, operands.bias)
+    return _int8_linear(x, operands)
+
+
+def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    offsets, codes = operands.offsets, operands.codes
+    y = None
+    for c, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [M, N] int32, exact
+        part = part.to(torch.float32).mul_(operands.output_scale[c])
+        y = part if y is None else y.add_(part)
+    sums = _segment_sums(x, offsets)  # [M, G]
+    y.addmm_(sums, operands.zero_rows, alpha=-1.0)
+    return y if operands.bias is None else y.add_(operands.bias)
+
+
+def _segment_sums(x: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """Σ_k qx over each cluster: [M, K] int8 -> [M, G] float32 (exact: |sum| < 2**24 for K < 2**17)."""
+    sums = [x[:, start:stop].sum(dim=1, dtype=torch.int32) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return torch.stack(sums, dim=1).to(torch.float32)

@@ -1,0 +1,52 @@
+"""The affine code of a number, the only place that writes this formula.
+
+    q = clamp(round(x / scale) + zero_point, qmin, qmax)          x ≈ scale * (q - zero_point)
+
+Rounding is half to even. Source: RPTQ (arXiv:2304.01089), official quantiser; the field's affine quantisation.
+`fake_quantize` clamps round(x / scale) to [qmin - zero_point, qmax - zero_point], the same numbers in exact
+arithmetic with two passes fewer: in float32 both agree while |x / scale| and |zero_point| stay below 2**24.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Codes of `x`.
+
+    Args:
+        x: [..., C] floating.
+        scale, zero_point: broadcastable to x; scale > 0, zero_point integral.
+        qmin, qmax: limits of the code, within int16.
+    Returns: [..., C] int8 if the limits fit, else uint8 if they fit, else int16.
+    """
+    lower, upper = qmin - zero_point, qmax - zero_point
+    codes = torch.clamp((x / scale).round_(), lower, upper).add_(zero_point)
+    return codes.to(_code_dtype(qmin, qmax))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """scale * (codes - zero_point), in scale's dtype."""
+    return (codes.to(scale.dtype) - zero_point).mul_(scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """dequantize(quantize(x)) without forming codes.
+
+    Args:
+        x: [..., C] float32.
+        scale: broadcastable to x, > 0.
+        lower, upper: qmin - zero_point and qmax - zero_point, broadcastable, float32.
+    Returns: a new tensor like x.
+    """
+    return torch.clamp((x / scale).round_(), lower, upper).mul_(scale)
+
+
+def _code_dtype(qmin: int, qmax: int) -> torch.dtype:
+    if qmin >= -128 and qmax <= 127:
+        return torch.int8
+    if qmin >= 0 and qmax <= 255:
+        return torch.uint8
+    return torch.int16
