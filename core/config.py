@@ -83,8 +83,13 @@ class Clusters:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            require_int(f"clusters of {entry.name}", getattr(self, entry.name), 1, PER_CHANNEL,
-                        f"use 1 to {PER_CHANNEL}; a count above the width means one per channel")
+            require_int(
+                f"clusters of {entry.name}",
+                getattr(self, entry.name),
+                1,
+                PER_CHANNEL,
+                f"use 1 to {PER_CHANNEL}; a count above the width means one per channel",
+            )
 
     @classmethod
     def uniform(cls, count: int) -> Clusters:
@@ -110,13 +115,16 @@ class Clusters:
         for part in text.split(","):
             key, _, value = (p.strip() for p in part.partition("="))
             if key not in REORDERS or not (value.isascii() and value.isdigit() and len(value) < 7):
-                raise InputError(f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32.",
-                                 code="E-PARAM-CLUSTERS")
+                raise InputError(
+                    f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32.",
+                    code="E-PARAM-CLUSTERS",
+                )
             chosen[key] = int(value)
         return cls(**chosen)
 
     def describe(self) -> str:
         """Short text: "g=32/4" or the five numbers."""
+
         def name(count: int) -> str:
             return "channel" if count >= PER_CHANNEL else str(count)
 
@@ -135,8 +143,13 @@ class Calibration:
 
     def __post_init__(self) -> None:
         require_int("calibration window", self.window, 8, 8192, "use 8 to 8192 tokens")
-        require_int("calibration tokens", self.tokens, self.window, 1_048_576,
-                    f"use at least one window ({self.window}) and at most 1048576")
+        require_int(
+            "calibration tokens",
+            self.tokens,
+            self.window,
+            1_048_576,
+            f"use at least one window ({self.window}) and at most 1048576",
+        )
 
 
 @dataclass(frozen=True)
@@ -170,8 +183,9 @@ class QuantRecipe:
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
         require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647")
         if (self.scheme == "custom") != (self.bits is not None):
-            raise InputError("Own bits go with scheme custom, and scheme custom needs bits: give both or neither.",
-                             code="E-PARAM-BITS")
+            raise InputError(
+                "Own bits go with scheme custom, and scheme custom needs bits: give both or neither.", code="E-PARAM-BITS"
+            )
 
     @property
     def tensor_bits(self) -> Bits:
@@ -205,7 +219,7 @@ class QuantRecipe:
         if "calibration" in data:
             data["calibration"] = Calibration(**_require_keys("calibration", data["calibration"], Calibration))
         if "model" not in data:
-            raise InputError("The recipe names no model: add \"model\".", code="E-PARAM-MODEL")
+            raise InputError('The recipe names no model: add "model".', code="E-PARAM-MODEL")
         return cls(**data)
 
     @classmethod
@@ -214,25 +228,37 @@ class QuantRecipe:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError("The recipe is not valid JSON: export one from the page or the CLI and edit that.",
-                             code="E-PARAM-RECIPE") from error
+            raise InputError(
+                "The recipe is not valid JSON: export one from the page or the CLI and edit that.", code="E-PARAM-RECIPE"
+            ) from error
         return cls.from_dict(data)
 
     def to_query(self) -> str:
         """The recipe as a URL query string; pasted text is left out (it is private and long)."""
         calibration = self.calibration.text if not self.calibration.text.startswith("text:") else "sotu"
-        pairs = {"model": self.model, "revision": self.revision or "", "method": self.method, "scheme": self.scheme,
-                 "clusters": ",".join(f"{r}={getattr(self.clusters, r)}" for r in REORDERS), "weights": self.weights,
-                 "variant": self.variant, "calibration": calibration, "tokens": self.calibration.tokens,
-                 "window": self.calibration.window, "seed": self.seed,
-                 "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else ""}
+        pairs = {
+            "model": self.model,
+            "revision": self.revision or "",
+            "method": self.method,
+            "scheme": self.scheme,
+            "clusters": ",".join(f"{r}={getattr(self.clusters, r)}" for r in REORDERS),
+            "weights": self.weights,
+            "variant": self.variant,
+            "calibration": calibration,
+            "tokens": self.calibration.tokens,
+            "window": self.calibration.window,
+            "seed": self.seed,
+            "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
+        }
         return urlencode({k: v for k, v in pairs.items() if v != ""})
 
     @classmethod
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
         """Inverse of `to_query`; missing keys keep the values of `default`, unknown keys are ignored."""
         given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
-        changes: dict[str, Any] = {k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant") if k in given}
+        changes: dict[str, Any] = {
+            k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant") if k in given
+        }
         if "clusters" in given:
             changes["clusters"] = Clusters.parse(given["clusters"])
         if "bits" in given:
@@ -240,9 +266,11 @@ class QuantRecipe:
         if "seed" in given:
             changes["seed"] = parse_int("seed", given["seed"])
         cal = default.calibration
-        changes["calibration"] = Calibration(given.get("calibration", cal.text),
-                                             parse_int("calibration tokens", given.get("tokens", str(cal.tokens))),
-                                             parse_int("calibration window", given.get("window", str(cal.window))))
+        changes["calibration"] = Calibration(
+            given.get("calibration", cal.text),
+            parse_int("calibration tokens", given.get("tokens", str(cal.tokens))),
+            parse_int("calibration window", given.get("window", str(cal.window))),
+        )
         return replace(default, **changes)
 
     def describe_bits(self) -> str:
@@ -279,8 +307,10 @@ def parse_bits(text: str) -> Bits:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, value = part.partition("=")
         if key.strip() not in names:
-            raise InputError(f"Bits {part[:40]!r} is not understood: write name=bits with names {', '.join(sorted(names))}.",
-                             code="E-PARAM-BITS")
+            raise InputError(
+                f"Bits {part[:40]!r} is not understood: write name=bits with names {', '.join(sorted(names))}.",
+                code="E-PARAM-BITS",
+            )
         chosen[key.strip()] = parse_int(f"bits of {key.strip()}", value)
     return Bits(**chosen)
 
@@ -291,5 +321,7 @@ def _require_keys(what: str, data: object, kind: type) -> dict[str, Any]:
         raise InputError(f"{what} is not a JSON object: give its fields by name.", code=param_code(what))
     unknown = sorted(set(data) - names)
     if unknown:
-        raise InputError(f"{what} has an unknown field {unknown[0][:40]!r}: known are {', '.join(sorted(names))}.", code=param_code(what))
+        raise InputError(
+            f"{what} has an unknown field {unknown[0][:40]!r}: known are {', '.join(sorted(names))}.", code=param_code(what)
+        )
     return data

@@ -87,5 +87,7 @@ class Cancelled(QuantscopeError):
 
     code = "E-CANCEL"
 
-    def __init__(self, message: str = "Stopped. Nothing was kept; earlier results are still there.", *, code: str | None = None) -> None:
+    def __init__(
+        self, message: str = "Stopped. Nothing was kept; earlier results are still there.", *, code: str | None = None
+    ) -> None:
         super().__init__(message, code=code)

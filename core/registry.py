@@ -31,8 +31,10 @@ class Registry(Generic[T]):
             return self._entries[name]
         close = difflib.get_close_matches(str(name), self._entries, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"Unknown {self.kind} {str(name)[:60]!r}: use one of {', '.join(self._entries)}.{hint}",
-                         code=f"E-PARAM-{self.kind.upper().replace(' ', '-')}")
+        raise InputError(
+            f"Unknown {self.kind} {str(name)[:60]!r}: use one of {', '.join(self._entries)}.{hint}",
+            code=f"E-PARAM-{self.kind.upper().replace(' ', '-')}",
+        )
 
     def names(self) -> list[str]:
         """Registered names in registration order."""

@@ -74,8 +74,10 @@ def select_linear_backend(requested: Backend, *, activation_bits: int, offsets: 
     if device != "cpu":
         return Choice(Backend.REFERENCE, f"no integer path on {device} yet")
     if columns < MIN_COLUMNS_PER_SEGMENT:
-        return Choice(Backend.REFERENCE, f"{clusters} clusters of about {columns} columns: separate integer products "
-                                         "would be slower than one float32 product")
+        return Choice(
+            Backend.REFERENCE,
+            f"{clusters} clusters of about {columns} columns: separate integer products would be slower than one float32 product",
+        )
     return Choice(Backend.INT8, f"{clusters} cluster{'s' if clusters > 1 else ''} of about {columns} columns fill torch._int_mm")
 
 

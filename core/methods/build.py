@@ -29,7 +29,9 @@ def site_order(plan: LayerPlan, site: str, groups: int) -> Tensor | None:
     return query_channels(order, groups) if order is not None and name == "R3" else order
 
 
-def build_block(block: DecoderBlock, plan: LayerPlan, *, hessians: dict[str, Tensor] | None, grid: Grid) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+def build_block(
+    block: DecoderBlock, plan: LayerPlan, *, hessians: dict[str, Tensor] | None, grid: Grid
+) -> tuple[DecoderBlock, dict[str, WeightNote]]:
     """The quantised block of `plan`.
 
     Args:
@@ -58,13 +60,15 @@ def quantizer(site: SitePlan) -> ActivationQuantizer | None:
     return None if site.params is None else ActivationQuantizer(site.bits, site.params, site.offsets)
 
 
-def _quantized_linear(linear: torch.nn.Linear, site: SitePlan, hessian: Tensor | None, bits: int, grid: Grid) -> tuple[QuantLinear, WeightNote]:
+def _quantized_linear(
+    linear: torch.nn.Linear, site: SitePlan, hessian: Tensor | None, bits: int, grid: Grid
+) -> tuple[QuantLinear, WeightNote]:
     weight = linear.weight.detach().to(torch.float32)
     bias = None if linear.bias is None else linear.bias.detach()
     if bits >= FLOAT_BITS:
-        layer = QuantLinear(weight, bias, quantizer(site), offsets=site.offsets)
+        layer = QuantLinear.from_weight(weight, bias, quantizer(site), offsets=site.offsets)
         return layer, WeightNote(16, "float", float("inf"), None, layer.effective_bits)
     result = quantize_weight(weight, hessian, site.offsets, bits=bits, grid=grid)
-    layer = QuantLinear(result.weight, bias, quantizer(site))
+    layer = QuantLinear.from_weight(result.weight, bias, quantizer(site))
     note = WeightNote(bits, result.method, sqnr_db(weight, result.weight.dequantize()), result.fallback, layer.effective_bits)
     return layer, note

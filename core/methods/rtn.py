@@ -21,14 +21,21 @@ RULES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 class RoundToNearest:
     """Exact min/max of the calibration text, no order, no clusters; weights by `recipe.weights`."""
 
+    def sink_tokens(self, recipe: QuantRecipe) -> int:
+        """None: the baseline treats every token alike."""
+        return 0
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """One grid per site."""
         bits = recipe.tensor_bits
-        sites = {site: plan_site(stats.ranges[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES}
+        sites = {
+            site: plan_site(stats.ranges[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES
+        }
         return LayerPlan({}, sites, bits.softmax, bits.weights, sink_tokens=0)
 
-    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
-                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+    def apply_layer(
+        self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
+    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """Quantise weights per row, attach quantisers."""
         hessians = stats.hessians if recipe.weights == "gptq" else None
         return build_block(block, plan, hessians=hessians, grid=RULES.grid)

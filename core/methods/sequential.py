@@ -53,8 +53,16 @@ class Stopwatch:
 
 
 @torch.inference_mode()
-def quantize_layers(model: PreTrainedModel, adapter: ModelAdapter, method: Method, recipe: QuantRecipe, windows: Tensor, *,
-                    sink_tokens: int = 0, progress: Progress = silent) -> tuple[PreTrainedModel, list[LayerOutcome], dict[str, float]]:
+def quantize_layers(
+    model: PreTrainedModel,
+    adapter: ModelAdapter,
+    method: Method,
+    recipe: QuantRecipe,
+    windows: Tensor,
+    *,
+    sink_tokens: int = 0,
+    progress: Progress = silent,
+) -> tuple[PreTrainedModel, list[LayerOutcome], dict[str, float]]:
     """Quantise every decoder layer of a float model.
 
     Args:
@@ -72,7 +80,9 @@ def quantize_layers(model: PreTrainedModel, adapter: ModelAdapter, method: Metho
         title = f"Layer {index + 1} of {len(layers)}"
         progress(f"{title}: observing", index / len(layers))
         block = DecoderBlock.from_layer(layer, adapter, spec, index)
-        recorder = Recorder(index, len(windows), hessians_wanted=recipe.weights == "gptq", skip_first=sink_tokens, seed=recipe.seed)
+        recorder = Recorder(
+            index, len(windows), hessians_wanted=recipe.weights == "gptq", skip_first=sink_tokens, seed=recipe.seed
+        )
         outputs = [_run(block, h, item, index, recorder, title, progress) for h, item in zip(hidden, inputs, strict=True)]
         stats = LayerStatistics(recorder.ranges(), recorder.hessians, _importance(block))
         watch.lap("observe")
@@ -94,8 +104,9 @@ def quantize_layers(model: PreTrainedModel, adapter: ModelAdapter, method: Metho
     return with_layers(model, adapter, blocks), outcomes, watch.seconds
 
 
-def _run(block: DecoderBlock, hidden: Tensor, item: BlockInputs, index: int, recorder: Recorder | None, title: str,
-         progress: Progress) -> Tensor:
+def _run(
+    block: DecoderBlock, hidden: Tensor, item: BlockInputs, index: int, recorder: Recorder | None, title: str, progress: Progress
+) -> Tensor:
     progress(f"{title}: {'observing' if recorder else 'quantised pass'}", None)
     return block(hidden, **item.kwargs[index], observe=recorder)
 

@@ -52,8 +52,15 @@ class BlockSpec:
     def width(self, site: str) -> int:
         """Channels of a site."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"attn_in": self.hidden, "mlp_in": self.hidden, "q": query, "o_in": query, "k": key, "v": key,
-                "down_in": self.ffn}[site]
+        return {
+            "attn_in": self.hidden,
+            "mlp_in": self.hidden,
+            "q": query,
+            "o_in": query,
+            "k": key,
+            "v": key,
+            "down_in": self.ffn,
+        }[site]
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,9 @@ def adapter_for(config: PretrainedConfig) -> ModelAdapter:
             if problem:
                 raise ModelError(problem, code="E-MODEL-ARCH")
             return adapter
-    raise ModelError(f"Architecture {str(kind)[:40]!r} has no adapter: use one of {', '.join(supported_model_types())}.",
-                     code="E-MODEL-ARCH")
+    raise ModelError(
+        f"Architecture {str(kind)[:40]!r} has no adapter: use one of {', '.join(supported_model_types())}.", code="E-MODEL-ARCH"
+    )
 
 
 def supported_model_types() -> list[str]:

@@ -22,7 +22,6 @@ from core.models.adapter import BlockSpec, ModelAdapter
 from core.quant.activation import ActivationQuantizer
 from core.quant.attention import attend
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from core.quant.linear import QuantLinear
 
 Observer = Callable[[str, Tensor], None]
 
@@ -112,8 +111,12 @@ class DecoderBlock(nn.Module):
             source = layer.get_submodule(path)
             bias = getattr(source, "bias", None)
             weight = source.weight
-            return ReorderNorm(spec.norm, None if weight is None else weight.detach().clone(),
-                               None if bias is None else bias.detach().clone(), spec.eps)
+            return ReorderNorm(
+                spec.norm,
+                None if weight is None else weight.detach().clone(),
+                None if bias is None else bias.detach().clone(),
+                spec.eps,
+            )
 
         block.norm1, block.norm2 = norm(adapter.norm1), norm(adapter.norm2)
         block.qkv, block.o = linear(adapter.q, adapter.k, adapter.v), linear(adapter.o)
@@ -127,9 +130,16 @@ class DecoderBlock(nn.Module):
         """The four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
         return {"qkv": self.qkv, "o": self.o, "up": self.up, "down": self.down}
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values: Cache | None = None, position_embeddings: tuple[Tensor, Tensor] | None = None,
-                observe: Observer | None = None, **_: object) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        observe: Observer | None = None,
+        **_: object,
+    ) -> Tensor:
         """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal)."""
         exempt = self._exempt(hidden_states, position_ids, past_key_values)
         n1 = self.norm1(hidden_states)
@@ -158,8 +168,9 @@ class DecoderBlock(nn.Module):
         mask = position_ids < self.sink_tokens
         return mask if bool(mask.any()) else None
 
-    def _project(self, n1: Tensor, exempt: Tensor | None, rotary: tuple[Tensor, Tensor] | None,
-                 observe: Observer | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, n1: Tensor, exempt: Tensor | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
         heads = self.qkv(n1, exempt).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim)).transpose(1, 2)

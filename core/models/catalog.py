@@ -123,6 +123,8 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     """Take `@revision` off a Hub id or a catalogue name."""
     base, separator, stated = name.rpartition("@")
     if separator and (hub.REPO_ID.fullmatch(base) or base == DEFAULT_MODEL):
+        if not stated:
+            raise ModelError("The revision after @ is missing: leave the @ out, or name one.", code="E-MODEL-NAME")
         if revision not in (None, "", stated):
             raise ModelError(f"Two revisions are given, {stated[:40]!r} and {revision[:40]!r}: give one.",
                              code="E-MODEL-NAME")

@@ -87,8 +87,12 @@ def model_info(repo: str, revision: str | None, *, timeout_s: float) -> Any:
     if is_offline():
         raise _offline("HF_HUB_OFFLINE is set")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=False)
-    info = _translate(repo, lambda: in_background(
-        lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s), deadline_s=timeout_s))
+    try:
+        info = _translate(repo, lambda: in_background(
+            lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s),
+            deadline_s=timeout_s))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # it reads the answer trustingly
+        raise _offline("its answer is malformed") from error
     if info.gated or info.private or info.disabled:
         raise _gated(repo)
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
@@ -218,7 +222,7 @@ def _translate(repo: str, call: Callable[[], T]) -> T:
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:  # HTTPError covers 5xx, DNS and refused ones
         logger.info("the Hub failed: %s", type(error).__name__)
         raise _offline("no answer came") from error
-    except ValueError as error:  # an answer that is not what the library expects
+    except errors.FileMetadataError as error:
         raise _offline("its answer is malformed") from error
 
 

@@ -87,6 +87,7 @@ class _Walk:
         self.limit = min(len(data), MAX_HEADER_BYTES)
 
     def bad(self, reason: str) -> ModelError:
+        """The refusal E-MODEL-BAD with this reason."""
         return ModelError(f"{self.name} is not a usable GGUF file: {reason}. Download it again.", code="E-MODEL-BAD")
 
     def take(self, count: int) -> int:
@@ -101,9 +102,11 @@ class _Walk:
         return start
 
     def scalar(self, form: str) -> Any:
+        """The next number, in a struct format."""
         return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
 
     def text(self) -> bytes:
+        """The next string, at most MAX_STRING bytes."""
         length = self.scalar("<Q")
         if length > MAX_STRING:
             raise self.bad(f"a text of {length:,} bytes, at most {MAX_STRING:,} are read")
@@ -134,6 +137,7 @@ class _Walk:
         return values
 
     def value(self, kind: int) -> Any:
+        """The next value of a type number; an array is given as its length."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -143,6 +147,7 @@ class _Walk:
         raise self.bad(f"unknown value type {kind}")
 
     def array(self) -> int:
+        """Pass over the next array; returns its length."""
         kind, count = self.scalar("<I"), self.scalar("<Q")
         self.elements += count
         if count > MAX_ARRAY or self.elements > MAX_ELEMENTS:
@@ -168,6 +173,7 @@ class _Walk:
         self.position = position
 
     def tensor(self) -> _Tensor:
+        """The next tensor entry."""
         name = self.text().decode("utf-8", "replace")
         dimensions = self.scalar("<I")
         if not _NAME.fullmatch(name) or not 1 <= dimensions <= 4:

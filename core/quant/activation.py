@@ -14,6 +14,7 @@ class ActivationQuantizer(nn.Module):
     """Quantise [..., C] activations whose channels lie in cluster order.
 
     Buffers (saved): scale [G] float32, zero_point [G] int32, offsets [G + 1] int32. Per-channel copies are derived.
+    Raises ValueError if they do not fit each other.
 
     Args:
         bits: 2 to 8.
@@ -28,17 +29,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", params.scale.to(torch.float32).contiguous())
         self.register_buffer("zero_point", params.zero_point.to(torch.int32).contiguous())
         self.register_buffer("offsets", offsets.to(torch.int32).contiguous())
-        self.refresh()
-
-    @classmethod
-    def empty(cls, bits: int, clusters: int, width: int) -> ActivationQuantizer:
-        """A quantiser of the right shape whose numbers are loaded later; call `refresh` after that."""
-        offsets = torch.arange(clusters + 1)
-        offsets[-1] = width
-        return cls(bits, QParams(torch.ones(clusters), torch.zeros(clusters)), offsets)
-
-    def refresh(self) -> None:
-        """Derive the per-channel copies from the saved buffers."""
+        if self.offsets[0] != 0 or bool((self.offsets.diff() < 1).any()) or len(self.scale) != len(self.offsets) - 1:
+            raise ValueError("cluster offsets do not fit the scales")
         offsets, zero = self.offsets.to(torch.int64), self.zero_point.to(torch.float32)
         self.register_buffer("channel_scale", expand(self.scale, offsets), persistent=False)
         self.register_buffer("lower", expand(self.qmin - zero, offsets), persistent=False)

@@ -46,22 +46,26 @@ def code_limits(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid) -> QParams:
+def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zero_point: bool = True) -> QParams:
     """Scale and zero point for the range [low, high].
 
     Args:
         low, high: [...] floating, low <= high, in units of the tensor.
         bits: 2 to 8.
+        clip_zero_point: the OFFICIAL rule's ±1e4 limit. It never acts on the paper's weights; on weights above 1 in
+            clusters of one column it would destroy them, so weights are quantised without it (docs/log.md).
     Returns: QParams of the same shape.
     Raises: NumericError if a bound is NaN or infinite.
     """
     low, high = low.to(torch.float32), high.to(torch.float32)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise NumericError("A range to quantise holds NaN or infinity: check the model's weights and the calibration text.",
-                           code="E-NUM-NAN")
+        raise NumericError(
+            "A range to quantise holds NaN or infinity: check the model's weights and the calibration text.", code="E-NUM-NAN"
+        )
     if grid is Grid.OFFICIAL:
         scale = ((high - low) * 2.0**-bits).clamp_(1e-4, 1e4)
-        return QParams(scale, (-0.5 * (high + low) / scale).clamp_(-1e4, 1e4).round_())
+        zero = -0.5 * (high + low) / scale
+        return QParams(scale, (zero.clamp_(-1e4, 1e4) if clip_zero_point else zero).round_())
     qmin, qmax = code_limits(bits)
     scale = high / (qmax - qmin) - low / (qmax - qmin)
     largest = torch.maximum(low.abs(), high.abs())

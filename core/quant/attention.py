@@ -27,8 +27,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
         causal = mask is None and tokens > 1
         if causal and k.shape[2] != tokens:
             mask, causal = _causal(tokens, k.shape[2], q.device), False
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling,
-                                                      enable_gqa=k.shape[1] != heads)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=k.shape[1] != heads
+        )
     else:
         out = _quantized_softmax(q, k, v, mask, scaling, 2**softmax_bits - 1)
     return out.transpose(1, 2).reshape(batch, tokens, heads * dim)

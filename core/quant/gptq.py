@@ -72,8 +72,11 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
     Raises: NumericError if the weight holds NaN or infinity.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise NumericError(f"A weight of shape {tuple(weight.shape)} holds {int((~torch.isfinite(weight)).sum())} NaN or "
-                           "infinite values: the checkpoint is damaged, download it again.", code="E-NUM-NAN")
+        raise NumericError(
+            f"A weight of shape {tuple(weight.shape)} holds {int((~torch.isfinite(weight)).sum())} NaN or "
+            "infinite values: the checkpoint is damaged, download it again.",
+            code="E-NUM-NAN",
+        )
     if hessian is None:
         return round_to_nearest(weight, offsets, bits=bits, grid=grid)
     factor, problem = inverse_factor(hessian)
@@ -120,7 +123,7 @@ def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _G
     low, high = segment_min(weight, offsets), segment_max(weight, offsets)
     if grid is Grid.EXACT:  # zero is a code, so zero points fit the code's own width
         low, high = low.clamp_max(0), high.clamp_min(0)
-    params = choose_qparams(low, high, bits=bits, grid=grid)
+    params = choose_qparams(low, high, bits=bits, grid=grid, clip_zero_point=False)
     if grid is Grid.EXACT:
         params = round_scale(params, low, torch.float16, bits=bits)
     qmin, qmax = code_limits(bits)
@@ -159,9 +162,12 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
 def _finish(codes: Tensor, groups: _Groups, bits: int, grid: Grid) -> QuantizedWeight:
     """Signed float codes [N, K] -> stored types."""
     zero = groups.zero_point
-    small = bool(zero.min() >= -128) and bool(zero.max() <= 127)
+    largest = float(zero.abs().max())
+    stored = torch.int8 if largest <= 127 else torch.int16 if largest <= 32767 else torch.int32
     return QuantizedWeight(
         codes=(codes - groups.qmin).to(torch.uint8).contiguous(),
         scale=groups.scale.to(torch.float16 if grid is Grid.EXACT else torch.float32),
-        zero_point=zero.to(torch.int8 if small else torch.int16),
-        offsets=groups.offsets, bits=bits)
+        zero_point=zero.to(stored),
+        offsets=groups.offsets,
+        bits=bits,
+    )

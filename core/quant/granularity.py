@@ -1,8 +1,8 @@
 """How channels share a scale: runs of contiguous channels.
 
-    one run [0, C]            per tensor
-    G runs [0, 7, 12, …, C]   per cluster, after the reordering has made clusters contiguous
-    C runs                    per channel
+one run [0, C]            per tensor
+G runs [0, 7, 12, …, C]   per cluster, after the reordering has made clusters contiguous
+C runs                    per channel
 """
 
 from __future__ import annotations

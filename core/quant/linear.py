@@ -21,7 +21,7 @@ class QuantizedWeight:
     Attributes:
         codes: [N, K] uint8, 0 … 2**bits - 1.
         scale: [N, G] float16 or float32.
-        zero_point: [N, G] int8 or int16; Ŵ = scale * (codes - 2**(bits-1) - zero_point).
+        zero_point: [N, G] int8, int16 or int32; Ŵ = scale * (codes - 2**(bits-1) - zero_point).
         offsets: [G + 1] int64.
         bits: 2 to 8.
     """
@@ -47,60 +47,84 @@ class QuantLinear(nn.Module):
     multiplies with (`LinearOperands`) is built on first use, is not part of the model, and `release` drops it.
 
     Args:
-        weight: QuantizedWeight, or a float [N, K] tensor for unquantised weights.
-        offsets: [G + 1] int64, clusters of the input channels (needed with a float weight).
+        tensors: the saved buffers by name, without `bias`.
+        bits: 2 to 8, or 16 with a float weight.
+        in_features: K.
+    Raises: ValueError if shapes do not fit each other.
     """
 
-    def __init__(self, weight: QuantizedWeight | Tensor, bias: Tensor | None, quantizer: ActivationQuantizer | None,
-                 *, offsets: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        bits: int,
+        in_features: int,
+        bias: Tensor | None,
+        quantizer: ActivationQuantizer | None,
+    ) -> None:
         super().__init__()
-        if isinstance(weight, QuantizedWeight):
-            self.out_features, self.in_features = weight.codes.shape
-            self.bits, offsets = weight.bits, weight.offsets
-            self.register_buffer("packed", pack(weight.codes, weight.bits))
-            self.register_buffer("weight_scale", weight.scale.contiguous())
-            self.register_buffer("weight_zero", weight.zero_point.contiguous())
-        else:
-            self.out_features, self.in_features = weight.shape
-            self.bits = 16
-            offsets = torch.tensor([0, self.in_features]) if offsets is None else offsets
-            self.register_buffer("weight", weight.contiguous())
-        self.register_buffer("offsets", offsets.to(torch.int32))
+        self.bits, self.in_features = bits, in_features
+        self.out_features = tensors["weight" if bits >= 16 else "packed"].shape[0]
+        self._check(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.contiguous())
         self.register_buffer("bias", bias)
         self.quantizer = quantizer
         self._operands: LinearOperands | None = None
         self.set_backend(Backend.AUTO)
 
     @classmethod
-    def empty(cls, *, out_features: int, in_features: int, bits: int, clusters: int, bias: bool, scale_dtype: torch.dtype,
-              zero_dtype: torch.dtype, quantizer: ActivationQuantizer | None) -> QuantLinear:
-        """A layer of the right shapes whose buffers are loaded later; call `refresh` after that."""
-        offsets = torch.arange(clusters + 1)
-        offsets[-1] = in_features
-        b = torch.zeros(out_features) if bias else None
-        if bits >= 16:
-            return cls(torch.zeros(out_features, in_features), b, quantizer, offsets=offsets)
-        weight = QuantizedWeight(torch.zeros(out_features, 1, dtype=torch.uint8).expand(-1, in_features),
-                                 torch.ones(out_features, clusters, dtype=scale_dtype),
-                                 torch.zeros(out_features, clusters, dtype=zero_dtype), offsets, bits)
-        return cls(weight, b, quantizer)
+    def from_weight(
+        cls,
+        weight: QuantizedWeight | Tensor,
+        bias: Tensor | None,
+        quantizer: ActivationQuantizer | None,
+        *,
+        offsets: Tensor | None = None,
+    ) -> QuantLinear:
+        """Pack a quantised weight, or keep a float one [N, K] with the clusters `offsets` [G + 1] of its input."""
+        if isinstance(weight, QuantizedWeight):
+            tensors = {
+                "packed": pack(weight.codes, weight.bits),
+                "weight_scale": weight.scale,
+                "weight_zero": weight.zero_point,
+                "offsets": weight.offsets.to(torch.int32),
+            }
+            return cls(tensors, bits=weight.bits, in_features=weight.codes.shape[1], bias=bias, quantizer=quantizer)
+        offsets = torch.tensor([0, weight.shape[1]]) if offsets is None else offsets
+        return cls(
+            {"weight": weight, "offsets": offsets.to(torch.int32)},
+            bits=16,
+            in_features=weight.shape[1],
+            bias=bias,
+            quantizer=quantizer,
+        )
 
-    def refresh(self) -> None:
-        """Re-derive everything that depends on loaded buffers."""
-        if self.quantizer is not None:
-            self.quantizer.refresh()
-        self.set_backend(Backend.AUTO)
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        offsets, rows = tensors["offsets"].tolist(), self.out_features
+        if offsets[0] != 0 or offsets[-1] != self.in_features or any(a >= b for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise ValueError(f"cluster offsets do not cover 0 … {self.in_features}")
+        if self.bits >= 16:
+            fits = tensors["weight"].shape == (rows, self.in_features)
+        else:
+            fits = tensors["packed"].shape == (rows, packed_width(self.in_features, self.bits)) and tensors[
+                "weight_scale"
+            ].shape == tensors["weight_zero"].shape == (rows, len(offsets) - 1)
+        if not fits:
+            raise ValueError(f"the tensors of a {self.bits}-bit layer of {self.in_features} inputs do not fit each other")
 
     def set_backend(self, backend: Backend) -> None:
         """Choose the implementation; drops the working copy.
 
         Raises: BackendError if `backend` is asked for by name and cannot run this layer.
         """
+        self.requested = backend
         activation_bits = self.quantizer.bits if self.quantizer is not None and self.bits < 16 else 16
         self._segments = tuple(self.offsets.tolist())
         try:
-            self.choice: Choice = select_linear_backend(backend, activation_bits=activation_bits, offsets=self._segments,
-                                                        device=self.offsets.device.type)
+            self.choice: Choice = select_linear_backend(
+                backend, activation_bits=activation_bits, offsets=self._segments, device=self.offsets.device.type
+            )
         except ValueError as error:
             raise BackendError(str(error)) from error
         self._operands = None
@@ -160,8 +184,3 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape, bits and backend for `print(model)`."""
         return f"{self.in_features} → {self.out_features}, {self.bits} bits, {len(self._segments) - 1} clusters, {self.choice.backend}"
-
-
-def packed_bytes(out_features: int, in_features: int, bits: int) -> int:
-    """Bytes of a packed [N, K] weight without scales."""
-    return out_features * packed_width(in_features, bits)

@@ -64,7 +64,9 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     return 10 * math.log10(power / noise) if power > 0 else -math.inf
 
 
-def _search(rows: Tensor, low: Tensor, high: Tensor, offsets: Tensor, bits: int, grid: Grid, importance: Tensor | None) -> QParams:
+def _search(
+    rows: Tensor, low: Tensor, high: Tensor, offsets: Tensor, bits: int, grid: Grid, importance: Tensor | None
+) -> QParams:
     centre, half = (high + low) / 2, (high - low) / 2
     best_error = torch.full_like(low, math.inf)
     best = choose_qparams(low, high, bits=bits, grid=grid)

@@ -45,7 +45,9 @@ class ChannelClusters:
         return labels
 
 
-def cluster_channels(points: np.ndarray, count: int, *, block: int | None = None, n_init: int = 10, seed: int = 0) -> ChannelClusters:
+def cluster_channels(
+    points: np.ndarray, count: int, *, block: int | None = None, n_init: int = 10, seed: int = 0
+) -> ChannelClusters:
     """Cluster channels by their points, inside blocks of equal width.
 
     Args:

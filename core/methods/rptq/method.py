@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.calibration.ranges import ChannelRanges
 from core.config import FLOAT_BITS, QuantRecipe
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, SitePlan, WeightNote
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
 from core.methods.build import build_block
 from core.methods.rptq.activations import RangeRules, plan_site
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
@@ -45,10 +45,12 @@ class RPTQRules:
     sink_tokens: int
 
 
-OFFICIAL = RPTQRules(RangeRules(Grid.OFFICIAL, ema=True, clip_search=False), n_init=10, scaled_query=False,
-                     own_value_stats=False, sink_tokens=0)
-BETTER = RPTQRules(RangeRules(Grid.EXACT, ema=False, clip_search=True), n_init=2, scaled_query=True,
-                   own_value_stats=True, sink_tokens=1)
+OFFICIAL = RPTQRules(
+    RangeRules(Grid.OFFICIAL, ema=True, clip_search=False), n_init=10, scaled_query=False, own_value_stats=False, sink_tokens=0
+)
+BETTER = RPTQRules(
+    RangeRules(Grid.EXACT, ema=False, clip_search=True), n_init=2, scaled_query=True, own_value_stats=True, sink_tokens=1
+)
 
 
 def rules_of(recipe: QuantRecipe) -> RPTQRules:
@@ -87,6 +89,7 @@ def _head_points(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecip
 
 def _united(ranges: ChannelRanges, spec: BlockSpec) -> ChannelRanges:
     """Ranges of H * E query channels joined over the query heads of each kv head: [Hkv * E]."""
+
     def join(values: Tensor, largest: bool) -> Tensor:
         heads = values.view(spec.kv_heads, spec.groups, spec.head_dim)
         return (heads.amax(1) if largest else heads.amin(1)).flatten()
@@ -108,6 +111,10 @@ def query_offsets(clusters: ChannelClusters, spec: BlockSpec) -> Tensor:
 class RPTQ:
     """The method object: see the module's text. Plans are pure functions of statistics and recipe."""
 
+    def sink_tokens(self, recipe: QuantRecipe) -> int:
+        """The variant's count when any activation is quantised, else 0."""
+        return rules_of(recipe).sink_tokens if recipe.tensor_bits.quantizes_activations else 0
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Cluster, order and choose grids for one layer."""
         bits, rules = recipe.tensor_bits, rules_of(recipe)
@@ -117,14 +124,19 @@ class RPTQ:
         sites = {}
         for site, (order, offsets) in _layout(clusters, spec).items():
             weight = importance.get(site)
-            sites[site] = plan_site(stats.ranges[site].permuted(order), offsets, bits.site(site), rules.ranges,
-                                    None if weight is None else weight[order])
+            sites[site] = plan_site(
+                stats.ranges[site].permuted(order),
+                offsets,
+                bits.site(site),
+                rules.ranges,
+                None if weight is None else weight[order],
+            )
         orders = {name: _local(c.order, spec) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
-        sink = rules.sink_tokens if bits.quantizes_activations else 0
-        return LayerPlan(orders, sites, bits.softmax, bits.weights, sink)
+        return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
-    def apply_layer(self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics,
-                    recipe: QuantRecipe) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+    def apply_layer(
+        self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
+    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """Fold, quantise weights, attach quantisers."""
         hessians = stats.hessians if recipe.weights == "gptq" else None
         return build_block(block, plan, hessians=hessians, grid=rules_of(recipe).ranges.grid)

@@ -1,0 +1,52 @@
+"""What to quantise and how. Imports are lazy: `import core` loads neither torch nor transformers.
+
+Shapes used everywhere: `B` batch, `T` tokens, `M = B·T` rows, `K` in features, `N` out features, `C` observed channels, `G`
+clusters, `H` query heads, `Hkv` key/value heads, `E` head dimension, `D` hidden, `F` feed-forward, `L` layers, `V` vocabulary,
+`S` windows (samples) or cached positions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "Bits": "core.config",
+    "Calibration": "core.config",
+    "Clusters": "core.config",
+    "PER_CHANNEL": "core.config",
+    "QuantRecipe": "core.config",
+    "REORDERS": "core.config",
+    "SCHEMES": "core.config",
+    "SITES": "core.config",
+    "VARIANTS": "core.config",
+    "parse_bits": "core.config",
+    "Workbench": "core.pipeline",
+    "observe": "core.pipeline",
+    "quantize": "core.pipeline",
+    "evaluate": "core.pipeline",
+    "run": "core.pipeline",
+    "load_model": "core.models.load",
+    "LoadedModel": "core.models.load",
+    "catalogue": "core.models.catalog",
+    "recluster": "core.methods.rptq.explore",
+    "error_curve": "core.methods.rptq.explore",
+    "memory_estimate": "core.evaluation.memory",
+    "find_shape": "core.evaluation.memory",
+    "SHAPES": "core.evaluation.memory",
+    "provenance": "core.provenance",
+    "RangesReport": "core.calibration.report",
+    "SiteRanges": "core.calibration.report",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,102 @@
+"""One channel seen closely: its histogram over the calibration tokens and the tokens behind its extreme values."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from core.calibration.observe import Progress, embed, silent
+from core.calibration.report import ChannelDetail, TokenExtreme
+from core.config import SITES
+from core.errors import InputError
+from core.models.block import DecoderBlock
+from core.models.load import LoadedModel
+
+EXTREMES = 5
+CONTEXT = 12
+BINS = 60
+
+
+class _Found(Exception):
+    """Ends a forward pass once the wanted site was seen."""
+
+
+@torch.inference_mode()
+def channel_detail(
+    loaded: LoadedModel, windows: Tensor, site: str, channel: int, *, progress: Progress = silent
+) -> ChannelDetail:
+    """Look at one channel on windows [S, T] of a float model.
+
+    Args:
+        site: "layers.<i>.<kind>".
+        channel: index in the original order.
+    Raises: InputError for a site or channel that does not exist.
+    """
+    layer, kind = _parse(loaded, site, channel)
+    values = _values(loaded, windows, layer, kind, channel, progress)  # [S, T]
+    flat = values.flatten()
+    counts, edges = torch.histogram(flat, bins=BINS)
+    order = flat.argsort()
+    picked = [*order[:EXTREMES].tolist(), *reversed(order[-EXTREMES:].tolist())]
+    return ChannelDetail(
+        site,
+        channel,
+        float(flat.min()),
+        float(flat.max()),
+        float(flat.mean()),
+        float(flat.std()),
+        [int(c) for c in counts],
+        [float(e) for e in edges],
+        [_extreme(loaded, windows, values, index) for index in picked],
+    )
+
+
+def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
+    match = re.fullmatch(r"layers\.(\d{1,4})\.([a-z_]+)", str(site), re.ASCII)
+    count = len(loaded.adapter.decoder_layers(loaded.model))
+    if match is None or match[2] not in SITES or int(match[1]) >= count:
+        raise InputError(
+            f"Site {str(site)[:40]!r} does not exist: use layers.0.attn_in to layers.{count - 1}.down_in.", code="E-PARAM-SITE"
+        )
+    width = loaded.adapter.spec(loaded.model.config).width(match[2])
+    if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < width:
+        raise InputError(f"Channel {str(channel)[:20]} does not exist in {site}: use 0 to {width - 1}.", code="E-PARAM-CHANNEL")
+    return int(match[1]), match[2]
+
+
+def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel: int, progress: Progress) -> Tensor:
+    layers, spec = loaded.adapter.decoder_layers(loaded.model), loaded.adapter.spec(loaded.model.config)
+    block = DecoderBlock.from_layer(layers[layer], loaded.adapter, spec, layer)
+    inputs = embed(loaded.model, loaded.adapter, windows)
+    seen: list[Tensor] = []
+
+    def observe(site: str, x: Tensor) -> None:
+        if site == kind:
+            seen.append(x[..., channel].clone())
+            raise _Found
+
+    for i, item in enumerate(inputs):
+        hidden = item.hidden
+        for j in range(layer):
+            progress(f"Looking at layer {layer + 1}", (i + j / max(layer, 1)) / len(inputs))
+            hidden = layers[j](hidden, **item.kwargs[j])
+        try:
+            block(hidden, **item.kwargs[layer], observe=observe)
+        except _Found:
+            continue
+    return torch.cat(seen)
+
+
+def _extreme(loaded: LoadedModel, windows: Tensor, values: Tensor, index: int) -> TokenExtreme:
+    row, position = divmod(index, windows.shape[1])
+    ids = windows[row].tolist()
+    decode = loaded.tokenizer.decode
+    return TokenExtreme(
+        float(values[row, position]),
+        decode(ids[position : position + 1]),
+        decode(ids[max(0, position - CONTEXT) : position]),
+        decode(ids[position + 1 : position + 1 + CONTEXT]),
+        position,
+    )

@@ -1,0 +1,134 @@
+"""Observed ranges as plain arrays: what the page draws, the CLI prints and a session keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.config import SITES
+
+
+@dataclass(frozen=True)
+class SiteRanges:
+    """Exact ranges of one site of one layer.
+
+    Attributes:
+        site: "layers.3.down_in"; kind: one of SITES.
+        low, high: [C] float32, in the original channel order.
+        block: channels that a reordering may not leave: a head's width for q, k, v, o_in, else C.
+    """
+
+    site: str
+    layer: int
+    kind: str
+    low: np.ndarray
+    high: np.ndarray
+    block: int
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A channel much wider than its site's median channel; `ratio` is how many times."""
+
+    site: str
+    layer: int
+    kind: str
+    channel: int
+    low: float
+    high: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class RangesReport:
+    """Ranges of every site on one text.
+
+    Attributes:
+        calibration: the Calibration as a dict; text_name, tokens, window: what was really observed.
+        sites: by name, in layer order.
+        groups: query heads per key/value head, needed to cluster R2 and R3.
+    """
+
+    model: str
+    revision: str | None
+    calibration: dict[str, Any]
+    text_name: str
+    tokens: int
+    window: int
+    seconds: float
+    device: str
+    groups: int
+    sites: dict[str, SiteRanges]
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return 1 + max(entry.layer for entry in self.sites.values())
+
+    def outliers(self, n: int = 20) -> list[Outlier]:
+        """The `n` channels with the largest width relative to their site's median width."""
+        found = []
+        for entry in self.sites.values():
+            width = entry.high - entry.low
+            ratio = width / max(float(np.median(width)), 1e-12)
+            for channel in np.argsort(-ratio)[:n]:
+                found.append(
+                    Outlier(
+                        entry.site,
+                        entry.layer,
+                        entry.kind,
+                        int(channel),
+                        float(entry.low[channel]),
+                        float(entry.high[channel]),
+                        float(ratio[channel]),
+                    )
+                )
+        return sorted(found, key=lambda o: -o.ratio)[:n]
+
+    def heatmap(self, kind: str) -> np.ndarray:
+        """log10 of each channel's largest absolute value, [L, C] float32."""
+        rows = [np.maximum(np.abs(e.low), np.abs(e.high)) for e in self.sites.values() if e.kind == kind]
+        return np.log10(np.maximum(np.stack(rows), 1e-12)).astype(np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types: {"sites": {name: {"min": [...], "max": [...]}}} plus how it was measured."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "calibration": self.calibration,
+            "text": self.text_name,
+            "tokens": self.tokens,
+            "window": self.window,
+            "seconds": self.seconds,
+            "device": self.device,
+            "site_kinds": list(SITES),
+            "sites": {name: {"min": e.low.tolist(), "max": e.high.tolist()} for name, e in self.sites.items()},
+        }
+
+
+@dataclass(frozen=True)
+class TokenExtreme:
+    """A token at which a channel is extreme, with the text around it."""
+
+    value: float
+    token_text: str
+    context_before: str
+    context_after: str
+    position: int
+
+
+@dataclass(frozen=True)
+class ChannelDetail:
+    """One channel over the calibration tokens: moments, a histogram, and the tokens behind its extreme values."""
+
+    site: str
+    channel: int
+    low: float
+    high: float
+    mean: float
+    std: float
+    counts: list[int]
+    edges: list[float]
+    extremes: list[TokenExtreme]

@@ -1,0 +1,154 @@
+"""Greedy or sampled continuation of a prompt, streamed piece by piece, with the packed cache when the model has one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.checks import require_int
+from core.errors import Cancelled, InputError, NumericError
+from core.models.adapter import ModelAdapter
+from core.models.shell import new_cache
+from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
+
+MAX_NEW_TOKENS = 512
+MAX_PROMPT_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated and how fast.
+
+    Attributes:
+        text: the continuation alone.
+        decode_seconds: time of the tokens after the first, which the prompt's pass yields.
+        stopped: "eos", "length" or "cancelled".
+        kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    stopped: str
+    kv_bytes: int
+    kv_bytes_float: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed after the prompt."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else 0.0
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: ModelAdapter,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    prefix: tuple[int, ...] = (),
+) -> Continuation:
+    """Continue `prompt`.
+
+    Args:
+        temperature: 0 picks the most likely token; above it samples with `seed`.
+        chat: wrap the prompt in the tokenizer's chat template as one user message, when it has one.
+        on_text: receives each new piece of text; raising Cancelled stops and keeps what was generated.
+        prefix: token ids put before the prompt.
+    Raises: InputError for an empty or too long prompt or parameters out of range.
+    """
+    require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= 5:
+        raise InputError(f"temperature is {str(temperature)[:20]}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
+    ids = _encode(tokenizer, prompt, chat, prefix, getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens)
+    cache = new_cache(model, adapter) or DynamicCache(config=model.config)
+    generator = torch.Generator().manual_seed(seed)
+    stop_ids = _stop_ids(model, tokenizer)
+    produced: list[int] = []
+    shown, stopped = "", "length"
+    start = first = time.perf_counter()
+    step = ids[None]
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1].float()
+        token = _pick(logits, temperature, generator)
+        if not produced:
+            first = time.perf_counter()
+        if token in stop_ids:
+            stopped = "eos"
+            break
+        produced.append(token)
+        step = torch.tensor([[token]])
+        text = tokenizer.decode(produced, skip_special_tokens=True)
+        if on_text is not None and len(text) > len(shown) and not text.endswith("\ufffd"):
+            try:
+                on_text(text[len(shown) :])
+            except Cancelled:
+                stopped = "cancelled"
+                break
+            shown = text
+    end = time.perf_counter()
+    stored, plain = _cache_bytes(cache, model, adapter)
+    return Continuation(
+        tokenizer.decode(produced, skip_special_tokens=True),
+        len(ids),
+        len(produced),
+        first - start,
+        end - first,
+        stopped,
+        stored,
+        plain,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int) -> Tensor:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"The prompt has {len(prompt)} characters: use at most {MAX_PROMPT_CHARACTERS}.", code="E-PARAM-PROMPT")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("The prompt is not valid Unicode: remove broken characters.", code="E-PARAM-PROMPT") from error
+    if chat and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    else:
+        text = prompt
+    ids = list(prefix) + tokenizer(text, add_special_tokens=False).input_ids
+    if not ids or len(ids) > limit:
+        raise InputError(
+            f"The prompt has {len(ids)} tokens: this model takes 1 to {limit} beside the new ones.", code="E-PARAM-PROMPT"
+        )
+    return torch.tensor(ids)
+
+
+def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericError("The model's next-token scores are not finite: use more bits or more clusters.", code="E-NUM-NAN")
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [eos]
+    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def _cache_bytes(cache: DynamicCache | QuantizedKVCache, model: PreTrainedModel, adapter: ModelAdapter) -> tuple[int, int]:
+    spec = adapter.spec(model.config)
+    stored = sum(cache_layer_bytes(layer) for layer in cache.layers)
+    width = next(model.parameters()).element_size()
+    return stored, 2 * len(cache.layers) * cache.get_seq_length() * spec.kv_heads * spec.head_dim * width

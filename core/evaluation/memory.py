@@ -1,0 +1,217 @@
+"""Bytes of a model: measured from its tensors, and projected by formula to any shape.
+
+Measured: every distinct tensor once (tied embeddings count once), by part. Formula, for L layers of width D with
+feed-forward width F at batch B and sequence T, in the published accounting (every parameter at the weights' bits; one layer's widest live tensors):
+
+    weights      P bits_w / 8        P = all parameters; OPT: L (12 D² + 13 D) + (V + 2050) D + 2 D
+    kv cache     L B T Hkv E (bits_k + bits_v) / 8
+    activations  B T (F bits_down_in + D bits_o_in) / 8
+
+Source: RPTQ (arXiv:2304.01089), memory comparison; docs/rptq.md lists the cells this reproduces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from core.config import SCHEMES, Bits
+from core.errors import InputError
+from core.models.adapter import BlockSpec, ModelAdapter
+from core.models.shell import quantized_blocks
+from core.quant.kv_cache import bytes_per_token
+from core.quant.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    ffn_matrices: int = 2
+    positions: int = 0
+    tied: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; with two feed-forward matrices (OPT) biases and LayerNorms are counted, with three (Llama) RMSNorms."""
+        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
+        small, final = (13, 2) if self.ffn_matrices == 2 else (2, 1)
+        layer = attention + self.ffn_matrices * self.hidden * self.ffn + small * self.hidden
+        embeddings = self.vocab * (1 if self.tied else 2) + self.positions
+        return self.layers * layer + embeddings * self.hidden + final * self.hidden
+
+
+def _opt(layers: int, hidden: int, heads: int) -> Shape:
+    return Shape(layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, positions=2050)
+
+
+SHAPES: dict[str, Shape] = {
+    "opt-125m": _opt(12, 768, 12),
+    "opt-1.3b": _opt(24, 2048, 32),
+    "opt-2.7b": _opt(32, 2560, 32),
+    "opt-6.7b": _opt(32, 4096, 32),
+    "opt-13b": _opt(40, 5120, 40),
+    "opt-30b": _opt(48, 7168, 56),
+    "opt-66b": _opt(64, 9216, 72),
+    "opt-175b": _opt(96, 12288, 96),
+    "llama-3-8b": Shape(32, 4096, 32, 8, 128, 14336, 128256, ffn_matrices=3, tied=False),
+    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152, ffn_matrices=3),
+}
+"""Published shapes (OPT: arXiv:2205.01068, table 1)."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by formula; `assumptions` says what they leave out."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    total: int
+    label: str
+    assumptions: str
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON types."""
+        return asdict(self)
+
+
+def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool) -> Shape:
+    """The shape of a loaded model."""
+    return Shape(
+        layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, vocab, 3 if spec.gated else 2, tied=tied
+    )
+
+
+def find_shape(name: str) -> Shape:
+    """A named shape, or one written as layers=..,hidden=..,heads=..[,kv_heads=..,ffn=..,vocab=..].
+
+    Raises: InputError naming the known shapes.
+    """
+    key = name.strip().lower().removeprefix("facebook/")
+    if key in SHAPES:
+        return SHAPES[key]
+    values = {}
+    for part in key.split(","):
+        field, _, number = part.partition("=")
+        if not (number.isascii() and number.isdigit() and 0 < len(number) < 10 and int(number) > 0):
+            break
+        values[field.strip()] = int(number)
+    else:
+        if {"layers", "hidden", "heads"} <= set(values) <= set(Shape.__dataclass_fields__) and values["hidden"] % values[
+            "heads"
+        ] == 0:
+            values.setdefault("kv_heads", values["heads"])
+            values.setdefault("head_dim", values["hidden"] // values["heads"])
+            values.setdefault("ffn", 4 * values["hidden"])
+            values.setdefault("vocab", 50272)
+            return Shape(**values)
+    raise InputError(
+        f"Shape {name[:40]!r} is not known: use one of {', '.join(SHAPES)}, or layers=32,hidden=4096,heads=32.",
+        code="E-PARAM-MODEL",
+    )
+
+
+def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str = "") -> MemoryEstimate:
+    """Project memory by formula. Scales, zero points and the runtime's own buffers are not included.
+
+    Raises: InputError if batch or sequence is outside 1 … 10**7.
+    """
+    for name, value in (("batch", batch), ("sequence", sequence)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**7:
+            raise InputError(
+                f"{name} is {str(value)[:40]!r}: use a whole number from 1 to 10000000.", code=f"E-PARAM-{name.upper()}"
+            )
+    weights = shape.parameters * bits.weights // 8
+    tokens = batch * sequence
+    cache = shape.layers * tokens * shape.kv_heads * shape.head_dim * (bits.k + bits.v) // 8
+    activations = tokens * (shape.ffn * bits.down_in + shape.hidden * bits.o_in) // 8
+    return MemoryEstimate(
+        weights,
+        cache,
+        activations,
+        weights + cache + activations,
+        label,
+        "Formula, published accounting: every parameter at the weight bits, keys and values at theirs, one layer's "
+        "activations; scales, zero points and runtime buffers left out.",
+    )
+
+
+def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:
+    """`estimate` for a named shape (`find_shape`) and scheme ("W16A16" is the float baseline)."""
+    known = {**SCHEMES, "W16A16": Bits()}
+    if scheme not in known:
+        raise InputError(f"scheme is {scheme[:40]!r}: use one of {', '.join(known)}.", code="E-PARAM-SCHEME")
+    return estimate(find_shape(name), known[scheme], batch=batch, sequence=sequence, label=f"{name} {scheme}")
+
+
+def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, int]:
+    """Bytes of a model's tensors by part, each distinct storage once. Working copies are not part of the model."""
+    parts = {
+        "packed weights": 0,
+        "scales and zero points": 0,
+        "decoder weights (float)": 0,
+        "embeddings and head (float)": 0,
+        "norms, biases and orders": 0,
+    }
+    seen: set[int] = set()
+    layers = adapter.decoder_layers(model)
+    for module in layers.modules():
+        for name, tensor in _own_tensors(module):
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            parts[_part(module, name, tensor)] += _nbytes(tensor)
+    for module in model.modules():
+        for _, tensor in _own_tensors(module):
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                large = tensor.dim() == 2
+                parts["embeddings and head (float)" if large else "norms, biases and orders"] += _nbytes(tensor)
+    return {name: value for name, value in parts.items() if value}
+
+
+def working_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the backends' working copies that exist right now."""
+    return sum(m.working_bytes for m in model.modules() if isinstance(m, QuantLinear))
+
+
+def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
+    """Stored bytes of one token's keys and values over all layers."""
+    spec = adapter.spec(model.config)
+    blocks = quantized_blocks(model, adapter)
+    if not blocks:
+        width = next(model.parameters()).element_size()
+        return len(adapter.decoder_layers(model)) * 2 * bytes_per_token(spec.kv_heads, spec.head_dim, 16, float_bytes=width)
+    total = 0
+    for block in blocks:
+        packed = block.k_quantizer is not None and block.v_quantizer is not None
+        for q in (block.k_quantizer, block.v_quantizer):
+            total += bytes_per_token(spec.kv_heads, spec.head_dim, q.bits if packed else 16)
+    return total
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    persistent = [(n, t) for n, t in module._buffers.items() if t is not None and n not in module._non_persistent_buffers_set]
+    return [(n, t) for n, t in module._parameters.items() if t is not None] + persistent
+
+
+def _part(module: nn.Module, name: str, tensor: Tensor) -> str:
+    if name == "packed":
+        return "packed weights"
+    if name in ("weight_scale", "weight_zero", "scale", "zero_point"):
+        return "scales and zero points"
+    return "decoder weights (float)" if tensor.dim() == 2 and name == "weight" else "norms, biases and orders"
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,178 @@
+"""Results that leave core: frozen dataclasses of plain numbers and strings, picklable, with `to_dict` for JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def jsonable(value: Any) -> Any:
+    """Nested dataclass content as JSON types; infinities and NaN become None (JSON has neither)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    return value
+
+
+class Report:
+    """Adds `to_dict` to a dataclass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return jsonable(asdict(self))
+
+
+@dataclass(frozen=True)
+class ModelInfo(Report):
+    """What was loaded. `weight_bytes` is measured from the tensors; `source` says where the weights came from."""
+
+    name: str
+    revision: str | None
+    source: str
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    weight_bytes: int
+    dtype: str
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class SiteError(Report):
+    """One activation site: bits, number of clusters, signal to quantisation noise in dB (None at 16 bits)."""
+
+    bits: int
+    clusters: int
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class WeightError(Report):
+    """One fused weight: bits, "gptq" or "rtn", signal to noise in dB, why GPTQ was not used, stored bits per weight."""
+
+    bits: int
+    method: str
+    sqnr_db: float
+    fallback: str | None
+    effective_bits: float
+
+
+@dataclass(frozen=True)
+class LayerReport(Report):
+    """One decoder layer after quantisation; `output_sqnr_db` compares its output with the float layer's on equal inputs."""
+
+    layer: int
+    output_sqnr_db: float
+    sites: dict[str, SiteError]
+    weights: dict[str, WeightError]
+
+
+@dataclass(frozen=True)
+class BackendUse(Report):
+    """How many linear layers run on a backend, and why."""
+
+    backend: str
+    reason: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class QuantizeReport(Report):
+    """Outcome of a quantisation.
+
+    Attributes:
+        key: the recipe's hash; names the model in later calls.
+        bits_description: the scheme with what it keeps at 8 or 16 bits.
+        stages: seconds per stage. effective_weight_bits: stored bits per decoder weight with scales and zero points.
+        weight_bytes, float_bytes: measured bytes of the quantised and of the float model.
+        folder: where it is saved.
+    """
+
+    key: str
+    recipe: dict[str, Any]
+    label: str
+    bits_description: str
+    seconds: float
+    stages: dict[str, float]
+    calibration: str
+    effective_weight_bits: float
+    weight_bytes: int
+    float_bytes: int
+    layers: list[LayerReport]
+    backends: list[BackendUse]
+    folder: str
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Weights that GPTQ could not do, with the reason."""
+        return [
+            f"layers.{entry.layer}.{name}: {note.fallback}"
+            for entry in self.layers
+            for name, note in entry.weights.items()
+            if note.fallback
+        ]
+
+
+@dataclass(frozen=True)
+class EvalReport(Report):
+    """Scores with everything needed to repeat them. Attributes as in the CLI contract; `protocol` is one sentence."""
+
+    key: str
+    label: str
+    text_name: str
+    perplexity: float
+    perplexity_stderr: float
+    nll: float
+    tokens: int
+    window: int
+    kld_mean: float | None
+    same_top_token: float | None
+    weight_bytes: int
+    weight_parts: dict[str, int]
+    working_bytes: int
+    kv_bytes_per_token: int
+    tokens_per_second: float
+    seconds: float
+    device: str
+    dtype: str
+    backend: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class GenerationReport(Report):
+    """A continuation: text, counts, decoding speed, measured cache bytes beside the same cache in float."""
+
+    key: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    tokens_per_second: float
+    stopped: str
+    kv_bytes: int
+    kv_bytes_float: int
+
+
+@dataclass(frozen=True)
+class Row(Report):
+    """One complete run: recipe, quantisation and evaluation, and where it was measured."""
+
+    recipe: dict[str, Any]
+    hash: str
+    report: dict[str, Any]
+    quantize: dict[str, Any]
+    provenance: dict[str, Any]

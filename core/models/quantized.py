@@ -1,0 +1,214 @@
+"""Save and load a quantised model: one folder with everything, readable without the float model.
+
+    quantscope.json       format, recipe, report, and the structure of every layer (bits, clusters, shapes)
+    model.safetensors     shell tensors under their transformers names, block tensors under blocks.<layer>.<path>
+    config.json, tokenizer files, manifest.json (sizes and checksums)
+
+Tensor names are looked up in the structure, never used as attribute paths.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from core.errors import ArtifactError
+from core.models.adapter import ModelAdapter, adapter_for
+from core.models.block import DecoderBlock, ReorderNorm
+from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress
+from core.models.shell import quantized_blocks, with_layers
+from core.quant.activation import ActivationQuantizer
+from core.quant.affine import QParams
+from core.quant.linear import QuantLinear
+from core.storage import atomic_dir, verify
+
+FORMAT = 1
+_LINEARS = ("qkv", "o", "up", "down")
+_SITES = ("q", "k", "v")
+_QUANTIZER = ("scale", "zero_point", "offsets")
+
+
+def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[str, Any]) -> None:
+    """Write a quantised model.
+
+    Args:
+        folder: created in one step, replacing a complete folder of Quantscope's own; never half-written.
+        description: JSON-able facts to keep (recipe, report).
+    Raises: ArtifactError if the model has no quantised blocks; ResourceError if the disk refuses.
+    """
+    blocks = quantized_blocks(loaded.model, loaded.adapter)
+    if not blocks:
+        raise ArtifactError("This model is not quantised: run quantize first.", code="E-CKPT-KIND")
+    tensors = {f"shell.{name}": tensor for name, tensor in _shell_tensors(loaded.model, loaded.adapter).items()}
+    structure = []
+    for block in blocks:
+        prefix = f"blocks.{block.layer_index}."
+        tensors.update({prefix + name: tensor for name, tensor in block.state_dict().items()})
+        structure.append(_structure(block))
+    facts = {
+        **description,
+        "format": FORMAT,
+        "base": {"name": loaded.name, "revision": loaded.revision, "source": loaded.source},
+        "layers": structure,
+    }
+    with atomic_dir(folder, replace=True) as stage:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
+        loaded.model.config.save_pretrained(stage)
+        loaded.tokenizer.save_pretrained(stage)
+        (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
+
+
+def read_description(folder: Path | str) -> dict[str, Any]:
+    """The JSON facts of a saved folder. Raises: ArtifactError if they are unreadable or of another format."""
+    try:
+        facts = json.loads((Path(folder) / QUANTSCOPE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{QUANTSCOPE_FILE} cannot be read: quantise the model again.", code="E-CKPT-BAD") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ArtifactError(
+            f"The folder has format {str(facts.get('format') if isinstance(facts, dict) else None)[:20]}, this "
+            f"version reads {FORMAT}: quantise the model again.",
+            code="E-CKPT-MISMATCH",
+        )
+    return facts
+
+
+def load_quantized(path: Path | str, *, progress: Progress | None = None) -> LoadedModel:
+    """Load a folder written by `save_quantized`.
+
+    Raises: ArtifactError if anything is missing, damaged or does not fit.
+    """
+    path = Path(path)
+    if progress is not None:
+        progress("Loading the quantised model", None)
+    verify(path)
+    facts = read_description(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        adapter = adapter_for(config)
+        tensors = load_file(path / "model.safetensors")
+        model = _build(config, adapter, facts["layers"], tensors)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, local_files_only=True)
+        base = facts["base"]
+        source = f"Quantised by Quantscope from {base['name']}. {base['source']}"
+    except (KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
+        ) from error
+    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path)
+
+
+def _shell_tensors(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Tensor]:
+    """Tensors outside the decoder layers, each storage once (a tied head is left out)."""
+    kept, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(adapter.layers + ".") and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor
+    return kept
+
+
+def _structure(block: DecoderBlock) -> dict[str, Any]:
+    linears = {
+        name: {
+            "bits": layer.bits,
+            "in_features": layer.in_features,
+            "input_bits": None if layer.quantizer is None else layer.quantizer.bits,
+        }
+        for name, layer in block.linears().items()
+    }
+    sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
+    return {"linears": linears, "sites": sites, "softmax_bits": block.softmax_bits, "sink_tokens": block.sink_tokens}
+
+
+def _build(
+    config: PreTrainedConfig, adapter: ModelAdapter, layers: list[dict[str, Any]], tensors: dict[str, Tensor]
+) -> PreTrainedModel:
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError("layer count differs from the configuration")
+    shell = _empty_shell(config)
+    blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
+    model = with_layers(shell, adapter, blocks)
+    state = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    left = [n for n in missing if not n.startswith(adapter.layers + ".")]
+    tied = getattr(config, "tie_word_embeddings", False)
+    if unexpected or [n for n in left if not (tied and n == "lm_head.weight")]:
+        raise ValueError("shell tensors are missing or left over")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
+    """A one-layer model of the architecture, to be given its own layers: everything outside the layers has full size."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    for module in model.modules():
+        if getattr(module, "config", None) is small:
+            module.config = config
+    return model
+
+
+def _block(
+    config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
+) -> DecoderBlock:
+    spec, prefix = adapter.spec(config), f"blocks.{index}."
+    block = DecoderBlock(spec, index)
+
+    def get(name: str) -> Tensor | None:
+        return tensors.get(prefix + name)
+
+    for name in ("norm1", "norm2"):
+        norm = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
+        norm.order = get(f"{name}.order")
+        setattr(block, name, norm)
+    for name in ("q_norm", "k_norm", "rope_order"):
+        setattr(block, name, get(name))
+    for name in _LINEARS:
+        entry = facts["linears"][name]
+        quantizer = _quantizer(entry["input_bits"], f"{prefix}{name}.quantizer.", tensors)
+        own = ("weight", "offsets") if entry["bits"] >= 16 else ("packed", "weight_scale", "weight_zero", "offsets")
+        setattr(
+            block,
+            name,
+            QuantLinear(
+                {n: tensors[f"{prefix}{name}.{n}"] for n in own},
+                bits=entry["bits"],
+                in_features=entry["in_features"],
+                bias=get(f"{name}.bias"),
+                quantizer=quantizer,
+            ),
+        )
+    for site in _SITES:
+        setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
+    block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    return block.eval()
+
+
+def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> ActivationQuantizer | None:
+    if bits is None:
+        return None
+    scale, zero, offsets = (tensors[prefix + name] for name in _QUANTIZER)
+    return ActivationQuantizer(bits, QParams(scale, zero), offsets)
+
+
+def modules_of(model: PreTrainedModel) -> list[QuantLinear]:
+    """Every quantised linear layer of a model."""
+    return [m for m in model.modules() if isinstance(m, QuantLinear)]
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Number of parameters of a float model, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

@@ -1,0 +1,464 @@
+"""The order of the stages, in one place: load, observe, quantise, evaluate, generate.
+
+The page's worker, the CLI and `run` call it.
+
+A `Workbench` keeps models under an LRU by bytes and hands out plain reports. Quantised models are also saved in the
+cache folder under their recipe's hash, so a worker that was killed finds them again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.calibration.channel import channel_detail
+from core.calibration.data import TextSource, calibration_windows, resolve_text, tokenize, windows
+from core.calibration.observe import Progress, observe_layers, silent
+from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
+from core.config import Calibration, QuantRecipe
+from core.errors import InputError, ModelError
+from core.evaluation.generate import generate
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
+from core.evaluation.perplexity import hidden_windows, score
+from core.evaluation.report import (
+    BackendUse,
+    EvalReport,
+    GenerationReport,
+    LayerReport,
+    ModelInfo,
+    QuantizeReport,
+    Row,
+    SiteError,
+    WeightError,
+    jsonable,
+)
+from core.methods import METHODS
+from core.methods.sequential import LayerOutcome, quantize_layers
+from core.models.load import LoadedModel, load_model
+from core.models.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
+from core.models.shell import quantized_blocks
+from core.provenance import provenance
+from core.storage import cache_root
+from kernels import Backend
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUDGET = 3 * 2**30
+REFERENCES_KEPT = 4
+
+
+class Workbench:
+    """Models by key, and every stage as a method that returns a report.
+
+    A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned.
+
+    Args:
+        max_bytes: models beyond this are dropped, least recently used first (the one in use stays).
+        allow_local: whether local paths may be typed as models and texts; off on a public server.
+    """
+
+    def __init__(self, *, max_bytes: int = DEFAULT_BUDGET, allow_local: bool = True) -> None:
+        self.max_bytes, self.allow_local = max_bytes, allow_local
+        self._models: OrderedDict[tuple[str, str | None], LoadedModel] = OrderedDict()
+        self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
+
+    def load(self, model: str, *, revision: str | None = None, progress: Progress = silent) -> ModelInfo:
+        """Load a model, or say what is already loaded."""
+        start = time.perf_counter()
+        return model_info(self._get(model, revision, progress), time.perf_counter() - start)
+
+    def observe(
+        self, model: str, calibration: Calibration, *, revision: str | None = None, seed: int = 0, progress: Progress = silent
+    ) -> RangesReport:
+        """Exact per-channel ranges of the seven sites of every layer."""
+        loaded = self._get(model, revision, progress)
+        return observe(loaded, calibration, seed=seed, allow_local=self.allow_local, progress=progress)
+
+    def channel(
+        self,
+        model: str,
+        calibration: Calibration,
+        site: str,
+        channel: int,
+        *,
+        revision: str | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> ChannelDetail:
+        """Histogram and extreme tokens of one channel."""
+        loaded = self._get(model, revision, progress)
+        tokens, _ = _calibration_tokens(loaded, calibration, seed, self.allow_local)
+        return channel_detail(loaded, tokens, site, channel, progress=progress)
+
+    def quantize(self, recipe: QuantRecipe, *, progress: Progress = silent) -> QuantizeReport:
+        """Quantise by recipe, keep and save the result, and describe it. An equal recipe already saved is only loaded."""
+        base = self._get(recipe.model, recipe.revision, progress)
+        source = resolve_text(recipe.calibration.text, split="calibration", allow_local=self.allow_local)
+        folder = cache_root() / "quantized" / f"{recipe.hash}-{source.sha256[:8]}-{_weights_id(base)}"
+        saved = _saved_report(folder)
+        if saved is not None:
+            self._remember((recipe.hash, None), replace(load_quantized(folder, progress=progress), name=recipe.hash))
+            return saved
+        quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
+        report = replace(report, folder=str(folder))
+        progress("Saving the quantised model", None)
+        save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": report.to_dict()})
+        self._remember((recipe.hash, None), replace(quantized, name=recipe.hash, path=folder))
+        return report
+
+    def evaluate(
+        self,
+        key: str,
+        *,
+        revision: str | None = None,
+        text: str = "sotu",
+        tokens: int = 2048,
+        window: int = 512,
+        reference: str | None = None,
+        backend: str = "auto",
+        progress: Progress = silent,
+    ) -> EvalReport:
+        """Perplexity and, against `reference` (another key), divergence and agreement."""
+        loaded = self._get(key, revision, progress)
+        parts, source = evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
+        head = hidden = None
+        if reference is not None:
+            other = self._get(reference, None, progress)
+            if other.model.config.vocab_size != loaded.model.config.vocab_size:
+                raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
+            head, hidden = other.model.get_output_embeddings(), self._reference(reference, other, parts, source, progress)
+        return evaluate(loaded, parts, source, reference=hidden, reference_head=head, backend=backend, progress=progress, key=key)
+
+    def generate(
+        self,
+        key: str,
+        prompt: str,
+        *,
+        revision: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+        backend: str = "auto",
+        on_text: Callable[[str], None] | None = None,
+        progress: Progress = silent,
+    ) -> GenerationReport:
+        """Continue a prompt, streaming pieces to `on_text`."""
+        loaded = self._get(key, revision, progress)
+        set_backend(loaded, backend)
+        made = generate(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.adapter,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            on_text=on_text,
+            prefix=prefix_ids(loaded),
+        )
+        return GenerationReport(
+            key,
+            made.text,
+            made.prompt_tokens,
+            made.new_tokens,
+            made.prefill_seconds + made.decode_seconds,
+            made.tokens_per_second,
+            made.stopped,
+            made.kv_bytes,
+            made.kv_bytes_float,
+        )
+
+    def model(self, key: str, *, revision: str | None = None, progress: Progress = silent) -> LoadedModel:
+        """The loaded model of a key."""
+        return self._get(key, revision, progress)
+
+    def _get(self, key: str, revision: str | None, progress: Progress) -> LoadedModel:
+        if (key, revision) in self._models:
+            self._models.move_to_end((key, revision))
+            return self._models[key, revision]
+        folder = _find_saved(key)
+        loaded = (
+            load_quantized(folder, progress=progress)
+            if folder is not None
+            else load_model(key, revision=revision, progress=progress, allow_local=self.allow_local)
+        )
+        self._remember((key, revision), loaded)
+        return loaded
+
+    def _remember(self, key: tuple[str, str | None], loaded: LoadedModel) -> None:
+        self._models[key] = loaded
+        self._models.move_to_end(key)
+        while len(self._models) > 1 and sum(_held_bytes(m) for m in self._models.values()) > self.max_bytes:
+            name, _ = self._models.popitem(last=False)
+            logger.info("dropped model %s from memory", name[0])
+
+    def _reference(self, key: str, loaded: LoadedModel, parts: Tensor, source: TextSource, progress: Progress) -> list[Tensor]:
+        """Hidden states of the reference on these windows, kept for the next comparison."""
+        name = (key, source.sha256, tuple(parts.shape))
+        if name not in self._references:
+            self._references[name] = hidden_windows(loaded.model, parts, progress=progress, title="Reference model")
+            while len(self._references) > REFERENCES_KEPT:
+                self._references.popitem(last=False)
+        return self._references[name]
+
+
+def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
+    """Facts of a loaded model."""
+    config, spec = loaded.model.config, loaded.adapter.spec(loaded.model.config)
+    parts = measured_parts(loaded.model, loaded.adapter)
+    return ModelInfo(
+        loaded.name,
+        loaded.revision,
+        loaded.source,
+        config.model_type,
+        parameters_of(loaded.model),
+        len(loaded.adapter.decoder_layers(loaded.model)),
+        spec.hidden,
+        spec.heads,
+        spec.kv_heads,
+        spec.head_dim,
+        spec.ffn,
+        config.vocab_size,
+        getattr(config, "max_position_embeddings", 0),
+        sum(parts.values()),
+        str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        seconds,
+    )
+
+
+def observe(
+    loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
+) -> RangesReport:
+    """Exact per-channel minimum and maximum of every site, channels in the model's own order, q scaled by E**-0.5.
+
+    Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
+    """
+    if quantized_blocks(loaded.model, loaded.adapter):
+        raise ModelError("This model is already quantised: inspect the float model it came from.", code="E-MODEL-QUANTIZED")
+    start = time.perf_counter()
+    tokens, source = _calibration_tokens(loaded, calibration, seed, allow_local)
+    spec = loaded.adapter.spec(loaded.model.config)
+    sites = {}
+    for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, tokens, progress=progress)):
+        for kind, found in ranges.items():
+            block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
+            name = f"layers.{layer}.{kind}"
+            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block)
+    return RangesReport(
+        loaded.name,
+        loaded.revision,
+        asdict(calibration),
+        source.name,
+        tokens.numel(),
+        tokens.shape[1],
+        time.perf_counter() - start,
+        "cpu",
+        spec.groups,
+        sites,
+    )
+
+
+def quantize(
+    base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
+) -> tuple[LoadedModel, QuantizeReport]:
+    """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
+    if quantized_blocks(base.model, base.adapter):
+        raise ModelError("This model is already quantised: start from the float model it came from.", code="E-MODEL-QUANTIZED")
+    start = time.perf_counter()
+    method = METHODS.get(recipe.method)
+    tokens, source = _calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
+    model, outcomes, stages = quantize_layers(
+        base.model, base.adapter, method, recipe, tokens, sink_tokens=method.sink_tokens(recipe), progress=progress
+    )
+    loaded = replace(base, model=model, source=f"Quantised by Quantscope from {base.name}. {base.source}", path=None)
+    linears = modules_of(model)
+    weights = sum(m.in_features * m.out_features for m in linears)
+    report = QuantizeReport(
+        key=recipe.hash,
+        recipe=recipe.to_dict(),
+        label=recipe.label(),
+        bits_description=recipe.describe_bits(),
+        seconds=time.perf_counter() - start,
+        stages=stages,
+        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, seed {recipe.seed}",
+        effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
+        weight_bytes=sum(measured_parts(model, base.adapter).values()),
+        float_bytes=sum(measured_parts(base.model, base.adapter).values()),
+        layers=[_layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
+        backends=backend_use(loaded),
+        folder="",
+    )
+    return loaded, report
+
+
+def evaluate(
+    loaded: LoadedModel,
+    parts: Tensor,
+    source: TextSource,
+    *,
+    reference: list[Tensor] | None = None,
+    reference_head: torch.nn.Module | None = None,
+    backend: str = "auto",
+    progress: Progress = silent,
+    key: str | None = None,
+) -> EvalReport:
+    """Score a model on windows [S, T] of a text (`evaluation_windows`), against reference hidden states when given."""
+    set_backend(loaded, backend)
+    result = score(loaded.model, parts, reference=reference, reference_head=reference_head, progress=progress)
+    use = backend_use(loaded)
+    count, window = parts.shape
+    memory = measured_parts(loaded.model, loaded.adapter)
+    description = read_description(loaded.path)["recipe"] if loaded.path is not None and use else None
+    label = QuantRecipe.from_dict(description).label() if description else loaded.name
+    return EvalReport(
+        key=key or loaded.name,
+        label=label,
+        text_name=source.name,
+        perplexity=result.perplexity,
+        perplexity_stderr=result.perplexity_stderr,
+        nll=result.nll,
+        tokens=parts.numel(),
+        window=window,
+        kld_mean=result.kld_mean,
+        same_top_token=result.same_top_token,
+        weight_bytes=sum(memory.values()),
+        weight_parts=memory,
+        working_bytes=working_bytes(loaded.model),
+        kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
+        tokens_per_second=result.tokens_per_second,
+        seconds=result.seconds,
+        device="cpu",
+        dtype="float32",
+        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or "transformers float32",
+        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over {window - 1} targets "
+        f"each, exponentiated; ± is the standard error over windows; float32 on cpu, one window at a time",
+    )
+
+
+def evaluation_windows(
+    loaded: LoadedModel, text: str, *, tokens: int, window: int, allow_local: bool = True
+) -> tuple[Tensor, TextSource]:
+    """The first windows of a text's evaluation split that cover `tokens` tokens (fewer if the text ends), [S, T] int64."""
+    calibration = Calibration(text, max(tokens, window), window)
+    source = resolve_text(text, split="evaluation", allow_local=allow_local)
+    prefix = prefix_ids(loaded)
+    body = calibration.window - len(prefix)
+    count = max(1, calibration.tokens // calibration.window)
+    _check_window(loaded, window)
+    found = windows(tokenize(source.text, loaded.tokenizer, max_tokens=count * body), window=body, purpose="Evaluation")[:count]
+    if prefix:
+        found = torch.cat([torch.tensor(prefix).expand(len(found), -1), found], dim=1)
+    return found, source
+
+
+def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: int = 512, progress: Progress = silent) -> Row:
+    """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
+    bench = Workbench()
+    quantized = bench.quantize(recipe, progress=progress)
+    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, reference=recipe.model, progress=progress)
+    return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
+
+
+def set_backend(loaded: LoadedModel, backend: str) -> None:
+    """Choose the implementation of every quantised linear layer. Raises: BackendError, InputError."""
+    if backend not in tuple(Backend):
+        raise InputError(f"backend is {str(backend)[:20]!r}: use one of {', '.join(Backend)}.", code="E-PARAM-BACKEND")
+    linears = modules_of(loaded.model)
+    for linear in linears:
+        if linear.requested != backend:
+            linear.set_backend(Backend(backend))
+
+
+def backend_use(loaded: LoadedModel) -> list[BackendUse]:
+    """Which backends the linear layers run on, and why; empty for a float model."""
+    counts: dict[tuple[str, str], int] = {}
+    for linear in modules_of(loaded.model):
+        name = (str(linear.choice.backend), linear.choice.reason)
+        counts[name] = counts.get(name, 0) + 1
+    return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
+
+
+def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
+    for source in (loaded.model.generation_config, loaded.model.config):
+        ids = getattr(source, "prefix_token_ids", None)
+        if ids:
+            return tuple(int(i) for i in ids)
+    return ()
+
+
+def _calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int, allow_local: bool) -> tuple[Tensor, TextSource]:
+    _check_window(loaded, calibration.window)
+    source = resolve_text(calibration.text, split="calibration", allow_local=allow_local)
+    tokens = calibration_windows(
+        source, loaded.tokenizer, tokens=calibration.tokens, window=calibration.window, seed=seed, prefix=prefix_ids(loaded)
+    )
+    return tokens, source
+
+
+def _check_window(loaded: LoadedModel, window: int) -> None:
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if longest and window > longest:
+        raise InputError(
+            f"The window is {window} tokens, this model's context is {longest}: use at most that.", code="E-PARAM-WINDOW"
+        )
+
+
+def _layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
+    sites = {name: SiteError(s.bits, len(s.offsets) - 1, s.sqnr_db) for name, s in outcome.plan.sites.items()}
+    weights = {
+        name: WeightError(n.bits, n.method, n.sqnr_db, n.fallback, n.effective_bits) for name, n in outcome.weights.items()
+    }
+    return LayerReport(index, outcome.output_sqnr_db, sites, weights)
+
+
+def _held_bytes(loaded: LoadedModel) -> int:
+    return sum(measured_parts(loaded.model, loaded.adapter).values()) + working_bytes(loaded.model)
+
+
+def _weights_id(loaded: LoadedModel) -> str:
+    """Tells checkpoints apart that share a name: a fingerprint of where the weights were read from."""
+    import hashlib
+
+    seen = next(iter(loaded.model.state_dict().values()))
+    digest = hashlib.sha256(f"{loaded.source} {loaded.revision} {tuple(seen.shape)} {float(seen.double().sum()):.12e}".encode())
+    return digest.hexdigest()[:8]
+
+
+def _find_saved(key: str) -> Any:
+    """The saved folder of a recipe hash, or None."""
+    if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
+        return None
+    return next(iter(sorted((cache_root() / "quantized").glob(f"{key}-*"))), None)
+
+
+def _saved_report(folder: Any) -> QuantizeReport | None:
+    if not (folder / "manifest.json").exists():
+        return None
+    return report_from_dict(read_description(folder)["report"])
+
+
+def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
+    """Inverse of `QuantizeReport.to_dict` (infinite decibels were stored as None and come back infinite)."""
+
+    def decibels(value: float | None) -> float:
+        return float("inf") if value is None else value
+
+    layers = []
+    for entry in data["layers"]:
+        sites = {k: SiteError(**v) for k, v in entry["sites"].items()}
+        weights = {k: WeightError(**{**v, "sqnr_db": decibels(v["sqnr_db"])}) for k, v in entry["weights"].items()}
+        layers.append(LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights))
+    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]]})
+
+
+__all__ = ["Workbench", "evaluate", "jsonable", "observe", "quantize", "run"]
