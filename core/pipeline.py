@@ -109,7 +109,7 @@ class Workbench:
         quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
         report = replace(report, folder=str(folder))
         progress("Saving the quantised model", None)
-        save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": report.to_dict()})
+        save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": report.to_dict()}, replace=True)
         self._remember((recipe.hash, None), replace(quantized, name=recipe.hash, path=folder))
         return report
 
@@ -276,9 +276,7 @@ def quantize(
     start = time.perf_counter()
     method = METHODS.get(recipe.method)
     tokens, source = _calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
-    model, outcomes, stages = quantize_layers(
-        base.model, base.adapter, method, recipe, tokens, sink_tokens=method.sink_tokens(recipe), progress=progress
-    )
+    model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
     loaded = replace(base, model=model, source=f"Quantised by Quantscope from {base.name}. {base.source}", path=None)
     linears = modules_of(model)
     weights = sum(m.in_features * m.out_features for m in linears)
@@ -289,7 +287,8 @@ def quantize(
         bits_description=recipe.describe_bits(),
         seconds=time.perf_counter() - start,
         stages=stages,
-        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, seed {recipe.seed}",
+        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, "
+        f"seed {recipe.seed}",
         effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
         weight_bytes=sum(measured_parts(model, base.adapter).values()),
         float_bytes=sum(measured_parts(base.model, base.adapter).values()),
@@ -339,8 +338,8 @@ def evaluate(
         device="cpu",
         dtype="float32",
         backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or "transformers float32",
-        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over {window - 1} targets "
-        f"each, exponentiated; ± is the standard error over windows; float32 on cpu, one window at a time",
+        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over "
+        f"{window - 1} targets each, exponentiated; ± is the standard error over windows; float32 on cpu, one window at a time",
     )
 
 

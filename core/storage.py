@@ -101,6 +101,24 @@ def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def check_target(target: Path | str) -> None:
+    """Refuse at once what `atomic_dir` would refuse after the work: call it before a long job.
+
+    Raises: InputError E-PARAM-OUT, ResourceError E-DISK.
+    """
+    if not str(target).strip() or "\0" in str(target):
+        raise InputError("No output folder was named: give the name of a new or empty folder.", code="E-PARAM-OUT")
+    target = Path(os.path.realpath(target))
+    with _disk_errors(target, _PLACE_REASONS):
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # says whether the name is too long, or leads through a file
+        recover(target)
+        _check_replaceable(target, replace=False)
+        parent = next(place for place in target.parents if place.is_dir())
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+
+
 def verify(folder: Path | str, checksums: bool = False) -> None:
     """Check that `folder` is complete: manifest present, every listed file there with its size.
 

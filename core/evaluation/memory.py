@@ -1,7 +1,8 @@
 """Bytes of a model: measured from its tensors, and projected by formula to any shape.
 
 Measured: every distinct tensor once (tied embeddings count once), by part. Formula, for L layers of width D with
-feed-forward width F at batch B and sequence T, in the published accounting (every parameter at the weights' bits; one layer's widest live tensors):
+feed-forward width F at batch B and sequence T, in the published accounting (every parameter at the weights' bits; one
+layer's widest live tensors):
 
     weights      P bits_w / 8        P = all parameters; OPT: L (12 D² + 13 D) + (V + 2050) D + 2 D
     kv cache     L B T Hkv E (bits_k + bits_v) / 8
@@ -13,16 +14,20 @@ Source: RPTQ (arXiv:2304.01089), memory comparison; docs/rptq.md lists the cells
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from core.config import SCHEMES, Bits
 from core.errors import InputError
-from core.models.adapter import BlockSpec, ModelAdapter
-from core.models.shell import quantized_blocks
-from core.quant.kv_cache import bytes_per_token
-from core.quant.linear import QuantLinear
+
+if TYPE_CHECKING:  # the formula needs neither: a page or a command that only projects stays light
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from core.models.adapter import BlockSpec, ModelAdapter
+
+
+OPT_POSITION_OFFSET = 2
+"""OPT's position embedding has this many rows more than positions."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,40 @@ class MemoryEstimate:
         return asdict(self)
 
 
-def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool) -> Shape:
-    """The shape of a loaded model."""
+def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool, positions: int = 0) -> Shape:
+    """The shape of a loaded model; `positions`: rows of a learned position embedding."""
     return Shape(
-        layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, vocab, 3 if spec.gated else 2, tied=tied
+        layers,
+        spec.hidden,
+        spec.heads,
+        spec.kv_heads,
+        spec.head_dim,
+        spec.ffn,
+        vocab,
+        3 if spec.gated else 2,
+        positions,
+        tied,
     )
+
+
+def model_shape(name: str) -> Shape:
+    """The shape of a named size, or of an embedded or local model (float or quantised) from its configuration alone.
+
+    Raises: InputError for a name that is neither; ModelError for a model that is refused.
+    """
+    try:
+        return find_shape(name)
+    except InputError:
+        from core.models.catalog import is_here
+        from core.models.load import read_config
+
+        if not is_here(name):
+            raise
+        config, adapter = read_config(name)
+        spec = adapter.spec(config)
+        positions = 0 if spec.rope else config.max_position_embeddings + OPT_POSITION_OFFSET
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        return shape_of(spec, config.num_hidden_layers, config.vocab_size, tied=tied, positions=positions)
 
 
 def find_shape(name: str) -> Shape:
@@ -97,7 +131,7 @@ def find_shape(name: str) -> Shape:
 
     Raises: InputError naming the known shapes.
     """
-    key = name.strip().lower().removeprefix("facebook/")
+    key = name.strip().lower().removeprefix("facebook/") if isinstance(name, str) else ""
     if key in SHAPES:
         return SHAPES[key]
     values = {}
@@ -116,7 +150,7 @@ def find_shape(name: str) -> Shape:
             values.setdefault("vocab", 50272)
             return Shape(**values)
     raise InputError(
-        f"Shape {name[:40]!r} is not known: use one of {', '.join(SHAPES)}, or layers=32,hidden=4096,heads=32.",
+        f"Shape {str(name)[:40]!r} is not known: use one of {', '.join(SHAPES)}, layers=32,hidden=4096,heads=32, or a folder.",
         code="E-PARAM-MODEL",
     )
 
@@ -147,11 +181,11 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
 
 
 def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:
-    """`estimate` for a named shape (`find_shape`) and scheme ("W16A16" is the float baseline)."""
+    """`estimate` for a named shape or a model that is here (`model_shape`) and a scheme ("W16A16" is the float baseline)."""
     known = {**SCHEMES, "W16A16": Bits()}
     if scheme not in known:
-        raise InputError(f"scheme is {scheme[:40]!r}: use one of {', '.join(known)}.", code="E-PARAM-SCHEME")
-    return estimate(find_shape(name), known[scheme], batch=batch, sequence=sequence, label=f"{name} {scheme}")
+        raise InputError(f"scheme is {str(scheme)[:40]!r}: use one of {', '.join(known)}.", code="E-PARAM-SCHEME")
+    return estimate(model_shape(name), known[scheme], batch=batch, sequence=sequence, label=f"{name} {scheme}")
 
 
 def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, int]:
@@ -182,11 +216,16 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
 
 def working_bytes(model: PreTrainedModel) -> int:
     """Bytes of the backends' working copies that exist right now."""
+    from core.quant.linear import QuantLinear
+
     return sum(m.working_bytes for m in model.modules() if isinstance(m, QuantLinear))
 
 
 def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
     """Stored bytes of one token's keys and values over all layers."""
+    from core.models.shell import quantized_blocks
+    from core.quant.kv_cache import bytes_per_token
+
     spec = adapter.spec(model.config)
     blocks = quantized_blocks(model, adapter)
     if not blocks:

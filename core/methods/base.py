@@ -55,12 +55,14 @@ class LayerStatistics:
     """What a method may look at when it plans a layer.
 
     Attributes:
-        ranges: per site, channels in the original order.
+        ranges: per site, channels in the original order; clusters are formed on these.
+        calibrated: ranges for scales where a method calibrates apart from clustering; else the same object as `ranges`.
         hessians: Xᵀ X per linear input site, original order; empty when not asked for.
         importance: per linear input site [C], mean square of the weight columns that read it.
     """
 
     ranges: dict[str, ChannelRanges]
+    calibrated: dict[str, ChannelRanges]
     hessians: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
 
@@ -81,6 +83,9 @@ class Method(Protocol):
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """First positions of each window left out of the ranges and kept in float."""
+
+    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
+        """Bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""

@@ -25,11 +25,15 @@ class RoundToNearest:
         """None: the baseline treats every token alike."""
         return 0
 
+    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
+        """Float softmax while calibrating."""
+        return 16
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """One grid per site."""
         bits = recipe.tensor_bits
         sites = {
-            site: plan_site(stats.ranges[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES
+            site: plan_site(stats.calibrated[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES
         }
         return LayerPlan({}, sites, bits.softmax, bits.weights, sink_tokens=0)
 

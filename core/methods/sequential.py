@@ -9,15 +9,17 @@ One float block and the hidden states of all windows are in memory at a time. So
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.calibration.observe import LINEAR_SITES, Progress, Recorder, embed, silent
-from core.config import QuantRecipe
+from core.calibration.observe import Progress, Recorder, embed, silent
+from core.config import FLOAT_BITS, QuantRecipe
 from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
 from core.methods.build import INPUT_SITE
 from core.models.adapter import ModelAdapter
@@ -60,14 +62,12 @@ def quantize_layers(
     recipe: QuantRecipe,
     windows: Tensor,
     *,
-    sink_tokens: int = 0,
     progress: Progress = silent,
 ) -> tuple[PreTrainedModel, list[LayerOutcome], dict[str, float]]:
     """Quantise every decoder layer of a float model.
 
     Args:
         windows: [S, T] int64 calibration tokens.
-        sink_tokens: first positions of each window left out of the ranges.
     Returns: (a model sharing all but its layers with `model`, one outcome per layer, seconds per stage).
     Raises: NumericError if a site has NaN or infinity.
     """
@@ -77,49 +77,76 @@ def quantize_layers(
     inputs = embed(model, adapter, windows)
     hidden = [item.hidden for item in inputs]
     for index, layer in enumerate(layers):
-        title = f"Layer {index + 1} of {len(layers)}"
-        progress(f"{title}: observing", index / len(layers))
+
+        def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {len(layers)}", done: int = index) -> None:
+            progress(f"{title}: {stage}", (done + within) / len(layers))
+
         block = DecoderBlock.from_layer(layer, adapter, spec, index)
-        recorder = Recorder(
-            index, len(windows), hessians_wanted=recipe.weights == "gptq", skip_first=sink_tokens, seed=recipe.seed
-        )
-        outputs = [_run(block, h, item, index, recorder, title, progress) for h, item in zip(hidden, inputs, strict=True)]
-        stats = LayerStatistics(recorder.ranges(), recorder.hessians, _importance(block))
+        stats, outputs = _observe(block, hidden, inputs, method, recipe, tell)
         watch.lap("observe")
-        progress(f"{title}: clustering and scales", (index + 0.4) / len(layers))
+        tell("clustering and scales", 0.4)
         plan = method.plan_layer(stats, recipe, spec)
         watch.lap("cluster and plan")
-        progress(f"{title}: {recipe.weights.upper()} weights", (index + 0.5) / len(layers))
+        tell(f"{recipe.weights.upper()} weights", 0.5)
         quantized, notes = method.apply_layer(block, plan, stats, recipe)
         watch.lap("weights")
-        noise = power = 0.0
-        for i, item in enumerate(inputs):
-            hidden[i] = _run(quantized, hidden[i], item, index, None, title, progress)
-            power += float(outputs[i].square().sum(dtype=torch.float64))
-            noise += float((outputs[i] - hidden[i]).square().sum(dtype=torch.float64))
-        _release(quantized)
-        outcomes.append(LayerOutcome(plan, notes, _decibels(power, noise)))
+        hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
+        for linear in quantized.linears().values():
+            linear.release()
+        outcomes.append(LayerOutcome(plan, notes, _decibels(outputs, hidden)))
         blocks.append(quantized)
         watch.lap("propagate")
     return with_layers(model, adapter, blocks), outcomes, watch.seconds
 
 
-def _run(
-    block: DecoderBlock, hidden: Tensor, item: BlockInputs, index: int, recorder: Recorder | None, title: str, progress: Progress
-) -> Tensor:
-    progress(f"{title}: {'observing' if recorder else 'quantised pass'}", None)
-    return block(hidden, **item.kwargs[index], observe=recorder)
+def _observe(
+    block: DecoderBlock,
+    hidden: list[Tensor],
+    inputs: list[BlockInputs],
+    method: Method,
+    recipe: QuantRecipe,
+    tell: Callable[[str, float], None],
+) -> tuple[LayerStatistics, list[Tensor]]:
+    """Statistics of one float block, and its outputs. A method that calibrates with a quantised softmax gets a second pass."""
 
+    def record(wants_hessians: bool, stage: str) -> tuple[Recorder, list[Tensor]]:
+        recorder = Recorder(
+            block.layer_index,
+            sum(len(h) for h in hidden),
+            hessians_wanted=wants_hessians,
+            skip_first=method.sink_tokens(recipe),
+            seed=recipe.seed,
+        )
+        return recorder, _run(block, hidden, inputs, recorder, lambda part: tell(stage, 0.35 * part))
 
-def _importance(block: DecoderBlock) -> dict[str, Tensor]:
+    gptq, softmax_bits = recipe.weights == "gptq", method.calibration_softmax_bits(recipe)
+    recorder, outputs = record(gptq and softmax_bits >= FLOAT_BITS, "observing")
+    ranges = calibrated = recorder.ranges()
+    if softmax_bits < FLOAT_BITS:
+        block.softmax_bits = softmax_bits
+        recorder, _ = record(gptq, "calibrating")
+        block.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
     linears = block.linears()
-    return {site: linears[name].weight.square().mean(0) for name, site in INPUT_SITE.items() if site in LINEAR_SITES}
+    importance = {site: linears[name].weight.square().mean(0) for name, site in INPUT_SITE.items()}
+    return LayerStatistics(ranges, calibrated, recorder.hessians, importance), outputs
 
 
-def _release(block: DecoderBlock) -> None:
-    for linear in block.linears().values():
-        linear.release()
+def _run(
+    block: DecoderBlock,
+    hidden: list[Tensor],
+    inputs: list[BlockInputs],
+    observe: Recorder | None,
+    tell: Callable[[float], None],
+) -> list[Tensor]:
+    outputs = []
+    for i, (states, item) in enumerate(zip(hidden, inputs, strict=True)):
+        tell(i / len(inputs))
+        outputs.append(block(states, **item.kwargs[block.layer_index], observe=observe))
+    return outputs
 
 
-def _decibels(power: float, noise: float) -> float:
-    return float("inf") if noise == 0 else float(10 * torch.log10(torch.tensor(power / noise, dtype=torch.float64)))
+def _decibels(signal: list[Tensor], approximation: list[Tensor]) -> float:
+    """Signal to noise of quantised outputs against float ones, 10 log10(Σ y² / Σ (y - ŷ)²)."""
+    power = math.fsum(float(y.square().sum(dtype=torch.float64)) for y in signal)
+    noise = math.fsum(float((y - z).square().sum(dtype=torch.float64)) for y, z in zip(signal, approximation, strict=True))
+    return math.inf if noise == 0 else 10 * math.log10(power / noise)

@@ -78,6 +78,14 @@ def catalogue() -> list[CatalogEntry]:
     return [*_embedded().values(), default]
 
 
+def is_here(name: str) -> bool:
+    """Whether `name` is an embedded model or a model folder of this machine, readable without download or conversion."""
+    if not isinstance(name, str) or "\0" in name or not name.strip():
+        return False
+    found = _local(name.strip())
+    return name.strip() in _embedded() or (found is not None and found.is_dir())
+
+
 def resolve(name: str, *, revision: str | None = None, progress: Progress | None = None, allow_local: bool = True
             ) -> ResolvedModel:
     """Make `name` a local folder: download or convert it into the cache when needed.

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from core.errors import BackendError, InputError, ModelError, NumericError
 from core.models.catalog import resolve
@@ -86,7 +93,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     report = check_folder(resolved.path)
     check_architecture(report.config)
     check_memory(report.parameters, bytes_per_parameter=dtype.itemsize)
-    adapter = _adapter(resolved.path, report)
+    _, adapter = _configuration(resolved.path, report)
     progress("Loading the tokenizer", 0.1)
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
@@ -96,6 +103,24 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     require_finite(model.state_dict().items())
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
+
+
+def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
+    """Configuration and adapter of a model (see `catalog.resolve`), checked as `load_model` does; no weight is read.
+
+    Raises: as `load_model`.
+    """
+    from core.models.adapter import adapter_for
+
+    path = resolve(name).path
+    if not (path / QUANTSCOPE_FILE).exists():
+        report = check_folder(path)
+        check_architecture(report.config)
+        return _configuration(path, report)
+    verify(path)
+    with quiet(), library_errors("config.json cannot be read: quantise the model again."):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return config, adapter_for(config)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -119,8 +144,8 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
                                code="E-NUM-NAN")
 
 
-def _adapter(folder: Path, report: FolderReport) -> ModelAdapter:
-    """The adapter for the folder's configuration, after checking that with transformers' defaults filled in."""
+def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
+    """The folder's configuration, checked with transformers' defaults filled in, and its adapter."""
     from core.models.adapter import adapter_for
 
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
@@ -128,7 +153,7 @@ def _adapter(folder: Path, report: FolderReport) -> ModelAdapter:
         complete = json.loads(config.to_json_string(use_diff=False))
         check_config(complete)
         check_layers(complete, report.tensors)
-    return adapter_for(config)
+    return config, adapter_for(config)
 
 
 def _load_weights(folder: Path, report: FolderReport, dtype: torch.dtype) -> PreTrainedModel:

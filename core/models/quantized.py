@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from core.errors import ArtifactError
+from core.errors import ArtifactError, InputError
 from core.models.adapter import ModelAdapter, adapter_for
 from core.models.block import DecoderBlock, ReorderNorm
 from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress
@@ -28,7 +28,7 @@ from core.models.shell import quantized_blocks, with_layers
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
 from core.quant.linear import QuantLinear
-from core.storage import atomic_dir, verify
+from core.storage import atomic_dir, check_target, verify
 
 FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
@@ -36,14 +36,31 @@ _SITES = ("q", "k", "v")
 _QUANTIZER = ("scale", "zero_point", "offsets")
 
 
-def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[str, Any]) -> None:
+def check_output(folder: Path | str) -> None:
+    """Refuse a folder that a quantised model may not take: call it before quantising.
+
+    Raises: InputError E-PARAM-OUT if it holds anything but an earlier quantised model; ResourceError E-DISK.
+    """
+    check_target(folder)
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTSCOPE_FILE).is_file():
+        raise InputError(
+            f"The folder {folder.name[:60]!r} holds a model that was not quantised here: choose a new or empty folder.",
+            code="E-PARAM-OUT",
+        )
+
+
+def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[str, Any], *, replace: bool = False) -> None:
     """Write a quantised model.
 
     Args:
-        folder: created in one step, replacing a complete folder of Quantscope's own; never half-written.
+        folder: created in one step, replacing an earlier quantised model; never half-written.
         description: JSON-able facts to keep (recipe, report).
-    Raises: ArtifactError if the model has no quantised blocks; ResourceError if the disk refuses.
+        replace: replace whatever is there; for folders inside the cache only.
+    Raises: ArtifactError if the model has no quantised blocks; InputError as `check_output`; ResourceError if the disk refuses.
     """
+    if not replace:
+        check_output(folder)
     blocks = quantized_blocks(loaded.model, loaded.adapter)
     if not blocks:
         raise ArtifactError("This model is not quantised: run quantize first.", code="E-CKPT-KIND")
@@ -59,7 +76,7 @@ def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[st
         "base": {"name": loaded.name, "revision": loaded.revision, "source": loaded.source},
         "layers": structure,
     }
-    with atomic_dir(folder, replace=True) as stage:
+    with atomic_dir(folder, replace=replace) as stage:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
         loaded.model.config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)

@@ -183,4 +183,5 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, bits and backend for `print(model)`."""
-        return f"{self.in_features} → {self.out_features}, {self.bits} bits, {len(self._segments) - 1} clusters, {self.choice.backend}"
+        clusters = len(self._segments) - 1
+        return f"{self.in_features} → {self.out_features}, {self.bits} bits, {clusters} clusters, {self.choice.backend}"

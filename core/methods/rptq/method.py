@@ -115,6 +115,10 @@ class RPTQ:
         """The variant's count when any activation is quantised, else 0."""
         return rules_of(recipe).sink_tokens if recipe.tensor_bits.quantizes_activations else 0
 
+    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
+        """The published code quantises the softmax output already while it calibrates scales and Hessians."""
+        return recipe.tensor_bits.softmax if recipe.variant == "official" else 16
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Cluster, order and choose grids for one layer."""
         bits, rules = recipe.tensor_bits, rules_of(recipe)
@@ -125,7 +129,7 @@ class RPTQ:
         for site, (order, offsets) in _layout(clusters, spec).items():
             weight = importance.get(site)
             sites[site] = plan_site(
-                stats.ranges[site].permuted(order),
+                stats.calibrated[site].permuted(order),
                 offsets,
                 bits.site(site),
                 rules.ranges,

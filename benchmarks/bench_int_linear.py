@@ -1,0 +1,44 @@
+"""The two linear backends against float32, by rows and clusters: what AUTO's rule rests on."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from benchmarks.common import Result, interleave
+from core.quant.activation import ActivationQuantizer
+from core.quant.affine import Grid, choose_qparams
+from core.quant.gptq import round_to_nearest
+from core.quant.linear import QuantLinear
+from kernels import Backend
+
+CASES = [(512, 576, 1536), (512, 1536, 576), (512, 4096, 4096), (1, 4096, 4096)]
+
+
+def run(model: str) -> list[Result]:
+    """Speed of REFERENCE and INT8 (activation quantisation included) over `F.linear` in float32."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for rows, width, outputs in CASES:
+        x, weight = torch.randn(rows, width, generator=generator), torch.randn(outputs, width, generator=generator) * 0.05
+        for clusters in (1, 4, 8, 32):
+            offsets = torch.linspace(0, width, clusters + 1).round().to(torch.int64)
+            bound = torch.full((clusters,), 4.0)
+            quantizer = ActivationQuantizer(8, choose_qparams(-bound, bound, bits=8, grid=Grid.EXACT), offsets)
+            layers = []
+            for backend in (Backend.REFERENCE, Backend.INT8):
+                layer = QuantLinear.from_weight(
+                    round_to_nearest(weight, offsets, bits=4, grid=Grid.EXACT).weight, None, quantizer
+                )
+                layer.set_backend(backend)
+                layers.append(layer)
+            with torch.inference_mode():
+                plain, reference, int8 = interleave(
+                    lambda x=x, w=weight: functional.linear(x, w), lambda x=x, f=layers[0]: f(x), lambda x=x, f=layers[1]: f(x)
+                )
+            auto = QuantLinear.from_weight(round_to_nearest(weight, offsets, bits=4, grid=Grid.EXACT).weight, None, quantizer)
+            name = f"W4A8 linear {rows}×{width}→{outputs}, {clusters} cluster{'s' if clusters > 1 else ''}"
+            for label, seconds in (("reference", reference), ("int8", int8)):
+                note = "AUTO" if auto.choice.backend == label else ""
+                results.append(Result(f"{name}, {label}", plain / seconds, "float32 linear", seconds=seconds, note=note))
+    return results
