@@ -34,7 +34,6 @@ _EXPORTS = {
     "memory_estimate": "core.evaluation.memory",
     "find_shape": "core.evaluation.memory",
     "SHAPES": "core.evaluation.memory",
-    "provenance": "core.provenance",
     "RangesReport": "core.calibration.report",
     "SiteRanges": "core.calibration.report",
 }

@@ -10,10 +10,15 @@ fold into a bias computed once, and only Σ qx per cluster is left for the weigh
 
 Two implementations with one signature. REFERENCE forms x̂ and Ŵ in float32 and multiplies; INT8 multiplies codes with
 `torch._int_mm` (exact int32) cluster by cluster and applies the scales in the epilogue.
+
+Two defects of `torch._int_mm` on CPUs are kept out. Without VNNI instructions its inner loop adds pairs of products in int16,
+which saturates with 8-bit weights (`exact_int8_products` finds out; 7 bits and fewer fit). And it reads the row stride as a
+leading dimension, so a single row or column whose stride is smaller than its length comes back uninitialised.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +54,21 @@ class LinearOperands:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def select_linear_backend(requested: Backend, *, activation_bits: int, offsets: tuple[int, ...], device: str) -> Choice:
+@functools.cache
+def exact_int8_products() -> bool:
+    """Whether `torch._int_mm` is exact for weights of 8 bits on this processor (measured once)."""
+    extreme = torch.full((8, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(extreme, extreme.t()) == 64 * 127 * 127).all())
+
+
+def select_linear_backend(
+    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], device: str
+) -> Choice:
     """Choose the implementation of one layer.
 
     Args:
         requested: AUTO or an explicit backend.
+        weight_bits: 2 to 8, or 16 for a float weight.
         activation_bits: 2 to 8, or 16 when the input stays in floating point.
         offsets: cluster boundaries of the input channels, [G + 1].
         device: torch device type.
@@ -64,15 +79,23 @@ def select_linear_backend(requested: Backend, *, activation_bits: int, offsets: 
     if requested is Backend.INT8:
         if activation_bits > 8:
             raise ValueError("int8 needs activations of 8 bits or fewer; this layer keeps 16: use reference")
+        if weight_bits > 8:
+            raise ValueError("int8 needs weights of 8 bits or fewer; this layer keeps 16: use reference")
         if device != "cpu":
             raise ValueError(f"int8 runs on cpu, not on {device}: use reference")
+        if weight_bits == 8 and not exact_int8_products():
+            raise ValueError("int8 with 8-bit weights saturates on this processor (it has no VNNI): use reference")
         return Choice(Backend.INT8, "asked for")
     if requested is Backend.REFERENCE:
         return Choice(Backend.REFERENCE, "asked for")
     if activation_bits > 8:
         return Choice(Backend.REFERENCE, "activations stay in float, so the product does too")
+    if weight_bits > 8:
+        return Choice(Backend.REFERENCE, "weights stay in float, so the product does too")
     if device != "cpu":
         return Choice(Backend.REFERENCE, f"no integer path on {device} yet")
+    if weight_bits == 8 and not exact_int8_products():
+        return Choice(Backend.REFERENCE, "integer products of 8-bit weights saturate on this processor (it has no VNNI)")
     if columns < MIN_COLUMNS_PER_SEGMENT:
         return Choice(
             Backend.REFERENCE,
@@ -97,8 +120,13 @@ def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
 def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:
     offsets, codes = operands.offsets, operands.codes
     y = None
+    if len(x) == 1:
+        x = x.clone(memory_format=torch.contiguous_format)  # a single row counts as contiguous whatever its stride
     for c, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [M, N] int32, exact
+        if stop - start == 1:
+            part = x[:, start:stop].to(torch.int32) * codes[:, start].to(torch.int32)
+        else:
+            part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [M, N] int32, exact
         part = part.to(torch.float32).mul_(operands.output_scale[c])
         y = part if y is None else y.add_(part)
     sums = _segment_sums(x, offsets)  # [M, G]

@@ -23,7 +23,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     Returns: [..., C] int8 if the limits fit, else uint8 if they fit, else int16.
     """
     lower, upper = qmin - zero_point, qmax - zero_point
-    codes = torch.clamp((x / scale).round_(), lower, upper).add_(zero_point)
+    codes = (x / scale).round_().clamp_(lower, upper).add_(zero_point)
     return codes.to(_code_dtype(qmin, qmax))
 
 
@@ -41,7 +41,7 @@ def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor) -> Ten
         lower, upper: qmin - zero_point and qmax - zero_point, broadcastable, float32.
     Returns: a new tensor like x.
     """
-    return torch.clamp((x / scale).round_(), lower, upper).mul_(scale)
+    return (x / scale).round_().clamp_(lower, upper).mul_(scale)
 
 
 def _code_dtype(qmin: int, qmax: int) -> torch.dtype:

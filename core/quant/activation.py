@@ -45,14 +45,20 @@ class ActivationQuantizer(nn.Module):
     def fake(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
         """x̂ for x [..., C]; rows where `exempt` [...] is True come back unchanged."""
         out = fake_quantize(x, self.channel_scale, self.lower, self.upper)
-        return out if exempt is None else torch.where(exempt.unsqueeze(-1), x, out)
+        return out if exempt is None else _restore(out, x, exempt.expand(x.shape[:-1]))
 
     def fake_heads(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
         """x̂ for x [B, H, T, E], C = H * E; `exempt` [B or 1, T] marks tokens that come back unchanged."""
         shape = (x.shape[1], 1, x.shape[3])
         out = fake_quantize(x, self.channel_scale.view(shape), self.lower.view(shape), self.upper.view(shape))
-        return out if exempt is None else torch.where(exempt[:, None, :, None], x, out)
+        return out if exempt is None else _restore(out, x, exempt[:, None].expand(x.shape[:-1]))
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x [..., C], int8."""
         return quantize(x, self.channel_scale, self.channel_zero, self.qmin, self.qmax)
+
+
+def _restore(out: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Put the rows of x [..., C] marked in `rows` [...] back into `out`."""
+    out[rows] = x[rows]
+    return out

@@ -77,8 +77,10 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zer
 def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) -> QParams:
     """The same grid with its scale rounded to a storage type, zero point recomputed for it (EXACT rule).
 
-    Used for weights, whose scales are stored in float16: rounding first makes the codes exact for the stored scale.
+    Used for weights, whose scales are stored in float16: rounding first makes the codes exact for the stored scale. Scales
+    below the normal range keep at least four bits (a cluster of one column often holds weights of 1e-4 and less).
     """
-    scale = params.scale.to(dtype).to(torch.float32).clamp_min(float(torch.finfo(dtype).smallest_normal))
+    info = torch.finfo(dtype)
+    scale = params.scale.clamp(16 * info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float32)
     qmin, _ = code_limits(bits)
     return QParams(scale, qmin - (low / scale).round_())

@@ -6,6 +6,8 @@ blocks, so that a causal mask skips the keys after each block and the score matr
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -46,21 +48,26 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
         seen = past + stop if mask is None else k.shape[2]
         rows = q[:, :, :, start:stop].flatten(2, 3)  # [B, Hkv, G*t, E]
         scores = torch.matmul(rows, k[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, stop - start))
-        scores += _block_mask(mask, past, start, stop, seen, scores)
+        if mask is None:
+            scores[..., past + start :].masked_fill_(_future(stop - start), float("-inf"))
+        else:
+            scores += _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B, 1, 1, t, S]
         p = torch.softmax(scores, dim=-1).mul_(steps).round_()
         out[:, :, :, start:stop] = torch.matmul(p.flatten(2, 3), v[:, :, :seen]).unflatten(2, (-1, stop - start))
     return out.view(batch, heads, tokens, dim)
 
 
-def _block_mask(mask: Tensor | None, past: int, start: int, stop: int, seen: int, like: Tensor) -> Tensor:
-    """Additive mask of query rows start..stop over `seen` keys, broadcastable to [B, Hkv, G, t, S]."""
-    if mask is None:
-        allowed = _causal(stop - start, seen, like.device)
-        return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
-    part = mask[..., start:stop, :seen]
-    if part.dtype == torch.bool:
-        part = torch.zeros(part.shape, dtype=like.dtype, device=like.device).masked_fill_(~part, torch.finfo(like.dtype).min)
-    return part.unsqueeze(2)  # [B, 1, 1, t, S]
+@lru_cache(maxsize=8)
+def _future(tokens: int) -> Tensor:
+    """[t, t] bool, True where the key comes after the query."""
+    return torch.ones(tokens, tokens, dtype=torch.bool).triu_(1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A visible-where-True mask as numbers to add; an additive mask as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _causal(tokens: int, keys: int, device: torch.device) -> Tensor:

@@ -119,11 +119,15 @@ class QuantLinear(nn.Module):
         Raises: BackendError if `backend` is asked for by name and cannot run this layer.
         """
         self.requested = backend
-        activation_bits = self.quantizer.bits if self.quantizer is not None and self.bits < 16 else 16
+        activation_bits = 16 if self.quantizer is None else self.quantizer.bits
         self._segments = tuple(self.offsets.tolist())
         try:
             self.choice: Choice = select_linear_backend(
-                backend, activation_bits=activation_bits, offsets=self._segments, device=self.offsets.device.type
+                backend,
+                weight_bits=self.bits,
+                activation_bits=activation_bits,
+                offsets=self._segments,
+                device=self.offsets.device.type,
             )
         except ValueError as error:
             raise BackendError(str(error)) from error
@@ -158,7 +162,7 @@ class QuantLinear(nn.Module):
             self._operands = self._build_operands()
         if self._operands.backend is Backend.REFERENCE:
             return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
-        y = int_linear(self.quantizer.codes(x).view(-1, self.in_features), self._operands).view(*x.shape[:-1], -1)
+        y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands).view(*x.shape[:-1], -1)
         if exempt is not None:
             rows = exempt.expand(x.shape[:-1])
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
