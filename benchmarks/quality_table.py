@@ -10,7 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from core import PER_CHANNEL, SCHEMES, Calibration, Clusters, QuantRecipe, Workbench, provenance
+from core import PER_CHANNEL, SCHEMES, Calibration, Clusters, QuantRecipe, Workbench
+from core.provenance import provenance
 
 WINDOW = 512
 

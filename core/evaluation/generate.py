@@ -100,16 +100,8 @@ def generate(
             shown = text
     end = time.perf_counter()
     stored, plain = _cache_bytes(cache, model, adapter)
-    return Continuation(
-        tokenizer.decode(produced, skip_special_tokens=True),
-        len(ids),
-        len(produced),
-        first - start,
-        end - first,
-        stopped,
-        stored,
-        plain,
-    )
+    text = tokenizer.decode(produced, skip_special_tokens=True)
+    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int) -> Tensor:

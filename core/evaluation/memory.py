@@ -48,11 +48,12 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All parameters; with two feed-forward matrices (OPT) biases and LayerNorms are counted, with three (Llama) RMSNorms."""
+        biased = self.ffn_matrices == 2
         attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
-        small, final = (13, 2) if self.ffn_matrices == 2 else (2, 1)
-        layer = attention + self.ffn_matrices * self.hidden * self.ffn + small * self.hidden
+        small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
+        layer = attention + self.ffn_matrices * self.hidden * self.ffn + small
         embeddings = self.vocab * (1 if self.tied else 2) + self.positions
-        return self.layers * layer + embeddings * self.hidden + final * self.hidden
+        return self.layers * layer + embeddings * self.hidden + (2 if biased else 1) * self.hidden
 
 
 def _opt(layers: int, hidden: int, heads: int) -> Shape:

@@ -2,9 +2,9 @@
 
     quantscope.json       format, recipe, report, and the structure of every layer (bits, clusters, shapes)
     model.safetensors     shell tensors under their transformers names, block tensors under blocks.<layer>.<path>
-    config.json, tokenizer files, manifest.json (sizes and checksums)
+    config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
-Tensor names are looked up in the structure, never used as attribute paths.
+Tensor names are looked up in the structure, never used as attribute paths; every file is checked against its checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from core.errors import ArtifactError, InputError
 from core.models.adapter import ModelAdapter, adapter_for
@@ -34,6 +34,8 @@ FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")
 _QUANTIZER = ("scale", "zero_point", "offsets")
+_GENERATION = "generation_config.json"
+_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
 
 def check_output(folder: Path | str) -> None:
@@ -79,6 +81,7 @@ def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[st
     with atomic_dir(folder, replace=replace) as stage:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
         loaded.model.config.save_pretrained(stage)
+        (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
         loaded.tokenizer.save_pretrained(stage)
         (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
 
@@ -106,17 +109,18 @@ def load_quantized(path: Path | str, *, progress: Progress | None = None) -> Loa
     path = Path(path)
     if progress is not None:
         progress("Loading the quantised model", None)
-    verify(path)
+    verify(path, checksums=True)
     facts = read_description(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         adapter = adapter_for(config)
         tensors = load_file(path / "model.safetensors")
         model = _build(config, adapter, facts["layers"], tensors)
+        model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, local_files_only=True)
         base = facts["base"]
         source = f"Quantised by Quantscope from {base['name']}. {base['source']}"
-    except (KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError, SafetensorError) as error:
+    except (*_MISFITS, OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
         ) from error
@@ -143,7 +147,13 @@ def _structure(block: DecoderBlock) -> dict[str, Any]:
         for name, layer in block.linears().items()
     }
     sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
-    return {"linears": linears, "sites": sites, "softmax_bits": block.softmax_bits, "sink_tokens": block.sink_tokens}
+    return {
+        "linears": linears,
+        "sites": sites,
+        "softmax_bits": block.softmax_bits,
+        "sink_tokens": block.sink_tokens,
+        "tensors": sorted(block.state_dict()),
+    }
 
 
 def _build(
@@ -151,6 +161,11 @@ def _build(
 ) -> PreTrainedModel:
     if len(layers) != config.num_hidden_layers:
         raise ValueError("layer count differs from the configuration")
+    names = {f"blocks.{i}.{name}" for i, facts in enumerate(layers) for name in facts["tensors"]}
+    if names != {n for n in tensors if not n.startswith("shell.")}:
+        raise ValueError("block tensors are missing or left over")
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+        raise ValueError("a tensor holds NaN or infinity")
     shell = _empty_shell(config)
     blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
     model = with_layers(shell, adapter, blocks)
@@ -165,11 +180,12 @@ def _build(
 
 
 def _empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
-    """A one-layer model of the architecture, to be given its own layers: everything outside the layers has full size."""
+    """A model of one layer per kind, to be given its own layers: everything outside the layers has full size."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers = 1
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    small.num_hidden_layers = max(1, len(kinds))
+    if kinds:
+        small.layer_types = kinds
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
     config._attn_implementation = "sdpa"
     for module in model.modules():
@@ -211,7 +227,33 @@ def _block(
     for site in _SITES:
         setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
     block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    _check(block)
     return block.eval()
+
+
+def _check(block: DecoderBlock) -> None:
+    """Raise ValueError unless every tensor of a loaded block has its layer's size and every order is a permutation."""
+    s = block.spec
+    sizes = {
+        "qkv": (s.hidden, s.width("q") + s.width("k") + s.width("v")),
+        "o": (s.width("o_in"), s.hidden),
+        "up": (s.hidden, s.ffn * (2 if s.gated else 1)),
+        "down": (s.ffn, s.hidden),
+    }
+    fits = [(x.in_features, x.out_features) == sizes[name] for name, x in block.linears().items()]
+    vectors = [(x.bias, x.out_features) for x in block.linears().values()]
+    vectors += [(t, s.hidden) for norm in (block.norm1, block.norm2) for t in (norm.weight, norm.bias)]
+    vectors += [(block.q_norm, s.head_dim), (block.k_norm, s.head_dim)]
+    fits += [t is None or t.shape == (width,) for t, width in vectors]
+    fits += [(t is not None) == s.qk_norm for t in (block.q_norm, block.k_norm)]
+    orders = [(norm.order[None], (1, s.hidden)) for norm in (block.norm1, block.norm2) if norm.order is not None]
+    if block.rope_order is not None:
+        orders.append((block.rope_order, (s.kv_heads, s.head_dim)))
+    fits += [t.shape == shape and bool((t.sort(-1).values == torch.arange(shape[1])).all()) for t, shape in orders]
+    quantizers = {site: getattr(block, f"{site}_quantizer") for site in _SITES}
+    fits += [q is None or q.width == s.width(site) for site, q in quantizers.items()]
+    if not all(fits) or block.softmax_bits not in (*range(2, 9), FLOAT_BITS) or block.sink_tokens < 0:
+        raise ValueError("a tensor does not have the size of its layer")
 
 
 def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> ActivationQuantizer | None:

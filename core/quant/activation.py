@@ -31,6 +31,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("offsets", offsets.to(torch.int32).contiguous())
         if self.offsets[0] != 0 or bool((self.offsets.diff() < 1).any()) or len(self.scale) != len(self.offsets) - 1:
             raise ValueError("cluster offsets do not fit the scales")
+        if not 2 <= bits <= 8 or not bool((self.scale > 0).all()):
+            raise ValueError(f"a quantiser of {bits} bits needs 2 to 8 bits and positive scales")
         offsets, zero = self.offsets.to(torch.int64), self.zero_point.to(torch.float32)
         self.register_buffer("channel_scale", expand(self.scale, offsets), persistent=False)
         self.register_buffer("lower", expand(self.qmin - zero, offsets), persistent=False)

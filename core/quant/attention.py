@@ -20,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
 
     Args:
         q: [B, H, T, E]; k, v: [B, Hkv, S, E] float, H a multiple of Hkv, S >= T.
-        mask: None for causal, or broadcastable to [B, H, T, S]: bool (True = visible) or float (added).
+        mask: None for causal, or [B or 1, 1, T, S]: bool (True = visible) or float (added).
         scaling: multiplies the scores.
     Returns: [B, T, H * E].
     """

@@ -162,8 +162,8 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
 def _finish(codes: Tensor, groups: _Groups, bits: int, grid: Grid) -> QuantizedWeight:
     """Signed float codes [N, K] -> stored types."""
     zero = groups.zero_point
-    largest = float(zero.abs().max())
-    stored = torch.int8 if largest <= 127 else torch.int16 if largest <= 32767 else torch.int32
+    fits = (t for t in (torch.int8, torch.int16) if torch.iinfo(t).min <= zero.min() and zero.max() <= torch.iinfo(t).max)
+    stored = next(fits, torch.int32)
     return QuantizedWeight(
         codes=(codes - groups.qmin).to(torch.uint8).contiguous(),
         scale=groups.scale.to(torch.float16 if grid is Grid.EXACT else torch.float32),

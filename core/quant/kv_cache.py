@@ -132,7 +132,7 @@ class QuantizedKVLayer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """Remove -`tokens` positions from the end; a positive number (older transformers) is the length to keep."""
-        keep = tokens if tokens > 0 else self.get_seq_length() + tokens
+        keep = tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)
         self.key_states.crop(keep)
         self.value_states.crop(keep)
 

@@ -65,7 +65,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.bits, self.in_features = bits, in_features
         self.out_features = tensors["weight" if bits >= 16 else "packed"].shape[0]
-        self._check(tensors)
+        self._check(tensors, quantizer)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.contiguous())
         self.register_buffer("bias", bias)
@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
             quantizer=quantizer,
         )
 
-    def _check(self, tensors: dict[str, Tensor]) -> None:
+    def _check(self, tensors: dict[str, Tensor], quantizer: ActivationQuantizer | None) -> None:
         offsets, rows = tensors["offsets"].tolist(), self.out_features
         if offsets[0] != 0 or offsets[-1] != self.in_features or any(a >= b for a, b in zip(offsets, offsets[1:], strict=False)):
             raise ValueError(f"cluster offsets do not cover 0 … {self.in_features}")
@@ -112,6 +112,8 @@ class QuantLinear(nn.Module):
             ].shape == tensors["weight_zero"].shape == (rows, len(offsets) - 1)
         if not fits:
             raise ValueError(f"the tensors of a {self.bits}-bit layer of {self.in_features} inputs do not fit each other")
+        if quantizer is not None and quantizer.offsets.tolist() != offsets:
+            raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
 
     def set_backend(self, backend: Backend) -> None:
         """Choose the implementation; drops the working copy.
@@ -162,7 +164,8 @@ class QuantLinear(nn.Module):
             self._operands = self._build_operands()
         if self._operands.backend is Backend.REFERENCE:
             return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
-        y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands).view(*x.shape[:-1], -1)
+        y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands)
+        y = y.view(*x.shape[:-1], self.out_features)
         if exempt is not None:
             rows = exempt.expand(x.shape[:-1])
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)

@@ -132,7 +132,8 @@ def test_nearly_constant_ranges_keep_their_value(bits, value, ulps):
 
 @pytest.mark.parametrize("grid", list(Grid), ids=str)
 @pytest.mark.parametrize("bits", (2, 4, 8))
-@pytest.mark.parametrize("low, high", [(0.0, 0.0), (-0.0, 0.0), (1e-45, 1e-45), (0.0, 1e-44), (-1e-38, 1e-38), (1e38, 1e38), (-1e38, 1e38)])
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (-0.0, 0.0), (1e-45, 1e-45), (0.0, 1e-44),
+                                       (-1e-38, 1e-38), (1e38, 1e38), (-1e38, 1e38)])
 def test_degenerate_ranges_stay_finite(grid, bits, low, high):
     found = params_of(low, high, bits, grid)
     assert math.isfinite(float(found.scale)) and float(found.scale) > 0 and math.isfinite(float(found.zero_point))

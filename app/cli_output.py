@@ -1,0 +1,212 @@
+"""What the command line shows: text and one JSON object on stdout, progress and the one error line on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from core.errors import InputError, ResourceError
+
+STDOUT = "-"
+FIRST_LINE_S, NEXT_LINE_S, REDRAW_S = 10.0, 15.0, 0.1
+BAR = 24
+_REASONS = {
+    errno.ENOENT: "there is no such folder",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EISDIR: "it is a folder",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the disk is read-only",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then, the first after ten seconds. Called as core's callback.
+
+    Args:
+        stream: where to write, usually stderr.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.clock = stream, clock
+        self.bar = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.start: float | None = None
+        self.due = 0.0
+        self.phase, self.fraction, self.origin = "", 0.0, (0.0, 0.0)
+        self.drawn = False
+
+    def __call__(self, stage: str, fraction: float | None = None) -> None:
+        """Show a stage; without a fraction, the last one of the same kind of stage stays."""
+        now, phase = self.clock(), stage.partition(" ")[0]
+        if self.start is None:  # not before: what libraries take to load is no progress
+            self.start, self.due = now, now + (0.0 if self.bar else FIRST_LINE_S)
+        if phase != self.phase or (fraction is not None and fraction < self.fraction):
+            self.phase, self.fraction, self.origin = phase, fraction or 0.0, (fraction or 0.0, now)
+        self.fraction = max(self.fraction, min(1.0, fraction or 0.0))
+        if now < self.due:
+            return
+        stage = printable(stage)
+        if self.bar:
+            self.due, self.drawn = now + REDRAW_S, True
+            filled = round(BAR * self.fraction)
+            line = f"[{'#' * filled}{'-' * (BAR - filled)}] {self.fraction:4.0%} {stage}{self._left(now)}"
+            width = max(20, shutil.get_terminal_size().columns) - 1
+            self.stream.write(f"\r{line[:width]}\x1b[K")
+        else:
+            self.due = now + NEXT_LINE_S
+            self.stream.write(f"[{now - self.start:4.0f} s] {stage} ({self.fraction:.0%}){self._left(now)}\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Wipe the bar, so that the next line begins at the left."""
+        if self.drawn:
+            self.drawn = False
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def _left(self, now: float) -> str:
+        """Time still needed, once there is something to tell it from."""
+        fraction, begun = self.origin
+        done, spent = self.fraction - fraction, now - begun
+        if done < 0.02 or spent < 2:
+            return ""
+        seconds = round(spent / done * (1 - self.fraction))
+        return f", about {seconds // 60}:{seconds % 60:02d} left"
+
+
+class Console:
+    """Where a verb writes: human text on stdout, unless the JSON object goes there.
+
+    Args:
+        json_target: a file, "-" for stdout, or None.
+    """
+
+    def __init__(self, json_target: str | None) -> None:
+        self.json_target = json_target
+        self.progress = Progress(sys.stderr)
+        if json_target not in (None, STDOUT):
+            check_json_target(json_target)
+
+    def note(self, text: str) -> None:
+        """A remark beside the result, on stderr."""
+        self.progress.close()
+        complain(text)
+
+    def write(self, text: str) -> None:
+        """Text for people, at once."""
+        if self.json_target != STDOUT:
+            self.progress.close()
+            sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+
+    def finish(self, document: dict[str, Any], text: str) -> None:
+        """The result: first the JSON object (so that a closed pipe cannot lose it), then the text."""
+        self.progress.close()
+        if self.json_target is not None:
+            write_json(self.json_target, document)
+        self.write(text)
+
+
+def complain(line: str) -> None:
+    """The one line on stderr that says what went wrong."""
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr must not hide the exit code
+        sys.stderr.write(printable(line) + "\n")
+        sys.stderr.flush()
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` without control characters: names and generated text must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Aligned columns under a rule; the first `left` are flush left, the others flush right."""
+    cells = [[printable(str(cell)) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    lines = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Name and value, one pair a line."""
+    width = max(len(name) for name, _ in pairs)
+    return "".join(f"{name.ljust(width)}  {printable(value)}\n" for name, value in pairs)
+
+
+def check_json_target(target: str) -> None:
+    """Refuse a file that cannot be written before the work begins. Raises: InputError E-PARAM-JSON."""
+    try:
+        path = Path(os.path.realpath(target))
+        if not target.strip():
+            raise OSError(errno.ENOENT, "")
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "")
+        os.stat(path.parent)
+        if not path.parent.is_dir():
+            raise OSError(errno.ENOTDIR, "")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OSError(errno.EACCES, "")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _no_json(target, error) from error
+
+
+def write_json(target: str, document: dict[str, Any]) -> None:
+    """One object, indented unless it is large: to stdout, or to a file that is whole or absent.
+
+    Raises: InputError or ResourceError if the file cannot be written; an earlier one is then as it was.
+    """
+    text = json.dumps(document, allow_nan=False, indent=None if "sites" in document else 2) + "\n"
+    if target == STDOUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    path = Path(os.path.realpath(target))
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            path.write_text(text, encoding="utf-8")  # a pipe or a device cannot be replaced
+        else:
+            _replace(path, text)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise ResourceError(
+                "The JSON file cannot be written: the disk is full or failing. Free some space.", code="E-DISK"
+            ) from error
+        raise _no_json(target, error) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{secrets.token_hex(6)}.part")
+    try:
+        with open(part, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+
+
+def _no_json(target: str, error: Exception) -> InputError:
+    reason = _REASONS.get(getattr(error, "errno", None) or 0, "it cannot be written")
+    return InputError(
+        f"The JSON file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists.", code="E-PARAM-JSON"
+    )

@@ -1,0 +1,353 @@
+"""What each verb of the command line does: read its options, call core, hand the report to the console.
+
+Everything cheap to check is checked before a model is loaded. core's heavy parts are imported by the verbs that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from app.cli_output import Console, facts, table
+from app.figure import bytes_text, number
+from core.checks import parse_int, require_int
+from core.config import SITES, Bits, Calibration, Clusters, QuantRecipe, parse_bits
+from core.errors import InputError
+
+MAX_TOKENS = 1_048_576
+MAX_RECIPE_BYTES = 2**24
+OUTLIERS_SHOWN = 10
+
+
+def models(args: Namespace, console: Console) -> None:
+    """`models`: the catalogue."""
+    from core import catalogue
+
+    entries = catalogue()
+    document = {
+        "models": [
+            {
+                "name": e.name,
+                "title": e.title,
+                "description": e.description,
+                "licence": e.licence,
+                "size_bytes": e.size_bytes,
+                "source": e.source,
+            }
+            for e in entries
+        ]
+    }
+    rows = [[e.name, e.title, e.licence, bytes_text(e.size_bytes)] for e in entries]
+    sources = facts([(e.name, e.source) for e in entries])
+    also = "Also: owner/name of the Hugging Face Hub, a local folder, a .gguf file.\n"
+    console.finish(document, f"{table(['name', 'title', 'licence', 'size'], rows, left=3)}\nSources\n{sources}\n{also}")
+
+
+def inspect(args: Namespace, console: Console) -> None:
+    """`inspect`: ranges of every channel."""
+    calibration = _calibration(args, Calibration())
+    seed = parse_int("seed", args.seed or "0")
+    QuantRecipe(args.model, seed=seed)  # its rules for seed and name
+    _require_text(calibration.text, "calibration")
+    from core import load_model, observe
+    from core.provenance import provenance
+
+    loaded = load_model(args.model, progress=console.progress)
+    report = observe(loaded, calibration, seed=seed, progress=console.progress)
+    rows = []
+    for kind in SITES:
+        sites = [s for s in report.sites.values() if s.kind == kind]
+        low, high = min(float(s.low.min()) for s in sites), max(float(s.high.max()) for s in sites)
+        rows.append([kind, str(len(sites)), str(len(sites[0].low)), number(low), number(high)])
+    widest = [[o.site, str(o.channel), number(o.low), number(o.high), number(o.ratio)] for o in report.outliers(OUTLIERS_SHOWN)]
+    text = facts(
+        [
+            ("model", report.model),
+            (
+                "observed",
+                f"{report.tokens:,} tokens of {report.text_name} in windows of "
+                f"{report.window}, {number(report.seconds)} s on {report.device}",
+            ),
+        ]
+    )
+    text += "\n" + table(["site", "layers", "channels", "smallest", "largest"], rows)
+    text += "\nWidest channels, relative to their site's median width\n"
+    text += table(["site", "channel", "min", "max", "× median"], widest)
+    console.finish(report.to_dict() | {"provenance": provenance()}, text)
+
+
+def quantize(args: Namespace, console: Console) -> None:
+    """`quantize`: a folder that every other verb takes as `--model`."""
+    recipe = recipe_of(args)
+    from core import load_model
+    from core.methods import METHODS
+    from core.models.quantized import check_output, save_quantized
+    from core.pipeline import quantize as run
+    from core.provenance import provenance
+
+    METHODS.get(recipe.method)
+    check_output(args.out)
+    _require_text(recipe.calibration.text, "calibration")
+    base = load_model(recipe.model, revision=recipe.revision, progress=console.progress)
+    made, report = run(base, recipe, progress=console.progress)
+    report = replace(report, folder=args.out)
+    console.progress("Saving the quantised model", None)
+    save_quantized(args.out, made, {"recipe": recipe.to_dict(), "report": report.to_dict()})
+    console.finish(report.to_dict() | {"out": args.out, "provenance": provenance()}, _quantize_text(report, args.out))
+
+
+def evaluate(args: Namespace, console: Console) -> None:
+    """`evaluate`: the numbers of one model, with a reference when one is given."""
+    protocol = _protocol(args)
+    from core import Workbench
+    from core.provenance import provenance
+
+    report = Workbench().evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
+    document = report.to_dict() | {"model": args.model, "reference": args.reference, "provenance": provenance()}
+    console.finish(document, _evaluation_text(report, args.reference))
+
+
+def generate(args: Namespace, console: Console) -> None:
+    """`generate`: the continuation, piece by piece as it is made."""
+    writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": args.backend}
+    from core import Workbench
+
+    report = _stream(Workbench(), args.model, args.prompt, writing, console)
+    document = report.to_dict() | {"model": args.model, "prompt": args.prompt}
+    console.finish(document, "\n")
+    console.note(_speed(report))
+
+
+def compare(args: Namespace, console: Console) -> None:
+    """`compare`: one row per model; the first is the reference of the others."""
+    if len(args.models) < 2:
+        raise InputError("Only one model is given: name two or more, the first being the reference.", code="E-PARAM-MODELS")
+    protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": args.backend}
+    from core import Workbench
+    from core.provenance import provenance
+
+    bench, first = Workbench(), args.models[0]
+    reports = [
+        bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
+        for i, name in enumerate(args.models)
+    ]
+    headers = ["model", "perplexity", "KLD", "same top", "weights", "KV / token", "tokens/s"]
+    rows = [
+        [
+            name,
+            f"{number(r.perplexity, 4)} ± {number(r.perplexity_stderr, 2)}",
+            _nats(r.kld_mean),
+            _share(r.same_top_token),
+            bytes_text(r.weight_bytes),
+            bytes_text(r.kv_bytes_per_token),
+            number(r.tokens_per_second),
+        ]
+        for name, r in zip(args.models, reports, strict=True)
+    ]
+    console.write(table(headers, rows) + f"\nKLD and same top token are against the first. {reports[0].protocol}.\n")
+    written = []
+    for name in args.models if args.prompt is not None else ():
+        console.write(f"\n── {name}\n")
+        written.append(_stream(bench, name, args.prompt, writing, console))
+        console.write(f"\n[{_speed(written[-1])}]\n")
+    measured = [{"model": name, **r.to_dict()} for name, r in zip(args.models, reports, strict=True)]
+    continued = [{"model": w.key, **w.to_dict()} for w in written]
+    console.finish(
+        {"reference": first, "models": measured, "prompt": args.prompt, "continuations": continued, "provenance": provenance()},
+        "",
+    )
+
+
+def memory(args: Namespace, console: Console) -> None:
+    """`memory`: bytes by formula."""
+    from core import memory_estimate
+
+    batch, sequence = parse_int("batch", args.batch), parse_int("sequence", args.seq)
+    made = memory_estimate(args.model, args.scheme, batch=batch, sequence=sequence)
+    parts = {"weights": made.weights, "kv_cache": made.kv_cache, "activations": made.activations, "total": made.total}
+    rows = [[name.replace("_", " "), f"{size:,}", f"{size / 1e9:,.2f}", f"{size / 2**30:,.2f}"] for name, size in parts.items()]
+    text = f"{args.model}, {args.scheme}, batch {batch:,}, sequence {sequence:,} (estimate)\n\n"
+    text += table(["part", "bytes", "GB", "GiB"], rows) + f"\n{made.assumptions} 1 GB = 10^9, 1 GiB = 2^30 bytes.\n"
+    console.finish(
+        parts
+        | {"model": args.model, "scheme": args.scheme, "batch": batch, "sequence": sequence, "assumptions": made.assumptions},
+        text,
+    )
+
+
+def recipe_of(args: Namespace) -> QuantRecipe:
+    """The recipe that `quantize`'s options describe. Raises: InputError."""
+    base = _read_recipe(args.recipe) if args.recipe is not None else {}
+    given = {name: value for name in ("model", "method", "variant", "weights") if (value := getattr(args, name)) is not None}
+    if "model" in given:
+        base.pop("revision", None)
+    if args.clusters is not None:
+        base.pop("clusters", None)
+    recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()
+    if args.clusters is not None:
+        recipe = replace(recipe, clusters=Clusters.parse(args.clusters))
+    if args.scheme is not None or args.bits is not None:
+        recipe = _with_bits(recipe, args.scheme, args.bits)
+    seed = recipe.seed if args.seed is None else parse_int("seed", args.seed)
+    return replace(recipe, calibration=_calibration(args, recipe.calibration), seed=seed)
+
+
+def _no_model() -> QuantRecipe:
+    raise InputError("No model was named: give --model, or a --recipe that names one.", code="E-PARAM-MODEL")
+
+
+def _with_bits(recipe: QuantRecipe, scheme: str | None, bits: str | None) -> QuantRecipe:
+    """The recipe with another scheme, or with own bits on top of one (of 16 everywhere for `custom`)."""
+    if bits is None:
+        return replace(recipe, scheme=scheme, bits=None)
+    start = (
+        recipe.tensor_bits
+        if scheme is None
+        else Bits()
+        if scheme == "custom"
+        else replace(recipe, scheme=scheme, bits=None).tensor_bits
+    )
+    wanted = parse_bits(bits)
+    names = [part.partition("=")[0].strip() for part in bits.split(",") if part.strip()]
+    if not names:
+        raise InputError("No bits are given: write name=bits, for example k=3,v=3.", code="E-PARAM-BITS")
+    return replace(recipe, scheme="custom", bits=replace(start, **{name: getattr(wanted, name) for name in names}))
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    """A recipe's fields from a file that holds one, or an object with one under "recipe" (as `--json` writes it)."""
+    try:
+        if os.path.getsize(path) > MAX_RECIPE_BYTES:
+            raise InputError(f"The recipe {path[-60:]!r} is larger than 16 MB: is it a recipe?", code="E-PARAM-RECIPE")
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise InputError(
+            f"The recipe {path[-60:]!r} cannot be read: {error.strerror}. Name a JSON file.", code="E-PARAM-RECIPE"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"The recipe {path[-60:]!r} is not valid JSON: export one from the page, or take --json of quantize.",
+            code="E-PARAM-RECIPE",
+        ) from error
+    data = data.get("recipe", data) if isinstance(data, dict) else data
+    return QuantRecipe.from_dict(data).to_dict()
+
+
+def _calibration(args: Namespace, base: Calibration) -> Calibration:
+    """`base` with the calibration options that are given."""
+    window = base.window if args.window is None else parse_int("window", args.window)
+    tokens = base.tokens if args.calibration_tokens is None else parse_int("calibration tokens", args.calibration_tokens)
+    return Calibration(base.text if args.calibration is None else args.calibration, tokens, window)
+
+
+def _protocol(args: Namespace) -> dict[str, Any]:
+    """Text, window, tokens and backend of a measurement."""
+    window = require_int("window", parse_int("window", args.window), 8, 8192, "use 8 to 8192 tokens")
+    rule = f"use at least one window ({window}) and at most {MAX_TOKENS}"
+    tokens = require_int("tokens", parse_int("tokens", args.tokens), window, MAX_TOKENS, rule)
+    _require_text(args.text, "evaluation")
+    return {"text": args.text, "window": window, "tokens": tokens, "backend": args.backend}
+
+
+def _writing(args: Namespace, prompt: str | None) -> dict[str, Any]:
+    """Options of a continuation."""
+    if prompt is not None and not prompt.strip():
+        raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
+    try:
+        temperature = float(args.temperature)
+    except ValueError:
+        raise InputError(f"temperature is {args.temperature[:40]!r}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE") from None
+    return {"max_new_tokens": parse_int("new tokens", args.max_new_tokens), "temperature": temperature, "chat": args.chat}
+
+
+def _seed(args: Namespace) -> int:
+    return require_int("seed", parse_int("seed", args.seed), 0, 2**31 - 1, "use 0 to 2147483647")
+
+
+def _require_text(text: str, split: str) -> None:
+    """Find out now, not after the model is loaded, whether a text is there and readable."""
+    from core.calibration.data import resolve_text
+
+    resolve_text(text, split=split)
+
+
+def _stream(bench: Any, model: str, prompt: str, writing: dict[str, Any], console: Console) -> Any:
+    """Generate, showing each piece when it comes. Returns: GenerationReport."""
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        console.write(piece)
+
+    report = bench.generate(model, prompt, on_text=show, progress=console.progress, **writing)
+    console.write(report.text[len("".join(pieces)) :])
+    return report
+
+
+def _speed(report: Any) -> str:
+    speed = f"{report.new_tokens} new tokens at {number(report.tokens_per_second)} tokens/s, stopped by {report.stopped}"
+    return f"{speed}; KV cache {bytes_text(report.kv_bytes)}, as float {bytes_text(report.kv_bytes_float)}"
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _decibels(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def _evaluation_text(report: Any, reference: str | None) -> str:
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in report.weight_parts.items())
+    against = [("KLD", f"{_nats(report.kld_mean)} nats, from {reference}"), ("same top token", _share(report.same_top_token))]
+    return facts(
+        [
+            ("model", report.label),
+            ("perplexity", f"{number(report.perplexity, 4)} ± {number(report.perplexity_stderr, 2)}"),
+            ("loss", f"{number(report.nll, 4)} nats per token"),
+            *(against if reference is not None else []),
+            ("weights", f"{bytes_text(report.weight_bytes)} ({parts})"),
+            ("KV cache", f"{bytes_text(report.kv_bytes_per_token)} per token"),
+            ("speed", f"{number(report.tokens_per_second)} tokens/s"),
+            ("measured", f"{report.tokens:,} tokens: {report.protocol}"),
+            ("backend", report.backend),
+        ]
+    )
+
+
+def _quantize_text(report: Any, out: str) -> str:
+    rows = [
+        [str(entry.layer), _decibels(entry.output_sqnr_db), *_worst(entry.sites), *_worst(entry.weights)]
+        for entry in report.layers
+    ]
+    saved = f"{bytes_text(report.weight_bytes)} of {bytes_text(report.float_bytes)} as float"
+    text = facts(
+        [
+            ("recipe", f"{report.label} ({report.key})"),
+            ("calibration", report.calibration),
+            ("weights", f"{saved}, {number(report.effective_weight_bits)} bits per decoder weight with scales"),
+            ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
+            ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
+        ]
+    )
+    text += "\nSignal to quantisation noise, dB\n"
+    text += table(["layer", "output", "worst site", "dB", "worst weight", "dB"], rows, left=0)
+    text += "".join(f"{note}\n" for note in report.fallbacks)
+    return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
+
+
+def _worst(errors: dict[str, Any]) -> list[str]:
+    """Name and decibels of the noisiest entry; dashes when nothing is quantised."""
+    known = {name: entry.sqnr_db for name, entry in errors.items() if entry.sqnr_db is not None}
+    if not known:
+        return ["–", "–"]
+    name = min(known, key=known.__getitem__)
+    return [f"{name} ({errors[name].bits} bits)", _decibels(known[name])]

@@ -1,0 +1,168 @@
+"""What every tab shares: the job table, the sessions, the status line; and how handlers fail and follow jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from app import cards, texts
+from app.jobs import PUBLIC, JobRunner, JobView, Step
+from app.session import Session, SessionStore, SharedReports, is_public
+from app.settings import Settings
+from core.config import Calibration
+from core.errors import QuantscopeError
+
+Updates = dict[Any, Any]
+POLL_SECONDS = 0.15
+log = logging.getLogger("quantscope.page")
+
+
+class Superseded(Exception):
+    """The visitor has asked for something newer: this handler has nothing more to say."""
+
+
+@dataclass
+class Context:
+    """Shared by all handlers. `key`, `status` and `stop` are components, set while the page is built."""
+
+    settings: Settings
+    runner: JobRunner
+    sessions: SessionStore
+    shared: SharedReports = field(default_factory=SharedReports)
+    prefetch: str | None = None
+    key: Any = None
+    status: Any = None
+    stop: Any = None
+
+    def session(self, values: Updates) -> Session:
+        """The session of an event, from its inputs."""
+        return self.sessions.get(values[self.key])
+
+    @property
+    def first(self) -> tuple[str, str | None, Calibration]:
+        """Model, revision and calibration the page opens on."""
+        return self.settings.model, None, Calibration(self.settings.text, self.settings.first_tokens)
+
+    def start_prefetch(self) -> None:
+        """Load the first model and observe its ranges before any visitor has come."""
+        self.prefetch = self.runner.submit(PUBLIC, observe_steps(*self.first))
+
+    def guard(self, handler: Callable) -> Callable:
+        """The same handler, except that it never raises: errors become the status line's card.
+
+        Generators (queued, they follow jobs) stay generators; other handlers stay plain functions.
+        """
+        if inspect.isasyncgenfunction(handler):
+
+            @functools.wraps(handler)
+            async def streaming(*arguments: Any, **named: Any) -> AsyncIterator[Updates]:
+                try:
+                    async for updates in handler(*arguments, **named):
+                        yield updates
+                except (GeneratorExit, asyncio.CancelledError, Superseded):
+                    return
+                except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+                    yield self.failed(error)
+
+            return streaming
+
+        @functools.wraps(handler)
+        def plain(*arguments: Any, **named: Any) -> Updates:
+            try:
+                return handler(*arguments, **named)
+            except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+                return self.failed(error)
+
+        return plain
+
+    def failed(self, error: BaseException) -> Updates:
+        """The status line's card for an error; an unexpected one is logged and named by an id."""
+        known = error if isinstance(error, QuantscopeError) else self.bug(error)
+        return {self.status: cards.error_card(known), self.stop: hidden()}
+
+    def bug(self, error: BaseException) -> QuantscopeError:
+        """Log an unexpected fault and return the sentence for it."""
+        name = uuid.uuid4().hex[:6]
+        log.error("fault %s in a handler", name, exc_info=error)
+        return QuantscopeError(texts.BUG.format(name))
+
+    async def follow(self, session: Session, kind: str, steps: Sequence[Step]) -> AsyncIterator[JobView]:
+        """Run a job and yield how it stands until it is done; an older job of the same kind is stopped.
+
+        Raises: the job's error; Superseded when a newer job of this kind has taken its place.
+        """
+        if older := session.jobs.pop(kind, None):
+            self.runner.cancel(session.key, older)
+        token = self.runner.submit(session.key, steps)
+        session.jobs[kind] = token
+        async for view in self.watch(session, kind, token):
+            yield view
+
+    async def watch(self, session: Session, kind: str, token: str) -> AsyncIterator[JobView]:
+        """Yield a job's view whenever it changed, as `follow` does."""
+        session.jobs[kind] = token
+        last = None
+        while True:
+            view = self.runner.view(session.key, token)
+            if session.jobs.get(kind) != token:
+                raise Superseded
+            if view.finished:
+                del session.jobs[kind]
+                if view.error:
+                    raise view.error
+                yield view
+                return
+            shown = (view.state, view.stage, view.fraction, view.ahead, len(view.results), view.texts, int(view.elapsed_s))
+            if shown != last:
+                last = shown
+                yield view
+            await asyncio.sleep(POLL_SECONDS)
+
+    def busy(self, view: JobView, what: str) -> Updates:
+        """The status line while a job runs, with its Stop button."""
+        return {self.status: cards.progress(view, what), self.stop: hidden(view.finished)}
+
+    def rest(self, session: Session) -> Updates:
+        """The status line when nothing runs."""
+        return {self.status: cards.idle(session.info, session.ranges), self.stop: hidden()}
+
+    def known_ranges(self, model: str, revision: str | None, calibration: Calibration) -> Any:
+        """(ModelInfo, RangesReport) made earlier for anyone, or None."""
+        return self.shared.get(ranges_key(model, revision, calibration)) if is_public(calibration.text) else None
+
+    def share_ranges(self, model: str, revision: str | None, calibration: Calibration, results: tuple[Any, ...]) -> None:
+        """Keep a public text's ranges for the next visitor."""
+        if is_public(calibration.text):
+            self.shared.put(ranges_key(model, revision, calibration), results)
+
+
+def hidden(away: bool = True) -> dict[str, Any]:
+    """Gradio's update that hides or shows a component, written out so that this module loads without Gradio."""
+    return {"visible": not away, "__type__": "update"}
+
+
+def start(settings: Settings) -> Context:
+    """The shared context, its worker already loading the first model."""
+    sessions = SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions)
+    ctx = Context(settings, JobRunner(settings), sessions)
+    ctx.start_prefetch()
+    return ctx
+
+
+def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple:
+    """What ranges are decided by."""
+    return ("ranges", model, revision, calibration)
+
+
+def observe_steps(model: str, revision: str | None, calibration: Calibration) -> list[Step]:
+    """The job that loads a model and observes its ranges."""
+    return [
+        Step("load", {"model": model, "revision": revision}, "Loading the model", 1.0),
+        Step("observe", {"model": model, "calibration": calibration, "revision": revision}, "Observing ranges", 3.0),
+    ]

@@ -1,0 +1,75 @@
+"""The light functions of core that the page process calls itself, on plain arrays.
+
+They are imported at their first call: until a visitor regroups channels, the page process holds no numerical library.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from core import catalogue
+from core.config import SCHEMES, Bits, Clusters
+
+CURVES_KEPT = 64
+_curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
+
+
+def recluster(report: Any, site: str, clusters: Clusters, *, bits: int = 4) -> Any:
+    """Clusters of one observed site's channels."""
+    from core import recluster as compute
+
+    return compute(report, site, clusters, bits=bits)
+
+
+def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
+    """Predicted error by cluster count, remembered for the sites looked at last."""
+    from core import error_curve as compute
+
+    key = (id(report), site, bits)
+    if key not in _curves:
+        _curves[key] = (report, compute(report, site, bits=bits))  # the report is held, so its id stays its own
+        while len(_curves) > CURVES_KEPT:
+            _curves.popitem(last=False)
+    return _curves[key][1]
+
+
+def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:
+    """Projected memory of a named size."""
+    from core.evaluation.memory import estimate, find_shape
+
+    return estimate(find_shape(name), bits, batch=batch, sequence=sequence, label=name)
+
+
+def project_model(info: Any, bits: Bits, *, batch: int, sequence: int) -> Any:
+    """Projected memory of a loaded model; whether it shares embedding and head is told from its parameter count."""
+    from core.evaluation.memory import Shape, estimate
+
+    gated = 2 if info.architecture == "opt" else 3
+    shapes = [
+        Shape(
+            info.layers,
+            info.hidden,
+            info.heads,
+            info.kv_heads,
+            info.head_dim,
+            info.ffn,
+            info.vocab,
+            gated,
+            positions=info.context + 2 if gated == 2 else 0,
+            tied=tied,
+        )
+        for tied in (True, False)
+    ]
+    nearest = min(shapes, key=lambda shape: abs(shape.parameters - info.parameters))
+    return estimate(nearest, bits, batch=batch, sequence=sequence, label=info.name)
+
+
+def projected_schemes() -> dict[str, Bits]:
+    """Schemes of the memory projection, the unquantised model first."""
+    return {"W16A16": Bits(), **SCHEMES}
+
+
+def model_names() -> list[str]:
+    """Names of the catalogue."""
+    return [entry.name for entry in catalogue()]

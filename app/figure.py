@@ -1,0 +1,210 @@
+"""What all charts share: colours, number texts, axes, and arrays as plotly reads them.
+
+A figure is a plain dict of plotly's JSON. Colours that must differ between light and dark are written as tokens
+("@ink", "@run1", "@cluster3", …) and replaced in the browser by `chart.js` from `THEMES`; so one figure serves both.
+
+Activation ranges span decades on both sides of zero. Plotly has no axis for that, so values are mapped here:
+
+    s(v) = asinh(v / 2t) / ln 10        about sign(v) log10(|v| / t) where |v| >> t, and linear where |v| << t
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Figure = dict[str, Any]
+LOG10 = math.log(10.0)
+
+CLUSTER_COUNT = 8
+"""Up to this many clusters have a colour and a symbol each; more share an ordered scale."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+
+_CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+_PARTS = ("#4a5f7f", "#7fb0a8", "#c9b068", "#a9799c", "#a5a8ad", "#8a6d5b")
+_PARTS_DARK = ("#8ba3c7", "#5d9c92", "#c4a850", "#b684a8", "#7d838c", "#b08f7a")
+_CLUSTERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#6b6b6b")
+_CLUSTERS_DARK = ("#3fa7e0", "#f0b429", "#1fc49a", "#e29cc4", "#f07b3a", "#8fd0f5", "#f0e442", "#bdbdbd")
+
+THEMES: dict[str, dict[str, Any]] = {
+    "light": {
+        "ink": "#1c2430",
+        "muted": "#5d6878",
+        "faint": "#c3cad4",
+        "grid": "#e8ebf0",
+        "panel": "#ffffff",
+        "base": "#7b8694",
+        "run1": "#0072b2",
+        "run2": "#d98200",
+        "run3": "#009e73",
+        "run4": "#b5548a",
+        "run5": "#b34700",
+        "alert": "#d55e00",
+        "points": "#35506e",
+        "heat": [[0, "#f4f6f9"], [0.35, "#a9c6de"], [0.7, "#2f77ad"], [1, "#08306b"]],
+        "ordered": [[i / 9, c] for i, c in enumerate(_CIVIDIS)],
+    },
+    "dark": {
+        "ink": "#e8ecf2",
+        "muted": "#9aa6b5",
+        "faint": "#4a5563",
+        "grid": "#2a323d",
+        "panel": "#161b22",
+        "base": "#9aa4b1",
+        "run1": "#4aa8e0",
+        "run2": "#f0a830",
+        "run3": "#2cc79b",
+        "run4": "#e08abb",
+        "run5": "#f0803c",
+        "alert": "#ff8a4c",
+        "points": "#9cc4ea",
+        "heat": [[0, "#161b22"], [0.35, "#1f4e79"], [0.7, "#4aa8e0"], [1, "#e3f3ff"]],
+        "ordered": [[0, "#3b5c9e"], *[[i / 9, c] for i, c in enumerate(_CIVIDIS) if i > 1]],
+    },
+}
+for _theme, _colours in (("light", _CLUSTERS), ("dark", _CLUSTERS_DARK)):
+    THEMES[_theme].update({f"cluster{i}": colour for i, colour in enumerate(_colours)})
+for _theme, _colours in (("light", _PARTS), ("dark", _PARTS_DARK)):
+    THEMES[_theme].update({f"part{i}": colour for i, colour in enumerate(_colours)})
+
+
+def pack(values: Iterable[float], *, columns: int = 1, kind: str = "f4") -> dict[str, str]:
+    """Numbers as plotly's typed array: a quarter of the bytes of a JSON list. `columns` > 1 gives rows of that width."""
+    data = values if hasattr(values, "tobytes") else array({"f4": "f", "i4": "i"}[kind], values)
+    packed = {"dtype": kind, "bdata": base64.b64encode(data.tobytes()).decode()}
+    if columns > 1:
+        packed["shape"] = f"{len(data) // columns},{columns}"
+    return packed
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for people: three significant digits, no exponent where it can be avoided, a true minus sign."""
+    if value != value or math.isinf(value):
+        return "∞" if value > 0 else "−∞" if value < 0 else "undefined"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 10**6 or size < 10**-4:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = f"{mantissa}·10{_superscript(int(exponent))}"
+    elif size >= 10 ** (digits - 1):
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+    return text.replace("-", "−")
+
+
+def _superscript(value: int) -> str:
+    return str(value).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in the largest fitting decimal unit."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{number(count / size)} {unit}"
+    return f"{count:,.0f} B"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From activation units to chart coordinates.
+
+    Attributes:
+        threshold: t of the formula above, in activation units; None for a linear axis.
+    """
+
+    threshold: float | None = None
+
+    @classmethod
+    def fit(cls, values: Sequence[float], *, linear: bool = False) -> Scale:
+        """Linear, or symmetric-log with t a power of ten below which only a tenth of the values lie."""
+        sizes = sorted(abs(v) for v in values if v)
+        if linear or not sizes:
+            return cls(None)
+        return cls(10.0 ** math.floor(math.log10(max(sizes[len(sizes) // 10], sizes[-1] * 1e-6, 1e-30))))
+
+    def __call__(self, value: float) -> float:
+        return value if self.threshold is None else math.asinh(value / (2 * self.threshold)) / LOG10
+
+    def map(self, values: Iterable[float]) -> list[float]:
+        """All values in chart coordinates."""
+        if self.threshold is None:
+            return list(values)
+        factor, asinh = 0.5 / self.threshold, math.asinh
+        return [asinh(v * factor) / LOG10 for v in values]
+
+    def axis(self, low: float, high: float, *, title: str, margin: float = 0.05) -> dict[str, Any]:
+        """Layout of an axis that shows [low, high] (activation units) with tick texts in activation units."""
+        a, b = self(low), self(high)
+        pad = (b - a) * margin or 1.0
+        axis = {"title": {"text": title}, "range": [a - pad, b + pad], "zeroline": True}
+        if self.threshold is not None:
+            ticks = self.ticks(low, high)
+            axis |= {"tickmode": "array", "tickvals": self.map(ticks), "ticktext": [number(t, 1) for t in ticks]}
+        return axis
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Zero and decades on both sides, at most about nine of them."""
+        decades = []
+        top = max(abs(low), abs(high))
+        while self.threshold and self.threshold * 10 ** len(decades) <= top * 1.0001:
+            decades.append(self.threshold * 10 ** len(decades))
+        if len(decades) > 2:
+            decades = decades[1:]  # t itself would touch the zero
+        signed = [-d for d in decades if -d >= low] + [d for d in decades if d <= high]
+        if len(signed) > 9:
+            decades = decades[len(decades) % 2 - 1 :: 2]
+            signed = [-d for d in decades if -d >= low] + [d for d in decades if d <= high]
+        return sorted({*signed, 0.0} if low <= 0 <= high else signed)
+
+
+def cluster_colour(index: int, count: int) -> str:
+    """Token of a cluster's colour if there are few, else of its place on the ordered scale as "@ordered:0.25"."""
+    if count <= CLUSTER_COUNT:
+        return f"@cluster{index}"
+    return f"@ordered:{index / max(1, count - 1):.4f}"
+
+
+def layout(
+    *, uirevision: str, caption: str = "", margin: tuple[int, int, int, int] = (56, 16, 12, 44), **more: Any
+) -> dict[str, Any]:
+    """The layout every chart starts from.
+
+    Args:
+        uirevision: zoom is kept while this stays the same.
+        caption: one line over the chart that says what is drawn; it makes the top margin 34 pixels.
+        margin: left, right, top, bottom, in pixels.
+    """
+    left, right, top, bottom = margin
+    notes = list(more.pop("annotations", []))
+    if caption:
+        top = max(top, 34)
+        title = {
+            "text": caption,
+            "font": {"size": 12.5, "color": "@muted"},
+            "xref": "container",
+            "yref": "container",
+            "automargin": False,
+        }
+        more["title"] = title | {"x": 0.012, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 9, "l": 2}}
+    return {
+        "uirevision": uirevision,
+        "margin": {"l": left, "r": right, "t": top, "b": bottom},
+        "hovermode": "closest",
+        "showlegend": False,
+        "annotations": notes,
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}},
+    } | more
+
+
+def note(text: str) -> Figure:
+    """An empty chart that says what to do first."""
+    words = {"text": text, "showarrow": False, "font": {"size": 14, "color": "@muted"}}
+    place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+    hidden = {"visible": False}
+    return {"data": [], "layout": layout(uirevision="note", xaxis=hidden, yaxis=hidden, annotations=[words | place])}

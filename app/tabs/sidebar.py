@@ -1,0 +1,159 @@
+"""The side: which model and text, which recipe, the two buttons that start work, and what can be taken away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app import engine, texts
+from app.session import PASTED
+from app.tabs.reorder import MAX_CLUSTERS, require_clusters
+from core.config import SCHEMES, Calibration, QuantRecipe, require_choice, require_int
+from core.errors import InputError, TextError
+
+PASTE = "paste"
+MAX_TEXT = 2_000_000
+MAX_TOKENS = 65_536
+
+
+@dataclass
+class Sidebar:
+    """The side's widgets."""
+
+    model: gr.Dropdown
+    text: gr.Dropdown
+    pasted: gr.Textbox
+    tokens: gr.Slider
+    observe: gr.Button
+    method: gr.Dropdown
+    scheme: gr.Dropdown
+    clusters: gr.Slider
+    quantize: gr.Button
+    link: gr.Button
+    link_text: gr.Textbox
+    save_recipe: gr.Button
+    save_ranges: gr.Button
+    save_report: gr.Button
+
+    @property
+    def source(self) -> set:
+        """Inputs that say which model and text."""
+        return {self.model, self.text, self.pasted, self.tokens}
+
+    def chosen_model(self, values: dict) -> tuple[str, str | None]:
+        """(name, revision) of the model field. Raises InputError if it is empty or far too long."""
+        name = values[self.model]
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(
+                "No model was named: choose one of the list, or type a Hub id such as owner/name.", code="E-PARAM-MODEL"
+            )
+        if len(name) > 300:
+            raise InputError(
+                f"The model name has {len(name):,} characters: give a Hub id (owner/name) or a name of the list.",
+                code="E-PARAM-MODEL",
+            )
+        name, _, revision = name.strip().partition("@")
+        return name, revision or None
+
+    def chosen_text(self, values: dict) -> str:
+        """The calibration text, pasted ones marked as such. Raises TextError if nothing was pasted or far too much."""
+        if values[self.text] != PASTE:
+            return require_choice("calibration text", values[self.text], tuple(texts.TEXT_NAMES))
+        pasted = values[self.pasted] or ""
+        if not pasted.strip():
+            raise TextError("No text was pasted: paste at least 512 tokens, or choose a named text.", code="E-TEXT-SHORT")
+        if len(pasted) > MAX_TEXT:
+            raise TextError(
+                f"The text has {len(pasted):,} characters; the limit is {MAX_TEXT:,}. Paste a part of it.", code="E-TEXT-SIZE"
+            )
+        return PASTED + pasted
+
+    def calibration(self, values: dict) -> Calibration:
+        """What the ranges are observed on."""
+        tokens = require_int("calibration tokens", values[self.tokens], 512, MAX_TOKENS, f"use 512 to {MAX_TOKENS}")
+        return Calibration(self.chosen_text(values), tokens)
+
+    def fill(self, recipe: QuantRecipe) -> dict[Any, Any]:
+        """The widgets, set to a recipe."""
+        revision = f"@{recipe.revision}" if recipe.revision else ""
+        return {
+            self.model: recipe.model + revision,
+            self.method: recipe.method,
+            self.scheme: recipe.scheme,
+            self.text: recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else "sotu",
+            self.clusters: require_clusters(min(recipe.clusters.R1, MAX_CLUSTERS)),
+        }
+
+
+def scheme_choices() -> list[tuple[str, str]]:
+    """Scheme names with what stays at more bits than the name says."""
+    named = [(QuantRecipe("model", scheme=name).describe_bits(), name) for name in SCHEMES]
+    return [*named, (f"custom ({texts.SCHEME_CUSTOM})", "custom")]
+
+
+def build(model: str, *, on_space: bool) -> Sidebar:
+    """The side's widgets, in place."""
+    names = list(dict.fromkeys([model, *engine.model_names()]))
+    with gr.Sidebar(width=300, elem_id="side"):
+        gr.HTML(f'<div class="qs-brand"><b>{texts.TITLE}</b><span>{texts.TAGLINE}</span></div>')
+        model_field = gr.Dropdown(
+            names,
+            value=model,
+            label=texts.MODEL,
+            allow_custom_value=True,
+            elem_id="model",
+            info=texts.MODEL_INFO_SPACE if on_space else texts.MODEL_INFO,
+        )
+        choices = [*[(label, name) for name, label in texts.TEXT_NAMES.items()], (texts.TEXT_PASTE, PASTE)]
+        text = gr.Dropdown(choices, value="sotu", label=texts.TEXT, elem_id="text", filterable=False)
+        pasted = gr.Textbox(
+            "",
+            label=texts.PASTE_LABEL,
+            info=texts.PASTE_INFO,
+            lines=4,
+            max_lines=8,
+            visible=False,
+            max_length=MAX_TEXT,
+            elem_id="pasted",
+        )
+        tokens = gr.Slider(512, 8192, 1024, step=512, label=texts.TOKENS, elem_id="tokens", buttons=[])
+        observe = gr.Button(texts.OBSERVE, elem_id="observe", size="md")
+        gr.HTML('<hr class="qs-rule">')
+        method = gr.Dropdown(
+            [(label, name) for name, label in texts.METHODS.items()],
+            value="rptq",
+            label=texts.METHOD,
+            elem_id="method",
+            filterable=False,
+        )
+        scheme = gr.Dropdown(
+            scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
+        )
+        clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
+        quantize = gr.Button(texts.QUANTIZE, variant="primary", elem_id="side-quantize", size="lg")
+        with gr.Accordion(texts.SAVE, open=False):
+            link = gr.Button(texts.LINK, size="sm", elem_id="copy-link")
+            link_text = gr.Textbox(
+                "", label=texts.LINK_LABEL, visible=False, buttons=["copy"], interactive=False, elem_id="link", max_lines=3
+            )
+            save_recipe = gr.Button(texts.SAVE_RECIPE, size="sm", elem_id="save-recipe")
+            save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
+            save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
+    return Sidebar(
+        model_field,
+        text,
+        pasted,
+        tokens,
+        observe,
+        method,
+        scheme,
+        clusters,
+        quantize,
+        link,
+        link_text,
+        save_recipe,
+        save_ranges,
+        save_report,
+    )

@@ -1,0 +1,265 @@
+"""A stand-in for core's workbench: same calls, made-up reports, no model. Drives the page and its tests in seconds.
+
+Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer;
+"fake-endless" never ends and ignores Stop; "fake-memory", "fake-exit", "fake-killed", "fake-bug" fail in their way;
+"fake-wide" has 4096 channels; anything else is not found.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+
+from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
+from core.config import SITES, Calibration, QuantRecipe
+from core.errors import ModelError, TextError
+from core.evaluation.report import (
+    BackendUse,
+    EvalReport,
+    GenerationReport,
+    LayerReport,
+    ModelInfo,
+    QuantizeReport,
+    SiteError,
+    WeightError,
+)
+
+Progress = Callable[[str, float | None], None]
+NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide")
+
+
+class FakeWorkbench:
+    """Answers every call of the workbench with plausible numbers."""
+
+    def __init__(self, *, allow_local: bool = True, max_bytes: int = 0) -> None:
+        self.recipes: dict[str, QuantRecipe] = {}
+
+    def load(self, model: str, *, revision: str | None = None, progress: Progress) -> ModelInfo:
+        """Shape of a small Llama."""
+        if model not in NAMES:
+            raise ModelError(
+                f"No model is called {model[:60]!r}. Use a name from the list or a Hub id such as owner/name.",
+                code="E-MODEL-NAME",
+            )
+        misbehave(model, progress)
+        wide = model == "fake-wide"
+        hidden, ffn = (4096, 11008) if wide else (576, 1536)
+        return ModelInfo(
+            model,
+            None,
+            "made up for tests",
+            "llama",
+            134_515_008,
+            6,
+            hidden,
+            9,
+            3,
+            64,
+            ffn,
+            49152,
+            2048,
+            538_060_032,
+            "float32",
+            0.2,
+        )
+
+    def observe(self, model: str, calibration: Calibration, *, revision: str | None = None, progress: Progress) -> RangesReport:
+        """Ranges with a few outlier channels, the same for the same arguments."""
+        info = self.load(model, revision=revision, progress=progress)
+        check_text(calibration)
+        sites = {}
+        for layer in range(info.layers):
+            progress(f"Layer {layer + 1} of {info.layers}: observing", layer / info.layers)
+            time.sleep(0.1 if model == "fake-slow" else 0.005)
+            for kind in SITES:
+                sites[f"layers.{layer}.{kind}"] = site_ranges(info, layer, kind)
+        name = "your text" if calibration.text.startswith("text:") else calibration.text
+        return RangesReport(
+            model, revision, asdict(calibration), name, calibration.tokens, calibration.window, 0.7, "cpu", 3, sites
+        )
+
+    def channel(
+        self, model: str, calibration: Calibration, site: str, channel: int, *, revision: str | None = None, progress: Progress
+    ) -> ChannelDetail:
+        """A bell-shaped histogram and five tokens per side."""
+        progress("Looking for the tokens behind the extremes", 0.5)
+        ranges = self.observe(model, calibration, progress=lambda *_: None).sites[site]
+        low, high = float(ranges.low[channel]), float(ranges.high[channel])
+        edges = np.linspace(low, high, 41)
+        middle = (edges[:-1] + edges[1:]) / 2
+        counts = 1000 * np.exp(-0.5 * ((middle - middle.mean()) / (high - low) * 8) ** 2)
+        extremes = [
+            TokenExtreme(high * (1 - 0.1 * i), " <b>nation</b>", "the state of the", " and of its", 17 * i) for i in range(5)
+        ]
+        extremes += [TokenExtreme(low * (1 - 0.1 * i), ",", "Mr. Speaker", " fellow citizens", 31 * i) for i in range(5)]
+        return ChannelDetail(
+            site,
+            channel,
+            low,
+            high,
+            (low + high) / 2,
+            (high - low) / 8,
+            [int(c) for c in counts],
+            [float(e) for e in edges],
+            extremes,
+        )
+
+    def quantize(self, recipe: QuantRecipe, *, progress: Progress) -> QuantizeReport:
+        """Numbers that get worse with fewer bits."""
+        info = self.load(recipe.model, progress=progress)
+        check_text(recipe.calibration)
+        for layer in range(info.layers):
+            progress(f"Layer {layer + 1} of {info.layers}: {recipe.weights.upper()}", layer / info.layers)
+            time.sleep(0.5 if recipe.model == "fake-slow" else 0.03)
+        self.recipes[recipe.hash] = recipe
+        bits = recipe.tensor_bits
+        layers = [
+            LayerReport(
+                i,
+                6.0 * bits.weights - i * 0.4,
+                {k: SiteError(bits.site(k), 32, 6.0 * min(bits.site(k), 12) - i * 0.3) for k in SITES},
+                {
+                    "down_proj": WeightError(
+                        bits.weights,
+                        recipe.weights,
+                        20.0,
+                        "The Hessian was singular: rounded to nearest instead." if i == 2 else None,
+                        bits.weights + 0.13,
+                    )
+                },
+            )
+            for i in range(info.layers)
+        ]
+        return QuantizeReport(
+            recipe.hash,
+            recipe.to_dict(),
+            recipe.label(),
+            recipe.describe_bits(),
+            4.2,
+            {"calibration": 1.2, "weights": 2.5, "activations": 0.5},
+            "made up",
+            bits.weights + 0.13,
+            int(538_060_032 * bits.weights / 32),
+            538_060_032,
+            layers,
+            [BackendUse("reference", "no CUDA device", 42)],
+            "",
+        )
+
+    def evaluate(
+        self,
+        key: str,
+        *,
+        text: str = "sotu",
+        tokens: int = 2048,
+        window: int = 512,
+        reference: str | None = None,
+        revision: str | None = None,
+        progress: Progress,
+    ) -> EvalReport:
+        """Perplexity 17.6 for the base model, more for the others."""
+        recipe = self.recipes.get(key)
+        for i in range(4):
+            progress(f"Window {i + 1} of 4", i / 4)
+            time.sleep(0.02)
+        bits = recipe.tensor_bits.weights if recipe else 16
+        ppl = 17.6 * (1 + (16 - bits) ** 2 / 2000)
+        parts = (
+            {
+                "packed weights": 53_000_000 * bits // 4,
+                "scales and zero points": 1_700_000,
+                "embeddings and head (float32)": 113_000_000,
+                "norms and biases": 141_000,
+            }
+            if recipe
+            else {"weights (float32)": 424_000_000, "embeddings and head (float32)": 113_000_000, "norms and biases": 141_000}
+        )
+        return EvalReport(
+            key=key,
+            label=recipe.label() if recipe else key,
+            text_name=text,
+            perplexity=ppl,
+            perplexity_stderr=0.4,
+            nll=float(np.log(ppl)),
+            tokens=tokens,
+            window=window,
+            kld_mean=0.003 * (16 - bits) if reference else None,
+            same_top_token=1 - 0.01 * (16 - bits) if reference else None,
+            weight_bytes=sum(parts.values()),
+            weight_parts=parts,
+            working_bytes=0,
+            kv_bytes_per_token=int(2 * 6 * 192 * (bits / 8 if recipe else 4)),
+            tokens_per_second=210.0,
+            seconds=1.9,
+            device="cpu",
+            dtype="float32",
+            backend="reference",
+            protocol=f"{tokens} tokens of {text}, windows of {window} without overlap, float32 on cpu",
+        )
+
+    def generate(
+        self,
+        key: str,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+        on_text: Callable[[str], None],
+        progress: Progress,
+    ) -> GenerationReport:
+        """Counts aloud."""
+        text = ""
+        for i in range(max_new_tokens):
+            word = f" {key[:4]}-{i}"
+            text += word
+            on_text(word)
+            progress(f"Token {i + 1}", (i + 1) / max_new_tokens)
+            time.sleep(0.01)
+        return GenerationReport(key, text, 7, max_new_tokens, 0.01 * max_new_tokens, 100.0, "length", 55_296, 221_184)
+
+
+def check_text(calibration: Calibration) -> None:
+    """Refuse a pasted text that is clearly too short."""
+    if calibration.text.startswith("text:") and len(calibration.text) < 800:
+        raise TextError(
+            f"The calibration text has about {len(calibration.text) // 5} tokens; at least {calibration.window} are needed. "
+            "Paste more, or choose a named text.",
+            code="E-TEXT-SHORT",
+        )
+
+
+def misbehave(model: str, progress: Progress) -> None:
+    """Fail the way the model's name says."""
+    progress("Loading", 0.0)
+    if model == "fake-memory":
+        raise MemoryError
+    if model == "fake-exit":
+        sys.exit(3)
+    if model == "fake-killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if model == "fake-bug":
+        raise ZeroDivisionError("a secret detail")
+    while model == "fake-endless":
+        time.sleep(1)
+
+
+def site_ranges(info: ModelInfo, layer: int, kind: str) -> SiteRanges:
+    """Log-normal widths, one channel in two hundred an outlier."""
+    widths = {"q": info.hidden, "k": 192, "v": 192, "down_in": info.ffn}
+    width = widths.get(kind, info.hidden)
+    draw = np.random.default_rng(layer * 10 + SITES.index(kind))
+    scale = np.exp(draw.normal(0, 0.6, width)) * (1 + 0.2 * layer)
+    scale[draw.random(width) < 0.005] *= 25
+    high = (scale * draw.uniform(0.5, 1.0, width)).astype(np.float32)
+    low = (-scale * draw.uniform(0.3, 1.0, width)).astype(np.float32)
+    return SiteRanges(
+        f"layers.{layer}.{kind}", layer, kind, low, high, info.head_dim if kind in ("q", "k", "v", "o_in") else width
+    )

@@ -1,0 +1,214 @@
+"""Figures are valid for plotly in both themes, small, and show what the reports say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from array import array
+
+import plotly.graph_objects as go
+import pytest
+from threadpoolctl import threadpool_limits
+
+from app import engine, plots, plots_clusters, plots_runs
+from app.chart import Chart
+from app.figure import THEMES, Scale, bytes_text, note, number
+from core.config import SITES, Bits, Clusters, QuantRecipe
+
+
+def quiet(*_):
+    """No progress."""
+
+
+def resolve(value, theme):
+    """Colour tokens as the browser replaces them."""
+    if isinstance(value, dict):
+        return {k: resolve(v, theme) for k, v in value.items()}
+    if isinstance(value, list):
+        return [resolve(v, theme) for v in value]
+    if isinstance(value, str) and value.startswith("@ordered:"):
+        assert 0 <= float(value[9:]) <= 1
+        return theme["ordered"][0][1]
+    return theme[value[1:]] if isinstance(value, str) and value.startswith("@") else value
+
+
+def valid(figure):
+    """Check a figure against plotly's schema, in both themes, and return it as it travels."""
+    text = json.dumps(figure, allow_nan=False)
+    for theme in THEMES.values():
+        go.Figure(resolve(json.loads(text), theme))
+    return json.loads(text)
+
+
+def unpack(packed):
+    """The numbers of a typed array."""
+    return array("f", base64.b64decode(packed["bdata"])).tolist()
+
+
+def view_of(ranges, site, count):
+    return engine.recluster(ranges, site, Clusters.uniform(count))
+
+
+@pytest.mark.parametrize("kind", SITES)
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("clusters", [None, 1, 8, 64])
+def test_scatter_shows_every_channel_once(ranges, kind, linear, clusters):
+    site = ranges.sites[f"layers.1.{kind}"]
+    view = view_of(ranges, site.site, clusters) if clusters else None
+    figure = valid(
+        plots.range_scatter(
+            site, scale=plots.scale_of([site], linear=linear), limits=plots.limits_of([site]), view=view, outliers=[3]
+        )
+    )
+    points = [t for t in figure["data"] if t["mode"] == "markers" and t.get("hoverinfo") != "skip"]
+    channels = [c for t in points for c in unpack(t["customdata"])[:: 3 if view is None else 5]]
+    assert sorted(channels) == list(range(len(site.low)))
+
+
+def test_scatter_marks_the_chosen_channel_and_keeps_zoom_by_revision(ranges):
+    site = ranges.sites["layers.0.down_in"]
+    figure = valid(plots.range_scatter(site, scale=Scale(None), limits=plots.limits_of([site]), selected=7, revision="here"))
+    assert unpack(figure["data"][-1]["x"]) == [pytest.approx(float(site.low[7]))]
+    assert figure["layout"]["uirevision"] == "here"
+
+
+def test_symmetric_log_is_odd_increasing_and_linear_near_zero():
+    scale = Scale(0.01)
+    values = [-1000.0, -1.0, -0.01, -1e-6, 0.0, 1e-6, 0.01, 1.0, 1000.0]
+    shown = scale.map(values)
+    assert shown == sorted(shown) and shown[4] == 0
+    assert all(a == pytest.approx(-b) for a, b in zip(shown, reversed(shown), strict=True))
+    assert scale(1000.0) - scale(100.0) == pytest.approx(1.0, abs=1e-6)
+    assert scale(2e-6) == pytest.approx(2 * scale(1e-6), rel=1e-6)
+
+
+@pytest.mark.parametrize("limits", [(-1e5, 1e5), (0.001, 40.0), (-3.0, -0.2), (0.0, 0.0), (-1e-12, 1e12)])
+def test_ticks_are_few_and_inside_or_near_the_axis(limits):
+    scale = Scale.fit([v for v in limits if v] or [1.0])
+    axis = scale.axis(*limits, title="x")
+    assert len(axis["tickvals"]) <= 11 and len(axis["tickvals"]) == len(axis["ticktext"])
+    assert axis["range"][0] < axis["range"][1]
+    assert all(math.isfinite(v) for v in axis["range"])
+
+
+def test_scale_of_constant_and_empty_values_is_linear():
+    assert Scale.fit([0.0, 0.0]).threshold is None
+    assert Scale.fit([]).threshold is None
+
+
+def test_heatmap_bins_wide_sites_by_their_maximum(wide_ranges):
+    matrix = wide_ranges.heatmap("down_in")
+    figure = valid(plots.heatmap(matrix, kind_label="MLP hidden", layer=2, channel=5))
+    trace = figure["data"][0]
+    assert trace["dx"] == 15 and max(unpack(trace["z"])) == pytest.approx(float(matrix.max()))
+
+
+def test_channel_histogram(bench):
+    from core.config import Calibration
+
+    detail = bench.channel("fake", Calibration("sotu", 1024), "layers.1.v", 5, progress=quiet)
+    figure = valid(plots.channel_histogram(detail))
+    assert figure["layout"]["yaxis"]["type"] == "log"
+
+
+@pytest.mark.parametrize("kind", ["v", "down_in"])
+@pytest.mark.parametrize("clusters", [4, 64])
+def test_strips_cover_all_positions_before_and_after(ranges, kind, clusters):
+    site = ranges.sites[f"layers.1.{kind}"]
+    view = view_of(ranges, site.site, clusters)
+    figure = valid(plots_clusters.reorder_strips(view, scale=plots.scale_of([site], linear=False)))
+    before, after, top, bottom = figure["data"]
+    assert before["width"] * len(unpack(before["x"])) >= len(site.low)
+    assert len(unpack(before["x"])) == len(unpack(after["x"])) <= plots_clusters.STRIP_COLUMNS
+    assert len(unpack(top["x"])) == len(unpack(bottom["x"])) == 2 * len(view.clusters)
+
+
+def test_labels_of_per_head_sites_are_shared_between_heads(ranges):
+    view = view_of(ranges, "layers.1.v", 32)
+    assert plots_clusters.label_count(view) == 4 and len(view.clusters) == 12
+    assert sorted(c for _, _, channels in plots_clusters.groups_of(view) for c in channels) == list(range(192))
+
+
+def test_error_curve_marks_the_chosen_count(ranges):
+    curve = engine.error_curve(ranges, "layers.1.down_in")
+    assert engine.error_curve(ranges, "layers.1.down_in") is curve
+    figure = valid(plots_clusters.error_curve(curve, current=8, error=0.1))
+    assert figure["data"][-1]["x"] == [8] and figure["data"][-1]["y"] == [0.1]
+
+
+def run_reports(bench):
+    """A quantised run's reports."""
+    recipe = QuantRecipe("fake", clusters=Clusters.uniform(8))
+    report = bench.quantize(recipe, progress=quiet)
+    return report, bench.evaluate(report.key, reference="fake", progress=quiet), bench.evaluate("fake", progress=quiet)
+
+
+def test_run_charts(bench):
+    report, quantized, base = run_reports(bench)
+    figure = valid(plots_runs.layer_sqnr([(1, "run", report), (2, "other", report)]))
+    assert figure["data"][0]["line"]["color"] == "@run1" and figure["data"][2]["line"]["color"] == "@run2"
+    assert figure["data"][1]["x"] == [2]  # the layer that fell back
+    valid(plots_runs.site_sqnr(report, [(k, k) for k in SITES]))
+    bars = valid(plots_runs.bytes_bars([("base", base.weight_parts, None), ("run", quantized.weight_parts, 7e7)]))
+    total = sum(x for t in bars["data"] if t["type"] == "bar" for x in t["x"][1:])
+    assert total == pytest.approx(quantized.weight_bytes / 1e6)
+    assert bars["data"][-1]["name"] == "formula's estimate"
+
+
+def test_memory_projection():
+    estimates = [(n, engine.project_named("opt-13b", b, batch=8, sequence=2048)) for n, b in engine.projected_schemes().items()]
+    valid(plots_runs.memory_bars(estimates))
+    assert estimates[0][1].weights == pytest.approx(2 * 12.85e9, rel=0.01)
+
+
+def test_projection_of_a_loaded_model_matches_its_parameters(bench):
+    info = bench.load("fake", progress=quiet)
+    assert engine.project_model(info, Bits(), batch=1, sequence=1).weights > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (-1.5, "−1.50"),
+        (1234.5, "1,234"),
+        (1.5e-7, "1.50·10⁻⁷"),
+        (float("inf"), "∞"),
+        (100.0, "100"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text
+
+
+def test_bytes_for_people():
+    assert [bytes_text(v) for v in (12, 1500, 538_060_032, 2.6e10)] == ["12 B", "1.50 kB", "538 MB", "26.0 GB"]
+
+
+def test_the_chart_carries_json_and_never_not_a_number():
+    chart = Chart(note("hello"), label="x")
+    assert json.loads(chart.postprocess(note("hello")))["layout"]["annotations"][0]["text"] == "hello"
+    with pytest.raises(ValueError, match="JSON"):
+        chart.postprocess({"data": [{"y": [float("nan")]}]})
+
+
+def test_a_slider_move_on_4096_channels_is_drawn_fast(wide_ranges):
+    """Goal: 150 ms of server time. The bound leaves room for a shared machine; the best of five is what counts."""
+    site = wide_ranges.sites["layers.1.attn_in"]
+    assert len(site.low) == 4096
+    view_of(wide_ranges, site.site, 4)
+    times = []
+    with threadpool_limits(1):  # as `app.main` sets for the page process
+        for count in (8, 16, 32, 48, 64):
+            start = time.perf_counter()
+            scale = plots.scale_of([site], linear=False)
+            view = view_of(wide_ranges, site.site, count)
+            figure = plots.range_scatter(site, scale=scale, limits=plots.limits_of([site]), view=view)
+            strips = plots_clusters.reorder_strips(view, scale=scale)
+            json.dumps([figure, strips])
+            times.append(time.perf_counter() - start)
+    assert min(times) < 0.15, times
+    assert len(json.dumps(figure)) < 220_000

@@ -1,0 +1,49 @@
+"""The page's words: complete, short where they must be, and the settings that come from outside."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from app import texts
+from app.settings import REAL_WORKBENCH, Settings, machine_memory
+from app.tabs.sidebar import scheme_choices
+from core.config import METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits
+
+
+def test_every_choice_has_words():
+    assert set(texts.SITE_LABELS) == set(texts.SITE_HELP) == set(texts.SITE_REORDER) == set(SITES)
+    assert all(kind in REORDERS[texts.SITE_REORDER[kind]] for kind in SITES)
+    assert set(texts.METHODS) == set(METHODS)
+    assert set(texts.VARIANTS) == set(VARIANTS)
+    assert set(texts.WEIGHT_METHODS) == set(WEIGHT_METHODS)
+    assert set(texts.BIT_LABELS) == set(Bits.__dataclass_fields__)
+    assert set(texts.CLUSTER_LABELS) == set(REORDERS)
+
+
+def test_schemes_say_what_stays_wider():
+    labels = {name: label for label, name in scheme_choices()}
+    assert set(labels) == {*SCHEMES, "custom"}
+    assert "norm outputs 8" in labels["W4A4"] and "16" in labels["W4A16"]
+
+
+def test_every_text_is_used():
+    names = {node.targets[0].id for node in ast.parse(Path(texts.__file__).read_text()).body if isinstance(node, ast.Assign)}
+    source = "".join(p.read_text() for p in Path(texts.__file__).parent.rglob("*.py") if p.name != "texts.py")
+    own = Path(texts.__file__).read_text()
+    assert not {n for n in names if f"texts.{n}" not in source and own.count(n) < 2}
+
+
+def test_settings_come_from_the_environment():
+    chosen = Settings.read(
+        {"QUANTSCOPE_MODEL": "a/b", "SPACE_ID": "x/y", "QUANTSCOPE_WORKER_GB": "4", "QUANTSCOPE_JOB_MINUTES": "2"}
+    )
+    assert (chosen.model, chosen.on_space, chosen.memory_bytes, chosen.job_seconds) == ("a/b", True, 4 * 1024**3, 120.0)
+    assert Settings.read({}, model="m").model == "m"
+    assert Settings.read({}).workbench == REAL_WORKBENCH
+
+
+def test_unreadable_settings_fall_back():
+    chosen = Settings.read({"QUANTSCOPE_WORKER_GB": "0", "QUANTSCOPE_JOB_MINUTES": "soon", "QUANTSCOPE_SESSION_MINUTES": "-3"})
+    assert (chosen.memory_bytes, chosen.job_seconds, chosen.session_seconds) == (None, 3600.0, 1800.0)
+    assert machine_memory() > 0

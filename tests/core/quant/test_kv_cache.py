@@ -1,0 +1,275 @@
+"""The packed cache stores what static quantisation says, to the byte, and decoding with it is prefill (oracle 13)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from core.config import Bits
+from core.evaluation.memory import kv_bytes_per_token
+from core.models.shell import new_cache
+from core.models.tiny import tiny_model
+from core.quant.activation import ActivationQuantizer
+from core.quant.affine import Grid, choose_qparams
+from core.quant.kv_cache import PackedStates, QuantizedKVCache, QuantizedKVLayer, bytes_per_token, cache_layer_bytes
+from kernels import packed_width
+from tests.core.tools import ARCHITECTURES, Quantised, in_steps, quantised, relative, spec_of, tokens
+
+HEADS, DIM = 2, 12
+
+
+def states(length: int, *, batch: int = 2, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    size = torch.rand(HEADS, 1, DIM, generator=g) * 5 + 0.1
+    return torch.randn(batch, HEADS, length, DIM, generator=g) * size + torch.randn(HEADS, 1, DIM, generator=g)
+
+
+def quantizer(bits: int = 4, clusters: tuple[int, ...] = (0, 5, 12, 20, 24)) -> ActivationQuantizer:
+    x = states(200).transpose(1, 2).flatten(2)
+    runs = list(zip(clusters[:-1], clusters[1:], strict=True))
+    low, high = (torch.stack([getattr(x[..., a:b], f)() for a, b in runs]) for f in ("min", "max"))
+    return ActivationQuantizer(bits, choose_qparams(low, high, bits=bits, grid=Grid.EXACT), torch.tensor(clusters))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("sink", (0, 1, 5))
+@pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 3, 1), (2, 7)], ids=str)
+def test_what_is_stored_is_what_static_quantisation_says(pieces, sink, bits):
+    q, x = quantizer(bits), states(9)
+    store, start = PackedStates(q, sink), 0
+    expected = q.fake_heads(x)
+    expected[:, :, :sink] = x[:, :, :sink]
+    for size in pieces:
+        seen = store.append(x[:, :, start : start + size])
+        start += size
+        assert torch.equal(seen, expected[:, :, :start])
+    assert torch.equal(store.read(), expected) and store.length == 9
+    assert store.nbytes == 2 * HEADS * (9 * packed_width(DIM, bits) + min(sink, 9) * DIM * 4)
+
+
+@pytest.mark.parametrize("sink", (0, 2))
+def test_growth_keeps_everything(sink):
+    """Slots double on the way to 70; nothing stored earlier may change."""
+    q, x = quantizer(3), states(70)
+    store = PackedStates(q, sink)
+    for i in range(70):
+        store.append(x[:, :, i : i + 1])
+    expected = q.fake_heads(x)
+    expected[:, :, :sink] = x[:, :, :sink]
+    assert torch.equal(store.read(), expected) and 70 <= store.packed.shape[2] < 140
+
+
+def test_poisoned_memory_changes_nothing():
+    q, x = quantizer(4), states(20)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN or the largest integer
+    try:
+        store = PackedStates(q, 1)
+        parts = [store.append(x[:, :, i : i + 2]) for i in range(0, 20, 2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = q.fake_heads(x)
+    expected[:, :, :1] = x[:, :, :1]
+    assert torch.equal(parts[-1], expected)
+
+
+def test_the_caller_may_reuse_its_tensors():
+    q, x = quantizer(4), states(6)
+    store = PackedStates(q, 2)
+    kept = x.clone()
+    seen = store.append(x)
+    assert torch.equal(x, kept)
+    x.zero_()
+    before = store.read()
+    assert torch.equal(seen, before)
+    seen.zero_()
+    assert torch.equal(store.read(), before)
+
+
+@pytest.mark.parametrize("sink", (0, 1, 4))
+@pytest.mark.parametrize("keep", (0, 1, 3, 6, 9))
+def test_crop_then_continue_equals_never_having_seen_the_rest(keep, sink):
+    x, other = states(9), states(5, seed=1)
+    layer, fresh = (QuantizedKVLayer(quantizer(4), quantizer(2), sink) for _ in range(2))
+    layer.update(x, x * 2)
+    layer.crop(-(9 - keep)) if keep < 9 else layer.crop(0)
+    assert layer.get_seq_length() == keep and layer.get_mask_sizes(2) == (keep + 2, 0)
+    found = layer.update(other, other * 2)
+    if keep:
+        fresh.update(x[:, :, :keep], x[:, :, :keep] * 2)
+    expected = fresh.update(other, other * 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and layer.nbytes == fresh.nbytes
+
+
+@pytest.mark.parametrize("amount", (-9, -10, -1000))
+def test_cropping_everything_or_more_empties(amount):
+    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
+    layer.update(states(9), states(9))
+    layer.crop(amount)
+    assert layer.get_seq_length() == 0 and layer.nbytes == 0
+    keys, _ = layer.update(states(3), states(3))
+    assert keys.shape[2] == 3
+
+
+def test_crop_to_a_length_as_older_transformers_did():
+    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
+    layer.update(states(9), states(9))
+    layer.crop(4)
+    assert layer.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("sink", (0, 3))
+def test_batch_rows_are_selected_repeated_and_reordered(sink):
+    x = states(6, batch=3)
+    for change, rows in (("reorder_cache", [2, 0, 0]), ("batch_select_indices", [1]), ("batch_repeat_interleave", [0, 0, 1, 1, 2, 2])):
+        layer = QuantizedKVLayer(quantizer(), quantizer(), sink)
+        before = layer.update(x, x)[0]
+        getattr(layer, change)(2 if "repeat" in change else torch.tensor(rows))
+        more = states(1, batch=len(rows), seed=2)
+        found = layer.update(more, more)[0]
+        assert torch.equal(found[:, :, :6], before[rows]), change
+
+
+def test_reset_forgets():
+    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
+    layer.update(states(6), states(6))
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.nbytes == 0
+    x = states(2, seed=3)
+    assert torch.equal(layer.update(x, x)[0][:, :, :1], x[:, :, :1])
+
+
+def test_before_the_first_token():
+    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
+    layer.crop(0)
+    layer.crop(-3)
+    layer.reorder_cache(torch.tensor([0]))
+    layer.batch_repeat_interleave(3)
+    assert layer.get_seq_length() == 0 and layer.nbytes == 0 and layer.get_max_cache_shape() == -1
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 5, 8, 16))
+def test_bytes_per_token(bits):
+    expected = 3 * 64 * bits / 8 if bits < 16 else 3 * 64 * 4
+    assert bytes_per_token(3, 64, bits) == expected
+    assert bytes_per_token(3, 64, 16, float_bytes=2) == 3 * 64 * 2
+    assert bytes_per_token(2, 5, 3) == 2 * (2 + 1), "odd head sizes pad each plane to a byte"
+
+
+# Whole models.
+
+
+@pytest.fixture(scope="module")
+def kv_only() -> dict[str, Quantised]:
+    return {a: quantised(a, scheme="W4A4KV") for a in ARCHITECTURES}
+
+
+def cache_of(q: Quantised) -> QuantizedKVCache:
+    return new_cache(q.model, q.loaded.adapter)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding_equals_prefill(kv_only, architecture):
+    """Oracle 13, on a scheme without other quantisers: nothing but float32 sums can differ."""
+    q, ids = kv_only[architecture], tokens(2, 24, seed=5)
+    whole = q.model(ids, use_cache=False).logits
+    packed = q.model(ids, past_key_values=cache_of(q), use_cache=True).logits
+    assert torch.equal(packed, whole), "prefill through the packed cache is prefill"
+    for steps in ((1,), (7, 3), (23,)):
+        assert relative(in_steps(q.model, ids, cache_of(q), steps), whole) < 2e-6  # measured: 3e-7
+    assert relative(whole, q.base.model(ids).logits) > 0.01, "the cache is quantised at all"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("variant", ("default", "official"))
+def test_decoding_equals_prefill_with_every_site_quantised(architecture, variant):
+    """Float32 sums may move a value across a rounding boundary here: most positions agree, none drifts."""
+    q, ids = quantised(architecture, scheme="W4A4", variant=variant), tokens(2, 24, seed=5)
+    whole = q.model(ids, use_cache=False).logits
+    found = in_steps(q.model, ids, cache_of(q))
+    per_token = (found - whole).norm(dim=-1) / whole.norm(dim=-1)
+    assert float((per_token < 1e-4).float().mean()) > 0.6 and relative(found, whole) < 0.1
+    assert relative(whole, q.base.model(ids).logits) > 0.2
+
+
+@pytest.mark.parametrize("architecture", ("llama", "opt"))
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_measured_bytes_are_the_formula(architecture, bits):
+    q = quantised(architecture, scheme="custom", bits=Bits(k=bits, v=bits), layers=1)
+    spec, cache = spec_of(q.base), cache_of(q)
+    q.model(tokens(2, 19), past_key_values=cache, use_cache=True)
+    sink = q.blocks[0].sink_tokens
+    per_token = 2 * spec.kv_heads * packed_width(spec.head_dim, bits)
+    assert kv_bytes_per_token(q.model, q.loaded.adapter) == per_token
+    assert sink == 1 and cache.nbytes == 2 * (19 * per_token + sink * 2 * spec.kv_heads * spec.head_dim * 4)
+    assert cache.nbytes == sum(cache_layer_bytes(layer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("bits", (Bits(k=4, v=2), Bits(k=3, v=8), Bits(k=4, v=4, q=4)), ids=("k4 v2", "k3 v8", "k4 v4 q4"))
+def test_keys_and_values_of_different_bits(bits):
+    q, ids = quantised("qwen3", scheme="custom", bits=bits), tokens(1, 20, seed=2)
+    whole = q.model(ids, use_cache=False).logits
+    found = in_steps(q.model, ids, cache_of(q))
+    assert relative(found, whole) < (2e-6 if bits.q == 16 else 0.05)
+    assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 16 * (bits.k + bits.v) // 8
+
+
+@pytest.mark.parametrize("bits", (Bits(k=4), Bits(v=4)), ids=("keys only", "values only"))
+def test_half_a_pair_stays_in_a_float_cache(bits):
+    q, ids = quantised("llama", scheme="custom", bits=bits), tokens(1, 20, seed=2)
+    assert new_cache(q.model, q.loaded.adapter) is None
+    assert relative(in_steps(q.model, ids), q.model(ids, use_cache=False).logits) < 2e-6
+    assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_transformers_cache_gives_the_same_logits(kv_only, architecture):
+    """A caller that knows nothing of Quantscope passes its own cache: keys and values are then fake-quantised."""
+    q, ids = kv_only[architecture], tokens(2, 20, seed=6)
+    assert relative(in_steps(q.model, ids, DynamicCache(config=q.model.config)), in_steps(q.model, ids, cache_of(q))) < 2e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_generate_takes_the_cache(kv_only, architecture):
+    q, ids = kv_only[architecture], tokens(1, 8, seed=7)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
+    cache = cache_of(q)
+    made = q.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat([expected, q.model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert made.tolist() == expected.tolist() and cache.get_seq_length() == 19
+
+
+def test_transformers_beam_search_reorders_the_cache(kv_only):
+    q, ids = kv_only["llama"], tokens(2, 8, seed=8)
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 257,
+               "attention_mask": torch.ones_like(ids)}
+    packed = q.model.generate(ids, past_key_values=cache_of(q), **options)
+    plain = q.model.generate(ids, past_key_values=DynamicCache(config=q.model.config), **options)
+    assert packed.tolist() == plain.tolist()
+
+
+def test_right_padding_does_not_reach_real_tokens(kv_only):
+    q, ids = kv_only["llama"], tokens(2, 12, seed=9)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    padded = q.model(ids, attention_mask=mask, past_key_values=cache_of(q), use_cache=True).logits
+    alone = q.model(ids[:1, :8], past_key_values=cache_of(q), use_cache=True).logits
+    assert relative(padded[:1, :8], alone) < 2e-6
+
+
+def test_a_sliding_window_decodes_as_it_prefills():
+    base = tiny_model("mistral", sliding_window=9)
+    q, ids = quantised("mistral", base=base, scheme="W4A4KV"), tokens(1, 30, seed=3)
+    whole = q.model(ids, use_cache=False).logits
+    assert relative(whole, quantised("mistral", scheme="W4A4KV").model(ids, use_cache=False).logits) > 0.01, "the window acts"
+    assert relative(in_steps(q.model, ids, cache_of(q)), whole) < 2e-6
+
+
+def test_one_sequence_does_not_see_another(kv_only):
+    q, ids = kv_only["qwen2"], tokens(3, 15, seed=4)
+    together = in_steps(q.model, ids, cache_of(q))
+    for row in range(3):
+        assert relative(in_steps(q.model, ids[row : row + 1], cache_of(q)), together[row : row + 1]) < 2e-6
