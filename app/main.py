@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def launch(argv: Sequence[str] | None = None) -> None:
 
     settings = Settings.read(model=chosen.model)
     os.environ.update(QUIET | ONE_THREAD)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end cleans up like Ctrl-C
     with tempfile.TemporaryDirectory(prefix="quantscope-") as private:
         os.environ["GRADIO_TEMP_DIR"] = private
         serve(settings, chosen.host, chosen.port)
@@ -92,9 +94,10 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
 
 
 def blocked_paths() -> list[str]:
-    """Folders the file route must never serve from."""
-    places = [str(ROOT), "/proc", "/etc", os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))]
-    return [place for place in places if Path(place).exists()]
+    """Folders the file route must never serve from; not the whole checkout, which may hold an environment."""
+    private = [ROOT / name for name in ("app", "core", "kernels", "tests", "docs", ".git")]
+    system = [Path("/proc"), Path("/etc"), Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))]
+    return [str(place) for place in (*private, *system) if place.exists()]
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def build_app(ctx: Context) -> gr.Blocks:
         with gr.Row(elem_id="status-row", equal_height=True):
             ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
             ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
-        with gr.Tabs(selected="explore", elem_id="tabs") as tabs:
+        with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap") as tabs:
             page = Page(ctx, side, explore.build(), reorder.build(), quantize.build(), compare.build(), tabs)
         saved = gr.JSON(None, visible=False)
         _wire(page, demo, saved)

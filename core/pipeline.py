@@ -316,7 +316,7 @@ def evaluate(
     use = backend_use(loaded)
     count, window = parts.shape
     memory = measured_parts(loaded.model, loaded.adapter)
-    description = read_description(loaded.path)["recipe"] if loaded.path is not None and use else None
+    description = read_description(loaded.path).get("recipe") if loaded.path is not None and use else None
     label = QuantRecipe.from_dict(description).label() if description else loaded.name
     return EvalReport(
         key=key or loaded.name,

@@ -79,7 +79,6 @@ class Explore:
             ),
             self.channel: gr.update(
                 value=chosen.channel,
-                maximum=len(site.low) - 1,
                 label=f"{texts.CHANNEL}: click a point, or type 0 to {len(site.low) - 1}",
             ),
         }
@@ -155,7 +154,7 @@ def build() -> Explore:
                 heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=270, elem_id="heatmap")
             with gr.Column(scale=3, min_width=300):
                 with gr.Column(elem_classes="qs-card"):
-                    channel = gr.Number(None, label=texts.CHANNEL, precision=0, minimum=0, elem_id="channel")
+                    channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                     facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
                     histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram", visible=False)
                     tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)

@@ -201,8 +201,6 @@ def build() -> Quantize:
                         getattr(defaults, name),
                         label=texts.CLUSTER_LABELS[name],
                         precision=0,
-                        minimum=1,
-                        maximum=65536,
                         min_width=110,
                         elem_id=f"clusters-{name}",
                     )

@@ -116,10 +116,11 @@ def model_shape(name: str) -> Shape:
         return find_shape(name)
     except InputError:
         from core.models.catalog import is_here
-        from core.models.load import read_config
 
         if not is_here(name):
             raise
+        from core.models.load import read_config
+
         config, adapter = read_config(name)
         spec = adapter.spec(config)
         positions = 0 if spec.rope else config.max_position_embeddings + OPT_POSITION_OFFSET

@@ -79,11 +79,13 @@ def catalogue() -> list[CatalogEntry]:
 
 
 def is_here(name: str) -> bool:
-    """Whether `name` is an embedded model or a model folder of this machine, readable without download or conversion."""
-    if not isinstance(name, str) or "\0" in name or not name.strip():
-        return False
-    found = _local(name.strip())
-    return name.strip() in _embedded() or (found is not None and found.is_dir())
+    """Whether `name` is an embedded model or a model folder of this machine, readable without download or conversion.
+
+    Raises: ModelError E-MODEL-NAME for a URL, a token, or nothing.
+    """
+    name = _check_name(name, None)
+    found = _local(name)
+    return name in _embedded() or (found is not None and found.is_dir())
 
 
 def resolve(name: str, *, revision: str | None = None, progress: Progress | None = None, allow_local: bool = True
@@ -170,7 +172,10 @@ def _embedded() -> dict[str, CatalogEntry]:
 
 def _local(name: str) -> Path | None:
     """The folder or `.gguf` file that `name` means on this machine, if any."""
-    path = Path(os.path.expanduser(name))
+    try:
+        path = Path(os.path.expanduser(name))
+    except UnicodeEncodeError:  # half a character after ~
+        return None
     if os.path.isdir(path):
         known = any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST))
         return path if known or not hub.REPO_ID.fullmatch(name) else None

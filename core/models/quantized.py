@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError
 from core.models.adapter import ModelAdapter, adapter_for
 from core.models.block import DecoderBlock, ReorderNorm
@@ -227,6 +228,8 @@ def _block(
     for site in _SITES:
         setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
     block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    if sorted(block.state_dict()) != facts["tensors"]:
+        raise ValueError("the structure of a layer and its tensors differ")
     _check(block)
     return block.eval()
 

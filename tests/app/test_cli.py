@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from app import cli, cli_output
 from core.errors import InputError
@@ -309,6 +311,8 @@ BAD = [
     (["compare", "--models", "base", "opt", *SCORING, "--prompt", ""], "E-PARAM-PROMPT"),
     (["memory", "--model", "opt-13b", "--scheme", "W4A4", "--batch", "1"], "E-PARAM-USAGE", "--seq"),
     (["memory", "--model", "opt-14b", "--scheme", "W4A4", "--batch", "1", "--seq", "1"], "E-PARAM-MODEL", "opt-14b", "opt-13b"),
+    (["memory", "--model", "~\ud800", "--scheme", "W4A4", "--batch", "1", "--seq", "1"], "E-PARAM-MODEL"),
+    (["memory", "--model", "hf_" + "a" * 30, "--scheme", "W4A4", "--batch", "1", "--seq", "1"], "E-MODEL-NAME", "token"),
     (["memory", "--model", "owner/name", "--scheme", "W4A4", "--batch", "1", "--seq", "1"], "E-PARAM-MODEL"),
     (["memory", "--model", "layers=2,hidden=65,heads=4", "--scheme", "W4A4", "--batch", "1", "--seq", "1"], "E-PARAM-MODEL"),
     (["memory", "--model", "opt-13b", "--scheme", "W9", "--batch", "1", "--seq", "1"], "E-PARAM-SCHEME", "W9"),
@@ -343,6 +347,22 @@ def test_bad_input_is_one_line_and_code_two(call, place, argv, code, words):
     refused(call(*argv), code, *words)
     assert sorted(p.name for p in place.iterdir()) == before
     assert (place / "foreign" / "notes.txt").read_text() == "mine"
+
+
+VALUES = st.one_of(
+    st.text(max_size=30), st.sampled_from(["opt-13b", "W4A4", "1", "-1", "1e9", "~", "~x", ".", "/", "--", "=", ",", "٣"])
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(VALUES, min_size=4, max_size=4), st.lists(VALUES, max_size=2))
+def test_no_value_breaks_the_contract(call, values, more):
+    argv = [word for pair in zip(("--model", "--scheme", "--batch", "--seq"), values, strict=True) for word in pair]
+    result = call("memory", *argv, *more)
+    if result[0] != 0:
+        refused(result)
+    if not {"-h", "--help"} & set(more):
+        assert call(*values)[0] in (0, 2)
 
 
 HOSTILE_RECIPES = [

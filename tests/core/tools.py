@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from core.models.load import LoadedModel
 from core.models.tiny import tiny_architectures, tiny_model
 
 ARCHITECTURES = tiny_architectures()
+
+
+@lru_cache
+def tiny(architecture: str) -> LoadedModel:
+    """`tiny_model(architecture)`, made once: for tests that leave it as it is."""
+    return tiny_model(architecture)
 
 
 def tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:

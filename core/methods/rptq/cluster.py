@@ -1,8 +1,9 @@
 """Cluster the channels of a site by their (max, min) and lay clusters side by side.
 
 Points: (max, min) per channel for R1, R4, R5, R3; (q max, k max, q min, k min) for R2, one set per key/value head.
-KMeans is scikit-learn's. Clusters are ranked by the centroid's width, narrow first, channels inside keep their order, so
-the result does not depend on KMeans' arbitrary labels. Source: RPTQ (arXiv:2304.01089), `tensor_calc_reorder_index`.
+KMeans is scikit-learn's. Clusters are ranked by the centroid's width, narrow first (equal widths by place), channels inside
+keep their order, so the result does not depend on KMeans' arbitrary labels.
+Source: RPTQ (arXiv:2304.01089), `tensor_calc_reorder_index`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def kmeans_labels(points: np.ndarray, count: int, *, n_init: int, seed: int) -> 
     present, labels = np.unique(labels, return_inverse=True)
     labels = labels.reshape(-1)
     sizes = np.bincount(labels)
-    centre = np.bincount(labels, weights=widths) / sizes
+    width, place = (np.bincount(labels, weights=w) / sizes for w in (widths, points.sum(axis=1)))
     rank = np.empty(len(present), dtype=np.int64)
-    rank[np.lexsort((np.arange(len(present)), centre))] = np.arange(len(present))
+    rank[np.lexsort((place, width))] = np.arange(len(present))
     return rank[labels]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from core.config import Bits
 from core.errors import ArtifactError, QuantscopeError
@@ -67,6 +68,8 @@ def round_trip(q: Quantised, folder: Path) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
     assert [(m.bits, m.effective_bits, m.choice) for m in modules_of(q.model)] == [
         (m.bits, m.effective_bits, m.choice) for m in modules_of(back.model)]
+    differing = {k for k, v in back.model.config.to_dict().items() if q.model.config.to_dict()[k] != v}
+    assert differing <= {"_name_or_path"}
     assert back.path == folder and q.base.name in back.source and not any(p.requires_grad for p in back.model.parameters())
 
 
@@ -113,8 +116,7 @@ def test_load_model_accepts_the_folder(saved, made):
 def test_what_generation_needs_is_kept(tmp_path):
     """Several end tokens and prefix ids live in generation_config.json: they decide texts and the evaluation protocol."""
     base = tiny_model("llama")
-    base.model.generation_config.eos_token_id = [257, 10]
-    base.model.generation_config.prefix_token_ids = [256, 5]
+    base.model.generation_config = GenerationConfig(eos_token_id=[257, 10], prefix_token_ids=[256, 5])
     q = quantised("llama", base=base)
     save_quantized(tmp_path / "q", q.loaded, {})
     back = load_quantized(tmp_path / "q").model.generation_config

@@ -1,0 +1,269 @@
+"""The page in a real browser: every tab, bad input, two visitors, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+DRAWN = "id => Number(document.querySelector(id + ' .qs-chart').dataset.drawn || 0)"
+LEFTMOST = """id => {
+  const chart = document.querySelector(id + ' .qs-chart');
+  const points = chart.calcdata[0];
+  const point = points.reduce((best, p) => (p.x < best.x ? p : best));
+  const box = chart.getBoundingClientRect();
+  const { xaxis, yaxis } = chart._fullLayout;
+  const channel = chart._fullData[0].customdata[points.indexOf(point)][0];
+  return [channel, box.x + xaxis._offset + xaxis.c2p(point.x), box.y + yaxis._offset + yaxis.c2p(point.y)];
+}"""
+RANGE = "id => document.querySelector(id + ' .qs-chart')._fullLayout.xaxis.range.map(v => Math.round(v * 1000))"
+
+
+def drawn(page, chart):
+    return page.evaluate(DRAWN, chart)
+
+
+def redrawn(page, chart, before):
+    page.wait_for_function(f"([id, n]) => ({DRAWN})(id) > n", arg=[chart, before])
+
+
+def open_tab(page, name, chart=None):
+    page.get_by_role("tab", name=name).click()
+    if chart:
+        page.wait_for_selector(f"{chart} .qs-chart[data-drawn]")
+
+
+def choose_model(page, name):
+    field = page.locator("#model input")
+    field.fill(name)
+    field.press("Enter")
+    page.locator("#observe").click()
+
+
+def status(page, words):
+    page.wait_for_function("words => document.querySelector('#status').innerText.includes(words)", arg=words)
+    return page.locator("#status").inner_text()
+
+
+def quantise(page):
+    page.locator("#side-quantize").click()
+    page.wait_for_selector("#quick-numbers tbody tr:nth-child(2)")
+
+
+def test_opens_on_a_drawn_chart_with_its_widest_channel(visit):
+    page = visit()
+    page.wait_for_selector("#tokens mark")
+    assert "135 M parameters" in page.locator("#status").inner_text()
+    assert "× the median channel" in page.locator("#facts").inner_text()
+    assert page.locator("#outliers tr[data-index]").count() == 12
+    assert page.locator("#tokens mark b").count() == 0  # a token that looks like markup stays text
+
+
+def test_a_click_on_a_point_reaches_python(visit):
+    page = visit()
+    page.wait_for_selector("#tokens mark")
+    channel, x, y = page.evaluate(LEFTMOST, "#scatter")
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+    page.wait_for_function("words => document.querySelector('#facts h4')?.innerText.endsWith(words)", arg=f"channel {channel}")
+    assert page.locator("#channel input").input_value() == str(channel)
+
+
+def test_the_keyboard_reaches_every_channel(visit):
+    page = visit()
+    page.locator("#channel input").fill("7")
+    page.locator("#channel input").press("Enter")
+    page.wait_for_function("() => document.querySelector('#facts h4')?.innerText.endsWith('channel 7')")
+    page.locator("#outliers tr[data-index='4']").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => !document.querySelector('#facts h4')?.innerText.endsWith('channel 7')")
+
+
+def test_zoom_survives_a_cluster_change_but_not_another_site(visit):
+    page = visit()
+    open_tab(page, "Reorder", "#cluster-scatter")
+    page.wait_for_function("() => document.querySelector('#headline').innerText.includes('clusters')")
+    page.wait_for_selector("#cluster-scatter .points path")
+    box = page.locator("#cluster-scatter .nsewdrag").first.bounding_box()
+    whole = page.evaluate(RANGE, "#cluster-scatter")
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.3)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9, steps=4)
+    page.mouse.up()
+    page.wait_for_function(f"([id, old]) => String(({RANGE})(id)) !== String(old)", arg=["#cluster-scatter", whole])
+    page.wait_for_timeout(300)
+    zoomed = page.evaluate(RANGE, "#cluster-scatter")
+    before = drawn(page, "#cluster-scatter")
+    page.locator("#g input[type=number]").fill("5")
+    page.locator("#g input[type=number]").press("Enter")
+    redrawn(page, "#cluster-scatter", before)
+    assert page.evaluate(RANGE, "#cluster-scatter") == zoomed
+    before = drawn(page, "#cluster-scatter")
+    page.locator("#reorder-site").get_by_text("queries").click()
+    redrawn(page, "#cluster-scatter", before)
+    assert page.evaluate(RANGE, "#cluster-scatter") != zoomed
+
+
+def test_the_slider_moves_clusters_strips_curve_and_fields(visit):
+    page = visit()
+    open_tab(page, "Reorder", "#strips")
+    page.locator("#reorder-site").get_by_text("MLP hidden").click()
+    page.wait_for_function("() => document.querySelector('#headline').innerText.includes('1,536')")
+    before = drawn(page, "#strips")
+    slider = page.locator("#g input[type=range]")
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('#headline').innerText.includes('29')")
+    redrawn(page, "#strips", before)
+    assert page.locator("#side-g input[type=number]").input_value() == "29"
+    open_tab(page, "Quantise")
+    page.get_by_text("Clusters of every reordering").click()
+    page.wait_for_function("() => document.querySelector('#clusters-R1 input').value === '29'")
+    assert page.locator("#clusters-R2 input").input_value() == "4"
+
+
+def test_quantise_compare_and_save(visit):
+    page = visit()
+    quantise(page)
+    assert "bits per decoder weight" in page.locator("#summary").inner_text()
+    assert page.locator("#quick-numbers .qs-estimate").count() == 1
+    page.wait_for_selector("#sqnr .qs-chart[data-drawn]")
+    open_tab(page, "Compare", "#bars")
+    assert page.locator("#runs input:checked").count() == 2
+    page.locator("#write").click()
+    page.wait_for_function("() => (document.querySelector('#streams').innerText.match(/tokens\\/s/g) || []).length === 2")
+    page.get_by_text("Project memory to any size").click()
+    page.wait_for_selector("#memory .qs-chart[data-drawn]")
+    page.get_by_text("Share and save").click()
+    with page.expect_download() as download:
+        page.locator("#save-recipe").click()
+    assert re.fullmatch(r"recipe-[0-9a-f]{16}\.json", download.value.suggested_filename)
+    assert json.loads(download.value.path().read_text())["scheme"] == "W4A4"
+    for button, start in (("#save-ranges", "model,text"), ("#save-report", "{")):
+        with page.expect_download() as download:
+            page.locator(button).click()
+        assert download.value.path().read_text().startswith(start)
+
+
+def test_a_link_restores_model_and_recipe(visit, address):
+    page = visit("?model=fake-wide&method=rtn&scheme=W4A8&clusters=16&weights=rtn")
+    assert page.locator("#model input").input_value() == "fake-wide"
+    assert page.locator("#scheme input").input_value().startswith("W4A8")
+    assert "fake-wide" in status(page, ["fake-wide", "llama"][0])
+    page.get_by_text("Share and save").click()
+    page.locator("#copy-link").click()
+    page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.startsWith('http')")
+    link = page.locator("#link textarea, #link input").first.input_value()
+    assert link.startswith(address + "?model=fake-wide") and "scheme=W4A8" in link and "R1%3D16" in link
+
+
+def test_stop_ends_a_running_job_and_the_page_lives_on(visit):
+    page = visit()
+    choose_model(page, "fake-endless")
+    status(page, "Opening fake-endless")
+    page.locator("#stop").click()
+    status(page, "Stopped")
+    choose_model(page, "fake")
+    status(page, "135 M parameters")
+
+
+def test_bad_models_give_one_sentence_and_the_page_lives_on(visit):
+    page = visit()
+    bad = {
+        "no such model": "E-MODEL-NAME",
+        "fake-killed": "E-MEM",
+        "<img src=x onerror=alert(1)>": "<img",
+        "fake-exit": "E-BUG",
+        "x" * 400: "E-PARAM-MODEL",
+    }
+    for model, words in bad.items():
+        choose_model(page, model)
+        text = status(page, words)
+        assert "Traceback" not in text and len(text) < 300
+        assert page.locator("#status img").count() == 0
+    open_tab(page, "Reorder", "#strips")
+
+
+def test_bad_texts_numbers_and_links_give_one_sentence(visit):
+    page = visit()
+    page.locator("#text input").click()
+    page.get_by_role("option", name="Paste my own").click()
+    page.locator("#observe").click()
+    status(page, "E-TEXT-SHORT")
+    page.locator("#pasted textarea").fill("Four score and seven years ago.")
+    page.locator("#observe").click()
+    assert "at least 512" in status(page, "has about")
+    page.locator("#channel input").fill("99999")
+    page.locator("#channel input").press("Enter")
+    status(page, "E-PARAM-CHANNEL")
+    other = visit("?scheme=W1A1&model=fake", ready=False)
+    status(other, "E-PARAM-SCHEME")
+
+
+def test_two_visitors_do_not_see_each_other(visit):
+    first, second = visit(), visit()
+    first.locator("#text input").click()
+    first.get_by_role("option", name="Paste my own").click()
+    first.locator("#pasted textarea").fill("my secret diary " * 200)
+    first.locator("#observe").click()
+    status(first, "your text")
+    quantise(first)
+    open_tab(second, "Compare")
+    second.wait_for_selector("#runs label")
+    assert second.locator("#runs label").count() == 1
+    assert "sotu" in second.locator("#status").inner_text()
+    assert "diary" not in second.content()
+
+
+def test_dark_mode_reaches_the_charts(visit):
+    page = visit("?__theme=dark")
+    colour = "() => getComputedStyle(document.querySelector('#scatter .xtick text')).fill"
+    dark = page.evaluate(colour)
+    before = drawn(page, "#scatter")
+    page.evaluate("() => document.body.classList.remove('dark')")
+    redrawn(page, "#scatter", before)
+    assert page.evaluate(colour) != dark
+
+
+def test_a_phone_shows_everything_without_sideways_scrolling(visit):
+    page = visit(width=390, height=844)
+    page.wait_for_selector("#tokens mark")
+    for tab in ("Explore", "Reorder", "Quantise", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        edges = page.evaluate("() => [...document.querySelectorAll('.qs-chart')].map(c => c.getBoundingClientRect().right)")
+        assert max(edges) <= 390
+
+
+def test_a_closed_tab_stops_its_jobs(visit):
+    page, other = visit(), visit()
+    choose_model(page, "fake-endless")
+    status(page, "Opening fake-endless")
+    page.context.close()
+    choose_model(other, "fake-slow")
+    status(other, "fake-slow")
+    other.wait_for_function("() => document.querySelector('#status').innerText.includes('135 M parameters')")
+
+
+@pytest.mark.parametrize("path", ["app/main.py", "core/config.py", "/etc/passwd", "/proc/self/environ"])
+def test_files_are_not_served(address, path):
+    from tests.browser.conftest import ROOT
+
+    full = path if path.startswith("/") else ROOT / path
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{address}gradio_api/file={full}")
+    assert caught.value.code in (403, 404)
+
+
+def test_the_server_logged_no_fault_but_the_planned_ones(server_log):
+    """Runs last: only the worker's `fake-exit` may have left a traceback."""
+    log = server_log.read_text()
+    assert "in a handler" not in log and "Exception in ASGI" not in log
+    assert "diary" not in log
