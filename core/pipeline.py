@@ -24,29 +24,18 @@ from core.calibration.observe import Progress, observe_layers, silent
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
 from core.config import Calibration, QuantRecipe
 from core.errors import InputError, ModelError
+from core.evaluation.describe import backend_use, layer_report, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import hidden_windows, score
-from core.evaluation.report import (
-    BackendUse,
-    EvalReport,
-    GenerationReport,
-    LayerReport,
-    ModelInfo,
-    QuantizeReport,
-    Row,
-    SiteError,
-    WeightError,
-    jsonable,
-)
+from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row
 from core.methods import METHODS
-from core.methods.sequential import LayerOutcome, quantize_layers
-from core.models.load import LoadedModel, load_model
-from core.models.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
+from core.methods.sequential import quantize_layers
+from core.models.load import LoadedModel, load_model, prefix_ids
+from core.models.quantized import load_quantized, modules_of, read_description, save_quantized
 from core.models.shell import quantized_blocks
 from core.provenance import provenance
 from core.storage import cache_root
-from kernels import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -211,30 +200,6 @@ class Workbench:
         return self._references[name]
 
 
-def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
-    """Facts of a loaded model."""
-    config, spec = loaded.model.config, loaded.adapter.spec(loaded.model.config)
-    parts = measured_parts(loaded.model, loaded.adapter)
-    return ModelInfo(
-        loaded.name,
-        loaded.revision,
-        loaded.source,
-        config.model_type,
-        parameters_of(loaded.model),
-        len(loaded.adapter.decoder_layers(loaded.model)),
-        spec.hidden,
-        spec.heads,
-        spec.kv_heads,
-        spec.head_dim,
-        spec.ffn,
-        config.vocab_size,
-        getattr(config, "max_position_embeddings", 0),
-        sum(parts.values()),
-        str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        seconds,
-    )
-
-
 def observe(
     loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
 ) -> RangesReport:
@@ -292,7 +257,7 @@ def quantize(
         effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
         weight_bytes=sum(measured_parts(model, base.adapter).values()),
         float_bytes=sum(measured_parts(base.model, base.adapter).values()),
-        layers=[_layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
+        layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
         backends=backend_use(loaded),
         folder="",
     )
@@ -367,34 +332,6 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
-def set_backend(loaded: LoadedModel, backend: str) -> None:
-    """Choose the implementation of every quantised linear layer. Raises: BackendError, InputError."""
-    if backend not in tuple(Backend):
-        raise InputError(f"backend is {str(backend)[:20]!r}: use one of {', '.join(Backend)}.", code="E-PARAM-BACKEND")
-    linears = modules_of(loaded.model)
-    for linear in linears:
-        if linear.requested != backend:
-            linear.set_backend(Backend(backend))
-
-
-def backend_use(loaded: LoadedModel) -> list[BackendUse]:
-    """Which backends the linear layers run on, and why; empty for a float model."""
-    counts: dict[tuple[str, str], int] = {}
-    for linear in modules_of(loaded.model):
-        name = (str(linear.choice.backend), linear.choice.reason)
-        counts[name] = counts.get(name, 0) + 1
-    return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
-
-
-def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    """Token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
-    for source in (loaded.model.generation_config, loaded.model.config):
-        ids = getattr(source, "prefix_token_ids", None)
-        if ids:
-            return tuple(int(i) for i in ids)
-    return ()
-
-
 def _calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int, allow_local: bool) -> tuple[Tensor, TextSource]:
     _check_window(loaded, calibration.window)
     source = resolve_text(calibration.text, split="calibration", allow_local=allow_local)
@@ -410,14 +347,6 @@ def _check_window(loaded: LoadedModel, window: int) -> None:
         raise InputError(
             f"The window is {window} tokens, this model's context is {longest}: use at most that.", code="E-PARAM-WINDOW"
         )
-
-
-def _layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
-    sites = {name: SiteError(s.bits, len(s.offsets) - 1, s.sqnr_db) for name, s in outcome.plan.sites.items()}
-    weights = {
-        name: WeightError(n.bits, n.method, n.sqnr_db, n.fallback, n.effective_bits) for name, n in outcome.weights.items()
-    }
-    return LayerReport(index, outcome.output_sqnr_db, sites, weights)
 
 
 def _held_bytes(loaded: LoadedModel) -> int:
@@ -444,20 +373,3 @@ def _saved_report(folder: Any) -> QuantizeReport | None:
     if not (folder / "manifest.json").exists():
         return None
     return report_from_dict(read_description(folder)["report"])
-
-
-def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
-    """Inverse of `QuantizeReport.to_dict` (infinite decibels were stored as None and come back infinite)."""
-
-    def decibels(value: float | None) -> float:
-        return float("inf") if value is None else value
-
-    layers = []
-    for entry in data["layers"]:
-        sites = {k: SiteError(**v) for k, v in entry["sites"].items()}
-        weights = {k: WeightError(**{**v, "sqnr_db": decibels(v["sqnr_db"])}) for k, v in entry["weights"].items()}
-        layers.append(LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights))
-    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]]})
-
-
-__all__ = ["Workbench", "evaluate", "jsonable", "observe", "quantize", "run"]

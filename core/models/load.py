@@ -201,3 +201,12 @@ def _check_device(device: str, dtype: torch.dtype) -> None:
         raise InputError(f"Device {kind!r} is not supported: use cpu or cuda.", code="E-PARAM-DEVICE")
     if kind == "cuda" and not torch.cuda.is_available():
         raise BackendError("No CUDA device is available here: use the device cpu.")
+
+
+def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
+    for source in (loaded.model.generation_config, loaded.model.config):
+        ids = getattr(source, "prefix_token_ids", None)
+        if ids:
+            return tuple(int(i) for i in ids)
+    return ()

@@ -1,0 +1,79 @@
+"""Facts about a model in memory as reports: what it is, which backends it runs on, what quantising a layer cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.errors import InputError
+from core.evaluation.memory import measured_parts
+from core.evaluation.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
+from core.methods.sequential import LayerOutcome
+from core.models.load import LoadedModel
+from core.models.quantized import modules_of, parameters_of
+from kernels import Backend
+
+
+def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
+    """Facts of a loaded model."""
+    config, spec = loaded.model.config, loaded.adapter.spec(loaded.model.config)
+    parts = measured_parts(loaded.model, loaded.adapter)
+    return ModelInfo(
+        loaded.name,
+        loaded.revision,
+        loaded.source,
+        config.model_type,
+        parameters_of(loaded.model),
+        len(loaded.adapter.decoder_layers(loaded.model)),
+        spec.hidden,
+        spec.heads,
+        spec.kv_heads,
+        spec.head_dim,
+        spec.ffn,
+        config.vocab_size,
+        getattr(config, "max_position_embeddings", 0),
+        sum(parts.values()),
+        str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        seconds,
+    )
+
+
+def set_backend(loaded: LoadedModel, backend: str) -> None:
+    """Choose the implementation of every quantised linear layer. Raises: BackendError, InputError."""
+    if backend not in tuple(Backend):
+        raise InputError(f"backend is {str(backend)[:20]!r}: use one of {', '.join(Backend)}.", code="E-PARAM-BACKEND")
+    linears = modules_of(loaded.model)
+    for linear in linears:
+        if linear.requested != backend:
+            linear.set_backend(Backend(backend))
+
+
+def backend_use(loaded: LoadedModel) -> list[BackendUse]:
+    """Which backends the linear layers run on, and why; empty for a float model."""
+    counts: dict[tuple[str, str], int] = {}
+    for linear in modules_of(loaded.model):
+        name = (str(linear.choice.backend), linear.choice.reason)
+        counts[name] = counts.get(name, 0) + 1
+    return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
+
+
+def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
+    """One layer's outcome as plain numbers."""
+    sites = {name: SiteError(s.bits, len(s.offsets) - 1, s.sqnr_db) for name, s in outcome.plan.sites.items()}
+    weights = {
+        name: WeightError(n.bits, n.method, n.sqnr_db, n.fallback, n.effective_bits) for name, n in outcome.weights.items()
+    }
+    return LayerReport(index, outcome.output_sqnr_db, sites, weights)
+
+
+def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
+    """Inverse of `QuantizeReport.to_dict` (infinite decibels were stored as None and come back infinite)."""
+
+    def decibels(value: float | None) -> float:
+        return float("inf") if value is None else value
+
+    layers = []
+    for entry in data["layers"]:
+        sites = {k: SiteError(**v) for k, v in entry["sites"].items()}
+        weights = {k: WeightError(**{**v, "sqnr_db": decibels(v["sqnr_db"])}) for k, v in entry["weights"].items()}
+        layers.append(LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights))
+    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]]})
