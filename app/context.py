@@ -20,6 +20,8 @@ from core.errors import QuantscopeError
 
 Updates = dict[Any, Any]
 POLL_SECONDS = 0.15
+UNCHANGED = {"__type__": "update"}
+"""Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 log = logging.getLogger("quantscope.page")
 
 
@@ -51,7 +53,15 @@ class Context:
 
     def start_prefetch(self) -> None:
         """Load the first model and observe its ranges before any visitor has come."""
-        self.prefetch = self.runner.submit(PUBLIC, observe_steps(*self.first))
+        self.prefetch = self.runner.submit(
+            PUBLIC, observe_steps(*self.first), on_done=lambda results: self.share_ranges(*self.first, results)
+        )
+
+    def prefetching(self, model: str, revision: str | None, calibration: Calibration) -> bool:
+        """Whether these ranges are being made for everyone right now."""
+        if self.prefetch is None or (model, revision, calibration) != self.first:
+            return False
+        return not self.runner.view(PUBLIC, self.prefetch).finished
 
     def guard(self, handler: Callable) -> Callable:
         """The same handler, except that it never raises: errors become the status line's card.
@@ -64,7 +74,8 @@ class Context:
             async def streaming(*arguments: Any, **named: Any) -> AsyncIterator[Updates]:
                 try:
                     async for updates in handler(*arguments, **named):
-                        yield updates
+                        if updates:  # Gradio takes an empty dict for a value
+                            yield updates
                 except (GeneratorExit, asyncio.CancelledError, Superseded):
                     return
                 except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
@@ -75,7 +86,7 @@ class Context:
         @functools.wraps(handler)
         def plain(*arguments: Any, **named: Any) -> Updates:
             try:
-                return handler(*arguments, **named)
+                return handler(*arguments, **named) or {self.status: UNCHANGED}
             except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
                 return self.failed(error)
 
@@ -124,9 +135,9 @@ class Context:
                 yield view
             await asyncio.sleep(POLL_SECONDS)
 
-    def busy(self, view: JobView, what: str) -> Updates:
-        """The status line while a job runs, with its Stop button."""
-        return {self.status: cards.progress(view, what), self.stop: hidden(view.finished)}
+    def busy(self, view: JobView, what: str, *, stoppable: bool = True) -> Updates:
+        """The status line while a job runs, with its Stop button if the job is the visitor's own."""
+        return {self.status: cards.progress(view, what), self.stop: hidden(view.finished or not stoppable)}
 
     def rest(self, session: Session) -> Updates:
         """The status line when nothing runs."""
@@ -143,8 +154,8 @@ class Context:
 
 
 def hidden(away: bool = True) -> dict[str, Any]:
-    """Gradio's update that hides or shows a component, written out so that this module loads without Gradio."""
-    return {"visible": not away, "__type__": "update"}
+    """Gradio's update that hides or shows a component."""
+    return UNCHANGED | {"visible": not away}
 
 
 def start(settings: Settings) -> Context:

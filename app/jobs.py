@@ -83,6 +83,7 @@ class _Job:
     ended_at: float | None = None
     cancel_at: float | None = None
     cancel_sent: bool = False
+    on_done: Callable[[tuple[Any, ...]], None] | None = None
 
     @property
     def ended(self) -> bool:
@@ -119,8 +120,11 @@ class JobRunner:
 
     # -- what sessions call
 
-    def submit(self, owner: str, steps: Sequence[Step]) -> str:
-        """Queue a job and return its token. Raises ResourceError if the session or the server has too many."""
+    def submit(self, owner: str, steps: Sequence[Step], *, on_done: Callable[[tuple[Any, ...]], None] | None = None) -> str:
+        """Queue a job and return its token; `on_done` gets the results if it ends well.
+
+        Raises: ResourceError if the session or the server has too many.
+        """
         with self._changed:
             mine = [j for j in self._jobs.values() if j.owner == owner and not j.ended]
             if owner != PUBLIC and len(mine) >= PER_SESSION:
@@ -129,7 +133,7 @@ class JobRunner:
                 )
             if len(self._waiting) >= MAX_WAITING:
                 raise ResourceError(f"{MAX_WAITING} jobs are waiting already. Try again in a few minutes.", code="E-BUSY")
-            job = _Job(owner, tuple(steps), stage=steps[0].title)
+            job = _Job(owner, tuple(steps), stage=steps[0].title, on_done=on_done)
             job.texts = [""] * len(job.steps)
             self._jobs[job.token] = job
             self._waiting.append(job)
@@ -237,6 +241,8 @@ class JobRunner:
             with self._changed:
                 self._running = None
                 job.end("failed", ResourceError("The server is closing.", code="E-BUSY"))
+        if job.state == "done" and job.on_done:
+            job.on_done(tuple(job.results))
 
     def _apply(self, job: _Job, worker: WorkerProcess, message: tuple) -> None:
         kind, *rest = message

@@ -70,6 +70,9 @@ CHANNEL = "Channel"
 CHANNEL_EMPTY = (
     "Click a point of the chart: here you see the channel's range, its histogram and the tokens behind its extreme values."
 )
+CHANNEL_JOB = "Reading the channel"
+CHANNEL_LATER = "Release the slider, or press Enter in the field above, to read this channel's values and tokens."
+CHANNEL_WAIT = "Looking for the tokens behind the extremes…"
 OUTLIERS = "Widest channels of the whole model, relative to their site. Click a row to go there."
 OUTLIER_HEADERS = ["layer", "site", "channel", "min", "max", "× median"]
 TO_REORDER = "Next: group these channels →"

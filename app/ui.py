@@ -18,7 +18,7 @@ from app.figure import THEMES
 from app.session import Run, Session
 from app.tabs import compare, explore, quantize, reorder, sidebar
 from core.config import Calibration, Clusters, QuantRecipe
-from core.errors import InputError
+from core.errors import InputError, QuantscopeError
 
 CSS = Path(__file__).parent / "page.css"
 SAVE_JS = """(file) => {
@@ -33,6 +33,11 @@ LINK_JS = """(query) => {
   const url = `${location.origin}${location.pathname}?${query}`;
   if (navigator.clipboard) navigator.clipboard.writeText(url).catch(() => {});
   return url;
+}"""
+TAB_JS = """() => {
+  const tabs = [...document.querySelectorAll('#tabs button[role=tab]')];
+  tabs.find((tab) => tab.textContent.trim() === '%s' && tab.offsetParent)?.click();
+  window.scrollTo({ top: 0 });
 }"""
 LOAD_JS = """() => {
   const narrow = () => window.innerWidth < 768;
@@ -199,15 +204,20 @@ def _opener(page: Page) -> Callable:
     async def opened(request: gr.Request) -> AsyncIterator[Updates]:
         session = ctx.sessions.open(str(request.session_hash))
         yield {ctx.key: session.key}
-        recipe = _default_recipe(ctx)
+        recipe, refused = _default_recipe(ctx), None
         if query := urlencode(dict(request.query_params)):
-            recipe = QuantRecipe.from_query(query, default=recipe)
-            yield {**page.side.fill(recipe), **page.quantize.fill(recipe)}
+            try:
+                recipe = QuantRecipe.from_query(query, default=recipe)
+                yield {**page.side.fill(recipe), **page.quantize.fill(recipe)}
+            except QuantscopeError as error:
+                refused = error  # a damaged link opens the default model and says so at the end
         session.selection.clusters = min(recipe.clusters.R1, reorder.MAX_CLUSTERS)
         text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else ctx.settings.text
         calibration = Calibration(text, ctx.settings.first_tokens)
         async for updates in observe(page, session, recipe.model, recipe.revision, calibration):
             yield updates
+        if refused:
+            yield ctx.failed(refused)
 
     return opened
 
@@ -219,17 +229,16 @@ async def observe(
     ctx = page.ctx
     results = ctx.known_ranges(model, revision, calibration)
     if results is None:
-        first = (model, revision, calibration) == ctx.first
-        jobs = (
-            ctx.watch(session, "observe", ctx.prefetch)
-            if first and ctx.prefetch
-            else ctx.follow(session, "observe", observe_steps(model, revision, calibration))
-        )
+        public = ctx.prefetching(model, revision, calibration)
+        if public:
+            jobs = ctx.watch(session, "observe", ctx.prefetch)
+        else:
+            jobs = ctx.follow(session, "observe", observe_steps(model, revision, calibration))
         async for job in jobs:
             if job.finished:
                 results = job.results
             else:
-                yield ctx.busy(job, f"Opening {model}")
+                yield ctx.busy(job, f"Opening {model}", stoppable=not public)
         ctx.share_ranges(model, revision, calibration, results)
     elif older := session.jobs.pop("observe", None):
         ctx.runner.cancel(session.key, older)
@@ -304,14 +313,6 @@ def _wire_saving(page: Page, saved: gr.JSON) -> None:
 
 def _wire_steps(page: Page) -> None:
     """The buttons that lead to the next tab."""
-    for button, target in (
-        (page.explore.forward, "reorder"),
-        (page.reorder.forward, "quantize"),
-        (page.quantize.forward, "compare"),
-    ):
-        button.click(_chooser(target), None, page.tabs, queue=False, show_progress="hidden", api_visibility="private")
-    page.side.quantize.click(_chooser("quantize"), None, page.tabs, queue=False, show_progress="hidden", api_visibility="private")
-
-
-def _chooser(target: str) -> Callable[[], Any]:
-    return lambda: gr.Tabs(selected=target)
+    steps = {page.explore.forward: texts.REORDER, page.reorder.forward: texts.QUANTIZE_TAB, page.quantize.forward: texts.COMPARE}
+    for button, label in (steps | {page.side.quantize: texts.QUANTIZE_TAB}).items():
+        button.click(None, None, None, js=TAB_JS % label, show_progress="hidden", api_visibility="private")

@@ -42,6 +42,13 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
+def require_text(name: str, value: object, remedy: str) -> str:
+    """`value` if it is a text that is not blank and that UTF-8 can write. Raises InputError otherwise."""
+    if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(remedy, code=param_code(name))
+    return value
+
+
 def param_code(name: str) -> str:
     """The stable code of a parameter: "E-PARAM-CALIBRATION-TOKENS"."""
     return "E-PARAM-" + name.upper().replace(" ", "-")

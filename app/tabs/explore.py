@@ -15,7 +15,7 @@ from app.figure import note
 from app.jobs import Step
 from app.session import Session, is_public
 from core.config import SITES, Clusters, require_int
-from core.errors import InputError
+from core.errors import InputError, QuantscopeError
 
 MARKED = 60
 LISTED = 12
@@ -94,9 +94,26 @@ class Explore:
             self.same_axes: chosen.same_axes,
         }
 
+    def glance(self, session: Session) -> Updates:
+        """The detail panel for a channel of which only the range is known yet."""
+        site, number = site_of(session), session.selection.channel
+        if number is None or number >= len(site.low):
+            return self.forget_channel()
+        known = session.channel
+        if known is not None and (known.site, known.channel) == (site.site, number):
+            return {}
+        facts = cards.channel_facts(site, number, median_width(site))
+        return {self.facts: facts, self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_LATER)}
+
     def forget_channel(self) -> Updates:
         """The detail panel without a channel."""
-        return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: gr.update(visible=False), self.tokens: ""}
+        return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
+
+
+def median_width(site: object) -> float:
+    """Width of the site's median channel."""
+    widths = sorted((site.high - site.low).tolist())
+    return widths[len(widths) // 2]
 
 
 def site_of(session: Session) -> object:
@@ -156,7 +173,7 @@ def build() -> Explore:
                 with gr.Column(elem_classes="qs-card"):
                     channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                     facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
-                    histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram", visible=False)
+                    histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
                     tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
                 with gr.Column(elem_classes="qs-card"):
                     outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers")
@@ -190,15 +207,21 @@ def wire(ctx: Context, view: Explore) -> None:
 
     def moved(values: dict) -> Updates:
         session = ctx.session(values)
-        before = session.selection.channel
         view.take(session, values)
-        cleared = view.forget_channel() if session.selection.channel != before else {}
+        if session.ranges is None:
+            return view.render(session)
         kept = {
             view.layer: gr.skip(),
             view.linear: gr.skip(),
             view.same_axes: gr.skip(),
         }  # a slider still dragged stays where it is
-        return {**cleared, **view.render(session), **(kept if session.ranges is not None else {})}
+        return {**view.render(session), **view.glance(session), **kept}
+
+    async def released(values: dict) -> AsyncIterator[Updates]:
+        session = ctx.session(values)
+        if session.ranges is not None and session.selection.channel is not None:
+            async for updates in show_channel(ctx, view, session, session.selection.channel):
+                yield updates
 
     def opened(values: dict) -> Updates:
         return view.render(ctx.session(values))
@@ -233,6 +256,7 @@ def wire(ctx: Context, view: Explore) -> None:
     view.layer.input(ctx.guard(moved), inputs, trigger_mode="always_last", **light)
     for control in (view.kind, view.linear, view.same_axes):
         control.input(ctx.guard(moved), inputs, **light)
+    view.layer.release(ctx.guard(released), {ctx.key}, **heavy)
     view.tab.select(ctx.guard(opened), {ctx.key}, **light)
     view.scatter.select(ctx.guard(clicked_point), {ctx.key}, trigger_mode="multiple", **heavy)
     view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, trigger_mode="multiple", **heavy)
@@ -251,34 +275,21 @@ async def show_channel(ctx: Context, view: Explore, session: Session, channel: o
     if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
         return
     session.selection.channel = number
-    widths = sorted((site.high - site.low).tolist())
-    yield {
-        **view.render(session),
-        view.facts: cards.channel_facts(site, number, widths[len(widths) // 2]),
-        view.histogram: gr.update(visible=False),
-        view.tokens: cards.hint("Looking for the tokens behind the extremes…"),
-    }
-    step = Step(
-        "channel",
-        {
-            "model": session.ranges.model,
-            "calibration": session.calibration,
-            "site": site.site,
-            "channel": number,
-            "revision": session.ranges.revision,
-        },
-        "Reading the channel",
-    )
+    median = median_width(site)
     key = ("channel", session.ranges.model, session.ranges.revision, session.calibration, site.site, number)
     detail = ctx.shared.get(key)
+    waiting = {} if detail else {view.histogram: note(""), view.tokens: cards.hint(texts.CHANNEL_WAIT)}
+    yield {**view.render(session), view.facts: cards.channel_facts(site, number, median), **waiting}
     if detail is None:
-        async for job in ctx.follow(session, "channel", [step]):
-            if not job.finished:
-                yield {view.tokens: cards.progress(job, "Reading the channel")}
-            else:
-                detail = job.results[0]
-                if is_public(session.calibration.text):
-                    ctx.shared.put(key, detail)
+        try:
+            async for job in ctx.follow(session, "channel", channel_steps(session, site.site, number)):
+                yield {} if job.finished else {view.tokens: cards.progress(job, texts.CHANNEL_JOB)}
+        except QuantscopeError:
+            yield {view.tokens: cards.hint(texts.CHANNEL_LATER)}
+            raise
+        detail = job.results[0]
+        if is_public(session.calibration.text):
+            ctx.shared.put(key, detail)
 
     def current() -> bool:
         return session.selection.channel == number and site_of(session).site == site.site
@@ -286,10 +297,17 @@ async def show_channel(ctx: Context, view: Explore, session: Session, channel: o
     if current():
         session.channel = detail
         yield {
-            view.histogram: gr.update(value=plots.channel_histogram(detail), visible=True),
+            view.histogram: plots.channel_histogram(detail),
             view.tokens: cards.extremes(detail),
         }
     clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, Clusters.uniform(session.selection.clusters))
     cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
     if current():
-        yield {view.facts: cards.channel_facts(site, number, widths[len(widths) // 2], cluster)}
+        yield {view.facts: cards.channel_facts(site, number, median, cluster)}
+
+
+def channel_steps(session: Session, site: str, channel: int) -> list[Step]:
+    """The job that reads one channel's values and tokens."""
+    ranges = session.ranges
+    where = {"model": ranges.model, "calibration": session.calibration, "site": site, "channel": channel}
+    return [Step("channel", {**where, "revision": ranges.revision}, texts.CHANNEL_JOB)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def generate(
         prefix: token ids put before the prompt.
     Raises: InputError for an empty or too long prompt or parameters out of range.
     """
-    require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
+    max_new_tokens = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= 5:
         raise InputError(f"temperature is {str(temperature)[:20]}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
     ids = _encode(tokenizer, prompt, chat, prefix, getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens)
@@ -101,6 +102,9 @@ def generate(
     end = time.perf_counter()
     stored, plain = _cache_bytes(cache, model, adapter)
     text = tokenizer.decode(produced, skip_special_tokens=True)
+    if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
+        with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
+            on_text(text[len(shown) :])
     return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain)
 
 

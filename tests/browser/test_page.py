@@ -46,7 +46,7 @@ def choose_model(page, name):
 
 
 def status(page, words):
-    page.wait_for_function("words => document.querySelector('#status').innerText.includes(words)", arg=words)
+    page.wait_for_function("words => document.querySelector('#status')?.innerText.includes(words)", arg=words)
     return page.locator("#status").inner_text()
 
 
@@ -128,6 +128,17 @@ def test_the_slider_moves_clusters_strips_curve_and_fields(visit):
     assert page.locator("#clusters-R2 input").input_value() == "4"
 
 
+def test_own_bits_make_a_custom_run(visit):
+    page = visit()
+    open_tab(page, "Quantise")
+    page.get_by_text("Bits of every tensor").click()
+    page.locator("#bits-down_in input").click()
+    page.get_by_role("option", name="6", exact=True).click()
+    page.wait_for_function("() => document.querySelector('#scheme input').value.startsWith('custom')")
+    quantise(page)
+    assert "down_in 6" in page.locator("#summary").inner_text()
+
+
 def test_quantise_compare_and_save(visit):
     page = visit()
     quantise(page)
@@ -202,7 +213,7 @@ def test_bad_texts_numbers_and_links_give_one_sentence(visit):
     page.locator("#channel input").fill("99999")
     page.locator("#channel input").press("Enter")
     status(page, "E-PARAM-CHANNEL")
-    other = visit("?scheme=W1A1&model=fake", ready=False)
+    other = visit("?scheme=W1A1&model=fake")
     status(other, "E-PARAM-SCHEME")
 
 

@@ -1,0 +1,108 @@
+"""Handlers never raise, follow jobs to their end, and share only public results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from app.context import UNCHANGED, Context, observe_steps
+from app.jobs import Step
+from app.session import SessionStore
+from app.settings import Settings
+from core.config import Calibration
+from core.errors import Cancelled, InputError
+
+
+@pytest.fixture
+def ctx(runner):
+    context = Context(Settings(model="fake"), runner, SessionStore(seconds=60, capacity=10))
+    context.status, context.stop = "status", "stop"
+    return context
+
+
+async def collect(stream):
+    return [item async for item in stream]
+
+
+@pytest.mark.parametrize(
+    "fault", [ZeroDivisionError("secret"), SystemExit(1), KeyboardInterrupt(), RecursionError(), MemoryError()]
+)
+def test_a_handler_never_raises(ctx, fault, caplog):
+    def handler():
+        raise fault
+
+    async def stream():
+        yield {"chart": 1}
+        raise fault
+
+    with caplog.at_level(logging.CRITICAL):
+        card = ctx.guard(handler)()["status"]
+        streamed = asyncio.run(collect(ctx.guard(stream)()))
+    assert "E-BUG" in card and "secret" not in card
+    assert streamed[0] == {"chart": 1} and "E-BUG" in streamed[1]["status"]
+
+
+def test_expected_errors_show_their_sentence(ctx):
+    def handler():
+        raise InputError("g is 0: use 1 or more.", code="E-PARAM-G")
+
+    card = ctx.guard(handler)()["status"]
+    assert "g is 0: use 1 or more." in card and "E-PARAM-G" in card
+
+
+def test_no_update_is_said_so(ctx):
+    async def stream():
+        yield {}
+        yield {"chart": 1}
+
+    assert ctx.guard(dict)() == {"status": UNCHANGED}
+    assert asyncio.run(collect(ctx.guard(stream)())) == [{"chart": 1}]
+
+
+def test_following_a_job_shows_its_stages_and_ends_with_its_results(ctx):
+    session = ctx.sessions.open()
+    views = asyncio.run(collect(ctx.follow(session, "observe", observe_steps("fake-slow", None, Calibration("sotu", 1024)))))
+    assert any(v.stage.startswith("Layer") for v in views)
+    assert views[-1].finished and len(views[-1].results) == 2
+    assert session.jobs == {}
+
+
+def test_a_newer_job_takes_the_older_ones_place(ctx):
+    session = ctx.sessions.open()
+
+    async def both():
+        first = ctx.guard(lambda: None)  # only the newer job is awaited to its end
+        assert first
+        older = ctx.follow(session, "observe", [Step("load", {"model": "fake-endless"})])
+        await anext(older)
+        token = session.jobs["observe"]
+        newer = await collect(ctx.follow(session, "observe", [Step("load", {"model": "fake"})]))
+        return token, newer
+
+    token, newer = asyncio.run(both())
+    assert newer[-1].state == "done"
+    assert isinstance(ctx.runner.view(session.key, token).error, Cancelled)
+
+
+def test_the_first_model_is_prepared_for_everyone(ctx):
+    ctx.start_prefetch()
+    assert ctx.prefetching(*ctx.first)
+    views = asyncio.run(collect(ctx.watch(ctx.sessions.open(), "observe", ctx.prefetch)))
+    assert views[-1].state == "done"
+    for _ in range(100):
+        if ctx.known_ranges(*ctx.first):
+            break
+        asyncio.run(asyncio.sleep(0.02))
+    assert ctx.known_ranges(*ctx.first)[0].name == "fake"
+    assert not ctx.prefetching(*ctx.first)
+
+
+def test_ranges_of_a_pasted_text_are_not_shared(ctx):
+    private = Calibration("text:my diary", 1024)
+    ctx.share_ranges("fake", None, private, ("info", "ranges"))
+    assert ctx.known_ranges("fake", None, private) is None
+    public = Calibration("sotu", 1024)
+    ctx.share_ranges("fake", None, public, ("info", "ranges"))
+    assert ctx.known_ranges("fake", None, public) == ("info", "ranges")

@@ -1,0 +1,81 @@
+"""The page's fields make a recipe, and a recipe fills the fields; whatever is sent, a sentence comes back at worst."""
+
+from __future__ import annotations
+
+import gradio as gr
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.tabs import quantize, sidebar
+from core.config import SCHEMES, Bits, Clusters, QuantRecipe
+from core.errors import QuantscopeError
+
+
+@pytest.fixture(scope="module")
+def form():
+    with gr.Blocks():
+        side = sidebar.build("fake", on_space=False)
+        with gr.Tabs():
+            tab = quantize.build()
+    fields = {*side.source, side.method, side.scheme, *tab.inputs}
+    return side, tab, {field: field.value for field in fields}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        QuantRecipe("fake", clusters=Clusters.uniform(32)),
+        QuantRecipe(
+            "a/b", "main", method="rtn", scheme="W3A3KV", weights="rtn", variant="strict", clusters=Clusters(1, 2, 3, 4, 5)
+        ),
+        QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
+    ],
+)
+def test_a_recipe_survives_the_form(form, recipe):
+    side, tab, values = form
+    filled = values | side.fill(recipe) | tab.fill(recipe)
+    assert tab.recipe(side, filled) == recipe
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_makes_a_recipe(form, scheme):
+    side, tab, values = form
+    assert tab.recipe(side, values | {side.scheme: scheme}).scheme == scheme
+
+
+def test_pasted_text_is_marked_as_private_and_left_out_of_links(form):
+    side, tab, values = form
+    recipe = tab.recipe(side, values | {side.text: sidebar.PASTE, side.pasted: "dear diary " * 300})
+    assert recipe.calibration.text.startswith("text:dear diary")
+    assert "diary" not in recipe.to_query()
+
+
+@pytest.mark.parametrize("text", ["/etc/passwd", "../x", "", None, ["sotu"], 3])
+def test_only_offered_texts_are_read(form, text):
+    side, tab, values = form
+    with pytest.raises(QuantscopeError):
+        tab.recipe(side, values | {side.text: text})
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.lists(st.integers(), max_size=2),
+    st.just({"a": 1}),
+)
+
+
+@given(st.data())
+def test_any_junk_is_refused_in_a_sentence(form, data):
+    side, tab, values = form
+    field = data.draw(st.sampled_from(sorted(values, key=lambda f: f._id)))
+    try:
+        recipe = tab.recipe(side, values | {field: data.draw(JUNK)})
+    except QuantscopeError as error:
+        assert 0 < len(str(error)) <= 240 and error.code.startswith("E-")
+    else:
+        assert isinstance(recipe.hash, str)

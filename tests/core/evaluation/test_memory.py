@@ -1,0 +1,211 @@
+"""Oracle 11: the published sizes by formula, to the printed digit, and measured bytes against a count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.config import SCHEMES, Bits
+from core.errors import InputError
+from core.evaluation.memory import SHAPES, estimate, find_shape, kv_bytes_per_token, measured_parts, memory_estimate, shape_of, working_bytes
+from core.models.quantized import parameters_of
+from core.models.tiny import tiny_model
+from kernels import Backend, packed_width
+from tests.core.tools import ARCHITECTURES, quantised, spec_of, tiny, tokens
+
+PLACES = [(b, s) for b in (1, 8, 64) for s in (2048, 4096, 8192)]
+
+GRID = """
+13b W16A16 27.4 29.1 32.4 39.1 52.6 79.4 133.1 240.5 455.2
+13b W4A16 8.1 9.8 13.1 19.8 33.3 60.1 113.8 221.2 435.9
+13b W4A8 7.3 8.1 9.8 13.1 19.8 33.3 60.1 113.8 221.2
+13b W4A4 6.8 7.3 8.1 9.8 13.1 19.8 33.3 60.1 113.8
+13b W4A4KV 6.8 7.3 8.1 9.8 13.1 19.8 33.3 60.1 113.8
+13b W4A3KV 6.7 7.1 7.7 8.9 11.5 16.5 26.6 46.7 87.0
+13b W3A3KV 5.1 5.4 6.1 7.3 9.9 14.9 25.0 45.1 85.4
+30b W16A16 62.8 65.6 71.2 82.5 105.0 150.1 240.3 420.7 781.5
+30b W4A16 17.8 20.6 26.3 37.5 60.1 105.2 195.4 375.8 736.5
+30b W4A8 16.4 17.8 20.6 26.3 37.5 60.1 105.2 195.4 375.8
+30b W4A4 15.7 16.4 17.8 20.6 26.3 37.5 60.1 105.2 195.4
+30b W4A4KV 15.7 16.4 17.8 20.6 26.3 37.5 60.1 105.2 195.4
+30b W4A3KV 15.5 16.0 17.1 19.2 23.4 31.9 48.8 82.6 150.3
+30b W3A3KV 11.8 12.3 13.4 15.5 19.7 28.2 45.1 78.9 146.5
+66b W16A16 136.3 141.1 150.8 170.1 208.7 286.1 440.7 749.9 1368.4
+66b W4A16 37.7 42.5 52.2 71.5 110.2 187.5 342.1 651.3 1269.8
+66b W4A8 35.3 37.7 42.5 52.2 71.5 110.2 187.5 342.1 651.3
+66b W4A4 34.1 35.3 37.7 42.5 52.2 71.5 110.2 187.5 342.1
+66b W4A4KV 34.1 35.3 37.7 42.5 52.2 71.5 110.2 187.5 342.1
+66b W4A3KV 33.8 34.7 36.5 40.1 47.4 61.9 90.8 148.8 264.8
+66b W3A3KV 25.6 26.5 28.3 31.9 39.1 53.6 82.6 140.6 256.6
+175b W16A16 358.9 368.5 387.9 426.5 503.8 658.4 967.7 1586.2 2823.1
+175b W4A16 97.0 106.6 126.0 164.6 241.9 396.5 705.8 1324.3 2561.2
+175b W4A8 92.1 97.0 106.6 126.0 164.6 241.9 396.5 705.8 1324.3
+175b W4A4 89.7 92.1 97.0 106.6 126.0 164.6 241.9 396.5 705.8
+175b W4A4KV 89.7 92.1 97.0 106.6 126.0 164.6 241.9 396.5 705.8
+175b W4A3KV 89.1 90.9 94.5 101.8 116.3 145.3 203.3 319.2 551.2
+175b W3A3KV 67.3 69.1 72.7 80.0 94.5 123.5 181.4 297.4 529.3
+"""
+"""docs/rptq.md 3.4: weights and cache in GB = 10^9 bytes; columns (batch 1; 2k, 4k, 8k), (8; ...), (64; ...)."""
+
+ROWS = [line.split() for line in GRID.strip().splitlines()]
+
+
+def gigabytes(size: str, scheme: str, batch: int, sequence: int) -> float:
+    made = memory_estimate(f"opt-{size}", scheme, batch=batch, sequence=sequence)
+    return (made.weights + made.kv_cache) / 1e9
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r[0]} {r[1]}")
+def test_every_cell_of_the_grid(row):
+    size, scheme, *cells = row
+    for (batch, sequence), cell in zip(PLACES, cells, strict=True):
+        assert abs(gigabytes(size, scheme, batch, sequence) - float(cell)) <= 0.05 + 1e-6, (batch, sequence)
+
+
+def test_nine_hundred_gigabytes():
+    """OPT-66b, batch 64, 8192 tokens: 927.7 GB decimal, 864.0 GiB, without any activation."""
+    saved = gigabytes("66b", "W4A16", 64, 8192) - gigabytes("66b", "W4A4", 64, 8192)
+    assert saved == pytest.approx(927.7, abs=0.05) and saved * 1e9 / 2**30 == pytest.approx(864.0, abs=0.05)
+
+
+@pytest.mark.parametrize("scheme, percent", [("W4A4", 75.0), ("W4A4KV", 75.0), ("W4A3KV", 80.5), ("W3A3KV", 81.3)])
+def test_reductions_for_175b(scheme, percent):
+    full, low = gigabytes("175b", "W16A16", 64, 8192), gigabytes("175b", scheme, 64, 8192)
+    assert 100 * (1 - low / full) == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("size, billions, megabytes", [("13b", 12.85, 0.819), ("30b", 29.97, 1.376), ("66b", 65.72, 2.359), ("175b", 174.60, 4.719)])
+def test_parameters_and_cache_per_token(size, billions, megabytes):
+    shape = SHAPES[f"opt-{size}"]
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    d, layers = shape.hidden, shape.layers
+    assert shape.parameters == layers * (12 * d * d + 13 * d) + 50272 * d + 2050 * d + 2 * d
+    assert estimate(shape, Bits(), batch=1, sequence=1).kv_cache / 1e6 == pytest.approx(megabytes, abs=5e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters_of_a_shape_are_those_of_the_model(architecture):
+    """Up to small vectors the formula leaves out: biases of q, k, v (Qwen2), norms per head (Qwen3)."""
+    loaded = tiny(architecture)
+    spec, config = spec_of(loaded), loaded.model.config
+    positions = 0 if spec.rope else config.max_position_embeddings + 2
+    found = shape_of(spec, 2, 259, tied=bool(config.tie_word_embeddings), positions=positions).parameters
+    left_out = {"qwen2": 2 * (spec.width("q") + 2 * spec.width("k")), "qwen3": 2 * 2 * spec.head_dim}.get(architecture, 0)
+    assert found == parameters_of(loaded.model) - left_out
+
+
+def test_activations_are_one_layers_widest_tensors():
+    shape = find_shape("opt-13b")
+    assert estimate(shape, Bits(), batch=2, sequence=10).activations == 20 * (4 + 1) * 5120 * 2
+    made = estimate(shape, SCHEMES["W4A4"], batch=2, sequence=10)
+    assert made.activations == 20 * (4 + 1) * 5120 // 2 and made.total == made.weights + made.kv_cache + made.activations
+    assert set(made.to_dict()) == {"weights", "kv_cache", "activations", "total", "label", "assumptions"}
+
+
+@pytest.mark.parametrize("text, hidden", [("OPT-13B", 5120), ("facebook/opt-13b", 5120), (" opt-1.3b ", 2048), ("layers=2,hidden=64,heads=4", 64),
+                                          ("hidden=64, heads=4, layers=2, ffn=99, vocab=5", 64)])
+def test_shapes_by_name_and_by_numbers(text, hidden):
+    assert find_shape(text).hidden == hidden
+
+
+def test_own_shapes_have_opts_defaults():
+    shape = find_shape("layers=2,hidden=64,heads=4")
+    assert (shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab) == (4, 16, 256, 50272)
+
+
+@pytest.mark.parametrize("text", ("", "opt-9b", "layers=2", "layers=2,hidden=64", "layers=0,hidden=64,heads=4", "layers=-1,hidden=64,heads=4",
+                                  "layers=2,hidden=65,heads=4", "layers=2,hidden=64,heads=4,depth=3", "layers=1e3,hidden=64,heads=4",
+                                  "layers=٣,hidden=64,heads=4", "=", ",", "layers=99999999999,hidden=64,heads=4", "x" * 500))
+def test_unknown_shapes_are_refused(text):
+    with pytest.raises(InputError) as caught:
+        find_shape(text)
+    assert caught.value.code == "E-PARAM-MODEL" and len(str(caught.value)) <= 240
+
+
+@pytest.mark.parametrize("name", ("batch", "sequence"))
+@pytest.mark.parametrize("value", (0, -1, 10**8, 1.5, "3", True, None, float("nan")))
+def test_batches_and_sequences_out_of_range_are_refused(name, value):
+    with pytest.raises(InputError) as caught:
+        estimate(find_shape("opt-13b"), Bits(), **({"batch": 1, "sequence": 1} | {name: value}))
+    assert caught.value.code == f"E-PARAM-{name.upper()}"
+
+
+def test_unknown_schemes_are_refused():
+    with pytest.raises(InputError, match="W16A16") as caught:
+        memory_estimate("opt-13b", "W5A5", batch=1, sequence=1)
+    assert caught.value.code == "E-PARAM-SCHEME"
+
+
+# Measured.
+
+
+def distinct(model) -> int:
+    """Bytes of every saved tensor of a model, shared storages once."""
+    seen = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_float_model_weighs_its_parameters(architecture):
+    loaded = tiny(architecture)
+    parts = measured_parts(loaded.model, loaded.adapter)
+    assert sum(parts.values()) == distinct(loaded.model) == 4 * parameters_of(loaded.model)
+    assert "packed weights" not in parts and "scales and zero points" not in parts
+    layer = loaded.adapter.decoder_layers(loaded.model)[0]
+    assert parts["decoder weights (float)"] == 2 * 4 * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize("recipe", ({}, {"variant": "official"}, {"scheme": "W4A4KV"}, {"method": "rtn"}, {"scheme": "custom", "bits": Bits(k=4, v=4)},
+                                    {"scheme": "custom", "bits": Bits(weights=8)}), ids=("default", "official", "kv", "rtn", "float weights", "w8"))
+@pytest.mark.parametrize("architecture", ("llama", "opt"))
+def test_a_quantised_model_weighs_its_tensors(architecture, recipe):
+    q = quantised(architecture, layers=1, **recipe)
+    parts = measured_parts(q.model, q.loaded.adapter)
+    assert sum(parts.values()) == distinct(q.model)
+    spec, block, bits = spec_of(q.base), q.blocks[0], q.recipe.tensor_bits.weights
+    sizes = {"qkv": (spec.width("q") + 2 * spec.width("k"), spec.hidden), "o": (spec.hidden, spec.width("o_in")),
+             "up": ((2 if spec.gated else 1) * spec.ffn, spec.hidden), "down": (spec.hidden, spec.ffn)}
+    if bits == 16:
+        assert parts["decoder weights (float)"] == 4 * sum(n * k for n, k in sizes.values()) and "packed weights" not in parts
+    else:
+        assert parts["packed weights"] == sum(n * packed_width(k, bits) for n, k in sizes.values())
+        assert "decoder weights (float)" not in parts
+        scale_bytes, groups = (4 if recipe.get("variant") == "official" else 2), {n: x.weight_scale.shape[1] for n, x in block.linears().items()}
+        zeros = sum(t.numel() * t.element_size() for t in (x.weight_zero for x in block.linears().values()))
+        quantizers = [x.quantizer for x in block.linears().values()] + [block.q_quantizer, block.k_quantizer, block.v_quantizer]
+        activations = sum(8 * len(x.scale) for x in quantizers if x is not None)
+        assert parts["scales and zero points"] == sum(sizes[n][0] * g * scale_bytes for n, g in groups.items()) + zeros + activations
+
+
+def test_running_does_not_change_what_a_model_weighs():
+    q = quantised("llama", layers=1)
+    before = measured_parts(q.model, q.loaded.adapter)
+    assert working_bytes(q.model) == 0
+    q.model(tokens(1, 8))
+    spec = spec_of(q.base)
+    weights = spec.hidden * (2 * spec.width("q") + 2 * spec.width("k")) + 3 * spec.hidden * spec.ffn
+    assert measured_parts(q.model, q.loaded.adapter) == before and working_bytes(q.model) == 4 * weights
+    for linear in q.blocks[0].linears().values():
+        assert linear.choice.backend is Backend.REFERENCE
+        linear.release()
+    assert working_bytes(q.model) == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cache_bytes_of_a_float_model(architecture):
+    loaded = tiny(architecture)
+    spec = spec_of(loaded)
+    assert kv_bytes_per_token(loaded.model, loaded.adapter) == 2 * 2 * spec.kv_heads * spec.head_dim * 4
+    half = tiny_model(architecture)
+    half.model.to(torch.bfloat16)
+    assert kv_bytes_per_token(half.model, half.adapter) == 2 * 2 * spec.kv_heads * spec.head_dim * 2
+
+
+@pytest.mark.parametrize("scheme, expected", [("W4A16", 512), ("W4A8", 128), ("W4A4", 64), ("W4A3KV", 48)])
+def test_cache_bytes_of_a_quantised_model_are_the_formula(scheme, expected):
+    """Two layers, two kv heads of 16, keys and values: 128 numbers per token. What is not quantised is float32 here."""
+    q = quantised("llama", scheme=scheme)
+    assert kv_bytes_per_token(q.model, q.loaded.adapter) == expected
+    if scheme != "W4A16":
+        shape = shape_of(spec_of(q.base), 2, 259, tied=False)
+        assert expected == estimate(shape, q.recipe.tensor_bits, batch=1, sequence=1).kv_cache
