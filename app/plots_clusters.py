@@ -63,8 +63,8 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
             "font": {"size": 12, "color": "@muted"},
         }
         for text, place in (
-            ("before: channels in the model's order", 1.0),
-            ("after: neighbours share a cluster; the line is the cluster's one range", 0.46),
+            ("before: in the model's order", 1.0),
+            ("after: sorted by cluster; the line is a cluster's one range", 0.46),
         )
     ]
     frame = layout(

@@ -34,15 +34,16 @@ LINK_JS = """(query) => {
   if (navigator.clipboard) navigator.clipboard.writeText(url).catch(() => {});
   return url;
 }"""
+CLOSE_JS = """
+  const side = document.querySelector('#side');
+  if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
+"""
+"""On a phone the side covers the page: put it away once it has been used."""
 TAB_JS = """() => {
   const tabs = [...document.querySelectorAll('#tabs button[role=tab]')];
   tabs.find((tab) => tab.textContent.trim() === '%s' && tab.offsetParent)?.click();
   window.scrollTo({ top: 0 });
-}"""
-LOAD_JS = """() => {
-  const narrow = () => window.innerWidth < 768;
-  const toggle = () => document.querySelector('#side .toggle-button, .sidebar .toggle-button');
-  if (narrow() && document.querySelector('.sidebar.open')) toggle()?.click();
+  %s
 }"""
 
 
@@ -165,7 +166,7 @@ def _wire(page: Page, demo: gr.Blocks, saved: gr.JSON) -> None:
     observed = _wire_side(page)
     _wire_saving(page, saved)
     _wire_steps(page)
-    demo.load(None, None, None, js=LOAD_JS, api_visibility="private")
+    demo.load(None, None, None, js=f"() => {{{CLOSE_JS}}}", api_visibility="private")
     filled = [*side.fill(_default_recipe(ctx)), *page.quantize.fill(_default_recipe(ctx))]
     outputs = list(dict.fromkeys([ctx.key, *filled, *page.range_outputs]))
     opened = demo.load(
@@ -276,6 +277,7 @@ def _wire_side(page: Page) -> Any:
         trigger_mode="multiple",
         api_visibility="private",
     )
+    side.observe.click(None, None, None, js=f"() => {{{CLOSE_JS}}}", show_progress="hidden", api_visibility="private")
     side.text.input(lambda choice: gr.update(visible=choice == sidebar.PASTE), side.text, side.pasted, **light)
     gr.on([ctx.stop.click, page.quantize.stop.click], ctx.guard(stop), {ctx.key}, [ctx.status, ctx.stop], **light)
     return observed
@@ -315,4 +317,4 @@ def _wire_steps(page: Page) -> None:
     """The buttons that lead to the next tab."""
     steps = {page.explore.forward: texts.REORDER, page.reorder.forward: texts.QUANTIZE_TAB, page.quantize.forward: texts.COMPARE}
     for button, label in (steps | {page.side.quantize: texts.QUANTIZE_TAB}).items():
-        button.click(None, None, None, js=TAB_JS % label, show_progress="hidden", api_visibility="private")
+        button.click(None, None, None, js=TAB_JS % (label, CLOSE_JS), show_progress="hidden", api_visibility="private")

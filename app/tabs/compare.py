@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from html import escape
 
 import gradio as gr
 
@@ -18,6 +19,7 @@ from core.config import require_choice, require_int
 from core.errors import InputError
 
 MAX_SHOWN = 4
+AXIS_CHARACTERS = 24
 MAX_NEW_TOKENS = 256
 MAX_PROMPT = 4000
 THIS_MODEL = "this model"
@@ -64,8 +66,15 @@ class Compare:
 
 
 def short(run: Run) -> str:
-    """A run's name on two short lines, for an axis."""
-    return run.label.replace(" · ", "<br>", 1) if len(run.label) > 24 else run.label
+    """A run's name in lines short enough for an axis."""
+    lines = [""]
+    for part in run.label.split(" · "):
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(joined) > AXIS_CHARACTERS and lines[-1]:
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    return "<br>".join(escape(line[: 2 * AXIS_CHARACTERS]) for line in lines)
 
 
 def chosen_runs(session: Session, keys: object) -> list[Run]:

@@ -94,7 +94,7 @@ def visit(browser: object, address: str) -> Iterator[Callable]:
         context = browser.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # a busy machine is slow, not wrong
         page.on("pageerror", lambda error: faults.append(f"script error {error}"))
         page.on("request", check)
         page.goto(address + query)

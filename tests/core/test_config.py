@@ -46,8 +46,17 @@ def calibrations(draw) -> Calibration:
 def recipes(draw) -> QuantRecipe:
     bits = draw(st.none() | BITS)
     return QuantRecipe(
-        draw(TEXT), draw(st.none() | TEXT), draw(st.sampled_from(METHODS)), "custom" if bits else draw(st.sampled_from(tuple(SCHEMES))), bits,
-        draw(CLUSTERS), draw(st.sampled_from(WEIGHT_METHODS)), draw(st.sampled_from(VARIANTS)), draw(calibrations()), draw(st.integers(0, 2**31 - 1)))
+        draw(TEXT),
+        draw(st.none() | TEXT),
+        draw(st.sampled_from(METHODS)),
+        "custom" if bits else draw(st.sampled_from(tuple(SCHEMES))),
+        bits,
+        draw(CLUSTERS),
+        draw(st.sampled_from(WEIGHT_METHODS)),
+        draw(st.sampled_from(VARIANTS)),
+        draw(calibrations()),
+        draw(st.integers(0, 2**31 - 1)),
+    )
 
 
 def refused(call, *args: object, code: str | None = None, **options: object) -> InputError:
@@ -83,9 +92,32 @@ def test_an_empty_query_is_the_default(default):
 
 
 @settings(max_examples=150, deadline=None)
-@given(query=st.text(max_size=80) | st.lists(st.tuples(st.sampled_from(
-    ("model", "revision", "method", "scheme", "clusters", "weights", "variant", "calibration", "tokens", "window", "seed", "bits", "x")),
-    st.text(max_size=12) | st.integers().map(str)), max_size=6).map(urlencode))
+@given(
+    query=st.text(max_size=80)
+    | st.lists(
+        st.tuples(
+            st.sampled_from(
+                (
+                    "model",
+                    "revision",
+                    "method",
+                    "scheme",
+                    "clusters",
+                    "weights",
+                    "variant",
+                    "calibration",
+                    "tokens",
+                    "window",
+                    "seed",
+                    "bits",
+                    "x",
+                )
+            ),
+            st.text(max_size=12) | st.integers().map(str),
+        ),
+        max_size=6,
+    ).map(urlencode)
+)
 def test_any_query_is_a_recipe_or_a_sentence(query):
     try:
         recipe = QuantRecipe.from_query(query, default=QuantRecipe("m"))
@@ -95,12 +127,18 @@ def test_any_query_is_a_recipe_or_a_sentence(query):
         assert QuantRecipe.from_json(recipe.to_json()) == recipe
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(QuantRecipe)] + ["other"]), JSON, max_size=5), model=st.booleans())
+@given(
+    data=st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(QuantRecipe)] + ["other"]), JSON, max_size=5),
+    model=st.booleans(),
+)
 def test_any_json_is_a_recipe_or_a_sentence(data, model):
     """Whatever is accepted works on: it has a hash, a label, a query, and survives both round trips."""
     data = data | {"model": "m"} if model else data
@@ -110,43 +148,95 @@ def test_any_json_is_a_recipe_or_a_sentence(data, model):
         assert len(str(error)) <= MAX_MESSAGE and error.code.startswith("E-PARAM-")
         return
     assert QuantRecipe.from_json(recipe.to_json()) == recipe and recipe.label() and recipe.to_query()
-    assert all(isinstance(v, int) and not isinstance(v, bool) for v in (recipe.seed, recipe.calibration.tokens, recipe.calibration.window))
+    assert all(
+        isinstance(v, int) and not isinstance(v, bool)
+        for v in (recipe.seed, recipe.calibration.tokens, recipe.calibration.window)
+    )
 
 
-@pytest.mark.parametrize("text", ("", "{", "[]", "null", "3", '"x"', "[" * 100_000, '{"model": "m", "seed": NaN}', '{"model": "m", "seed": 1e999}'),
-                         ids=lambda t: t[:20])
+@pytest.mark.parametrize(
+    "text",
+    ("", "{", "[]", "null", "3", '"x"', "[" * 100_000, '{"model": "m", "seed": NaN}', '{"model": "m", "seed": 1e999}'),
+    ids=lambda t: t[:20],
+)
 def test_text_that_is_no_recipe(text):
     refused(QuantRecipe.from_json, text)
 
 
-@pytest.mark.parametrize("options, code", [
-    ({"model": ""}, "E-PARAM-MODEL"), ({"model": "  "}, "E-PARAM-MODEL"), ({"model": None}, "E-PARAM-MODEL"), ({"model": 5}, "E-PARAM-MODEL"),
-    ({"revision": 5}, "E-PARAM-REVISION"), ({"method": "gptq"}, "E-PARAM-METHOD"), ({"method": None}, "E-PARAM-METHOD"),
-    ({"method": ["rptq"]}, "E-PARAM-METHOD"), ({"scheme": "W5A5"}, "E-PARAM-SCHEME"), ({"scheme": "w4a4"}, "E-PARAM-SCHEME"),
-    ({"weights": "awq"}, "E-PARAM-WEIGHT-METHOD"), ({"variant": "best"}, "E-PARAM-VARIANT"), ({"seed": -1}, "E-PARAM-SEED"),
-    ({"seed": 2**31}, "E-PARAM-SEED"), ({"seed": 0.5}, "E-PARAM-SEED"), ({"seed": True}, "E-PARAM-SEED"), ({"seed": "1"}, "E-PARAM-SEED"),
-    ({"seed": math.nan}, "E-PARAM-SEED"), ({"scheme": "custom"}, "E-PARAM-BITS"), ({"bits": Bits()}, "E-PARAM-BITS"),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, code",
+    [
+        ({"model": ""}, "E-PARAM-MODEL"),
+        ({"model": "  "}, "E-PARAM-MODEL"),
+        ({"model": None}, "E-PARAM-MODEL"),
+        ({"model": 5}, "E-PARAM-MODEL"),
+        ({"revision": 5}, "E-PARAM-REVISION"),
+        ({"method": "gptq"}, "E-PARAM-METHOD"),
+        ({"method": None}, "E-PARAM-METHOD"),
+        ({"method": ["rptq"]}, "E-PARAM-METHOD"),
+        ({"scheme": "W5A5"}, "E-PARAM-SCHEME"),
+        ({"scheme": "w4a4"}, "E-PARAM-SCHEME"),
+        ({"weights": "awq"}, "E-PARAM-WEIGHT-METHOD"),
+        ({"variant": "best"}, "E-PARAM-VARIANT"),
+        ({"seed": -1}, "E-PARAM-SEED"),
+        ({"seed": 2**31}, "E-PARAM-SEED"),
+        ({"seed": 0.5}, "E-PARAM-SEED"),
+        ({"seed": True}, "E-PARAM-SEED"),
+        ({"seed": "1"}, "E-PARAM-SEED"),
+        ({"seed": math.nan}, "E-PARAM-SEED"),
+        ({"scheme": "custom"}, "E-PARAM-BITS"),
+        ({"bits": Bits()}, "E-PARAM-BITS"),
+    ],
+    ids=str,
+)
 def test_bad_recipes(options, code):
     refused(QuantRecipe, code=code, **({"model": "m"} | options))
 
 
-@pytest.mark.parametrize("make, options, code", [
-    (Bits, {"weights": 1}, "E-PARAM-BITS"), (Bits, {"k": 9}, "E-PARAM-BITS"), (Bits, {"v": 32}, "E-PARAM-BITS"), (Bits, {"q": 4.0}, "E-PARAM-BITS"),
-    (Bits, {"q": "4"}, "E-PARAM-BITS"), (Bits, {"softmax": True}, "E-PARAM-BITS"), (Bits, {"o_in": None}, "E-PARAM-BITS"),
-    (Clusters, {"R1": 0}, "E-PARAM-CLUSTERS-OF-R1"), (Clusters, {"R5": PER_CHANNEL + 1}, "E-PARAM-CLUSTERS-OF-R5"),
-    (Clusters, {"R2": 2.5}, "E-PARAM-CLUSTERS-OF-R2"), (Clusters, {"R3": True}, "E-PARAM-CLUSTERS-OF-R3"), (Clusters, {"R4": "32"}, "E-PARAM-CLUSTERS-OF-R4"),
-    (Calibration, {"tokens": 100}, "E-PARAM-CALIBRATION-TOKENS"), (Calibration, {"tokens": 2**21}, "E-PARAM-CALIBRATION-TOKENS"),
-    (Calibration, {"window": 7}, "E-PARAM-CALIBRATION-WINDOW"), (Calibration, {"window": 9000}, "E-PARAM-CALIBRATION-WINDOW"),
-    (Calibration, {"window": math.inf}, "E-PARAM-CALIBRATION-WINDOW"), (Calibration, {"text": ""}, "E-PARAM-CALIBRATION"),
-    (Calibration, {"text": 3}, "E-PARAM-CALIBRATION"),
-], ids=lambda v: str(v) if isinstance(v, dict) else getattr(v, "__name__", v))
+@pytest.mark.parametrize(
+    "make, options, code",
+    [
+        (Bits, {"weights": 1}, "E-PARAM-BITS"),
+        (Bits, {"k": 9}, "E-PARAM-BITS"),
+        (Bits, {"v": 32}, "E-PARAM-BITS"),
+        (Bits, {"q": 4.0}, "E-PARAM-BITS"),
+        (Bits, {"q": "4"}, "E-PARAM-BITS"),
+        (Bits, {"softmax": True}, "E-PARAM-BITS"),
+        (Bits, {"o_in": None}, "E-PARAM-BITS"),
+        (Clusters, {"R1": 0}, "E-PARAM-CLUSTERS-OF-R1"),
+        (Clusters, {"R5": PER_CHANNEL + 1}, "E-PARAM-CLUSTERS-OF-R5"),
+        (Clusters, {"R2": 2.5}, "E-PARAM-CLUSTERS-OF-R2"),
+        (Clusters, {"R3": True}, "E-PARAM-CLUSTERS-OF-R3"),
+        (Clusters, {"R4": "32"}, "E-PARAM-CLUSTERS-OF-R4"),
+        (Calibration, {"tokens": 100}, "E-PARAM-CALIBRATION-TOKENS"),
+        (Calibration, {"tokens": 2**21}, "E-PARAM-CALIBRATION-TOKENS"),
+        (Calibration, {"window": 7}, "E-PARAM-CALIBRATION-WINDOW"),
+        (Calibration, {"window": 9000}, "E-PARAM-CALIBRATION-WINDOW"),
+        (Calibration, {"window": math.inf}, "E-PARAM-CALIBRATION-WINDOW"),
+        (Calibration, {"text": ""}, "E-PARAM-CALIBRATION"),
+        (Calibration, {"text": 3}, "E-PARAM-CALIBRATION"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, dict) else getattr(v, "__name__", v),
+)
 def test_bad_parts(make, options, code):
     refused(make, code=code, **options)
 
 
-@pytest.mark.parametrize("data", [{"bits": 4}, {"bits": {"x": 4}}, {"clusters": None}, {"clusters": [32]}, {"clusters": {"R9": 1}}, {"calibration": "sotu"},
-                                  {"calibration": {"size": 1}}, {"extra": 1}, {"Model": "m"}], ids=str)
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"bits": 4},
+        {"bits": {"x": 4}},
+        {"clusters": None},
+        {"clusters": [32]},
+        {"clusters": {"R9": 1}},
+        {"calibration": "sotu"},
+        {"calibration": {"size": 1}},
+        {"extra": 1},
+        {"Model": "m"},
+    ],
+    ids=str,
+)
 def test_unknown_fields_are_named(data):
     refused(QuantRecipe.from_dict, {"model": "m"} | data)
     refused(QuantRecipe.from_dict, data.get("bits", 5))
@@ -156,11 +246,24 @@ def test_a_recipe_needs_a_model():
     refused(QuantRecipe.from_dict, {"scheme": "W4A4"}, code="E-PARAM-MODEL")
 
 
-@pytest.mark.parametrize("query, code", [
-    ("scheme=W9A9", "E-PARAM-SCHEME"), ("seed=x", "E-PARAM-SEED"), ("seed=-1", "E-PARAM-SEED"), ("tokens=1e4", "E-PARAM-CALIBRATION-TOKENS"),
-    ("window=%D9%A3", "E-PARAM-CALIBRATION-WINDOW"), ("clusters=R1", "E-PARAM-CLUSTERS"), ("bits=q", None), ("bits=q=99&scheme=custom", "E-PARAM-BITS"),
-    ("scheme=custom", "E-PARAM-BITS"), ("bits=q=4", "E-PARAM-BITS"), ("&".join(f"a{i}=1" for i in range(200)), None), ("model=%20", "E-PARAM-MODEL"),
-], ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    "query, code",
+    [
+        ("scheme=W9A9", "E-PARAM-SCHEME"),
+        ("seed=x", "E-PARAM-SEED"),
+        ("seed=-1", "E-PARAM-SEED"),
+        ("tokens=1e4", "E-PARAM-CALIBRATION-TOKENS"),
+        ("window=%D9%A3", "E-PARAM-CALIBRATION-WINDOW"),
+        ("clusters=R1", "E-PARAM-CLUSTERS"),
+        ("bits=q", None),
+        ("bits=q=99&scheme=custom", "E-PARAM-BITS"),
+        ("scheme=custom", "E-PARAM-BITS"),
+        ("bits=q=4", "E-PARAM-BITS"),
+        ("&".join(f"a{i}=1" for i in range(200)), None),
+        ("model=%20", "E-PARAM-MODEL"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
 def test_bad_queries(query, code):
     refused(QuantRecipe.from_query, query, code=code, default=QuantRecipe("m"))
 
@@ -176,7 +279,10 @@ def test_names_that_no_url_can_carry_are_refused_or_carried():
 
 def test_pasted_text_stays_out_of_links():
     recipe = QuantRecipe("m", calibration=Calibration("text:a private letter"))
-    assert "private" not in recipe.to_query() and QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("m")).calibration.text == "sotu"
+    assert (
+        "private" not in recipe.to_query()
+        and QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("m")).calibration.text == "sotu"
+    )
     assert QuantRecipe.from_json(recipe.to_json()) == recipe, "but not out of a file"
 
 
@@ -192,7 +298,8 @@ def test_the_hash_is_pinned():
     recipe = QuantRecipe("smollm2-135m")
     assert recipe.to_json() == (
         '{"bits":null,"calibration":{"text":"sotu","tokens":8192,"window":512},"clusters":{"R1":32,"R2":4,"R3":4,"R4":32,"R5":32},'
-        '"method":"rptq","model":"smollm2-135m","revision":null,"scheme":"W4A4","seed":0,"variant":"default","weights":"gptq"}')
+        '"method":"rptq","model":"smollm2-135m","revision":null,"scheme":"W4A4","seed":0,"variant":"default","weights":"gptq"}'
+    )
     code = "from core.config import QuantRecipe; print(QuantRecipe('smollm2-135m').hash)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == recipe.hash, "the same in another process"
@@ -204,8 +311,22 @@ def test_hashes_tell_recipes_apart(one, other):
     assert (one == other) == (one.hash == other.hash)
 
 
-@pytest.mark.parametrize("change", [{"model": "n"}, {"revision": "r"}, {"method": "rtn"}, {"scheme": "W4A8"}, {"weights": "rtn"}, {"variant": "strict"}, {"seed": 1},
-                                    {"clusters": Clusters(R3=5)}, {"calibration": Calibration(tokens=8193)}, {"scheme": "custom", "bits": SCHEMES["W4A4"]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"},
+        {"revision": "r"},
+        {"method": "rtn"},
+        {"scheme": "W4A8"},
+        {"weights": "rtn"},
+        {"variant": "strict"},
+        {"seed": 1},
+        {"clusters": Clusters(R3=5)},
+        {"calibration": Calibration(tokens=8193)},
+        {"scheme": "custom", "bits": SCHEMES["W4A4"]},
+    ],
+    ids=str,
+)
 def test_every_field_counts(change):
     assert QuantRecipe(**({"model": "m"} | change)).hash != QuantRecipe("m").hash
 
@@ -217,14 +338,27 @@ def test_recipes_are_frozen():
         hash(frozen)
 
 
-@pytest.mark.parametrize("scheme, variant, words, label", [
-    ("W4A4", "default", "W4A4 (norm outputs 8, softmax 8)", "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ"),
-    ("W4A4", "strict", "W4A4 (softmax 8)", "RPTQ · W4A4 (softmax 8) · g=32/4 · GPTQ · strict"),
-    ("W4A4", "official", "W4A4 (norm outputs 8, softmax 8)", "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ · official"),
-    ("W4A8", "default", "W4A8", "RPTQ · W4A8 · g=32/4 · GPTQ"),
-    ("W4A16", "default", "W4A16 (activations and KV cache 16)", "RPTQ · W4A16 (activations and KV cache 16) · g=32/4 · GPTQ"),
-    ("W3A3KV", "default", "W3A3KV (only the KV cache below 16)", "RPTQ · W3A3KV (only the KV cache below 16) · g=32/4 · GPTQ"),
-])
+@pytest.mark.parametrize(
+    "scheme, variant, words, label",
+    [
+        ("W4A4", "default", "W4A4 (norm outputs 8, softmax 8)", "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ"),
+        ("W4A4", "strict", "W4A4 (softmax 8)", "RPTQ · W4A4 (softmax 8) · g=32/4 · GPTQ · strict"),
+        (
+            "W4A4",
+            "official",
+            "W4A4 (norm outputs 8, softmax 8)",
+            "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ · official",
+        ),
+        ("W4A8", "default", "W4A8", "RPTQ · W4A8 · g=32/4 · GPTQ"),
+        ("W4A16", "default", "W4A16 (activations and KV cache 16)", "RPTQ · W4A16 (activations and KV cache 16) · g=32/4 · GPTQ"),
+        (
+            "W3A3KV",
+            "default",
+            "W3A3KV (only the KV cache below 16)",
+            "RPTQ · W3A3KV (only the KV cache below 16) · g=32/4 · GPTQ",
+        ),
+    ],
+)
 def test_labels_say_what_stays_wider(scheme, variant, words, label):
     recipe = QuantRecipe("m", scheme=scheme, variant=variant)
     assert recipe.describe_bits() == words and recipe.label() == label
@@ -254,7 +388,9 @@ def test_schemes_are_the_published_table():
     assert list(SCHEMES) == ["W4A16", "W4A8", "W4A4", "W4A4KV", "W4A3KV", "W3A3KV"]
     assert SCHEMES["W4A4"] == Bits(4, 8, 4, 4, 4, 8, 4, 8, 4) and SCHEMES["W4A8"] == Bits(4, *[8] * 8)
     assert SCHEMES["W4A16"] == Bits(weights=4) and not SCHEMES["W4A16"].quantizes_activations
-    assert [SCHEMES[s] for s in ("W4A4KV", "W4A3KV", "W3A3KV")] == [Bits(weights=w, k=b, v=b) for w, b in ((4, 4), (4, 3), (3, 3))]
+    assert [SCHEMES[s] for s in ("W4A4KV", "W4A3KV", "W3A3KV")] == [
+        Bits(weights=w, k=b, v=b) for w, b in ((4, 4), (4, 3), (3, 3))
+    ]
     assert sorted(s for kinds in REORDERS.values() for s in kinds) == sorted(SITES)
 
 
@@ -264,14 +400,45 @@ def test_strict_lowers_the_norm_outputs_of_named_schemes_only():
     assert QuantRecipe("m", variant="strict", scheme="custom", bits=own).tensor_bits == own
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", Clusters()), ("32", Clusters()), ("8", Clusters(8, 1, 1, 8, 8)), ("1", Clusters(1, 1, 1, 1, 1)), ("256", Clusters(256, 32, 32, 256, 256)),
-    ("channel", Clusters(*[PER_CHANNEL] * 5)), ("R2=7", Clusters(R2=7)), (" R1 = 3 , R5=2", Clusters(R1=3, R5=2)), ("Channel", Clusters.uniform(PER_CHANNEL))])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", Clusters()),
+        ("32", Clusters()),
+        ("8", Clusters(8, 1, 1, 8, 8)),
+        ("1", Clusters(1, 1, 1, 1, 1)),
+        ("256", Clusters(256, 32, 32, 256, 256)),
+        ("channel", Clusters(*[PER_CHANNEL] * 5)),
+        ("R2=7", Clusters(R2=7)),
+        (" R1 = 3 , R5=2", Clusters(R1=3, R5=2)),
+        ("Channel", Clusters.uniform(PER_CHANNEL)),
+    ],
+)
 def test_clusters_are_read(text, expected):
     assert Clusters.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ("0", "-1", "1.5", "R6=3", "R1", "R1=", "R1=a", "R1=0", "R1=٣", "٣", "R1=1;R2=2", "R1=99999999", "9999999", "r1=3", ",", "R1=3,"))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "0",
+        "-1",
+        "1.5",
+        "R6=3",
+        "R1",
+        "R1=",
+        "R1=a",
+        "R1=0",
+        "R1=٣",
+        "٣",
+        "R1=1;R2=2",
+        "R1=99999999",
+        "9999999",
+        "r1=3",
+        ",",
+        "R1=3,",
+    ),
+)
 def test_other_cluster_texts_are_refused(text):
     refused(Clusters.parse, text)
 
@@ -283,7 +450,9 @@ def test_what_a_query_writes_is_read_back(clusters):
     assert Clusters.parse(text) == clusters
 
 
-@pytest.mark.parametrize("text, expected", [("", Bits()), ("weights=4,k=3,v=3", Bits(weights=4, k=3, v=3)), (" q = 8 ,", Bits(q=8))])
+@pytest.mark.parametrize(
+    "text, expected", [("", Bits()), ("weights=4,k=3,v=3", Bits(weights=4, k=3, v=3)), (" q = 8 ,", Bits(q=8))]
+)
 def test_bits_are_read(text, expected):
     assert parse_bits(text) == expected
 

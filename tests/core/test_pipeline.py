@@ -59,9 +59,19 @@ def test_quantise_reports_saves_and_finds_again(bench, cache, folder):
     report = bench.quantize(recipe, progress=lambda s, f: stages.append(s))
     plain(report)
     assert report.key == recipe.hash and report.label == recipe.label() and report.recipe == recipe.to_dict()
-    assert [entry.layer for entry in report.layers] == [0, 1] and set(report.layers[0].sites) == set(SITES) and report.fallbacks == []
-    assert 4 < report.effective_weight_bits < 16 and report.weight_bytes < report.float_bytes and "256 tokens" in report.calibration
-    assert sum(b.layers for b in report.backends) == 8 and all(b.reason for b in report.backends) and any("Layer 2" in s for s in stages)
+    assert (
+        [entry.layer for entry in report.layers] == [0, 1]
+        and set(report.layers[0].sites) == set(SITES)
+        and report.fallbacks == []
+    )
+    assert (
+        4 < report.effective_weight_bits < 16 and report.weight_bytes < report.float_bytes and "256 tokens" in report.calibration
+    )
+    assert (
+        sum(b.layers for b in report.backends) == 8
+        and all(b.reason for b in report.backends)
+        and any("Layer 2" in s for s in stages)
+    )
     assert [p.name for p in cache.iterdir()] == [Path(report.folder).name] and Path(report.folder).parent == cache
     logits = bench.model(report.key).model(tokens(1, 20)).logits
 
@@ -233,9 +243,18 @@ def test_local_names_can_be_switched_off(cache, folder):
         bench.load(folder)
 
 
-@pytest.mark.parametrize("options, code", [
-    ({"window": 4096, "tokens": 4096}, "E-PARAM-WINDOW"), ({"window": 4}, "E-PARAM-CALIBRATION-WINDOW"), ({"tokens": 0, "window": 0}, None),
-    ({"text": "text:"}, None), ({"text": "nowhere.txt"}, "E-TEXT-NOTFOUND"), ({"text": "text:short", "window": 512}, "E-TEXT-SHORT")], ids=str)
+@pytest.mark.parametrize(
+    "options, code",
+    [
+        ({"window": 4096, "tokens": 4096}, "E-PARAM-WINDOW"),
+        ({"window": 4}, "E-PARAM-CALIBRATION-WINDOW"),
+        ({"tokens": 0, "window": 0}, None),
+        ({"text": "text:"}, None),
+        ({"text": "nowhere.txt"}, "E-TEXT-NOTFOUND"),
+        ({"text": "text:short", "window": 512}, "E-TEXT-SHORT"),
+    ],
+    ids=str,
+)
 def test_bad_evaluations_are_one_sentence(bench, folder, options, code):
     with pytest.raises(QuantscopeError) as caught:
         bench.evaluate(folder, **(SEEN | options))
@@ -245,7 +264,9 @@ def test_bad_evaluations_are_one_sentence(bench, folder, options, code):
 def test_run_compares_with_the_revision_it_quantised(cache, folder, monkeypatch):
     seen: list[tuple[str, str | None]] = []
     real = Workbench._get
-    monkeypatch.setattr(Workbench, "_get", lambda self, key, revision, progress: seen.append((key, revision)) or real(self, key, None, progress))
+    monkeypatch.setattr(
+        Workbench, "_get", lambda self, key, revision, progress: seen.append((key, revision)) or real(self, key, None, progress)
+    )
     recipe = replace(recipe_of(folder), revision="abc")
     row = run(recipe, text=TEXT, tokens=64, window=32)
     plain(row)
@@ -261,4 +282,8 @@ def test_channel_of_the_workbench(bench, folder):
 def test_own_bits_end_to_end(bench, folder):
     report = bench.quantize(recipe_of(folder, scheme="custom", bits=Bits(weights=8, v=2, k=2)))
     plain(report)
-    assert report.layers[0].sites["v"].bits == 2 and report.layers[0].sites["q"].sqnr_db is None and report.label.startswith("RPTQ · custom")
+    assert (
+        report.layers[0].sites["v"].bits == 2
+        and report.layers[0].sites["q"].sqnr_db is None
+        and report.label.startswith("RPTQ · custom")
+    )

@@ -66,8 +66,15 @@ class Quantised:
         return self.loaded.adapter.decoder_layers(self.loaded.model)
 
 
-def quantised(architecture: str, *, base: LoadedModel | None = None, windows: Tensor | None = None, progress: Any = None,
-              layers: int = 2, **recipe: Any) -> Quantised:
+def quantised(
+    architecture: str,
+    *,
+    base: LoadedModel | None = None,
+    windows: Tensor | None = None,
+    progress: Any = None,
+    layers: int = 2,
+    **recipe: Any,
+) -> Quantised:
     """Quantise a tiny model on random tokens by a recipe's fields."""
     base = base or tiny_model(architecture, layers=layers)
     made = QuantRecipe(base.name, calibration=Calibration(tokens=256, window=32), **recipe)

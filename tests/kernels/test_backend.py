@@ -30,7 +30,9 @@ def test_everything_exported_exists():
 
 
 def test_importing_starts_no_device_and_loads_no_triton():
-    code = ("import sys, kernels, torch; assert not torch.cuda.is_initialized(); "
-            "assert not {'triton', 'transformers', 'sklearn'} & set(sys.modules), 'heavy import'")
+    code = (
+        "import sys, kernels, torch; assert not torch.cuda.is_initialized(); "
+        "assert not {'triton', 'transformers', 'sklearn'} & set(sys.modules), 'heavy import'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -31,8 +31,18 @@ NEEDS_EXACT = pytest.mark.skipif(not exact_int8_products(), reason="this process
 class Case:
     """A random layer by its integers. Scales make the output of order one."""
 
-    def __init__(self, rows: int, width: int, outputs: int, offsets: tuple[int, ...], *, bits: int = 4, zero: int = 40,
-                 bias: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        outputs: int,
+        offsets: tuple[int, ...],
+        *,
+        bits: int = 4,
+        zero: int = 40,
+        bias: bool = True,
+        seed: int = 0,
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
         clusters = len(offsets) - 1
         self.offsets = offsets
@@ -65,8 +75,14 @@ class Case:
         weight = self.sw.double()[:, self.run] * (self.qw.double() - self.zw.double()[:, self.run])
         folded = -(weight * (self.sx.double() * self.zx.double())[self.run]).sum(1)
         bias = folded if self.bias is None else folded + self.bias.double()
-        return LinearOperands(Backend.INT8, self.offsets, bias.float(), codes=self.qw, output_scale=scale.float(),
-                              zero_rows=(scale * self.zw.double().t()).float())
+        return LinearOperands(
+            Backend.INT8,
+            self.offsets,
+            bias.float(),
+            codes=self.qw,
+            output_scale=scale.float(),
+            zero_rows=(scale * self.zw.double().t()).float(),
+        )
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -159,22 +175,28 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "device":
 
 @pytest.mark.parametrize(
     "change, backend, words",
-    [({}, Backend.INT8, "1 cluster of about 256 columns"),
-     ({"offsets": (0, 128, 256)}, Backend.INT8, "2 clusters of about 128"),
-     ({"offsets": (0, 100, 254)}, Backend.REFERENCE, "2 clusters of about 127 columns"),
-     ({"offsets": tuple(range(257))}, Backend.REFERENCE, "256 clusters"),
-     ({"activation_bits": 16}, Backend.REFERENCE, "activations stay in float"),
-     ({"weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
-     ({"device": "cuda"}, Backend.REFERENCE, "cuda"),
-     ({"activation_bits": 2}, Backend.INT8, "fill")],
-    ids=("wide", "just wide enough", "just too narrow", "per channel", "float input", "float weight", "other device", "2 bits"))
+    [
+        ({}, Backend.INT8, "1 cluster of about 256 columns"),
+        ({"offsets": (0, 128, 256)}, Backend.INT8, "2 clusters of about 128"),
+        ({"offsets": (0, 100, 254)}, Backend.REFERENCE, "2 clusters of about 127 columns"),
+        ({"offsets": tuple(range(257))}, Backend.REFERENCE, "256 clusters"),
+        ({"activation_bits": 16}, Backend.REFERENCE, "activations stay in float"),
+        ({"weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
+        ({"device": "cuda"}, Backend.REFERENCE, "cuda"),
+        ({"activation_bits": 2}, Backend.INT8, "fill"),
+    ],
+    ids=("wide", "just wide enough", "just too narrow", "per channel", "float input", "float weight", "other device", "2 bits"),
+)
 def test_auto_chooses_and_says_why(change, backend, words):
     choice = select_linear_backend(Backend.AUTO, **(SELECT | change))
     assert choice.backend is backend and words in choice.reason and len(choice.reason) < 160
 
 
-@pytest.mark.parametrize("change", ({"activation_bits": 16}, {"weight_bits": 16}, {"device": "cuda"}),
-                         ids=("float input", "float weight", "other device"))
+@pytest.mark.parametrize(
+    "change",
+    ({"activation_bits": 16}, {"weight_bits": 16}, {"device": "cuda"}),
+    ids=("float input", "float weight", "other device"),
+)
 def test_int8_by_name_never_falls_back(change):
     with pytest.raises(ValueError, match="use reference"):
         select_linear_backend(Backend.INT8, **(SELECT | change))
@@ -203,11 +225,14 @@ def test_8_bit_weights_need_exact_products(exact, monkeypatch):
 
 def test_the_probe_finds_a_processor_without_vnni():
     """oneDNN can be held to older instructions: the probe must then agree with a direct comparison."""
-    code = ("import torch; from kernels.int_linear import exact_int8_products as probe; g = torch.Generator().manual_seed(0); "
-            "a = torch.randint(-128, 128, (40, 512), generator=g).to(torch.int8); "
-            "b = torch.randint(-128, 128, (24, 512), generator=g).to(torch.int8); "
-            "same = torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t()); assert probe() == same, same; "
-            "b = b // 2; assert torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t())")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    code = (
+        "import torch; from kernels.int_linear import exact_int8_products as probe; g = torch.Generator().manual_seed(0); "
+        "a = torch.randint(-128, 128, (40, 512), generator=g).to(torch.int8); "
+        "b = torch.randint(-128, 128, (24, 512), generator=g).to(torch.int8); "
+        "same = torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t()); assert probe() == same, same; "
+        "b = b // 2; assert torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    )
     assert done.returncode == 0, done.stderr

@@ -40,9 +40,17 @@ def test_values_beyond_the_grid_are_clamped(bits):
 
 
 @pytest.mark.parametrize(
-    "limits, dtype", [((-8, 7), torch.int8), ((-128, 127), torch.int8), ((0, 15), torch.int8), ((0, 255), torch.uint8),
-                      ((-128, 128), torch.int16), ((-300, 300), torch.int16)],
-    ids=lambda v: str(v).replace("torch.", ""))
+    "limits, dtype",
+    [
+        ((-8, 7), torch.int8),
+        ((-128, 127), torch.int8),
+        ((0, 15), torch.int8),
+        ((0, 255), torch.uint8),
+        ((-128, 128), torch.int16),
+        ((-300, 300), torch.int16),
+    ],
+    ids=lambda v: str(v).replace("torch.", ""),
+)
 def test_the_smallest_type_that_holds_the_code(limits, dtype):
     codes = quantize(torch.tensor([-1e9, 1e9]), ONE, NONE, *limits)
     assert codes.dtype == dtype and codes.tolist() == list(limits)
@@ -50,8 +58,15 @@ def test_the_smallest_type_that_holds_the_code(limits, dtype):
 
 @pytest.mark.parametrize(
     "low, high, bits, scale, zero",
-    [(80.0, 100.0, 4, 1.25, -72), (-100.0, -50.0, 4, 3.125, 24), (-1.0, 1.0, 4, 0.125, 0), (0.0, 16.0, 4, 1.0, -8),
-     (0.0, 3.0, 8, 3 / 256, -128), (0.0, 3.0, 3, 3 / 8, -4)])
+    [
+        (80.0, 100.0, 4, 1.25, -72),
+        (-100.0, -50.0, 4, 3.125, 24),
+        (-1.0, 1.0, 4, 0.125, 0),
+        (0.0, 16.0, 4, 1.0, -8),
+        (0.0, 3.0, 8, 3 / 256, -128),
+        (0.0, 3.0, 3, 3 / 8, -4),
+    ],
+)
 def test_anchors_of_the_published_grid(low, high, bits, scale, zero):
     assert official(low, high, bits) == (pytest.approx(scale, rel=1e-12), zero)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -67,7 +67,9 @@ def test_permuting_permutes_everything():
     r = ChannelRanges(*(torch.randn(s, generator=g) for s in ((5,), (5,), (3, 5), (3, 5), (9, 5))))
     order = torch.tensor([3, 1, 0, 4, 2])
     p = r.permuted(order)
-    assert all(torch.equal(getattr(p, n), getattr(r, n)[..., order]) for n in ("low", "high", "sample_low", "sample_high", "rows"))
+    assert all(
+        torch.equal(getattr(p, n), getattr(r, n)[..., order]) for n in ("low", "high", "sample_low", "sample_high", "rows")
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -84,7 +86,12 @@ def test_observed_ranges_are_exact(architecture):
         for site, ranges in found.items():
             x = seen[site]
             assert ranges.low.shape == (spec.width(site),) and ranges.sample_low.shape == (70, spec.width(site))
-            for part, expected in ((ranges.low, x.amin((0, 1))), (ranges.high, x.amax((0, 1))), (ranges.sample_low, x.amin(1)), (ranges.sample_high, x.amax(1))):
+            for part, expected in (
+                (ranges.low, x.amin((0, 1))),
+                (ranges.high, x.amax((0, 1))),
+                (ranges.sample_low, x.amin(1)),
+                (ranges.sample_high, x.amax(1)),
+            ):
                 assert torch.allclose(part, expected, rtol=1e-4, atol=1e-4)
             assert SAMPLED_ROWS <= len(ranges.rows) <= SAMPLED_ROWS + 70
             assert (ranges.rows >= ranges.low - 1e-6).all() and (ranges.rows <= ranges.high + 1e-6).all()
@@ -153,13 +160,17 @@ def test_report_finds_the_planted_outlier():
     assert report.to_dict()["sites"]["layers.0.attn_in"]["max"][13] == 99
 
 
-@pytest.mark.parametrize("site, channel", [("layers.0.attn_in", 5), ("layers.1.down_in", 95), ("layers.1.k", 0), ("layers.1.q", 127)])
+@pytest.mark.parametrize(
+    "site, channel", [("layers.0.attn_in", 5), ("layers.1.down_in", 95), ("layers.1.k", 0), ("layers.1.q", 127)]
+)
 def test_channel_detail_agrees_with_the_ranges(site, channel):
     loaded, windows = tiny("llama"), tokens(3, 20, seed=4)
     layer, kind = int(site.split(".")[1]), site.split(".")[2]
     ranges = list(observe_layers(loaded.model, loaded.adapter, windows))[layer][kind]
     found = channel_detail(loaded, windows, site, channel)
-    assert found.low == pytest.approx(float(ranges.low[channel]), rel=1e-4) and found.high == pytest.approx(float(ranges.high[channel]), rel=1e-4)
+    assert found.low == pytest.approx(float(ranges.low[channel]), rel=1e-4) and found.high == pytest.approx(
+        float(ranges.high[channel]), rel=1e-4
+    )
     assert sum(found.counts) == 60 and len(found.edges) == len(found.counts) + 1
     assert found.edges[0] == pytest.approx(found.low, rel=1e-4) and found.edges[-1] == pytest.approx(found.high, rel=1e-4)
     values = [e.value for e in found.extremes]
@@ -174,8 +185,21 @@ def test_a_constant_channel_has_a_histogram():
     assert sum(found.counts) == 20 and found.low == found.high and found.std == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("site, channel", [("layers.2.attn_in", 0), ("layers.0.nothing", 0), ("attn_in", 0), ("layers.0.attn_in", 64), ("layers.0.k", 32),
-                                           ("layers.0.attn_in", -1), ("layers.0.attn_in", True), ("layers.0.attn_in", 1.0), ("layers.-1.k", 0), ("", 0)])
+@pytest.mark.parametrize(
+    "site, channel",
+    [
+        ("layers.2.attn_in", 0),
+        ("layers.0.nothing", 0),
+        ("attn_in", 0),
+        ("layers.0.attn_in", 64),
+        ("layers.0.k", 32),
+        ("layers.0.attn_in", -1),
+        ("layers.0.attn_in", True),
+        ("layers.0.attn_in", 1.0),
+        ("layers.-1.k", 0),
+        ("", 0),
+    ],
+)
 def test_sites_and_channels_that_do_not_exist_are_refused(site, channel):
     with pytest.raises(InputError) as caught:
         channel_detail(tiny("llama"), tokens(1, 10), site, channel)

@@ -142,21 +142,38 @@ def test_prefix_tokens_come_first():
 
 def test_a_chat_template_wraps_the_prompt():
     loaded = tiny_model("llama")
-    loaded.tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    loaded.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
     with_chat, _ = run(loaded, "hi", chat=True, max_new_tokens=2)
     without, _ = run(loaded, "hi", max_new_tokens=2)
     assert with_chat.prompt_tokens == len("[user]hi[a]") and without.prompt_tokens == 2
     assert run(tiny("llama"), "hi", chat=True, max_new_tokens=2)[0].prompt_tokens == 2, "no template, no wrapping"
 
 
-@pytest.mark.parametrize("options, code", [
-    ({"prompt": ""}, "E-PARAM-PROMPT"), ({"prompt": "  \n"}, "E-PARAM-PROMPT"), ({"prompt": None}, "E-PARAM-PROMPT"), ({"prompt": 3}, "E-PARAM-PROMPT"),
-    ({"prompt": "x" * 20_001}, "E-PARAM-PROMPT"), ({"prompt": "x" * 1100}, "E-PARAM-PROMPT"), ({"prompt": "\ud800"}, "E-PARAM-PROMPT"),
-    ({"max_new_tokens": 0}, "E-PARAM-NEW-TOKENS"), ({"max_new_tokens": MAX_NEW_TOKENS + 1}, "E-PARAM-NEW-TOKENS"),
-    ({"max_new_tokens": True}, "E-PARAM-NEW-TOKENS"), ({"max_new_tokens": "5"}, "E-PARAM-NEW-TOKENS"),
-    ({"temperature": -0.1}, "E-PARAM-TEMPERATURE"), ({"temperature": math.nan}, "E-PARAM-TEMPERATURE"), ({"temperature": math.inf}, "E-PARAM-TEMPERATURE"),
-    ({"temperature": "hot"}, "E-PARAM-TEMPERATURE"), ({"temperature": True}, "E-PARAM-TEMPERATURE"), ({"temperature": 5.1}, "E-PARAM-TEMPERATURE"),
-], ids=lambda v: str(v)[:30] if isinstance(v, dict) else v)
+@pytest.mark.parametrize(
+    "options, code",
+    [
+        ({"prompt": ""}, "E-PARAM-PROMPT"),
+        ({"prompt": "  \n"}, "E-PARAM-PROMPT"),
+        ({"prompt": None}, "E-PARAM-PROMPT"),
+        ({"prompt": 3}, "E-PARAM-PROMPT"),
+        ({"prompt": "x" * 20_001}, "E-PARAM-PROMPT"),
+        ({"prompt": "x" * 1100}, "E-PARAM-PROMPT"),
+        ({"prompt": "\ud800"}, "E-PARAM-PROMPT"),
+        ({"max_new_tokens": 0}, "E-PARAM-NEW-TOKENS"),
+        ({"max_new_tokens": MAX_NEW_TOKENS + 1}, "E-PARAM-NEW-TOKENS"),
+        ({"max_new_tokens": True}, "E-PARAM-NEW-TOKENS"),
+        ({"max_new_tokens": "5"}, "E-PARAM-NEW-TOKENS"),
+        ({"temperature": -0.1}, "E-PARAM-TEMPERATURE"),
+        ({"temperature": math.nan}, "E-PARAM-TEMPERATURE"),
+        ({"temperature": math.inf}, "E-PARAM-TEMPERATURE"),
+        ({"temperature": "hot"}, "E-PARAM-TEMPERATURE"),
+        ({"temperature": True}, "E-PARAM-TEMPERATURE"),
+        ({"temperature": 5.1}, "E-PARAM-TEMPERATURE"),
+    ],
+    ids=lambda v: str(v)[:30] if isinstance(v, dict) else v,
+)
 def test_bad_input_is_one_sentence(options, code):
     with pytest.raises(InputError) as caught:
         run(tiny("llama"), **options)

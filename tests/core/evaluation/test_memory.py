@@ -7,7 +7,16 @@ import torch
 
 from core.config import SCHEMES, Bits
 from core.errors import InputError
-from core.evaluation.memory import SHAPES, estimate, find_shape, kv_bytes_per_token, measured_parts, memory_estimate, shape_of, working_bytes
+from core.evaluation.memory import (
+    SHAPES,
+    estimate,
+    find_shape,
+    kv_bytes_per_token,
+    measured_parts,
+    memory_estimate,
+    shape_of,
+    working_bytes,
+)
 from core.models.quantized import parameters_of
 from core.models.tiny import tiny_model
 from kernels import Backend, packed_width
@@ -74,7 +83,9 @@ def test_reductions_for_175b(scheme, percent):
     assert 100 * (1 - low / full) == pytest.approx(percent, abs=0.05)
 
 
-@pytest.mark.parametrize("size, billions, megabytes", [("13b", 12.85, 0.819), ("30b", 29.97, 1.376), ("66b", 65.72, 2.359), ("175b", 174.60, 4.719)])
+@pytest.mark.parametrize(
+    "size, billions, megabytes", [("13b", 12.85, 0.819), ("30b", 29.97, 1.376), ("66b", 65.72, 2.359), ("175b", 174.60, 4.719)]
+)
 def test_parameters_and_cache_per_token(size, billions, megabytes):
     shape = SHAPES[f"opt-{size}"]
     assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.005)
@@ -102,8 +113,16 @@ def test_activations_are_one_layers_widest_tensors():
     assert set(made.to_dict()) == {"weights", "kv_cache", "activations", "total", "label", "assumptions"}
 
 
-@pytest.mark.parametrize("text, hidden", [("OPT-13B", 5120), ("facebook/opt-13b", 5120), (" opt-1.3b ", 2048), ("layers=2,hidden=64,heads=4", 64),
-                                          ("hidden=64, heads=4, layers=2, ffn=99, vocab=5", 64)])
+@pytest.mark.parametrize(
+    "text, hidden",
+    [
+        ("OPT-13B", 5120),
+        ("facebook/opt-13b", 5120),
+        (" opt-1.3b ", 2048),
+        ("layers=2,hidden=64,heads=4", 64),
+        ("hidden=64, heads=4, layers=2, ffn=99, vocab=5", 64),
+    ],
+)
 def test_shapes_by_name_and_by_numbers(text, hidden):
     assert find_shape(text).hidden == hidden
 
@@ -113,9 +132,25 @@ def test_own_shapes_have_opts_defaults():
     assert (shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab) == (4, 16, 256, 50272)
 
 
-@pytest.mark.parametrize("text", ("", "opt-9b", "layers=2", "layers=2,hidden=64", "layers=0,hidden=64,heads=4", "layers=-1,hidden=64,heads=4",
-                                  "layers=2,hidden=65,heads=4", "layers=2,hidden=64,heads=4,depth=3", "layers=1e3,hidden=64,heads=4",
-                                  "layers=٣,hidden=64,heads=4", "=", ",", "layers=99999999999,hidden=64,heads=4", "x" * 500))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "",
+        "opt-9b",
+        "layers=2",
+        "layers=2,hidden=64",
+        "layers=0,hidden=64,heads=4",
+        "layers=-1,hidden=64,heads=4",
+        "layers=2,hidden=65,heads=4",
+        "layers=2,hidden=64,heads=4,depth=3",
+        "layers=1e3,hidden=64,heads=4",
+        "layers=٣,hidden=64,heads=4",
+        "=",
+        ",",
+        "layers=99999999999,hidden=64,heads=4",
+        "x" * 500,
+    ),
+)
 def test_unknown_shapes_are_refused(text):
     with pytest.raises(InputError) as caught:
         find_shape(text)
@@ -155,26 +190,45 @@ def test_a_float_model_weighs_its_parameters(architecture):
     assert parts["decoder weights (float)"] == 2 * 4 * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
 
 
-@pytest.mark.parametrize("recipe", ({}, {"variant": "official"}, {"scheme": "W4A4KV"}, {"method": "rtn"}, {"scheme": "custom", "bits": Bits(k=4, v=4)},
-                                    {"scheme": "custom", "bits": Bits(weights=8)}), ids=("default", "official", "kv", "rtn", "float weights", "w8"))
+@pytest.mark.parametrize(
+    "recipe",
+    (
+        {},
+        {"variant": "official"},
+        {"scheme": "W4A4KV"},
+        {"method": "rtn"},
+        {"scheme": "custom", "bits": Bits(k=4, v=4)},
+        {"scheme": "custom", "bits": Bits(weights=8)},
+    ),
+    ids=("default", "official", "kv", "rtn", "float weights", "w8"),
+)
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
 def test_a_quantised_model_weighs_its_tensors(architecture, recipe):
     q = quantised(architecture, layers=1, **recipe)
     parts = measured_parts(q.model, q.loaded.adapter)
     assert sum(parts.values()) == distinct(q.model)
     spec, block, bits = spec_of(q.base), q.blocks[0], q.recipe.tensor_bits.weights
-    sizes = {"qkv": (spec.width("q") + 2 * spec.width("k"), spec.hidden), "o": (spec.hidden, spec.width("o_in")),
-             "up": ((2 if spec.gated else 1) * spec.ffn, spec.hidden), "down": (spec.hidden, spec.ffn)}
+    sizes = {
+        "qkv": (spec.width("q") + 2 * spec.width("k"), spec.hidden),
+        "o": (spec.hidden, spec.width("o_in")),
+        "up": ((2 if spec.gated else 1) * spec.ffn, spec.hidden),
+        "down": (spec.hidden, spec.ffn),
+    }
     if bits == 16:
         assert parts["decoder weights (float)"] == 4 * sum(n * k for n, k in sizes.values()) and "packed weights" not in parts
     else:
         assert parts["packed weights"] == sum(n * packed_width(k, bits) for n, k in sizes.values())
         assert "decoder weights (float)" not in parts
-        scale_bytes, groups = (4 if recipe.get("variant") == "official" else 2), {n: x.weight_scale.shape[1] for n, x in block.linears().items()}
+        scale_bytes, groups = (
+            (4 if recipe.get("variant") == "official" else 2),
+            {n: x.weight_scale.shape[1] for n, x in block.linears().items()},
+        )
         zeros = sum(t.numel() * t.element_size() for t in (x.weight_zero for x in block.linears().values()))
         quantizers = [x.quantizer for x in block.linears().values()] + [block.q_quantizer, block.k_quantizer, block.v_quantizer]
         activations = sum(8 * len(x.scale) for x in quantizers if x is not None)
-        assert parts["scales and zero points"] == sum(sizes[n][0] * g * scale_bytes for n, g in groups.items()) + zeros + activations
+        assert (
+            parts["scales and zero points"] == sum(sizes[n][0] * g * scale_bytes for n, g in groups.items()) + zeros + activations
+        )
 
 
 def test_running_does_not_change_what_a_model_weighs():

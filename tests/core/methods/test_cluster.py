@@ -57,15 +57,20 @@ def test_order_and_offsets_are_valid(count, block):
 
 
 @settings(max_examples=60, deadline=None)
-@given(points=st.integers(1, 24).flatmap(lambda n: arrays(np.float32, (n, 2), elements=st.floats(-1e6, 1e6, width=32))),
-       count=st.integers(1, 40), seed=st.integers(0, 100))
+@given(
+    points=st.integers(1, 24).flatmap(lambda n: arrays(np.float32, (n, 2), elements=st.floats(-1e6, 1e6, width=32))),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 100),
+)
 def test_any_points_give_a_valid_order(points, count, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn on points equal to its precision
         check(cluster_channels(points, count, n_init=1, seed=seed), len(points))
 
 
-@pytest.mark.parametrize("case", ("all equal", "all zero", "dead channels", "two values", "duplicates", "one channel", "denormal"))
+@pytest.mark.parametrize(
+    "case", ("all equal", "all zero", "dead channels", "two values", "duplicates", "one channel", "denormal")
+)
 @pytest.mark.parametrize("count", (1, 3, 50))
 def test_fewer_distinct_points_than_clusters(case, count):
     points = skewed(40)
@@ -150,8 +155,10 @@ def test_the_same_call_gives_the_same_answer():
 
 
 def inertia(points: np.ndarray, found: ChannelClusters) -> float:
-    return sum(float(((c := points[found.order[a:b].numpy()]) - c.mean(0)) .__pow__(2).sum())
-               for a, b in itertools.pairwise(found.offsets.tolist()))
+    return sum(
+        float(((c := points[found.order[a:b].numpy()]) - c.mean(0)).__pow__(2).sum())
+        for a, b in itertools.pairwise(found.offsets.tolist())
+    )
 
 
 def test_inertia_falls_with_the_number_of_clusters():
@@ -212,7 +219,11 @@ def test_labels_of_a_known_example():
     labels = kmeans_labels(np.array([[5.0, -5], [0.1, -0.1], [5.1, -5], [0.1, 0], [50, -40]]), 3, n_init=3, seed=0)
     assert labels.tolist() == [1, 0, 1, 0, 2]
     found = cluster_channels(np.array([[5.0, -5], [0.1, -0.1], [5.1, -5], [0.1, 0], [50, -40]]), 3)
-    assert found.order.tolist() == [1, 3, 0, 2, 4] and found.offsets.tolist() == [0, 2, 4, 5] and found.labels.tolist() == [1, 0, 1, 0, 2]
+    assert (
+        found.order.tolist() == [1, 3, 0, 2, 4]
+        and found.offsets.tolist() == [0, 2, 4, 5]
+        and found.labels.tolist() == [1, 0, 1, 0, 2]
+    )
 
 
 def test_four_dimensional_points_of_r2():

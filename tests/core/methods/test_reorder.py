@@ -58,8 +58,17 @@ def test_other_permutations_and_depths(architecture, seed):
     assert relative(reordered(loaded, seed=seed)(IDS).logits, loaded.model(IDS).logits) < LEGAL
 
 
-@pytest.mark.parametrize("options", [{"num_key_value_heads": 8}, {"num_key_value_heads": 1}, {"head_dim": 32},
-                                     {"attention_bias": True, "mlp_bias": True}, {"hidden_act": "gelu"}], ids=lambda o: ",".join(o))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": 1},
+        {"head_dim": 32},
+        {"attention_bias": True, "mlp_bias": True},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda o: ",".join(o),
+)
 def test_other_shapes_of_llama(options):
     loaded = tiny_model("llama", **options)
     assert relative(reordered(loaded)(IDS).logits, loaded.model(IDS).logits) < LEGAL
@@ -116,8 +125,15 @@ def test_sites_come_out_permuted(architecture):
     seen: dict[str, dict[str, Tensor]] = {"old": {}, "new": {}}
     for name, b in (("old", block), ("new", reorder_block(block, orders))):
         b(inputs.hidden, **inputs.kwargs[0], observe=lambda site, x, n=name: seen[n].update({site: x.clone()}))
-    expected = {"attn_in": orders.R1, "q": query_channels(orders.R2, spec.groups), "k": head_channels(orders.R2),
-                "v": head_channels(orders.R3), "o_in": query_channels(orders.R3, spec.groups), "mlp_in": orders.R4, "down_in": orders.R5}
+    expected = {
+        "attn_in": orders.R1,
+        "q": query_channels(orders.R2, spec.groups),
+        "k": head_channels(orders.R2),
+        "v": head_channels(orders.R3),
+        "o_in": query_channels(orders.R3, spec.groups),
+        "mlp_in": orders.R4,
+        "down_in": orders.R5,
+    }
     for site, order in expected.items():
         assert sorted(order.tolist()) == list(range(spec.width(site)))
         assert relative(seen["new"][site], seen["old"][site][..., order]) < LEGAL, site
@@ -212,6 +228,7 @@ class TestNorms:
             layer.weight.data[rows] = layer.weight.data[rows][:, getattr(orders, name).argsort()]
 
         assert broken(tiny(architecture), change) > ILLEGAL
+
 
 @pytest.mark.parametrize("norm", ("norm1", "norm2"))
 def test_norm_bias_forgotten(norm):

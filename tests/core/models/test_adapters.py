@@ -59,8 +59,15 @@ def test_spec_describes_the_layer(architecture):
     layer = loaded.adapter.decoder_layers(loaded.model)[0]
     norm = layer.get_submodule(loaded.adapter.norm1)
     assert spec.eps == getattr(norm, "eps", None) or spec.eps == norm.variance_epsilon
-    assert [spec.width(s) for s in SITES] == [spec.hidden, spec.heads * 16, spec.kv_heads * 16, spec.kv_heads * 16,
-                                              spec.heads * 16, spec.hidden, spec.ffn]
+    assert [spec.width(s) for s in SITES] == [
+        spec.hidden,
+        spec.heads * 16,
+        spec.kv_heads * 16,
+        spec.kv_heads * 16,
+        spec.heads * 16,
+        spec.hidden,
+        spec.ffn,
+    ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.hidden = 1
 
@@ -77,9 +84,11 @@ def test_every_model_type_has_one_adapter():
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
-@pytest.mark.parametrize("config", [
-    AutoConfig.for_model("gpt2"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("mixtral"), object()],
-    ids=("gpt2", "bloom", "none", "mixtral", "not a config"))
+@pytest.mark.parametrize(
+    "config",
+    [AutoConfig.for_model("gpt2"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("mixtral"), object()],
+    ids=("gpt2", "bloom", "none", "mixtral", "not a config"),
+)
 def test_an_unknown_architecture_is_one_sentence(config):
     with pytest.raises(ModelError) as caught:
         adapter_for(config)

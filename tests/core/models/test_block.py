@@ -87,16 +87,40 @@ def test_a_sliding_window_is_kept():
     assert relative(in_steps(with_blocks(loaded), ids), expected) < BOUND
 
 
-@pytest.mark.parametrize("architecture, options", [
-    ("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True}), ("llama", {"hidden_act": "gelu"}),
-    ("llama", {"num_key_value_heads": 8}), ("llama", {"num_key_value_heads": 1}), ("llama", {"head_dim": 32}),
-    ("qwen3", {"head_dim": 32}), ("llama", {"rms_norm_eps": 0.1}), ("opt", {"activation_function": "gelu"}),
-    ("opt", {"enable_bias": False}), ("opt", {"layer_norm_elementwise_affine": False}), ("opt", {"word_embed_proj_dim": 32}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}}),
-], ids=lambda v: v if isinstance(v, str) else ",".join(f"{k}={x if not isinstance(x, dict) else x['rope_type']}" for k, x in v.items()))
+@pytest.mark.parametrize(
+    "architecture, options",
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"attention_bias": True}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"num_key_value_heads": 8}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"head_dim": 32}),
+        ("qwen3", {"head_dim": 32}),
+        ("llama", {"rms_norm_eps": 0.1}),
+        ("opt", {"activation_function": "gelu"}),
+        ("opt", {"enable_bias": False}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("opt", {"word_embed_proj_dim": 32}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+    ],
+    ids=lambda v: (
+        v if isinstance(v, str) else ",".join(f"{k}={x if not isinstance(x, dict) else x['rope_type']}" for k, x in v.items())
+    ),
+)
 def test_every_option_of_an_architecture(architecture, options):
     loaded = tiny_model(architecture, **options)
     ids = tokens(2, 20)
@@ -145,7 +169,10 @@ def test_observed_sites_are_what_they_say(architecture):
 
     paths = {"attn_in": adapter.q, "o_in": adapter.o, "mlp_in": adapter.mlp_in[0], "down_in": adapter.down}
     handles = [layer.get_submodule(p).register_forward_hook(keep(site, False)) for site, p in paths.items()]
-    handles += [layer.get_submodule(p).register_forward_hook(keep(n, True)) for n, p in zip("qkv", (adapter.q, adapter.k, adapter.v), strict=True)]
+    handles += [
+        layer.get_submodule(p).register_forward_hook(keep(n, True))
+        for n, p in zip("qkv", (adapter.q, adapter.k, adapter.v), strict=True)
+    ]
     inputs = block_inputs(loaded.model, adapter, tokens(2, 14))
     layer(inputs.hidden, **inputs.kwargs[0])
     for handle in handles:
@@ -174,9 +201,15 @@ def test_norm_stores_in_any_order(kind, affine):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(30, generator=g) if affine else None
     bias = torch.randn(30, generator=g) if affine and kind == "layer" else None
-    norm, x, order = ReorderNorm(kind, weight, bias, 1e-5), torch.randn(4, 30, generator=g) * 3 + 1, torch.randperm(30, generator=g)
+    norm, x, order = (
+        ReorderNorm(kind, weight, bias, 1e-5),
+        torch.randn(4, 30, generator=g) * 3 + 1,
+        torch.randperm(30, generator=g),
+    )
     plain = norm(x)
-    expected = nn.functional.layer_norm(x, (30,), weight, bias) if kind == "layer" else nn.functional.rms_norm(x, (30,), weight, 1e-5)
+    expected = (
+        nn.functional.layer_norm(x, (30,), weight, bias) if kind == "layer" else nn.functional.rms_norm(x, (30,), weight, 1e-5)
+    )
     assert relative(plain, expected) < 1e-6
     kept = x.clone()
     norm.reorder(order)

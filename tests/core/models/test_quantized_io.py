@@ -21,9 +21,14 @@ from core.storage import atomic_dir
 from tests.core.tools import ARCHITECTURES, Quantised, in_steps, quantised, tokens
 
 RECIPES = {
-    "rptq": {}, "official": {"variant": "official"}, "rtn": {"method": "rtn", "weights": "rtn"}, "kv only": {"scheme": "W3A3KV"},
-    "weights only": {"scheme": "W4A16"}, "float weights": {"scheme": "custom", "bits": Bits(q=4, k=3, v=2, down_in=8)},
-    "every width": {"scheme": "custom", "bits": Bits(7, 8, 7, 6, 5, 8, 4, 3, 2)}, "softmax only": {"scheme": "custom", "bits": Bits(softmax=8)},
+    "rptq": {},
+    "official": {"variant": "official"},
+    "rtn": {"method": "rtn", "weights": "rtn"},
+    "kv only": {"scheme": "W3A3KV"},
+    "weights only": {"scheme": "W4A16"},
+    "float weights": {"scheme": "custom", "bits": Bits(q=4, k=3, v=2, down_in=8)},
+    "every width": {"scheme": "custom", "bits": Bits(7, 8, 7, 6, 5, 8, 4, 3, 2)},
+    "softmax only": {"scheme": "custom", "bits": Bits(softmax=8)},
     "8-bit weights": {"scheme": "custom", "bits": Bits(weights=8, v=8)},
 }
 
@@ -67,7 +72,8 @@ def round_trip(q: Quantised, folder: Path) -> None:
     one, other = (dict(m.state_dict()) for m in (q.model, back.model))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
     assert [(m.bits, m.effective_bits, m.choice) for m in modules_of(q.model)] == [
-        (m.bits, m.effective_bits, m.choice) for m in modules_of(back.model)]
+        (m.bits, m.effective_bits, m.choice) for m in modules_of(back.model)
+    ]
     differing = {k for k, v in back.model.config.to_dict().items() if q.model.config.to_dict()[k] != v}
     assert differing <= {"_name_or_path"}
     assert back.path == folder and q.base.name in back.source and not any(p.requires_grad for p in back.model.parameters())
@@ -84,10 +90,15 @@ def test_round_trip_of_every_architecture(architecture, tmp_path):
     round_trip(quantised(architecture, layers=3), tmp_path / "q")
 
 
-@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"word_embed_proj_dim": 32}, {"sliding_window": 9}],
-                         ids=("tied llama", "projected opt", "sliding mistral"))
+@pytest.mark.parametrize(
+    "options",
+    [{"tie_word_embeddings": True}, {"word_embed_proj_dim": 32}, {"sliding_window": 9}],
+    ids=("tied llama", "projected opt", "sliding mistral"),
+)
 def test_round_trip_of_options(options, tmp_path):
-    architecture = {"tie_word_embeddings": "llama", "word_embed_proj_dim": "opt", "sliding_window": "mistral"}[next(iter(options))]
+    architecture = {"tie_word_embeddings": "llama", "word_embed_proj_dim": "opt", "sliding_window": "mistral"}[
+        next(iter(options))
+    ]
     round_trip(quantised(architecture, base=tiny_model(architecture, **options), scheme="W4A4KV"), tmp_path / "q")
 
 
@@ -97,7 +108,13 @@ def test_mixed_layer_types_survive(tmp_path):
 
 
 def test_the_folder_needs_nothing_of_the_float_model(saved, made):
-    assert {p.name for p in saved.iterdir()} >= {"quantscope.json", "model.safetensors", "config.json", "manifest.json", "tokenizer.json"}
+    assert {p.name for p in saved.iterdir()} >= {
+        "quantscope.json",
+        "model.safetensors",
+        "config.json",
+        "manifest.json",
+        "tokenizer.json",
+    }
     tensors = load_file(saved / "model.safetensors")
     hidden = made.base.model.config.hidden_size
     floats = [k for k, t in tensors.items() if t.is_floating_point() and t.dim() == 2 and min(t.shape) >= hidden]
@@ -190,18 +207,28 @@ def edit_tensors(change):
 
 
 FACTS = {
-    "other format": lambda f: f.update(format=99), "no format": lambda f: f.pop("format"), "no layers": lambda f: f.pop("layers"),
-    "fewer layers": lambda f: f["layers"].pop(), "layers of another type": lambda f: f.update(layers=[1, 2]),
-    "layers null": lambda f: f.update(layers=None), "layer null": lambda f: f["layers"].__setitem__(0, None),
-    "no base": lambda f: f.pop("base"), "base null": lambda f: f.update(base=None),
-    "more bits": lambda f: f["layers"][0]["linears"]["qkv"].update(bits=5), "9 bits": lambda f: f["layers"][0]["linears"]["o"].update(bits=9),
-    "bits as text": lambda f: f["layers"][0]["linears"]["o"].update(bits="4"), "bits null": lambda f: f["layers"][0]["linears"]["o"].update(bits=None),
+    "other format": lambda f: f.update(format=99),
+    "no format": lambda f: f.pop("format"),
+    "no layers": lambda f: f.pop("layers"),
+    "fewer layers": lambda f: f["layers"].pop(),
+    "layers of another type": lambda f: f.update(layers=[1, 2]),
+    "layers null": lambda f: f.update(layers=None),
+    "layer null": lambda f: f["layers"].__setitem__(0, None),
+    "no base": lambda f: f.pop("base"),
+    "base null": lambda f: f.update(base=None),
+    "more bits": lambda f: f["layers"][0]["linears"]["qkv"].update(bits=5),
+    "9 bits": lambda f: f["layers"][0]["linears"]["o"].update(bits=9),
+    "bits as text": lambda f: f["layers"][0]["linears"]["o"].update(bits="4"),
+    "bits null": lambda f: f["layers"][0]["linears"]["o"].update(bits=None),
     "a float weight that is not there": lambda f: f["layers"][0]["linears"]["o"].update(bits=16),
-    "other width": lambda f: f["layers"][1]["linears"]["down"].update(in_features=97), "no site": lambda f: f["layers"][0]["sites"].pop("k"),
+    "other width": lambda f: f["layers"][1]["linears"]["down"].update(in_features=97),
+    "no site": lambda f: f["layers"][0]["sites"].pop("k"),
     "negative input bits": lambda f: f["layers"][0]["linears"]["o"].update(input_bits=-3),
     "40 input bits": lambda f: f["layers"][0]["linears"]["o"].update(input_bits=40),
-    "site bits as text": lambda f: f["layers"][0]["sites"].update(k="x"), "no softmax": lambda f: f["layers"][0].pop("softmax_bits"),
-    "softmax 0": lambda f: f["layers"][0].update(softmax_bits=0), "sink null": lambda f: f["layers"][0].update(sink_tokens=None),
+    "site bits as text": lambda f: f["layers"][0]["sites"].update(k="x"),
+    "no softmax": lambda f: f["layers"][0].pop("softmax_bits"),
+    "softmax 0": lambda f: f["layers"][0].update(softmax_bits=0),
+    "sink null": lambda f: f["layers"][0].update(sink_tokens=None),
     "no quantiser where there was one": lambda f: f["layers"][0]["sites"].update(k=None),
 }
 
@@ -219,13 +246,18 @@ def test_facts_that_are_not_an_object_are_refused(saved):
 
 
 TENSORS = {
-    "a block tensor missing": lambda t: t.pop("blocks.0.qkv.packed"), "a scale missing": lambda t: t.pop("blocks.1.k_quantizer.scale"),
-    "the embedding missing": lambda t: t.pop("shell.model.embed_tokens.weight"), "the last norm missing": lambda t: t.pop("shell.model.norm.weight"),
-    "the head missing": lambda t: t.pop("shell.lm_head.weight"), "an order missing": lambda t: t.pop("blocks.0.norm1.order"),
-    "a norm missing": lambda t: t.pop("blocks.0.norm1.weight"), "R2 missing": lambda t: t.pop("blocks.0.rope_order"),
+    "a block tensor missing": lambda t: t.pop("blocks.0.qkv.packed"),
+    "a scale missing": lambda t: t.pop("blocks.1.k_quantizer.scale"),
+    "the embedding missing": lambda t: t.pop("shell.model.embed_tokens.weight"),
+    "the last norm missing": lambda t: t.pop("shell.model.norm.weight"),
+    "the head missing": lambda t: t.pop("shell.lm_head.weight"),
+    "an order missing": lambda t: t.pop("blocks.0.norm1.order"),
+    "a norm missing": lambda t: t.pop("blocks.0.norm1.weight"),
+    "R2 missing": lambda t: t.pop("blocks.0.rope_order"),
     "an unknown shell tensor": lambda t: t.update({"shell.extra": torch.zeros(2)}),
     "an unknown block tensor": lambda t: t.update({"blocks.0.extra": torch.zeros(2)}),
-    "a block too many": lambda t: t.update({"blocks.2.qkv.packed": torch.zeros(2)}), "a foreign tensor": lambda t: t.update({"x": torch.zeros(2)}),
+    "a block too many": lambda t: t.update({"blocks.2.qkv.packed": torch.zeros(2)}),
+    "a foreign tensor": lambda t: t.update({"x": torch.zeros(2)}),
     "packed cut": lambda t: t.update({"blocks.0.o.packed": t["blocks.0.o.packed"][:, :-1].contiguous()}),
     "offsets not covering": lambda t: t.update({"blocks.0.o.offsets": t["blocks.0.o.offsets"] + 1}),
     "an order out of range": lambda t: t.update({"blocks.0.norm1.order": t["blocks.0.norm1.order"] + 1}),
@@ -233,7 +265,8 @@ TENSORS = {
     "R2 out of range": lambda t: t.update({"blocks.0.rope_order": t["blocks.0.rope_order"] + 3}),
     "a norm of another width": lambda t: t.update({"blocks.0.norm1.weight": t["blocks.0.norm1.weight"][:-1].contiguous()}),
     "an embedding of another width": lambda t: t.update({"shell.model.embed_tokens.weight": torch.zeros(259, 63)}),
-    "nan": lambda t: t["blocks.0.o.weight_scale"].fill_(math.nan), "a zero scale": lambda t: t["blocks.0.k_quantizer.scale"].zero_(),
+    "nan": lambda t: t["blocks.0.o.weight_scale"].fill_(math.nan),
+    "a zero scale": lambda t: t["blocks.0.k_quantizer.scale"].zero_(),
     "infinity": lambda t: t["shell.model.norm.weight"].fill_(math.inf),
 }
 
@@ -250,8 +283,18 @@ def test_a_configuration_of_another_architecture_is_refused(saved):
         load_quantized(saved)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 128}, {"num_attention_heads": 4}, {"num_hidden_layers": 3}, {"num_key_value_heads": 8},
-                                    {"intermediate_size": 50}, {"vocab_size": 12}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 128},
+        {"num_attention_heads": 4},
+        {"num_hidden_layers": 3},
+        {"num_key_value_heads": 8},
+        {"intermediate_size": 50},
+        {"vocab_size": 12},
+    ],
+    ids=lambda c: next(iter(c)),
+)
 def test_a_configuration_of_another_shape_is_refused(saved, change):
     reseal(saved, edit_json("config.json", lambda c: c.update(change)))
     refused(saved)

@@ -38,8 +38,16 @@ def test_code_limits(bits, limits):
 
 @pytest.mark.parametrize(
     "low, high, bits, scale, zero",
-    [(80, 100, 4, 1.25, -72), (-100, -50, 4, 3.125, 24), (-1, 1, 8, 2 / 256, 0), (0, 6, 4, 0.375, -8), (0, 6, 3, 0.75, -4),
-     (0, 6, 8, 6 / 256, -128), (-1, 3, 2, 1.0, -1)])
+    [
+        (80, 100, 4, 1.25, -72),
+        (-100, -50, 4, 3.125, 24),
+        (-1, 1, 8, 2 / 256, 0),
+        (0, 6, 4, 0.375, -8),
+        (0, 6, 3, 0.75, -4),
+        (0, 6, 8, 6 / 256, -128),
+        (-1, 3, 2, 1.0, -1),
+    ],
+)
 def test_official_anchors(low, high, bits, scale, zero):
     found = params_of(low, high, bits, Grid.OFFICIAL)
     assert float(found.scale) == pytest.approx(scale, rel=1e-7) and float(found.zero_point) == zero
@@ -132,8 +140,9 @@ def test_nearly_constant_ranges_keep_their_value(bits, value, ulps):
 
 @pytest.mark.parametrize("grid", list(Grid), ids=str)
 @pytest.mark.parametrize("bits", (2, 4, 8))
-@pytest.mark.parametrize("low, high", [(0.0, 0.0), (-0.0, 0.0), (1e-45, 1e-45), (0.0, 1e-44),
-                                       (-1e-38, 1e-38), (1e38, 1e38), (-1e38, 1e38)])
+@pytest.mark.parametrize(
+    "low, high", [(0.0, 0.0), (-0.0, 0.0), (1e-45, 1e-45), (0.0, 1e-44), (-1e-38, 1e-38), (1e38, 1e38), (-1e38, 1e38)]
+)
 def test_degenerate_ranges_stay_finite(grid, bits, low, high):
     found = params_of(low, high, bits, grid)
     assert math.isfinite(float(found.scale)) and float(found.scale) > 0 and math.isfinite(float(found.zero_point))

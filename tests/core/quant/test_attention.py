@@ -11,8 +11,17 @@ from core.quant.attention import QUERY_BLOCK, attend
 BITS = (2, 4, 8, 16)
 
 
-def states(tokens: int, keys: int, *, batch: int = 2, heads: int = 6, kv_heads: int = 2, dim: int = 8, seed: int = 0,
-           dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def states(
+    tokens: int,
+    keys: int,
+    *,
+    batch: int = 2,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     shapes = ((batch, heads, tokens, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim))
     return tuple(torch.randn(s, generator=g).to(dtype) for s in shapes)

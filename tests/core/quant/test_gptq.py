@@ -148,8 +148,14 @@ def bad_hessians() -> dict[str, Tensor]:
     indefinite = torch.full((20, 20), 100.0) - torch.diag(torch.linspace(90, 99, 20))
     phantom = good.clone()
     phantom[5, 5] = 0  # a dead input that is nevertheless correlated with the others
-    return {"nan": nan, "infinite": infinite, "zero": torch.zeros(20, 20), "negative": negative, "indefinite": indefinite,
-            "correlated dead input": phantom}
+    return {
+        "nan": nan,
+        "infinite": infinite,
+        "zero": torch.zeros(20, 20),
+        "negative": negative,
+        "indefinite": indefinite,
+        "correlated dead input": phantom,
+    }
 
 
 @pytest.mark.parametrize("case", bad_hessians())

@@ -122,7 +122,11 @@ def test_crop_to_a_length_as_older_transformers_did():
 @pytest.mark.parametrize("sink", (0, 3))
 def test_batch_rows_are_selected_repeated_and_reordered(sink):
     x = states(6, batch=3)
-    for change, rows in (("reorder_cache", [2, 0, 0]), ("batch_select_indices", [1]), ("batch_repeat_interleave", [0, 0, 1, 1, 2, 2])):
+    for change, rows in (
+        ("reorder_cache", [2, 0, 0]),
+        ("batch_select_indices", [1]),
+        ("batch_repeat_interleave", [0, 0, 1, 1, 2, 2]),
+    ):
         layer = QuantizedKVLayer(quantizer(), quantizer(), sink)
         before = layer.update(x, x)[0]
         getattr(layer, change)(2 if "repeat" in change else torch.tensor(rows))
@@ -244,8 +248,14 @@ def test_transformers_generate_takes_the_cache(kv_only, architecture):
 
 def test_transformers_beam_search_reorders_the_cache(kv_only):
     q, ids = kv_only["llama"], tokens(2, 8, seed=8)
-    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 257,
-               "attention_mask": torch.ones_like(ids)}
+    options = {
+        "max_new_tokens": 8,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 257,
+        "attention_mask": torch.ones_like(ids),
+    }
     packed = q.model.generate(ids, past_key_values=cache_of(q), **options)
     plain = q.model.generate(ids, past_key_values=DynamicCache(config=q.model.config), **options)
     assert packed.tolist() == plain.tolist()

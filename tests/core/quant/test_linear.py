@@ -24,8 +24,17 @@ def quantizer_of(x: Tensor, offsets: Tensor, bits: int, grid: Grid = Grid.EXACT)
     return ActivationQuantizer(bits, choose_qparams(low, high, bits=bits, grid=grid), offsets)
 
 
-def example(width: int = 45, outputs: int = 11, *, weight_bits: int = 4, input_bits: int | None = 8, bias: bool = True,
-            clusters: tuple[int, ...] = (0, 1, 20, 45), grid: Grid = Grid.EXACT, rows: int = 9) -> tuple[QuantLinear, Tensor]:
+def example(
+    width: int = 45,
+    outputs: int = 11,
+    *,
+    weight_bits: int = 4,
+    input_bits: int | None = 8,
+    bias: bool = True,
+    clusters: tuple[int, ...] = (0, 1, 20, 45),
+    grid: Grid = Grid.EXACT,
+    rows: int = 9,
+) -> tuple[QuantLinear, Tensor]:
     g = torch.Generator().manual_seed(width + outputs)
     x = torch.randn(rows, width, generator=g) * (torch.rand(width, generator=g) * 4 + 0.2) + torch.randn(width, generator=g)
     weight, offsets = torch.randn(outputs, width, generator=g) / width**0.5, torch.tensor(clusters)
@@ -174,11 +183,18 @@ def test_inputs_and_weights_are_not_changed():
 
 @pytest.mark.parametrize(
     "change",
-    [{"packed": torch.zeros(11, 24, dtype=torch.uint8)}, {"weight_scale": torch.ones(11, 2)}, {"weight_zero": torch.ones(10, 3)},
-     {"offsets": torch.tensor([0, 20, 45])}, {"offsets": torch.tensor([0, 20, 20, 45])},
-     {"offsets": torch.tensor([0, 30, 20, 45])},
-     {"offsets": torch.tensor([1, 2, 20, 45])}, {"offsets": torch.tensor([0, 1, 20, 44])}],
-    ids=("packed", "scale", "zero", "fewer clusters", "empty cluster", "falling offsets", "first offset", "last offset"))
+    [
+        {"packed": torch.zeros(11, 24, dtype=torch.uint8)},
+        {"weight_scale": torch.ones(11, 2)},
+        {"weight_zero": torch.ones(10, 3)},
+        {"offsets": torch.tensor([0, 20, 45])},
+        {"offsets": torch.tensor([0, 20, 20, 45])},
+        {"offsets": torch.tensor([0, 30, 20, 45])},
+        {"offsets": torch.tensor([1, 2, 20, 45])},
+        {"offsets": torch.tensor([0, 1, 20, 44])},
+    ],
+    ids=("packed", "scale", "zero", "fewer clusters", "empty cluster", "falling offsets", "first offset", "last offset"),
+)
 def test_tensors_that_do_not_fit_are_refused(change):
     layer, _ = example()
     tensors = {k: v for k, v in layer.state_dict().items() if k in ("packed", "weight_scale", "weight_zero", "offsets")}
@@ -215,8 +231,9 @@ def test_activation_clusters_that_do_not_fit_are_refused(offsets):
 
 def test_dequantised_weight_is_the_documented_formula():
     layer, _ = example(weight_bits=3, grid=Grid.OFFICIAL)
-    weight = QuantizedWeight(torch.randint(0, 8, (4, 5)).to(torch.uint8), torch.rand(4, 2), torch.tensor([[300, -2]] * 4),
-                             torch.tensor([0, 2, 5]), 3)
+    weight = QuantizedWeight(
+        torch.randint(0, 8, (4, 5)).to(torch.uint8), torch.rand(4, 2), torch.tensor([[300, -2]] * 4), torch.tensor([0, 2, 5]), 3
+    )
     run = [0, 0, 1, 1, 1]
     expected = weight.scale[:, run] * (weight.codes.float() - 4 - weight.zero_point[:, run])
     assert torch.allclose(weight.dequantize(), expected, rtol=1e-6)
