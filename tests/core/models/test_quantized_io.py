@@ -80,9 +80,8 @@ def round_trip(q: Quantised, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("architecture", ("llama", "opt"))
-def test_round_trip(architecture, recipe, tmp_path):
-    round_trip(quantised(architecture, **RECIPES[recipe]), tmp_path / "q")
+def test_round_trip(recipe, tmp_path):
+    round_trip(quantised("qwen3", layers=1, **RECIPES[recipe]), tmp_path / "q")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

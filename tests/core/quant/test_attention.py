@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from core.quant.attention import QUERY_BLOCK, attend
+from tests.core.tools import poisoned_memory
 
 BITS = (2, 4, 8, 16)
 
@@ -130,11 +131,8 @@ def test_inputs_are_not_changed_and_strides_do_not_matter(bits):
 def test_poisoned_memory_changes_nothing():
     q, k, v = states(150, 160)
     plain = attend(q, k, v, None, scaling=0.3, softmax_bits=8)
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
+    with poisoned_memory():
         poisoned = attend(q, k, v, None, scaling=0.3, softmax_bits=8)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(plain, poisoned)
 
 
