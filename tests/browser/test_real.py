@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -16,17 +15,13 @@ MODEL = os.environ.get("QUANTSCOPE_TEST_MODEL", "smollm2-135m")
 
 def test_from_the_first_chart_to_a_comparison(browser, tmp_path):
     server = serve(MODEL, tmp_path / "log.txt")
-    start = time.monotonic()
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     try:
         page = context.new_page()
         page.set_default_timeout(120_000)
         page.goto(next(server))
         page.wait_for_selector(CHART_DRAWN)
-        ready = time.monotonic() - start
-        assert ready < 60, f"page ready after {ready:.1f} s"
         page.wait_for_selector("#tokens mark")
-        page.locator("#clusters-R1 input").count()
         open_tab(page, "Quantise")
         page.locator("#weights input").click()
         page.get_by_role("option", name="Round to nearest").click()
