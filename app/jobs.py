@@ -241,6 +241,8 @@ class JobRunner:
             with self._changed:
                 self._running = None
                 job.end("failed", ResourceError("The server is closing.", code="E-BUSY"))
+        if job.error is not None and job.error.code == MEMORY:
+            worker.kill()  # it is about to leave by itself; the next job must not be sent to it
         if job.state == "done" and job.on_done:
             job.on_done(tuple(job.results))
 

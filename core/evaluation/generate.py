@@ -73,7 +73,12 @@ def generate(
     max_new_tokens = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= 5:
         raise InputError(f"temperature is {str(temperature)[:20]}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
-    ids = _encode(tokenizer, prompt, chat, prefix, getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens)
+    context = getattr(model.config, "max_position_embeddings", 2048)
+    if max_new_tokens >= context:
+        raise InputError(
+            f"{max_new_tokens} new tokens do not fit this model's context of {context}: ask for fewer.", code="E-PARAM-NEW-TOKENS"
+        )
+    ids = _encode(tokenizer, prompt, chat, prefix, context - max_new_tokens)
     cache = new_cache(model, adapter) or DynamicCache(config=model.config)
     generator = torch.Generator().manual_seed(seed)
     stop_ids = _stop_ids(model, tokenizer)

@@ -174,7 +174,7 @@ def test_public_jobs_are_read_by_all_and_cancelled_by_none(runner):
 
 
 def test_a_job_over_its_time_is_ended():
-    runner = JobRunner(Settings(model="fake", workbench=FAKE, job_seconds=0.5))
+    runner = JobRunner(Settings(model="fake", workbench=FAKE, job_seconds=4))
     try:
         view = finish(runner, "a", runner.submit("a", load("fake-endless")))
         assert view.error.code == "E-TIME"

@@ -190,3 +190,9 @@ def test_scores_that_are_not_finite_are_an_error():
     loaded.model.lm_head.weight.data[3] = math.nan
     with pytest.raises(NumericError):
         run(loaded)
+
+
+def test_more_new_tokens_than_the_context_are_refused():
+    with pytest.raises(InputError, match="context of 32") as caught:
+        run(tiny_model("llama", max_position_embeddings=32), "hi", max_new_tokens=40)
+    assert caught.value.code == "E-PARAM-NEW-TOKENS"

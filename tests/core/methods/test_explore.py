@@ -1,0 +1,109 @@
+"""Clustering for the page: the same orders as a plan's, errors that mean what the text says, and quick enough for a slider."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from core.calibration.report import RangesReport, SiteRanges
+from core.config import PER_CHANNEL, Clusters
+from core.errors import InputError
+from core.methods.rptq.cluster import cluster_channels
+from core.methods.rptq.explore import error_curve, recluster
+from core.quant.affine import Grid, choose_qparams
+
+KINDS = {"attn_in": 64, "q": 128, "k": 32, "v": 32, "o_in": 128, "mlp_in": 64, "down_in": 96}
+
+
+def report_of(widths: dict[str, int] = KINDS, block: int = 16, seed: int = 0) -> RangesReport:
+    g, sites = np.random.default_rng(seed), {}
+    for kind, width in widths.items():
+        scale = g.lognormal(sigma=1.5, size=width).astype(np.float32)
+        own = block if kind in ("q", "k", "v", "o_in") else width
+        entry = SiteRanges(f"layers.0.{kind}", 0, kind, -scale * g.uniform(0.5, 1, width).astype(np.float32), scale, own)
+        sites[entry.site] = entry
+    return RangesReport("m", None, {}, "t", 1, 1, 0.0, "cpu", 4, sites)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("g", (1, 4, 32, PER_CHANNEL))
+def test_a_view_is_consistent(kind, g):
+    report = report_of()
+    site, entry = f"layers.0.{kind}", report.sites[f"layers.0.{kind}"]
+    view = recluster(report, site, Clusters(g, g, g, g, g), bits=4)
+    width, per_block = KINDS[kind], min(g, entry.block)
+    assert (
+        sorted(view.order.tolist()) == list(range(width))
+        and view.order.dtype == view.labels.dtype == view.offsets.dtype == np.int32
+    )
+    assert len(view.clusters) == len(view.offsets) - 1 == per_block * (width // entry.block)
+    assert (view.order // entry.block == np.arange(width) // entry.block).all(), "channels stay in their head"
+    for info, (a, b) in zip(view.clusters, itertools.pairwise(view.offsets.tolist()), strict=True):
+        members = view.order[a:b]
+        assert info.size == len(members) and (info.low, info.high) == (entry.low[members].min(), entry.high[members].max())
+        assert set(view.labels[members].tolist()) == {info.index % per_block}, "labels start anew in every head"
+        expected = choose_qparams(torch.tensor(info.low), torch.tensor(info.high), bits=4, grid=Grid.EXACT)
+        assert info.scale == pytest.approx(float(expected.scale), rel=1e-6) and info.zero_point == int(expected.zero_point)
+    assert (view.low == entry.low).all() and (view.high == entry.high).all() and view.seconds >= 0
+
+
+@pytest.mark.parametrize("kind", ("down_in", "k"))
+def test_the_page_shows_the_order_of_a_plan(kind):
+    report = report_of()
+    entry = report.sites[f"layers.0.{kind}"]
+    view = recluster(report, entry.site, Clusters(R2=4, R5=8))
+    plan = cluster_channels(np.stack([entry.high, entry.low], 1), 4 if kind == "k" else 8, block=entry.block, n_init=1)
+    assert view.order.tolist() == plan.order.tolist() and view.offsets.tolist() == plan.offsets.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curve_falls_from_one_to_per_channel(kind):
+    report = report_of()
+    curve = error_curve(report, f"layers.0.{kind}", bits=4)
+    block = report.sites[f"layers.0.{kind}"].block
+    assert curve.g[0] == 1 and all(b == 2 * a for a, b in itertools.pairwise(curve.g)) and curve.g[-1] <= block
+    assert len(curve.g) == len(curve.relative_error) and curve.relative_error[0] <= 1 + 1e-6
+    assert (curve.relative_error[0] == pytest.approx(1)) == (block == KINDS[kind]), "one per head is not one for the tensor"
+    assert all(b <= a * 1.1 for a, b in itertools.pairwise(curve.relative_error))
+    assert all(e >= curve.per_channel * (1 - 1e-6) for e in curve.relative_error)
+    last = recluster(report, f"layers.0.{kind}", Clusters.uniform(PER_CHANNEL))
+    assert last.predicted_error == pytest.approx(curve.per_channel)
+
+
+def test_predicted_error_by_hand():
+    """Two channels of width 1 and 3 in a tensor of width 3: ((1/3)² + 1) / 2."""
+    entry = SiteRanges("layers.0.attn_in", 0, "attn_in", np.array([0, -1], np.float32), np.array([1, 2], np.float32), 2)
+    report = RangesReport("m", None, {}, "t", 1, 1, 0.0, "cpu", 1, {entry.site: entry})
+    assert recluster(report, entry.site, Clusters()).predicted_error == pytest.approx((1 / 9 + 1) / 2)
+    assert recluster(report, entry.site, Clusters(R1=1)).predicted_error == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", (0.0, 2.5), ids=("dead", "constant"))
+def test_sites_without_any_spread(value):
+    flat = np.full(8, value, np.float32)
+    entry = SiteRanges("layers.0.attn_in", 0, "attn_in", flat, flat, 8)
+    report = RangesReport("m", None, {}, "t", 1, 1, 0.0, "cpu", 1, {entry.site: entry})
+    assert recluster(report, entry.site, Clusters()).predicted_error == 1.0 and error_curve(report, entry.site).per_channel == 1.0
+
+
+@pytest.mark.parametrize("call", (lambda r, s: recluster(r, s, Clusters()), error_curve), ids=("recluster", "curve"))
+def test_unknown_sites_are_refused(call):
+    with pytest.raises(InputError, match=r"layers\.0\.attn_in") as caught:
+        call(report_of(), "layers.7.attn_in")
+    assert caught.value.code == "E-PARAM-SITE"
+
+
+def test_wide_sites_are_quick():
+    """A slider drags: 4096 channels. Generous for a loaded machine; about 50 ms where nothing else runs."""
+    report = report_of({"attn_in": 4096})
+    recluster(report, "layers.0.attn_in", Clusters())
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        recluster(report, "layers.0.attn_in", Clusters())
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.5
