@@ -463,6 +463,22 @@ def test_cluster_counts_are_those_of_the_recipe(architecture, clusters):
     assert groups == {n: counts[s] for n, s in INPUT_SITE.items()}, "weights are grouped like their inputs"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("variant", ("default", "official"))
+def test_query_heads_share_the_clusters_of_their_kv_head(architecture, variant):
+    """R2 and R3 are one order and one partition per kv head: q beside k, o_in beside v, with scales of their own."""
+    q = made(architecture, variant=variant, weights="rtn")
+    spec = spec_of(q.base)
+    for outcome in q.outcomes:
+        for wide, own in (("q", "k"), ("o_in", "v")):
+            ends = [
+                [[b - h * 16 for b in outcome.plan.sites[s].offsets.tolist() if h * 16 <= b <= h * 16 + 16] for h in range(heads)]
+                for s, heads in ((wide, spec.heads), (own, spec.kv_heads))
+            ]
+            assert ends[0] == [ends[1][h // spec.groups] for h in range(spec.heads)]
+    assert any(len({tuple(e) for e in ends[1]}) > 1 for _ in (0,)), "kv heads differ, or this test sees nothing"
+
+
 # End to end.
 
 
