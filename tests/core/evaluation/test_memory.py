@@ -110,6 +110,8 @@ def test_activations_are_one_layers_widest_tensors():
     assert estimate(shape, Bits(), batch=2, sequence=10).activations == 20 * (4 + 1) * 5120 * 2
     made = estimate(shape, SCHEMES["W4A4"], batch=2, sequence=10)
     assert made.activations == 20 * (4 + 1) * 5120 // 2 and made.total == made.weights + made.kv_cache + made.activations
+    mixed = estimate(shape, Bits(k=3, v=8, o_in=4), batch=2, sequence=10)
+    assert mixed.kv_cache == 40 * 20 * 5120 * 11 // 8 and mixed.activations == 20 * 5120 * (4 * 16 + 4) // 8
     assert set(made.to_dict()) == {"weights", "kv_cache", "activations", "total", "label", "assumptions"}
 
 
