@@ -1,0 +1,118 @@
+"""The quantisers of BitNet b1.58 and BitNet a4.8: pure functions, integer codes and the scale that multiplies them.
+
+    ternary   round(w / α) clipped to -1 … 1      α = mean |w|, one per projection
+    int8      round(127 x / γ)                    γ = max |x|, one per token; value = code · γ / 127
+    int4      round(√7 x / β) clipped to -8 … 7   β = factor · mean |x|; value = code · β / √7
+    fp4       nearest of ±{0,1,2,3,4,6,8,12}      E2M1: twice its grid, so that codes are integers; value = code · γ / 12
+    topk8     int8 codes, the k largest |x| of each token kept, the others 0; γ is not changed by the mask
+
+Rounding is half to even, statistics are clamped at 1e-5, everything is computed in float32. Sources: BitNet b1.58
+(arXiv:2402.17764, equations 1-3), BitNet a4.8 (arXiv:2411.04965, equations 1-9), Q-Sparse (arXiv:2407.10969) for TopK.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+ROOT7 = math.sqrt(7.0)
+
+INPUT_KINDS = ("int8", "int4", "int4x2", "fp4", "topk8")
+"""Quantisers of a projection's input; "fp" (not quantised) is the callers' business."""
+
+MODES: dict[str, dict[str, str]] = {
+    "fp": {"attn_in": "fp", "o_in": "fp", "mlp_in": "fp", "down_in": "fp"},
+    "w1.58a8": {"attn_in": "int8", "o_in": "int8", "mlp_in": "int8", "down_in": "int8"},
+    "a4.8": {"attn_in": "int4", "o_in": "topk8", "mlp_in": "int4", "down_in": "int8"},
+    "a4.8-fp4": {"attn_in": "fp4", "o_in": "fp4", "mlp_in": "fp4", "down_in": "int8"},
+    "int4": {"attn_in": "int4", "o_in": "int4", "mlp_in": "int4", "down_in": "int4x2"},
+    "fp4": {"attn_in": "fp4", "o_in": "fp4", "mlp_in": "fp4", "down_in": "fp4"},
+}
+"""Quantiser of each projection's input by mode. "fp" keeps the weights in float too; all others have ternary weights."""
+
+
+def ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary codes of one projection's weight.
+
+    Args:
+        w: floating, any shape; the scale is one for the whole tensor, so q, k and v are given apart.
+    Returns: (codes int8 in {-1, 0, 1} like w, scale 0-dim float32).
+    """
+    w = w.to(torch.float32)
+    scale = w.abs().mean().clamp(min=EPS)
+    return (w / scale).round().clamp(-1, 1).to(torch.int8), scale
+
+
+def int8_absmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -127 … 127 of x [..., C], float32 holding integers, and the scale [..., 1]. -128 cannot occur."""
+    x = x.to(torch.float32)
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    return (x * (127.0 / largest)).round(), largest / 127.0
+
+
+def int4_absmean(x: Tensor, *, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes -8 … 7 of x [..., C], float32 holding integers, and the scale [..., 1]; what lies beyond is clipped."""
+    x = x.to(torch.float32)
+    size = (factor * x.abs().mean(-1, keepdim=True)).clamp(min=EPS)
+    return (x * (ROOT7 / size)).round().clamp(-8, 7), size / ROOT7
+
+
+def fp4_minmax(x: Tensor, *, fmt: str = "e2m1") -> tuple[Tensor, Tensor]:
+    """Integer codes of a 4-bit float of x [..., C], float32 holding integers, and the scale [..., 1].
+
+    Args:
+        fmt: "e2m1", codes ±{0,1,2,3,4,6,8,12} and scale max|x| / 12; "e1m2", the uniform grid -7 … 7 and max|x| / 7.
+    Raises: ValueError for another format.
+    """
+    if fmt not in ("e2m1", "e1m2"):
+        raise ValueError(f"4-bit float {fmt[:20]!r} is unknown: use e2m1 or e1m2")
+    x = x.to(torch.float32)
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    if fmt == "e1m2":
+        return (x * (7.0 / largest)).round(), largest / 7.0
+    u = x * (12.0 / largest)
+    size = u.abs()
+    step = 1.0 + (size >= 4) + 2.0 * (size >= 8)  # 1 below 4, 2 below 8, 4 above
+    return (u / step).round() * step, largest / 12.0
+
+
+def topk_mask(x: Tensor, keep: float = 0.5) -> Tensor:
+    """True at the int(keep · C), at least 1, largest |x| of each row of x [..., C]; among equals the first ones."""
+    count = max(1, int(x.shape[-1] * keep))
+    size = x.abs()
+    threshold = size.topk(count, dim=-1).values[..., -1:]
+    above, equal = size > threshold, size == threshold
+    room = count - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def topk_int8(x: Tensor, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
+    """`int8_absmax` of x [..., C] with all but the `topk_mask` of the float values set to 0."""
+    codes, scale = int8_absmax(x)
+    return codes * topk_mask(x, keep), scale
+
+
+def quantize_input(x: Tensor, kind: str, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Quantise the input of a projection, per token.
+
+    Args:
+        x: [..., C] floating.
+        kind: one of INPUT_KINDS; int4x2 is `int4_absmean` with factor 2.
+        keep: share that topk8 keeps.
+    Returns: (codes [..., C] float32 holding integers in -127 … 127, scale [..., 1] float32).
+    Raises: ValueError for another kind.
+    """
+    if kind == "int8":
+        return int8_absmax(x)
+    if kind == "int4":
+        return int4_absmean(x)
+    if kind == "int4x2":
+        return int4_absmean(x, factor=2.0)
+    if kind == "fp4":
+        return fp4_minmax(x)
+    if kind == "topk8":
+        return topk_int8(x, keep=keep)
+    raise ValueError(f"input quantiser {kind[:20]!r} is unknown: use one of {', '.join(INPUT_KINDS)}")
