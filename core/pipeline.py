@@ -21,6 +21,7 @@ from torch import Tensor
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_windows, resolve_text, tokenize, windows
 from core.calibration.observe import Progress, observe_layers, silent
+from core.calibration.ranges import channel_ema
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
 from core.config import Calibration, QuantRecipe
 from core.errors import ArtifactError, InputError, ModelError
@@ -210,7 +211,7 @@ class Workbench:
 def observe(
     loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
 ) -> RangesReport:
-    """Exact per-channel minimum and maximum of every site, channels in the model's own order, q scaled by E**-0.5.
+    """Exact per-channel minimum and maximum of every site, and their moving averages; original order, q scaled by E**-0.5.
 
     Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
     """
@@ -224,7 +225,8 @@ def observe(
         for kind, found in ranges.items():
             block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
             name = f"layers.{layer}.{kind}"
-            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block)
+            averages = [bound.numpy() for bound in channel_ema(found)]
+            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
     return RangesReport(
         loaded.name,
         loaded.revision,

@@ -46,6 +46,11 @@ def cluster_bounds(ranges: ChannelRanges, offsets: Tensor) -> tuple[Tensor, Tens
     return segment_min(ranges.low, offsets), segment_max(ranges.high, offsets)
 
 
+def channel_ema(ranges: ChannelRanges) -> tuple[Tensor, Tensor]:
+    """Moving-average (low, high) of each channel over the samples, [C] each."""
+    return _ema(ranges.sample_low), _ema(ranges.sample_high)
+
+
 def ema_bounds(ranges: ChannelRanges, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Moving-average (low, high) of each cluster over the samples, [G] each."""
     return _ema(segment_min(ranges.sample_low, offsets)), _ema(segment_max(ranges.sample_high, offsets))

@@ -12,12 +12,13 @@ from core.config import SITES
 
 @dataclass(frozen=True)
 class SiteRanges:
-    """Exact ranges of one site of one layer.
+    """Exact ranges of one site of one layer, and the published code's moving averages over the windows.
 
     Attributes:
         site: "layers.3.down_in"; kind: one of SITES.
         low, high: [C] float32, in the original channel order.
         block: channels that a reordering may not leave: a head's width for q, k, v, o_in, else C.
+        ema_low, ema_high: [C] float32, the moving averages; None where only the exact ranges are known.
     """
 
     site: str
@@ -26,6 +27,13 @@ class SiteRanges:
     low: np.ndarray
     high: np.ndarray
     block: int
+    ema_low: np.ndarray | None = None
+    ema_high: np.ndarray | None = None
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """JSON types, one number per channel."""
+        arrays = {"min": self.low, "max": self.high, "ema_min": self.ema_low, "ema_max": self.ema_high}
+        return {name: values.tolist() for name, values in arrays.items() if values is not None}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class RangesReport:
         return np.log10(np.maximum(np.stack(rows), 1e-12)).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types: {"sites": {name: {"min": [...], "max": [...]}}} plus how it was measured."""
+        """JSON types: {"sites": {name: {"min", "max", "ema_min", "ema_max"}}} plus how it was measured."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -104,7 +112,7 @@ class RangesReport:
             "seconds": self.seconds,
             "device": self.device,
             "site_kinds": list(SITES),
-            "sites": {name: {"min": e.low.tolist(), "max": e.high.tolist()} for name, e in self.sites.items()},
+            "sites": {name: entry.to_dict() for name, entry in self.sites.items()},
         }
 
 

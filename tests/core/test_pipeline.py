@@ -159,7 +159,8 @@ def test_unfinished_folders_are_not_found(bench, cache, folder):
 
 def test_observe_is_exact_and_json(bench, folder):
     report = bench.observe(folder, CALIBRATION)
-    json.dumps(report.to_dict(), allow_nan=False)
+    listed = json.loads(json.dumps(report.to_dict(), allow_nan=False))["sites"]["layers.1.down_in"]
+    assert list(listed) == ["min", "max", "ema_min", "ema_max"]
     assert list(report.sites) == [f"layers.{i}.{s}" for i in range(2) for s in SITES]
     assert (report.tokens, report.window, report.groups) == (256, 32, 4)
     loaded = load_model(folder)
@@ -170,6 +171,11 @@ def test_observe_is_exact_and_json(bench, folder):
         for kind, found in ranges.items():
             entry = report.sites[f"layers.{layer}.{kind}"]
             assert entry.low.tolist() == found.low.tolist() and entry.high.tolist() == found.high.tolist()
+            averages = found.sample_high[0]
+            for sample in found.sample_high[1:]:
+                averages = 0.99 * averages + 0.01 * sample
+            assert entry.ema_high.tolist() == pytest.approx(averages.tolist(), rel=1e-6, abs=1e-6)
+            assert (entry.ema_low >= entry.low).all() and (entry.ema_low != entry.low).any()
             assert entry.block == (16 if kind in ("q", "k", "v", "o_in") else len(entry.low))
     assert not (report.sites["layers.0.q"].low == bench.observe(folder, CALIBRATION, seed=1).sites["layers.0.q"].low).all()
 
