@@ -5,7 +5,8 @@ Every supported layer is the same pre-norm residual block, so an adapter only na
     h = x + o(attention(q(n1), k(n1), v(n1)))        n1 = norm1(x)        sites attn_in, q, k, v, o_in
     y = h + down(activation(gate(n2)) * up(n2))      n2 = norm2(h)        sites mlp_in, down_in
 
-OPT has no gate and no rotary position; Qwen3 normalises q and k per head. These differences are fields, not subclasses.
+OPT has no gate and no rotary position; Qwen3 normalises q and k per head; BitNet normalises what o and down read once more.
+These differences are fields, not subclasses.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class BlockSpec:
         activation: name of the element-wise function, as in transformers' table.
         gated: whether down_in = activation(gate) * up.
         rope: whether q and k are rotated by position; qk_norm: whether they are RMS-normalised per head before that.
+        sub_norms: whether the inputs of o and down are normalised, so that o_in and down_in are those norms' outputs.
     """
 
     hidden: int
@@ -43,6 +45,7 @@ class BlockSpec:
     gated: bool
     rope: bool
     qk_norm: bool
+    sub_norms: bool = False
 
     @property
     def groups(self) -> int:
@@ -88,6 +91,8 @@ class ModelAdapter:
     down: str = "mlp.down_proj"
     q_norm: str | None = None
     k_norm: str | None = None
+    attn_sub_norm: str | None = None
+    ffn_sub_norm: str | None = None
     rope: bool = True
     ffn_field: str = "intermediate_size"
     activation_field: str = "hidden_act"
@@ -109,6 +114,7 @@ class ModelAdapter:
             gated=len(self.mlp_in) == 2,
             rope=self.rope,
             qk_norm=self.q_norm is not None,
+            sub_norms=self.attn_sub_norm is not None,
         )
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -144,4 +150,4 @@ def supported_model_types() -> list[str]:
 
 
 def _import_all() -> None:
-    from core.models import llama, mistral, opt, qwen2, qwen3  # noqa: F401  (each registers its adapter once)
+    from core.models import bitnet, llama, mistral, opt, qwen2, qwen3  # noqa: F401  (each registers its adapter once)

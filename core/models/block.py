@@ -3,6 +3,9 @@
     n1 = norm1(x)[R1]                     q, k, v = qkv(n1)            q, k = rope(q, k)[R2]      v is in order R3
     h  = x + o(attention(q, k, v))        n2 = norm2(h)[R4]            y = h + down(mlp(n2))      mlp output in order R5
 
+BitNet's layers normalise once more before o and before down (`attn_sub_norm`, `ffn_sub_norm`): o_in and down_in are what these
+norms put out.
+
 R1 and R4 are stored by the norm, R2 by the rotation (OPT: by the rows of Wq and Wk), R3 and R5 by the rows of the
 producing weights: no permutation is left to run. `observe(site, tensor)` sees the seven sites before quantisation.
 Shapes: B batch, T tokens, D hidden, H query heads, Hkv key/value heads, E head dimension, F feed-forward width.
@@ -50,6 +53,10 @@ class ReorderNorm(nn.Module):
     def reorder(self, order: Tensor) -> None:
         """Store in `order` [D] int64 from now on; gain and bias are permuted with it."""
         self.order = order.to(torch.int32)
+        self.permute(order)
+
+    def permute(self, order: Tensor) -> None:
+        """Expect an input whose channels lie in `order` [D] int64 from now on: gain and bias follow it."""
         if self.weight is not None:
             self.weight = self.weight[order].contiguous()
         if self.bias is not None:
@@ -84,6 +91,8 @@ class DecoderBlock(nn.Module):
         self.activation = ACT2FN[spec.activation]
         self.norm1: ReorderNorm
         self.norm2: ReorderNorm
+        self.attn_sub_norm: ReorderNorm | None = None
+        self.ffn_sub_norm: ReorderNorm | None = None
         self.register_buffer("q_norm", None)
         self.register_buffer("k_norm", None)
         self.register_buffer("rope_order", None)
@@ -119,6 +128,8 @@ class DecoderBlock(nn.Module):
             )
 
         block.norm1, block.norm2 = norm(adapter.norm1), norm(adapter.norm2)
+        if spec.sub_norms:
+            block.attn_sub_norm, block.ffn_sub_norm = norm(adapter.attn_sub_norm), norm(adapter.ffn_sub_norm)
         block.qkv, block.o = linear(adapter.q, adapter.k, adapter.v), linear(adapter.o)
         block.up, block.down = linear(*adapter.mlp_in), linear(adapter.down)
         if spec.qk_norm:
@@ -147,6 +158,8 @@ class DecoderBlock(nn.Module):
             observe("attn_in", n1)
         q, k, v = self._project(n1, exempt, position_embeddings, observe)
         mixed = self._attend(q, k, v, attention_mask, past_key_values, exempt)
+        if self.attn_sub_norm is not None:
+            mixed = self.attn_sub_norm(mixed)
         if observe is not None:
             observe("o_in", mixed)
         h = hidden_states + self.o(mixed, exempt)
@@ -154,6 +167,8 @@ class DecoderBlock(nn.Module):
         if observe is not None:
             observe("mlp_in", n2)
         mlp = self._activate(self.up(n2, exempt))
+        if self.ffn_sub_norm is not None:
+            mlp = self.ffn_sub_norm(mlp)
         if observe is not None:
             observe("down_in", mlp)
         return self.down(mlp, exempt).add_(h)

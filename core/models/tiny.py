@@ -33,6 +33,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA_LIKE | {"sliding_window": None},
     "qwen2": _LLAMA_LIKE | {"hidden_size": 128},  # its head size is always hidden_size / heads
     "qwen3": _LLAMA_LIKE,
+    "bitnet": _LLAMA_LIKE | {"hidden_size": 128, "hidden_act": "relu2"},  # its head size is hidden_size / heads too
     "smollm": _LLAMA_LIKE | {"model_type": "llama", "tie_word_embeddings": True},
     "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4,
             "max_position_embeddings": 1024, "dropout": 0.0, "attention_dropout": 0.0, "do_layer_norm_before": True,
@@ -41,7 +42,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_architectures() -> list[str]:
-    """Names that `tiny_model` knows: llama, mistral, qwen2, qwen3, smollm (llama with tied embeddings), opt."""
+    """Names that `tiny_model` knows: llama, mistral, qwen2, qwen3, bitnet, smollm (llama with tied embeddings), opt."""
     return list(_CONFIGS)
 
 

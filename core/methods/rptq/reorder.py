@@ -6,6 +6,9 @@
     R4  mlp_in    norm2 stores order R4                    columns of W_gate, W_up (or W_fc1)
     R5  down_in   rows and biases of W_gate and W_up       columns of W_down
 
+A norm between producer and consumer (BitNet's, before o and before down) only needs its gain in the same order: the mean square
+it divides by does not depend on the order.
+
 Rows of Wo and W_down are never permuted: the residual stream keeps its order. With grouped-query attention one order
 serves a key/value head and all its query heads. Why each other choice is illegal: docs/rptq.md, "Legality".
 """
@@ -53,6 +56,10 @@ def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
         mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
     new.up = _permuted(block.up, rows=mlp_rows, columns=orders.R4)
     new.down = _permuted(block.down, columns=orders.R5)
+    if spec.sub_norms and orders.R3 is not None:
+        new.attn_sub_norm = _permuted_norm(block.attn_sub_norm, query_channels(orders.R3, spec.groups))
+    if spec.sub_norms and orders.R5 is not None:
+        new.ffn_sub_norm = _permuted_norm(block.ffn_sub_norm, orders.R5)
     return new
 
 
@@ -95,6 +102,12 @@ def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor 
 def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
     new = _shallow(norm)
     new.reorder(order)
+    return new
+
+
+def _permuted_norm(norm: nn.Module, order: Tensor) -> nn.Module:
+    new = _shallow(norm)
+    new.permute(order)
     return new
 
 

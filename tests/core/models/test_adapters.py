@@ -32,6 +32,9 @@ def test_paths_resolve(architecture):
         assert layer.get_submodule(adapter.down).weight.shape == (spec.hidden, spec.ffn)
         for path in (adapter.norm1, adapter.norm2):
             assert layer.get_submodule(path).weight.shape == (spec.hidden,)
+        if spec.sub_norms:
+            assert layer.get_submodule(adapter.attn_sub_norm).weight.shape == (spec.width("o_in"),)
+            assert layer.get_submodule(adapter.ffn_sub_norm).weight.shape == (spec.ffn,)
         for path in filter(None, (adapter.q_norm, adapter.k_norm)):
             assert layer.get_submodule(path).weight.shape == (spec.head_dim,)
 
@@ -42,7 +45,7 @@ def test_no_weight_of_a_layer_is_left_out(architecture):
     loaded = tiny_model(architecture)
     adapter = loaded.adapter
     paths = [adapter.norm1, adapter.norm2, adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down]
-    paths += [p for p in (adapter.q_norm, adapter.k_norm) if p]
+    paths += [p for p in (adapter.q_norm, adapter.k_norm, adapter.attn_sub_norm, adapter.ffn_sub_norm) if p]
     covered = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
     for name, _ in adapter.decoder_layers(loaded.model)[0].named_parameters():
         assert name in covered, f"{name} is not part of the block"
@@ -56,6 +59,7 @@ def test_spec_describes_the_layer(architecture):
     assert spec.groups * spec.kv_heads == spec.heads and spec.groups == (1 if architecture == "opt" else 4)
     assert spec.norm == ("layer" if architecture == "opt" else "rms") and spec.gated == (architecture != "opt")
     assert spec.rope == (architecture != "opt") and spec.qk_norm == (architecture == "qwen3")
+    assert spec.sub_norms == (architecture == "bitnet")
     layer = loaded.adapter.decoder_layers(loaded.model)[0]
     norm = layer.get_submodule(loaded.adapter.norm1)
     assert spec.eps == getattr(norm, "eps", None) or spec.eps == norm.variance_epsilon
@@ -80,7 +84,7 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) and {"opt", "llama", "mistral", "qwen2", "qwen3"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
