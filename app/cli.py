@@ -3,7 +3,7 @@
     models     what can be named            evaluate   perplexity, divergence, bytes, speed
     inspect    ranges of every channel      generate   continue a prompt
     quantize   make a quantised folder      compare    several models side by side
-    memory     project memory by formula
+    memory     project memory by formula    train      a small model from scratch
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from app import cli_verbs as verbs
 from app.cli_output import Console, complain
+from app.cli_train import train, train_options
 from core.config import METHODS, SCHEMES, VARIANTS, WEIGHT_METHODS
 from core.errors import InputError, QuantscopeError, ResourceError
 
@@ -206,6 +207,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),
     "memory": (verbs.memory, _memory, "Project memory by formula; nothing is loaded"),
+    "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }
 
 

@@ -59,6 +59,7 @@ class Selection:
     clusters: int = 32
     linear: bool = False
     same_axes: bool = False
+    averaged: bool = False
 
 
 @dataclass

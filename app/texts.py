@@ -63,6 +63,7 @@ LAYER = "Layer"
 SITE = "Site"
 LINEAR = "Linear axes"
 SAME_AXES = "One scale for all layers"
+AVERAGED = "Moving average over windows"
 SCATTER_LABEL = "Scatter of channels: minimum against maximum. The channel number below selects the same points by keyboard."
 HEATMAP_LABEL = "Heat map of the largest absolute value by layer and channel"
 HISTOGRAM_LABEL = "Histogram of the chosen channel's values"
@@ -87,7 +88,8 @@ steps are as wide as the outlier demands, and quiet channels fall into one or tw
 harder to quantise than weights.
 
 **How to read the axes.** They are logarithmic on both sides of zero (linear close to it), because ranges span decades.
-Switch to linear to see how far out the outliers really are.
+Switch to linear to see how far out the outliers really are. *Moving average* shows what RPTQ's published code calibrates
+with: bounds averaged over the windows, so that one loud token counts little.
 """
 
 # reorder

@@ -78,6 +78,7 @@ class Page:
             e.kind,
             e.linear,
             e.same_axes,
+            e.averaged,
             e.scatter,
             e.heatmap,
             e.outliers,

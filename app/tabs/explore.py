@@ -31,6 +31,7 @@ class Explore:
     kind: gr.Radio
     linear: gr.Checkbox
     same_axes: gr.Checkbox
+    averaged: gr.Checkbox
     scatter: Chart
     heatmap: Chart
     channel: gr.Number
@@ -43,7 +44,7 @@ class Explore:
     @property
     def selectors(self) -> set:
         """Inputs that say where in the model to look."""
-        return {self.layer, self.kind, self.linear, self.same_axes}
+        return {self.layer, self.kind, self.linear, self.same_axes, self.averaged}
 
     def take(self, session: Session, values: Updates) -> None:
         """Read the selectors into the session. Raises InputError if one is out of range."""
@@ -57,6 +58,7 @@ class Explore:
             chosen.channel = None
         chosen.kind = values[self.kind]
         chosen.linear, chosen.same_axes = bool(values[self.linear]), bool(values[self.same_axes])
+        chosen.averaged = bool(values[self.averaged])
 
     def render(self, session: Session) -> Updates:
         """Everything but the channel's detail, for the session's selection."""
@@ -92,6 +94,7 @@ class Explore:
             self.kind: gr.update(value=chosen.kind, label=f"{texts.SITE}: {texts.SITE_HELP[chosen.kind]}"),
             self.linear: chosen.linear,
             self.same_axes: chosen.same_axes,
+            self.averaged: chosen.averaged,
         }
 
     def glance(self, session: Session) -> Updates:
@@ -142,6 +145,8 @@ def revision(session: Session, name: str) -> str:
 def scatter(session: Session, view: object = None) -> dict:
     """The scatter of the selected site, with clusters if `view` is given."""
     site, shared = site_of(session), peers(session)
+    if session.selection.averaged and view is None:
+        site, shared = site.averaged(), [peer.averaged() for peer in shared]
     marked = [o.channel for o in session.ranges.outliers(MARKED) if o.site == site.site] if view is None else []
     return plots.range_scatter(
         site,
@@ -165,6 +170,7 @@ def build() -> Explore:
             with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
                 linear = gr.Checkbox(False, label=texts.LINEAR, container=False, elem_id="linear")
                 same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
+                averaged = gr.Checkbox(False, label=texts.AVERAGED, container=False, elem_id="averaged")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 scatter_chart = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
@@ -181,7 +187,20 @@ def build() -> Explore:
         with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
             gr.Markdown(texts.LEARN_EXPLORE)
     return Explore(
-        tab, layer, kind, linear, same_axes, scatter_chart, heatmap, channel, facts, histogram, tokens, outliers, forward
+        tab,
+        layer,
+        kind,
+        linear,
+        same_axes,
+        averaged,
+        scatter_chart,
+        heatmap,
+        channel,
+        facts,
+        histogram,
+        tokens,
+        outliers,
+        forward,
     )
 
 
@@ -192,6 +211,7 @@ def wire(ctx: Context, view: Explore) -> None:
         view.kind,
         view.linear,
         view.same_axes,
+        view.averaged,
         view.scatter,
         view.heatmap,
         view.outliers,
@@ -214,6 +234,7 @@ def wire(ctx: Context, view: Explore) -> None:
             view.layer: gr.skip(),
             view.linear: gr.skip(),
             view.same_axes: gr.skip(),
+            view.averaged: gr.skip(),
         }  # a slider still dragged stays where it is
         return {**view.render(session), **view.glance(session), **kept}
 
@@ -254,7 +275,7 @@ def wire(ctx: Context, view: Explore) -> None:
 
     inputs = {ctx.key, *view.selectors}
     view.layer.input(ctx.guard(moved), inputs, trigger_mode="always_last", **light)
-    for control in (view.kind, view.linear, view.same_axes):
+    for control in (view.kind, view.linear, view.same_axes, view.averaged):
         control.input(ctx.guard(moved), inputs, **light)
     view.layer.release(ctx.guard(released), {ctx.key}, **heavy)
     view.tab.select(ctx.guard(opened), {ctx.key}, **light)

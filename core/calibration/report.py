@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ class SiteRanges:
     block: int
     ema_low: np.ndarray | None = None
     ema_high: np.ndarray | None = None
+
+    def averaged(self) -> SiteRanges:
+        """The same site with the moving averages in the place of the exact ranges, where they are known."""
+        return self if self.ema_low is None else replace(self, low=self.ema_low, high=self.ema_high)
 
     def to_dict(self) -> dict[str, list[float]]:
         """JSON types, one number per channel."""
