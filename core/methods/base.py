@@ -79,7 +79,12 @@ class WeightNote:
 
 
 class Method(Protocol):
-    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and leaves its inputs alone."""
+    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and leaves its inputs alone.
+
+    `keeps_ternary`: whether blocks whose weights are ternary already are given as they are, not as float weights.
+    """
+
+    keeps_ternary: bool
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """First positions of each window left out of the ranges and kept in float."""

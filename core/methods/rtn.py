@@ -21,6 +21,8 @@ RULES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 class RoundToNearest:
     """Exact min/max of the calibration text, no order, no clusters; weights by `recipe.weights`."""
 
+    keeps_ternary = False
+
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """None: the baseline treats every token alike."""
         return 0

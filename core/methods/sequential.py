@@ -22,7 +22,7 @@ from core.calibration.observe import Progress, Recorder, embed, silent
 from core.config import FLOAT_BITS, QuantRecipe
 from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
 from core.methods.build import INPUT_SITE
-from core.models.adapter import ModelAdapter
+from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, with_layers
 
@@ -81,7 +81,7 @@ def quantize_layers(
         def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {len(layers)}", done: int = index) -> None:
             progress(f"{title}: {stage}", (done + within) / len(layers))
 
-        block = DecoderBlock.from_layer(layer, adapter, spec, index)
+        block = _start(layer, adapter, spec, index, method)
         stats, outputs = _observe(block, hidden, inputs, method, recipe, tell)
         watch.lap("observe")
         tell("clustering and scales", 0.4)
@@ -97,6 +97,13 @@ def quantize_layers(
         blocks.append(quantized)
         watch.lap("propagate")
     return with_layers(model, adapter, blocks), outcomes, watch.seconds
+
+
+def _start(layer: torch.nn.Module, adapter: ModelAdapter, spec: BlockSpec, index: int, method: Method) -> DecoderBlock:
+    """The block that a method quantises: a layer of transformers as a float block; ternary weights as they are, or as α t."""
+    if not isinstance(layer, DecoderBlock):
+        return DecoderBlock.from_layer(layer, adapter, spec, index)
+    return layer if method.keeps_ternary else layer.dequantized()
 
 
 def _observe(
@@ -127,7 +134,7 @@ def _observe(
         recorder, _ = record(gptq, "calibrating")
         block.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
     linears = block.linears()
-    importance = {site: linears[name].weight.square().mean(0) for name, site in INPUT_SITE.items()}
+    importance = {site: linears[name].dequantized_weight().square().mean(0) for name, site in INPUT_SITE.items()}
     return LayerStatistics(ranges, calibrated, recorder.hessians, importance), outputs
 
 

@@ -4,7 +4,13 @@ The weights are trained to be ternary; how such checkpoints are stored is `core/
 this adapter describes what transformers computes without a quantisation configuration.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
 from core.models.adapter import ADAPTERS, ModelAdapter
+from core.quant.bitnet import MODES
+from core.quant.kv_cache_dynamic import AttentionBits
 
 BITNET = ADAPTERS.register(
     "bitnet",
@@ -16,3 +22,39 @@ BITNET = ADAPTERS.register(
         ffn_sub_norm="mlp.ffn_sub_norm",
     ),
 )
+
+
+@dataclass(frozen=True)
+class BitNetRules:
+    """By which rules a model with ternary weights runs, and which it was trained for.
+
+    Attributes:
+        mode: key of `core.quant.bitnet.MODES`, not "fp".
+        keep: share of o_in that TopK keeps.
+        trained: the mode of the training; None for a model whose weights were rounded to ternary without any.
+        attention: bits of keys, values and queries; never part of the training.
+    Raises: ValueError for an unknown mode.
+    """
+
+    mode: str
+    keep: float = 0.5
+    trained: str | None = None
+    attention: AttentionBits = field(default_factory=AttentionBits)
+
+    def __post_init__(self) -> None:
+        known = [name for name in MODES if name != "fp"]
+        if self.mode not in known or self.trained not in (None, *known):
+            raise ValueError(f"BitNet mode {self.mode[:20]!r} is unknown: use one of {', '.join(known)}")
+
+    def kind(self, site: str) -> str:
+        """The quantiser of a projection input: attn_in, o_in, mlp_in or down_in."""
+        return MODES[self.mode][site]
+
+    @property
+    def claim(self) -> str:
+        """What may be expected of the result, for people."""
+        if self.trained is None:
+            return f"{self.mode} simulated on a model trained in full precision: expect noise"
+        if self.trained == self.mode:
+            return f"trained {self.mode}"
+        return f"{self.mode} rules applied training-free to a {self.trained} model: approximate"

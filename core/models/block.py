@@ -22,11 +22,18 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from core.models.adapter import BlockSpec, ModelAdapter
+from core.models.bitnet import BitNetRules
 from core.quant.activation import ActivationQuantizer
 from core.quant.attention import attend
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.quant.ternary_linear import TernaryLinear
+from kernels.ternary import ROW_DENSITY
 
 Observer = Callable[[str, Tensor], None]
+ZERO_GATES = ("relu", "relu2")
+"""Activations that are exactly zero for negative gates: there the up projection need not be computed."""
+GATE_FIRST_WEIGHTS = 2**22
+"""Smallest up projection for which "auto" looks at the gate first: below, the look costs more than it can save."""
 
 
 class FloatLinear(nn.Linear):
@@ -35,6 +42,10 @@ class FloatLinear(nn.Linear):
     def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
         return functional.linear(x, self.weight, self.bias)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight itself, [N, K]."""
+        return self.weight.detach()
 
 
 class ReorderNorm(nn.Module):
@@ -83,6 +94,8 @@ class DecoderBlock(nn.Module):
     Attributes set by quantisation: `qkv`, `o`, `up`, `down` become QuantLinear; `q_quantizer`, `k_quantizer`,
     `v_quantizer` ActivationQuantizer or None; `softmax_bits`; `rope_order` [Hkv, E] (R2, None keeps the order);
     `sink_tokens`, the first positions whose activations stay in float.
+    With ternary weights the four are TernaryLinear and `rules` says how they run. `gate_first` ("auto", "always", "never")
+    decides whether up is computed only where the gate is not zero; the result is the same.
     """
 
     def __init__(self, spec: BlockSpec, layer_index: int) -> None:
@@ -101,6 +114,8 @@ class DecoderBlock(nn.Module):
         self.v_quantizer: ActivationQuantizer | None = None
         self.softmax_bits = 16
         self.sink_tokens = 0
+        self.rules: BitNetRules | None = None
+        self.gate_first = "auto"
 
     @classmethod
     def from_layer(cls, layer: nn.Module, adapter: ModelAdapter, spec: BlockSpec, layer_index: int) -> DecoderBlock:
@@ -137,6 +152,19 @@ class DecoderBlock(nn.Module):
             block.k_norm = layer.get_submodule(adapter.k_norm).weight.detach().clone()
         return block.eval()
 
+    def dequantized(self) -> DecoderBlock:
+        """A float block with this one's weights (α t where they are ternary): what another method starts from."""
+        block = DecoderBlock(self.spec, self.layer_index)
+        for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm", "rope_order"):
+            setattr(block, name, getattr(self, name))
+        for name, linear in self.linears().items():
+            made = FloatLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+            made.weight = nn.Parameter(linear.dequantized_weight(), requires_grad=False)
+            if linear.bias is not None:
+                made.bias = nn.Parameter(linear.bias, requires_grad=False)
+            setattr(block, name, made)
+        return block.eval()
+
     def linears(self) -> dict[str, nn.Module]:
         """The four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
         return {"qkv": self.qkv, "o": self.o, "up": self.up, "down": self.down}
@@ -166,7 +194,7 @@ class DecoderBlock(nn.Module):
         n2 = self.norm2(h)
         if observe is not None:
             observe("mlp_in", n2)
-        mlp = self._activate(self.up(n2, exempt))
+        mlp = self._mlp(n2, exempt)
         if self.ffn_sub_norm is not None:
             mlp = self.ffn_sub_norm(mlp)
         if observe is not None:
@@ -210,13 +238,39 @@ class DecoderBlock(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Tensor | None) -> Tensor:
         if self.q_quantizer is not None:
             q = self.q_quantizer.fake_heads(q, exempt)
+        if self.rules is not None:
+            q = self.rules.attention.fake_query(q)
         packed = isinstance(cache, QuantizedKVCache) and isinstance(cache.layers[self.layer_index], QuantizedKVLayer)
         if not packed:
             k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, exempt)
             v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, exempt)
+            if self.rules is not None:
+                past = 0 if cache is None else cache.get_seq_length(self.layer_index)
+                k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
+
+    def _mlp(self, n2: Tensor, exempt: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, F]: activation(gate) * up."""
+        if not self._looks_at_gate(n2, exempt):
+            return self._activate(self.up(n2, exempt))
+        codes, ffn = self.up.quantize(n2), self.spec.ffn
+        gate = self.activation(self.up.product(codes, slice(0, ffn)))
+        live = gate.any(dim=0).nonzero().flatten()
+        if self.gate_first == "auto" and len(live) > ROW_DENSITY * ffn:
+            out = gate.mul_(self.up.product(codes, slice(ffn, 2 * ffn)))
+        else:
+            out = torch.zeros_like(gate)
+            out[:, live] = gate[:, live] * self.up.product(codes, ffn + live)
+        return out.view(*n2.shape[:-1], ffn)
+
+    def _looks_at_gate(self, n2: Tensor, exempt: Tensor | None) -> bool:
+        possible = self.spec.gated and self.spec.activation in ZERO_GATES and exempt is None
+        if self.gate_first == "never" or not possible or not isinstance(self.up, TernaryLinear) or self.up.kind == "fp":
+            return False
+        one_large = n2.shape[:-1].numel() == 1 and self.spec.ffn * self.spec.hidden >= GATE_FIRST_WEIGHTS
+        return self.gate_first == "always" or one_large
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self.spec.gated:

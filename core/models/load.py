@@ -29,7 +29,7 @@ from core.models.catalog import resolve
 from core.models.foreign import library_errors, quiet, tokenizer_errors
 from core.models.limits import check_memory
 from core.models.preflight import FolderReport, check_folder
-from core.models.preflight_config import check_architecture, check_config, check_layers
+from core.models.preflight_config import ONLINE_MASTERS, bitnet_format, check_architecture, check_config, check_layers
 from core.storage import verify
 
 if TYPE_CHECKING:
@@ -92,12 +92,17 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     progress("Checking the model's files", None)
     report = check_folder(resolved.path)
     check_architecture(report.config)
-    check_memory(report.parameters, bytes_per_parameter=dtype.itemsize)
-    _, adapter = _configuration(resolved.path, report)
+    check_memory(_memory_bytes(report, dtype), bytes_per_parameter=1)
+    config, adapter = _configuration(resolved.path, report)
     progress("Loading the tokenizer", 0.1)
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
-    model = _load_weights(resolved.path, report, dtype)
+    if bitnet_format(report.config) is None:
+        model = _load_weights(resolved.path, report, dtype)
+    else:
+        from core.models.bitnet_io import load_bitnet
+
+        model = load_bitnet(resolved.path, report, config)
     _check_vocabulary(model, tokenizer)
     progress("Checking the weights", 0.9)
     require_finite(model.state_dict().items())
@@ -142,6 +147,15 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             raise NumericError(f"{name} has {bad:,} NaN or infinite values: the weights are damaged, or too large for "
                                f"{str(tensor.dtype).removeprefix('torch.')}. Download the model again.",
                                code="E-NUM-NAN")
+
+
+def _memory_bytes(report: FolderReport, dtype: torch.dtype) -> int:
+    """Bytes of the loaded weights. Masters of ternary weights are packed while they are read and take one byte each, the
+    working copy included; packed ones take four for their four weights."""
+    if bitnet_format(report.config) != ONLINE_MASTERS:
+        return report.parameters * dtype.itemsize
+    outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
+    return report.parameters + (dtype.itemsize - 1) * outside
 
 
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:

@@ -32,12 +32,16 @@ _CAPS = (
 )
 """Largest accepted value of each size; the smallest is 1."""
 
+ONLINE_MASTERS = "masters"
+_LINEAR_CLASSES = ("autobitlinear", "bitlinear")
+_MODES = ("fp", "w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
+
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check a raw `config.json` at any depth: caps, types, divisibility, no code, not quantised already.
+    """Check a raw `config.json` at any depth: caps, types, divisibility, no code, not quantised except as BitNet.
 
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
@@ -48,9 +52,34 @@ def check_config(config: Mapping[str, Any]) -> None:
         _check_heads(table)
     if not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
-    if config.get("quantization_config"):
+    if bitnet_format(config) is None and config.get("quantization_config"):
         raise ModelError("These weights are quantised already. Choose the original model, so that Quantscope can "
                          "quantise it.", code="E-MODEL-BAD")
+
+
+def bitnet_format(config: Mapping[str, Any]) -> str | None:
+    """How a raw `config.json` says ternary weights are stored, None where it does not speak of any.
+
+    Returns: ONLINE_MASTERS (floating, to be rounded), "autobitlinear" (packed, weight_scale multiplies) or "bitlinear" (packed,
+        weight_scale divides).
+    Raises: ModelError E-MODEL-BAD for a BitNet configuration that is not one of these.
+    """
+    stored, own = config.get("quantization_config"), config.get("quantscope")
+    mode = own.get("mode") if isinstance(own, Mapping) else None
+    if own is not None and (not isinstance(own, Mapping) or mode not in _MODES or not _is_share(own.get("keep", 0.5))):
+        raise ModelError('config.json has a "quantscope" entry that is not understood: it needs a known mode, and keep above '
+                         "0 and up to 1.", code="E-MODEL-BAD")
+    if not stored:
+        return None if mode in (None, "fp") else ONLINE_MASTERS
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != "bitnet":
+        return None
+    kept = stored.get("modules_to_not_convert") or ["lm_head"]
+    kind, when = stored.get("linear_class", "bitlinear"), stored.get("quantization_mode", "offline")
+    if mode == "fp" or stored.get("use_rms_norm") or kept != ["lm_head"] or kind not in _LINEAR_CLASSES or (
+            when not in ("offline", "online")) or (kind == "bitlinear" and when == "online"):
+        raise ModelError("config.json describes a BitNet variant that is not read: use linear_class autobitlinear or "
+                         "bitlinear, all decoder linears ternary, no extra norm inside them.", code="E-MODEL-BAD")
+    return ONLINE_MASTERS if when == "online" else kind
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -123,6 +152,10 @@ def _check_size(table: Mapping[str, Any], key: str, cap: int) -> None:
     if value > cap:
         raise ModelError(f"config.json says {key} = {str(value)[:30]}; the limit is {cap:,}. Choose a smaller model.",
                          code="E-MODEL-SIZE")
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
 
 
 def _check_heads(table: Mapping[str, Any]) -> None:

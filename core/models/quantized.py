@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError
-from core.models.adapter import ModelAdapter, adapter_for
+from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
+from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
 from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress
 from core.models.shell import quantized_blocks, with_layers
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
+from core.quant.kv_cache_dynamic import AttentionBits
 from core.quant.linear import QuantLinear
+from core.quant.ternary_linear import TernaryLinear
 from core.storage import atomic_dir, check_target, verify
 
 FORMAT = 1
@@ -139,22 +143,23 @@ def _shell_tensors(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, T
 
 
 def _structure(block: DecoderBlock) -> dict[str, Any]:
-    linears = {
-        name: {
-            "bits": layer.bits,
-            "in_features": layer.in_features,
-            "input_bits": None if layer.quantizer is None else layer.quantizer.bits,
-        }
-        for name, layer in block.linears().items()
-    }
+    linears = {name: _linear_facts(layer) for name, layer in block.linears().items()}
     sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
     return {
         "linears": linears,
         "sites": sites,
         "softmax_bits": block.softmax_bits,
         "sink_tokens": block.sink_tokens,
+        "bitnet": None if block.rules is None else asdict(block.rules),
         "tensors": sorted(block.state_dict()),
     }
+
+
+def _linear_facts(layer: QuantLinear | TernaryLinear) -> dict[str, Any]:
+    if isinstance(layer, TernaryLinear):
+        return {"in_features": layer.in_features, "kind": layer.kind, "keep": layer.keep}
+    bits = None if layer.quantizer is None else layer.quantizer.bits
+    return {"bits": layer.bits, "in_features": layer.in_features, "input_bits": bits}
 
 
 def _build(
@@ -167,7 +172,7 @@ def _build(
         raise ValueError("block tensors are missing or left over")
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
         raise ValueError("a tensor holds NaN or infinity")
-    shell = _empty_shell(config)
+    shell = empty_shell(config)
     blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
     model = with_layers(shell, adapter, blocks)
     state = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
@@ -180,7 +185,7 @@ def _build(
     return model.eval().requires_grad_(False)
 
 
-def _empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
+def empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of one layer per kind, to be given its own layers: everything outside the layers has full size."""
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
@@ -204,27 +209,16 @@ def _block(
     def get(name: str) -> Tensor | None:
         return tensors.get(prefix + name)
 
-    for name in ("norm1", "norm2"):
+    for name in _norms(spec):
         norm = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
         norm.order = get(f"{name}.order")
         setattr(block, name, norm)
     for name in ("q_norm", "k_norm", "rope_order"):
         setattr(block, name, get(name))
     for name in _LINEARS:
-        entry = facts["linears"][name]
-        quantizer = _quantizer(entry["input_bits"], f"{prefix}{name}.quantizer.", tensors)
-        own = ("weight", "offsets") if entry["bits"] >= 16 else ("packed", "weight_scale", "weight_zero", "offsets")
-        setattr(
-            block,
-            name,
-            QuantLinear(
-                {n: tensors[f"{prefix}{name}.{n}"] for n in own},
-                bits=entry["bits"],
-                in_features=entry["in_features"],
-                bias=get(f"{name}.bias"),
-                quantizer=quantizer,
-            ),
-        )
+        setattr(block, name, _linear(facts["linears"][name], f"{prefix}{name}.", tensors))
+    if facts.get("bitnet") is not None:
+        block.rules = BitNetRules(**{**facts["bitnet"], "attention": AttentionBits(**facts["bitnet"]["attention"])})
     for site in _SITES:
         setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
     block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
@@ -232,6 +226,21 @@ def _block(
         raise ValueError("the structure of a layer and its tensors differ")
     _check(block)
     return block.eval()
+
+
+def _norms(spec: BlockSpec) -> tuple[str, ...]:
+    return ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ("norm1", "norm2")
+
+
+def _linear(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> QuantLinear | TernaryLinear:
+    bias = tensors.get(f"{prefix}bias")
+    if "kind" in entry:
+        own = {n: tensors[prefix + n] for n in ("packed", "weight_scale", "bounds")}
+        return TernaryLinear(own, in_features=entry["in_features"], bias=bias, kind=entry["kind"], keep=entry["keep"])
+    quantizer = _quantizer(entry["input_bits"], f"{prefix}quantizer.", tensors)
+    own = ("weight", "offsets") if entry["bits"] >= 16 else ("packed", "weight_scale", "weight_zero", "offsets")
+    own = {n: tensors[prefix + n] for n in own}
+    return QuantLinear(own, bits=entry["bits"], in_features=entry["in_features"], bias=bias, quantizer=quantizer)
 
 
 def _check(block: DecoderBlock) -> None:
@@ -246,6 +255,8 @@ def _check(block: DecoderBlock) -> None:
     fits = [(x.in_features, x.out_features) == sizes[name] for name, x in block.linears().items()]
     vectors = [(x.bias, x.out_features) for x in block.linears().values()]
     vectors += [(t, s.hidden) for norm in (block.norm1, block.norm2) for t in (norm.weight, norm.bias)]
+    if s.sub_norms:
+        vectors += [(block.attn_sub_norm.weight, s.width("o_in")), (block.ffn_sub_norm.weight, s.ffn)]
     vectors += [(block.q_norm, s.head_dim), (block.k_norm, s.head_dim)]
     fits += [t is None or t.shape == (width,) for t, width in vectors]
     fits += [(t is not None) == s.qk_norm for t in (block.q_norm, block.k_norm)]
@@ -266,9 +277,9 @@ def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> Act
     return ActivationQuantizer(bits, QParams(scale, zero), offsets)
 
 
-def modules_of(model: PreTrainedModel) -> list[QuantLinear]:
-    """Every quantised linear layer of a model."""
-    return [m for m in model.modules() if isinstance(m, QuantLinear)]
+def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:
+    """Every low-bit linear layer of a model."""
+    return [m for m in model.modules() if isinstance(m, (QuantLinear, TernaryLinear))]
 
 
 def parameters_of(model: nn.Module) -> int:

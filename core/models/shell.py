@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from core.models.adapter import ModelAdapter
 from core.models.block import DecoderBlock
 from core.quant.kv_cache import QuantizedKVCache
+from core.quant.kv_cache_dynamic import DynamicKVCache
 
 
 def with_layers(model: PreTrainedModel, adapter: ModelAdapter, layers: Iterable[nn.Module]) -> PreTrainedModel:
@@ -91,6 +92,8 @@ def quantized_blocks(model: PreTrainedModel, adapter: ModelAdapter) -> list[Deco
 def new_cache(model: PreTrainedModel, adapter: ModelAdapter) -> QuantizedKVCache | None:
     """An empty packed cache for a model with quantised keys and values, None when transformers' own cache fits."""
     blocks = quantized_blocks(model, adapter)
+    if blocks and all(b.rules is not None and b.rules.attention.packs for b in blocks):
+        return DynamicKVCache([b.rules.attention for b in blocks])
     if not any(b.k_quantizer is not None and b.v_quantizer is not None for b in blocks):
         return None
     return QuantizedKVCache([(b.k_quantizer, b.v_quantizer) for b in blocks], blocks[0].sink_tokens)

@@ -111,6 +111,8 @@ def query_offsets(clusters: ChannelClusters, spec: BlockSpec) -> Tensor:
 class RPTQ:
     """The method object: see the module's text. Plans are pure functions of statistics and recipe."""
 
+    keeps_ternary = False
+
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """The variant's count when any activation is quantised, else 0."""
         return rules_of(recipe).sink_tokens if recipe.tensor_bits.quantizes_activations else 0

@@ -1,0 +1,172 @@
+"""Keys and values of BitNet a4.8: symmetric unsigned codes, one scale per token and head, nothing calibrated.
+
+    Q = 2**(b - 1) - 1      s = max |x| / Q over one head of one token, stored in float16
+    u = round(x / s) clipped to -Q … Q, plus Q + 1      x ≈ (u - Q - 1) s      (b = 4: u in 1 … 15; code 0 never occurs)
+
+The first token of a sequence (bos) has bits of its own: the paper keeps it at 4 where the others have 3. Codes are written once
+and never touched again. Source: arXiv:2411.04965, section 2.3, which names absmax and unsigned integers; the offset and the scale
+per token and head are our reading. With left padding the first slot, padding or not, counts as the first token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.checks import FLOAT_BITS
+from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from kernels import pack, packed_width, unpack
+
+SCALE_BYTES = 2
+_SMALLEST, _LARGEST = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class AttentionBits:
+    """Bits of keys and values, of the first token's, and of queries: 2 to 8, or 16 for not quantised."""
+
+    kv: int = FLOAT_BITS
+    bos: int = 4
+    q: int = FLOAT_BITS
+
+    @property
+    def packs(self) -> bool:
+        """Whether keys and values are stored as codes."""
+        return self.kv < FLOAT_BITS
+
+    def fake_states(self, x: Tensor, past: int) -> Tensor:
+        """x̂ of keys or values [B, Hkv, T, E] whose first position is `past`."""
+        if not self.packs:
+            return x
+        out = fake_heads(x, self.kv)
+        if past == 0 and self.bos != self.kv:
+            out[:, :, :1] = fake_heads(x[:, :, :1], self.bos)
+        return out
+
+    def fake_query(self, q: Tensor) -> Tensor:
+        """q̂ of queries [B, H, T, E]."""
+        return q if self.q >= FLOAT_BITS else fake_heads(q, self.q)
+
+
+def head_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes 1 … 2**bits - 1 of x [..., E] uint8, and their scale [..., 1] float16."""
+    largest = 2 ** (bits - 1) - 1
+    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(_SMALLEST, _LARGEST).to(torch.float16)
+    codes = (x / scale.to(torch.float32)).round_().clamp_(-largest, largest).add_(largest + 1)
+    return codes.to(torch.uint8), scale
+
+
+def head_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Inverse of `head_codes`: [..., E] float32."""
+    return (codes.to(torch.float32) - 2 ** (bits - 1)).mul_(scale.to(torch.float32))
+
+
+def fake_heads(x: Tensor, bits: int) -> Tensor:
+    """x [..., E] as its codes say; a copy at 16 bits."""
+    return x.clone() if bits >= FLOAT_BITS else head_values(*head_codes(x, bits), bits)
+
+
+class DynamicStates:
+    """Keys or values of one layer, [B, Hkv, S, E]: the first token at its own bits (or in float), the others packed behind it.
+
+    Offers what `core.quant.kv_cache.PackedStates` offers.
+    """
+
+    def __init__(self, bits: AttentionBits) -> None:
+        self.bits = bits
+        self.length = self.dim = 0
+        self.first: tuple[Tensor, Tensor | None] | None = None  # packed codes and scale; values and None in float
+        self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E)]
+        self.scale: Tensor | None = None  # [B, Hkv, slots, 1] float16
+
+    def append(self, states: Tensor) -> Tensor:
+        """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        self.dim = states.shape[-1]
+        stop = self.length + states.shape[2]
+        if self.length == 0:
+            self.first = self._first(states[:, :, :1])
+            states = states[:, :, 1:]
+        codes, scale = head_codes(states, self.bits.kv)
+        start = stop - 1 - states.shape[2]
+        self._reserve(states, stop - 1)
+        self.packed[:, :, start : stop - 1] = pack(codes, self.bits.kv)
+        self.scale[:, :, start : stop - 1] = scale
+        self.length = stop
+        return self.read()
+
+    def read(self) -> Tensor:
+        """All states, dequantised: [B, Hkv, S, E] float32."""
+        codes, scale = self.first
+        first = codes if scale is None else head_values(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
+        rest = self.length - 1
+        codes = unpack(self.packed[:, :, :rest], self.bits.kv, self.dim)
+        return torch.cat([first, head_values(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored states: codes and scales of the filled slots."""
+        if self.first is None:
+            return 0
+        rest = self.length - 1
+        stored = (*self.first, self.packed[:, :, :rest], self.scale[:, :, :rest])
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.length = min(self.length, length)
+        if self.length == 0:
+            self.first = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat batch rows."""
+        if self.packed is not None:
+            self.packed, self.scale = self.packed.index_select(0, rows), self.scale.index_select(0, rows)
+        if self.first is not None:
+            self.first = tuple(None if t is None else t.index_select(0, rows) for t in self.first)
+
+    def _first(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.bits.bos >= FLOAT_BITS:
+            return state.clone(), None
+        codes, scale = head_codes(state, self.bits.bos)
+        return pack(codes, self.bits.bos), scale
+
+    def _reserve(self, like: Tensor, slots: int) -> None:
+        """Room for `slots` tokens behind the first, doubled when it runs out."""
+        if self.packed is not None and self.packed.shape[2] >= slots:
+            return
+        held = 0 if self.packed is None else self.packed.shape[2]
+        room, batch = max(slots, 2 * held), like.shape[:2]
+        packed = torch.empty(*batch, room, packed_width(self.dim, self.bits.kv), dtype=torch.uint8, device=like.device)
+        scale = torch.empty(*batch, room, 1, dtype=torch.float16, device=like.device)
+        if held:
+            packed[:, :, :held], scale[:, :, :held] = self.packed, self.scale
+        self.packed, self.scale = packed, scale
+
+
+class DynamicKVLayer(QuantizedKVLayer):
+    """One layer of `DynamicKVCache`."""
+
+    def __init__(self, bits: AttentionBits) -> None:
+        super(QuantizedKVLayer, self).__init__()
+        self.bits = bits
+        self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.key_states, self.value_states = DynamicStates(self.bits), DynamicStates(self.bits)
+
+
+class DynamicKVCache(QuantizedKVCache):
+    """Packed cache of a whole model whose keys and values are quantised per token and head: a layer per decoder block."""
+
+    def __init__(self, bits: list[AttentionBits]) -> None:
+        super(QuantizedKVCache, self).__init__(layers=[DynamicKVLayer(b) for b in bits])
+
+
+def dynamic_bytes_per_token(heads: int, dim: int, bits: AttentionBits, *, float_bytes: int = 4) -> int:
+    """Stored bytes of one token's keys (or values) in one layer; the first token of a sequence may differ."""
+    if not bits.packs:
+        return heads * dim * float_bytes
+    return heads * (packed_width(dim, bits.kv) + SCALE_BYTES)

@@ -1,0 +1,187 @@
+"""Linear layer with ternary weights and a dynamic quantiser on its input: the layer a BitNet model is made of.
+
+Weights are two bits each with one scale per projection: a fused q|k|v or gate|up keeps the scales of its parts (`bounds`). The
+input is quantised once per call, per token, and all parts share the codes. Integer and float arithmetic give the same bits
+(`kernels/ternary.py`). Source: BitNet a4.8 (arXiv:2411.04965), section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import BackendError
+from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
+from kernels import Backend, Choice, packed_width
+from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised input: codes [M, K] int8 and scale [M, 1] float32."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class TernaryLinear(nn.Module):
+    """y = x̂ Ŵᵀ + b with Ŵ = α t, t in {-1, 0, 1}, and x̂ quantised per token.
+
+    Saved buffers: `packed` [N, ceil(K / 4)] uint8, `weight_scale` [P] float32, `bounds` [P + 1] int32 (rows of the P projections,
+    0 … N), `bias` [N] or none. The working copy that a backend multiplies with is built on first use, is not part of the model,
+    and `release` drops it.
+
+    Args:
+        tensors: the saved buffers by name, without `bias`.
+        in_features: K.
+        kind: one of INPUT_KINDS, or "fp" for an input that stays in float.
+        keep: share of the input that kind "topk8" keeps.
+    Attributes:
+        sparse: "auto" skips zero codes of the input where that is cheaper, "always" and "never" force it; the result is the same.
+    Raises: ValueError if the tensors do not fit each other.
+    """
+
+    bits = 2
+
+    def __init__(
+        self, tensors: dict[str, Tensor], *, in_features: int, bias: Tensor | None = None, kind: str = "int8", keep: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, tensors["packed"].shape[0]
+        self.kind, self.keep, self.sparse = kind, keep, "auto"
+        self._check(tensors)
+        for name in ("packed", "weight_scale", "bounds"):
+            self.register_buffer(name, tensors[name].contiguous())
+        self.register_buffer("bias", bias)
+        self.quantizer = None  # QuantLinear's static quantiser: none here
+        self._working: Tensor | None = None
+        self._row_scale: Tensor | None = None
+        self.set_backend(Backend.AUTO)
+
+    @classmethod
+    def from_codes(
+        cls, parts: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, *, kind: str = "int8", keep: float = 0.5
+    ) -> TernaryLinear:
+        """Fuse projections given as (codes [n, K] int8 in {-1, 0, 1}, scale 0-dim) that read one input."""
+        codes = torch.cat([c for c, _ in parts])
+        bounds = torch.tensor([0, *(len(c) for c, _ in parts)]).cumsum(0).to(torch.int32)
+        scales = torch.stack([s.to(torch.float32).reshape(()) for _, s in parts])
+        tensors = {"packed": pack_ternary(codes), "weight_scale": scales, "bounds": bounds}
+        return cls(tensors, in_features=codes.shape[1], bias=bias, kind=kind, keep=keep)
+
+    @classmethod
+    def from_weights(
+        cls, parts: list[Tensor], bias: Tensor | None = None, *, kind: str = "int8", keep: float = 0.5
+    ) -> TernaryLinear:
+        """Round float projections [n, K] that read one input to ternary, each by its own mean."""
+        return cls.from_codes([ternary_absmean(p) for p in parts], bias, kind=kind, keep=keep)
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        bounds, rows = tensors["bounds"].tolist(), self.out_features
+        if bounds[0] != 0 or bounds[-1] != rows or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"the projections do not cover rows 0 … {rows}")
+        if tensors["packed"].shape != (rows, packed_width(self.in_features, 2)):
+            raise ValueError(f"packed weights of {self.in_features} inputs have another width")
+        if tensors["weight_scale"].shape != (len(bounds) - 1,) or not bool((tensors["weight_scale"] > 0).all()):
+            raise ValueError("every projection needs one positive scale")
+        if self.kind not in (*INPUT_KINDS, "fp") or not 0 < self.keep <= 1:
+            raise ValueError(f"input quantiser {self.kind[:20]!r} with keep {self.keep}")
+
+    def with_input(self, kind: str, keep: float) -> TernaryLinear:
+        """The same weights, shared, behind another input quantiser."""
+        tensors = {name: getattr(self, name) for name in ("packed", "weight_scale", "bounds")}
+        return TernaryLinear(tensors, in_features=self.in_features, bias=self.bias, kind=kind, keep=keep)
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose the implementation; drops the working copy.
+
+        Raises: BackendError if `backend` is asked for by name and cannot run this layer.
+        """
+        if backend is Backend.AUTO:
+            choice = self._automatic()
+        elif backend is Backend.REFERENCE or (backend is Backend.INT8 and self._automatic().backend is Backend.INT8):
+            choice = Choice(backend, "asked for")
+        elif backend is Backend.INT8:
+            raise BackendError(f"int8 cannot run this layer, {self._automatic().reason}: use reference")
+        else:
+            raise BackendError(f"{backend} does not run ternary layers: use reference or int8")
+        self.requested, self.choice = backend, choice
+        self.release()
+
+    def _automatic(self) -> Choice:
+        if self.kind == "fp":
+            return Choice(Backend.REFERENCE, "its input stays in float, so the product does too")
+        if self.packed.device.type != "cpu":
+            return Choice(Backend.REFERENCE, f"no integer path for ternary weights on {self.packed.device.type} yet")
+        return Choice(Backend.INT8, "ternary weights and integer codes multiply exactly in int8")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
+        """Moved to another device: choose again."""
+        super()._apply(fn, recurse)
+        self.set_backend(Backend.AUTO)
+        return self
+
+    def release(self) -> None:
+        """Drop the working copy."""
+        self._working = self._row_scale = None
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of the working copy at this moment."""
+        return 0 if self._working is None else self._working.numel() * self._working.element_size()
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, scales and row bounds included."""
+        stored = sum(t.numel() * t.element_size() for t in (self.packed, self.weight_scale, self.bounds))
+        return stored * 8 / (self.out_features * self.in_features)
+
+    def projections(self) -> list[tuple[Tensor, Tensor]]:
+        """(codes [n, K] int8, scale 0-dim) of every fused projection."""
+        codes = unpack_ternary(self.packed, self.in_features)
+        return list(zip(codes.split(self.bounds.diff().tolist()), self.weight_scale, strict=True))
+
+    def dequantized_weight(self) -> Tensor:
+        """Ŵ [N, K] float32."""
+        return torch.cat([codes.to(torch.float32) * scale for codes, scale in self.projections()])
+
+    def quantize(self, x: Tensor) -> Codes:
+        """Codes of x [..., K] as rows; not for kind "fp"."""
+        codes, scale = quantize_input(x.reshape(-1, self.in_features), self.kind, keep=self.keep)
+        return Codes(codes.to(torch.int8), scale)
+
+    def product(self, x: Codes, rows: slice | Tensor = slice(None)) -> Tensor:
+        """x̂ Ŵᵀ + b for some output rows, a slice or ascending indices: [M, n] float32."""
+        weight, scale = self._operands()
+        bias = None if self.bias is None else self.bias[rows]
+        sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary.py
+        y = ternary_product(x.codes, weight[rows], self.choice.backend, sparse_columns=sparse)
+        y = apply_scales(y, x.scale, scale[rows])
+        return y if bias is None else y.add_(bias)
+
+    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32. Rows where `exempt` [...] is True keep a float input."""
+        if self.kind == "fp":
+            weight, scale = self._operands()
+            y = nn.functional.linear(x, weight).mul_(scale)
+            return y if self.bias is None else y.add_(self.bias)
+        y = self.product(self.quantize(x)).view(*x.shape[:-1], self.out_features)
+        if exempt is not None:
+            rows = exempt.expand(x.shape[:-1])
+            y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
+        return y
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """(t [N, K] in the backend's type, α [N] float32)."""
+        if self._working is None:
+            ternary = unpack_ternary(self.packed, self.in_features)
+            self._working = ternary if self.choice.backend is Backend.INT8 else ternary.to(torch.float32)
+            self._row_scale = self.weight_scale.repeat_interleave(self.bounds.diff())
+        return self._working, self._row_scale
+
+    def extra_repr(self) -> str:
+        """Shape, input and backend for `print(model)`."""
+        return f"{self.in_features} → {self.out_features}, ternary, input {self.kind}, {self.choice.backend}"

@@ -1,0 +1,132 @@
+"""Keys and values per token and head: codes, bytes, and a cache that never touches what it has stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.models.bitnet import BitNetRules
+from core.models.block import DecoderBlock
+from core.models.shell import new_cache, with_layers
+from core.models.tiny import tiny_model
+from core.quant.kv_cache_dynamic import (
+    AttentionBits,
+    DynamicKVCache,
+    DynamicStates,
+    dynamic_bytes_per_token,
+    fake_heads,
+    head_codes,
+)
+from tests.core.tools import float_blocks, in_steps, relative, tokens
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model_with(bits: AttentionBits | None):
+    """A tiny float BitNet whose attention runs at these bits; weights stay in float."""
+    loaded = tiny_model("bitnet")
+    blocks: list[DecoderBlock] = float_blocks(loaded)
+    for block in blocks:
+        block.rules = None if bits is None else BitNetRules("w1.58a8", attention=bits)
+    return with_layers(loaded.model, loaded.adapter, blocks), loaded.adapter
+
+
+def test_codes_by_hand():
+    codes, scale = head_codes(torch.tensor([[0.7, -0.7, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]]), 4)
+    assert codes.tolist() == [[15, 1, 9, 8], [8, 8, 8, 8]]
+    assert scale.dtype == torch.float16 and scale[0].item() == pytest.approx(0.1, rel=1e-3)
+    codes, _ = head_codes(torch.tensor([[0.7, -0.7, 0.1, 0.0]]), 3)
+    assert codes.tolist() == [[7, 1, 4, 4]]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_codes_stay_in_range_and_zero_never_occurs(bits):
+    codes, scale = head_codes(gaussian(200, 3, 64) * torch.logspace(-6, 5, 200)[:, None, None], bits)
+    assert codes.min() == 1 and codes.max() == 2**bits - 1
+    assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
+
+
+@pytest.mark.parametrize(("bits", "decibels"), [(4, 19.25), (3, 11.92)])
+def test_noise_on_gaussian_heads(bits, decibels):
+    x = gaussian(4000, 64)
+    noise = (x - fake_heads(x, bits)).square().sum()
+    assert float(10 * torch.log10(x.square().sum() / noise)) == pytest.approx(decibels, abs=0.15)
+
+
+@pytest.mark.parametrize("bits", [AttentionBits(3), AttentionBits(4), AttentionBits(8), AttentionBits(3, bos=16)], ids=str)
+def test_appending_never_changes_what_is_stored(bits):
+    states = gaussian(2, 3, 20, 16)
+    whole, steps = DynamicStates(bits), DynamicStates(bits)
+    expected = whole.append(states)
+    assert torch.equal(expected, bits.fake_states(states, 0))
+    seen: list[torch.Tensor] = []
+    start = 0
+    for size in (1, 4, 1, 7, 7):
+        found = steps.append(states[:, :, start : start + size])
+        start += size
+        assert torch.equal(found, expected[:, :, :start])
+        stored = steps.packed[:, :, : start - 1].clone()
+        assert all(torch.equal(old, stored[:, :, : old.shape[2]]) for old in seen)
+        seen.append(stored)
+    assert steps.nbytes == whole.nbytes
+
+
+def test_the_first_token_has_bits_of_its_own():
+    states = gaussian(1, 2, 5, 16)
+    found = DynamicStates(AttentionBits(3, bos=4)).append(states)
+    assert torch.equal(found[:, :, :1], fake_heads(states[:, :, :1], 4))
+    assert torch.equal(found[:, :, 1:], fake_heads(states[:, :, 1:], 3))
+    found = DynamicStates(AttentionBits(3, bos=16)).append(states)
+    assert torch.equal(found[:, :, :1], states[:, :, :1])
+
+
+@pytest.mark.parametrize(("bits", "bos", "token", "first"), [(3, 4, 8, 10), (4, 4, 10, 10), (3, 16, 8, 64), (8, 8, 18, 18)])
+def test_bytes_are_counted(bits, bos, token, first):
+    rule = AttentionBits(bits, bos=bos)
+    cache = DynamicKVCache([rule, rule])
+    for layer in range(2):
+        cache.update(gaussian(1, 3, 9, 16), gaussian(1, 3, 9, 16), layer)
+    assert cache.nbytes == 2 * 2 * 3 * (first + 8 * token)
+    assert dynamic_bytes_per_token(3, 16, rule) == 3 * token
+    assert dynamic_bytes_per_token(5, 128, AttentionBits(4)) == 5 * (64 + 2), "3.9 times less than 16 bits"
+    assert dynamic_bytes_per_token(5, 128, AttentionBits(3)) == 5 * (48 + 2)
+
+
+def test_cropping_selecting_and_resetting():
+    rule, states = AttentionBits(3), gaussian(3, 2, 9, 16)
+    cache = DynamicKVCache([rule])
+    cache.update(states, states, 0)
+    cache.crop(5)
+    assert cache.get_seq_length() == 5
+    keys, _ = cache.update(states[:, :, 5:6], states[:, :, 5:6], 0)
+    assert torch.equal(keys, rule.fake_states(states[:, :, :6], 0))
+    cache.reorder_cache(torch.tensor([2, 0]))
+    assert torch.equal(cache.layers[0].key_states.read(), keys[[2, 0]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].key_states.read(), keys[[2, 2, 0, 0]])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    keys, _ = cache.update(states, states, 0)
+    assert torch.equal(keys, rule.fake_states(states, 0))
+
+
+@pytest.mark.parametrize("bits", [AttentionBits(3), AttentionBits(4, q=4), AttentionBits(8), AttentionBits(3, bos=16)], ids=str)
+def test_decoding_with_the_cache_equals_prefill(bits):
+    model, adapter = model_with(bits)
+    ids = tokens(2, 20, seed=3)
+    expected = model(ids).logits
+    cache = new_cache(model, adapter)
+    assert isinstance(cache, DynamicKVCache)
+    assert relative(in_steps(model, ids, cache), expected) < 1e-5
+    assert relative(in_steps(model, ids), expected) < 1e-5, "transformers' own cache holds the rounded states"
+    plain, _ = model_with(None)
+    assert relative(plain(ids).logits, expected) > 1e-3, "the bits act"
+
+
+def test_sixteen_bits_are_the_unquantised_model():
+    model, adapter = model_with(AttentionBits())
+    plain, _ = model_with(None)
+    ids = tokens(2, 20)
+    assert torch.equal(model(ids).logits, plain(ids).logits) and new_cache(model, adapter) is None
