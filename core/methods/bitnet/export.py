@@ -1,0 +1,185 @@
+"""From a run's checkpoint to a model folder: weights, tokenizer, `card.json` and `README.md`.
+
+Float models are stored as float16 safetensors; BitNet models in the packed 2-bit format of `core/models/bitnet_io.py`. What
+the card says is measured on the written folder's source, the float32 masters in the mode of the last step: perplexity on
+non-overlapping windows of the training context, every token but the first of a window predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from core.calibration.data import resolve_text, tokenize
+from core.errors import ArtifactError, InputError
+from core.methods.bitnet.bitlinear import set_mode
+from core.methods.bitnet.checkpoint import load_weights, read_state
+from core.methods.bitnet.config import TrainConfig
+from core.methods.bitnet.corpus import NAMED, load_corpus, load_tokenizer
+from core.methods.bitnet.train import LATEST, LOG, held_out_loss, read_log
+from core.storage import atomic_dir, check_target
+
+Progress = Callable[[str, float | None], None]
+
+SHARD = "8MB"
+CURVE_POINTS = 60
+LICENCES = {"tinystories_mix.txt": "CDLA-Sharing-1.0", "children_simple.txt": "public domain", "sotu": "public domain"}
+"""Terms of the texts we know; of any other text the card says that they are unknown."""
+
+_LICENCE = "Apache-2.0"
+
+
+def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda text, fraction: None) -> dict[str, Any]:
+    """Write the latest checkpoint of a finished run as a folder that `load_model` reads.
+
+    Args: run: its folder. out: the model folder, new, empty or written by Quantscope.
+    Returns: the card. Raises: ArtifactError (no run, unfinished, damaged), InputError E-PARAM-OUT, ResourceError E-DISK.
+    """
+    run, out = Path(run), Path(out)
+    check_target(out)
+    config, document, model, tokenizer = load_run(run)
+    measured = measure(model, tokenizer, config, progress=progress)
+    card = _card(config, document, read_log(run / LOG), measured)
+    progress("Writing the model", None)
+    if config.architecture == "bitnet":
+        from core.models.bitnet_io import save_bitnet
+
+        save_bitnet(out, model, tokenizer, mode=config.mode_at(config.steps), keep=config.keep, card=card)
+    else:
+        with atomic_dir(out) as stage:
+            model.half().save_pretrained(stage, max_shard_size=SHARD)
+            tokenizer.save_pretrained(stage)
+            (stage / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+            (stage / "README.md").write_text(readme(card), encoding="utf-8")
+    return card
+
+
+def load_run(
+    run: Path | str, *, finished: bool = True
+) -> tuple[TrainConfig, dict[str, Any], PreTrainedModel, PreTrainedTokenizerFast]:
+    """Configuration, `run.json`, the model with the latest masters in its last mode, and the tokenizer.
+
+    Args: finished: refuse a run that has not reached its last step.
+    Raises: ArtifactError.
+    """
+    run = Path(run)
+    try:
+        document = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        config = TrainConfig.from_dict(document["config"])
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        raise ArtifactError(f"{run.name!r} is no training run: name the --out of train.") from error
+    state = read_state(run / LATEST)
+    if finished and state["step"] < config.steps:
+        raise ArtifactError(f"The run {run.name!r} is at step {state['step']:,} of {config.steps:,}: finish it with --resume.")
+    model = config.build_model()
+    load_weights(run / LATEST, model)
+    if config.architecture == "bitnet":
+        set_mode(model, config.mode_at(state["step"]), inputs=config.inputs)
+    return config, document, model.eval().requires_grad_(False), load_tokenizer(run / "tokenizer.json")
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainConfig,
+    *,
+    windows: int = 128,
+    progress: Progress = lambda text, fraction: None,
+) -> dict[str, dict[str, float]]:
+    """Perplexity ± standard error on what training never saw: the files' held-out tail, and the other half of named texts.
+
+    Args: windows: at most so many of each.
+    Returns: name → perplexity, stderr, nll, tokens.
+    """
+    texts: dict[str, Tensor] = {}
+    tail = load_corpus(config.texts, vocab=config.vocab, progress=progress).held_out
+    if len(tail) >= config.seq:
+        texts["held-out tail of the files"] = tail
+    for name, _ in config.texts:
+        if name in NAMED:
+            source = resolve_text(name, split="evaluation")
+            texts[f"{name}, held-out half"] = tokenize(source.text, tokenizer, max_tokens=windows * config.seq)
+    measured = {}
+    for index, (name, tokens) in enumerate(texts.items()):
+        progress(f"Measuring on {name}", index / len(texts))
+        losses = held_out_loss(model, tokens, seq=config.seq, windows=windows)
+        perplexity = math.exp(losses.mean())
+        spread = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else 0.0
+        measured[name] = {
+            "perplexity": perplexity,
+            "stderr": perplexity * spread,
+            "nll": float(losses.mean()),
+            "tokens": len(losses) * config.seq,
+        }
+    return measured
+
+
+def readme(card: dict[str, Any]) -> str:
+    """The model card as Markdown."""
+    data = "".join(
+        f"- {s['name']} × {s['repeat']}: {s['description']}; {s['tokens']:,} tokens, {s['licence']}\n" for s in card["data"]
+    )
+    results = "".join(
+        f"| {name} | {m['perplexity']:.2f} ± {m['stderr']:.2f} | {m['tokens']:,} |\n" for name, m in card["measured"].items()
+    )
+    curve = "".join(f"| {point['tokens']:,} | {point['loss']:.3f} |\n" for point in card["curve"][:: max(1, CURVE_POINTS // 12)])
+    return (
+        f"# {card['title']}\n\n{card['description']}\n\n{card['parameters']:,} parameters, {card['tokens']:,} training "
+        f"tokens, context {card['config']['seq']}. Licence of the weights: {card['licence']}.\n\n## Data\n\n{data}\n"
+        f"## Perplexity\n\n{card['protocol']}\n\n| text | perplexity | tokens |\n|---|---|---|\n{results}\n"
+        f"## Training loss\n\n| tokens | nats per token |\n|---|---|\n{curve}\n"
+        f"{card['hardware']}; {', '.join(f'{k} {v}' for k, v in card['versions'].items())}. "
+        "For demonstration: it writes simple stories and speeches, and knows nothing.\n"
+    )
+
+
+def _card(
+    config: TrainConfig, document: dict[str, Any], log: list[dict[str, Any]], measured: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What `catalog.py` reads (title, description, licence, source), and how the model came about."""
+    mode, million = config.mode_at(config.steps), document["parameters"] / 1e6
+    tokens = config.steps * config.batch * config.seq
+    kind = {"llama": "Llama, float", "opt": "OPT, float"}.get(config.architecture, f"BitNet {_MODE_TITLES.get(mode, mode)}")
+    data = [source | {"licence": LICENCES.get(str(source["name"]), "terms unknown")} for source in document["corpus"]]
+    terms = sorted({str(s["licence"]) for s in data} - {"public domain"})
+    return {
+        "title": f"{kind}, {million:.1f}M",
+        "description": f"A demonstration model of {config.layers} layers, trained from scratch on {tokens:,} "
+        f"tokens of {' and '.join(str(s['name']) for s in data)}.",
+        "licence": _LICENCE if not terms else f"{_LICENCE}; texts {', '.join(terms)}",
+        "source": f"part of this installation, trained from scratch by configuration {config.name}",
+        "name": config.name,
+        "mode": mode,
+        "parameters": document["parameters"],
+        "tokens": tokens,
+        "data": data,
+        "measured": measured,
+        "protocol": f"Non-overlapping windows of {config.seq} tokens, every token but the first predicted; ± is the standard "
+        "error over windows; float32 masters.",
+        "curve": thin(log),
+        "config": config.to_dict(),
+        "hardware": document["hardware"],
+        "versions": document["versions"],
+        "date": document["date"],
+    }
+
+
+_MODE_TITLES = {"w1.58a8": "b1.58", "a4.8": "a4.8", "a4.8-fp4": "a4.8 (FP4)"}
+
+
+def thin(log: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dict[str, Any]]:
+    """At most `points` entries of a log, each with the mean loss of the steps since the one before."""
+    width = max(1, math.ceil(len(log) / points))
+    groups = [log[start : start + width] for start in range(0, len(log), width)]
+    curve = []
+    for group in groups:
+        point = {"step": group[-1]["step"], "tokens": group[-1]["tokens"], "loss": sum(e["loss"] for e in group) / len(group)}
+        held = [e["held_out_loss"] for e in group if "held_out_loss" in e]
+        curve.append(point | ({"held_out_loss": held[-1]} if held else {}))
+    return curve
