@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
 from core.errors import InputError
 
@@ -47,6 +49,31 @@ def require_text(name: str, value: object, remedy: str) -> str:
     if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
         raise InputError(remedy, code=param_code(name))
     return value
+
+
+def parse_float(name: str, text: str) -> float:
+    """A finite number in ASCII. Raises InputError naming the field."""
+    text = str(text).strip()
+    try:
+        value = float(text) if text.isascii() and len(text) < 30 else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{name} is {text[:40]!r}: write a number.", code=param_code(name))
+    return value
+
+
+def require_keys(what: str, data: object, kind: type) -> dict[str, Any]:
+    """`data` if it is a dict with no key but the fields of the dataclass `kind`. Raises InputError otherwise."""
+    names = {entry.name for entry in fields(kind)}
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise InputError(f"{what} is not a JSON object: give its fields by name.", code=param_code(what))
+    unknown = sorted(set(data) - names)
+    if unknown:
+        raise InputError(
+            f"{what} has an unknown field {unknown[0][:40]!r}: known are {', '.join(sorted(names))}.", code=param_code(what)
+        )
+    return data
 
 
 def param_code(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from core.checks import FLOAT_BITS, param_code, parse_int, require_bits, require_choice, require_int, require_text
+from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
 
 SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
@@ -24,6 +24,9 @@ REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("m
 METHODS = ("rptq", "rtn", "bitnet")
 WEIGHT_METHODS = ("gptq", "rtn")
 VARIANTS = ("default", "official", "strict")
+BITNET_MODES = ("w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
+"""Activation rules of BitNet, all with ternary weights: `core.quant.bitnet.MODES` says what each does."""
+
 PER_CHANNEL = 65536
 """A cluster count at least as large as any width: one cluster per channel."""
 
@@ -147,6 +150,47 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class BitNetOptions:
+    """What the method "bitnet" is asked for: scheme, bits, clusters and weights of the recipe do not concern it.
+
+    Attributes:
+        mode: one of BITNET_MODES; keep: share of o_in that TopK keeps, above 0 and up to 1.
+        kv_bits, bos_bits, q_bits: of keys and values, of the first token's, and of queries; 2 to 8, or 16 for not quantised.
+    """
+
+    mode: str = "a4.8"
+    keep: float = 0.5
+    kv_bits: int = 16
+    bos_bits: int = 4
+    q_bits: int = 16
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, BITNET_MODES)
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise InputError(f"keep is {str(self.keep)[:40]!r}: use a share above 0 and up to 1.", code="E-PARAM-KEEP")
+        object.__setattr__(self, "keep", float(self.keep))
+        for name in ("kv_bits", "bos_bits", "q_bits"):
+            require_bits(name, getattr(self, name))
+
+    def describe(self) -> str:
+        """Short text: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
+        parts = [self.mode if self.keep == 0.5 else f"{self.mode} (keeps {self.keep:g})"]
+        if self.kv_bits < FLOAT_BITS:
+            first = "" if self.bos_bits == self.kv_bits else f", first token {self.bos_bits}"
+            parts.append(f"KV {self.kv_bits} bits{first}")
+        if self.q_bits < FLOAT_BITS:
+            parts.append(f"Q {self.q_bits} bits")
+        return " · ".join(parts)
+
+    @property
+    def tensor_bits(self) -> Bits:
+        """Bits of every tensor as they are stored or multiplied; ternary weights take 2."""
+        inputs = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8)}.get(self.mode, (4, 4, 4, 4))
+        names = ("attn_in", "o_in", "mlp_in", "down_in")
+        return Bits(weights=2, q=self.q_bits, k=self.kv_bits, v=self.kv_bits, **dict(zip(names, inputs, strict=True)))
+
+
+@dataclass(frozen=True)
 class QuantRecipe:
     """Everything that decides a quantised model. Equal recipes give equal models; `hash` names them.
 
@@ -155,6 +199,7 @@ class QuantRecipe:
         scheme: one of SCHEMES, or "custom" with `bits` given.
         variant: "default" (better rules), "official" (the published code's rules), "strict" (default rules with the
             norm outputs at the scheme's activation bits).
+        bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
     """
 
     model: str
@@ -167,6 +212,7 @@ class QuantRecipe:
     variant: str = "default"
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
+    bitnet: BitNetOptions | None = None
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -181,10 +227,19 @@ class QuantRecipe:
             raise InputError(
                 "Own bits go with scheme custom, and scheme custom needs bits: give both or neither.", code="E-PARAM-BITS"
             )
+        if self.method == "bitnet" and self.bitnet is None:
+            object.__setattr__(self, "bitnet", BitNetOptions())
+        if self.method != "bitnet" and self.bitnet is not None:
+            raise InputError(
+                f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out.",
+                code="E-PARAM-BITNET",
+            )
 
     @property
     def tensor_bits(self) -> Bits:
         """Bits of every tensor, the variant applied."""
+        if self.bitnet is not None:
+            return self.bitnet.tensor_bits
         bits = self.bits or SCHEMES[self.scheme]
         if self.variant == "strict" and self.scheme != "custom":
             bits = replace(bits, attn_in=bits.o_in, mlp_in=bits.o_in)
@@ -196,8 +251,8 @@ class QuantRecipe:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse."""
-        return asdict(self)
+        """Plain JSON types; `from_dict` is the inverse. Options of another method are left out, so hashes outlive them."""
+        return {name: value for name, value in asdict(self).items() if name != "bitnet" or value is not None}
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
@@ -206,13 +261,15 @@ class QuantRecipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
         """Inverse of `to_dict`. Raises InputError on an unknown or badly typed field."""
-        data = dict(_require_keys("recipe", data, cls))
+        data = dict(require_keys("recipe", data, cls))
         if data.get("bits") is not None:
-            data["bits"] = Bits(**_require_keys("bits", data["bits"], Bits))
+            data["bits"] = Bits(**require_keys("bits", data["bits"], Bits))
         if "clusters" in data:
-            data["clusters"] = Clusters(**_require_keys("clusters", data["clusters"], Clusters))
+            data["clusters"] = Clusters(**require_keys("clusters", data["clusters"], Clusters))
         if "calibration" in data:
-            data["calibration"] = Calibration(**_require_keys("calibration", data["calibration"], Calibration))
+            data["calibration"] = Calibration(**require_keys("calibration", data["calibration"], Calibration))
+        if data.get("bitnet") is not None:
+            data["bitnet"] = BitNetOptions(**require_keys("bitnet", data["bitnet"], BitNetOptions))
         if "model" not in data:
             raise InputError('The recipe names no model: add "model".', code="E-PARAM-MODEL")
         return cls(**data)
@@ -244,6 +301,7 @@ class QuantRecipe:
             "window": self.calibration.window,
             "seed": self.seed,
             "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
+            "bitnet": ",".join(f"{k}={v}" for k, v in asdict(self.bitnet).items()) if self.bitnet else "",
         }
         return urlencode({k: v for k, v in pairs.items() if v != ""})
 
@@ -264,6 +322,8 @@ class QuantRecipe:
             changes.setdefault("revision", None)
         if "scheme" in given:
             changes["bits"] = None
+        if "method" in given or "bitnet" in given:
+            changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
         if "clusters" in given:
             changes["clusters"] = Clusters.parse(given["clusters"])
         if "bits" in given:
@@ -281,6 +341,8 @@ class QuantRecipe:
     def describe_bits(self) -> str:
         """What a scheme's name hides: "W4A4 (norm outputs 8, softmax 8)"; "W4A8" hides nothing."""
         bits = self.tensor_bits
+        if self.bitnet is not None:
+            return self.bitnet.describe()
         if self.scheme == "custom":
             return "custom (" + ", ".join(f"{k} {v}" for k, v in asdict(bits).items()) + ")"
         if not bits.quantizes_activations:
@@ -297,6 +359,8 @@ class QuantRecipe:
     def label(self) -> str:
         """One line for tables: method, bits with what stays wider, clusters, weight method, variant."""
         parts = [self.method.upper(), self.describe_bits()]
+        if self.method == "bitnet":
+            return " · ".join(parts)
         if self.method == "rptq":
             parts.append(self.clusters.describe())
         parts.append(self.weights.upper() if self.tensor_bits.weights < FLOAT_BITS else "float weights")
@@ -320,13 +384,9 @@ def parse_bits(text: str) -> Bits:
     return Bits(**chosen)
 
 
-def _require_keys(what: str, data: object, kind: type) -> dict[str, Any]:
-    names = {entry.name for entry in fields(kind)}
-    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
-        raise InputError(f"{what} is not a JSON object: give its fields by name.", code=param_code(what))
-    unknown = sorted(set(data) - names)
-    if unknown:
-        raise InputError(
-            f"{what} has an unknown field {unknown[0][:40]!r}: known are {', '.join(sorted(names))}.", code=param_code(what)
-        )
-    return data
+def parse_bitnet(text: str) -> BitNetOptions:
+    """Read "mode=a4.8,kv_bits=3": what is left out keeps its default. Raises InputError naming the part that does not fit."""
+    readers = {"mode": lambda name, value: value, "keep": parse_float}
+    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip()]
+    chosen = {key: readers.get(key, parse_int)(key[:20], "".join(value)) for key, *value in pairs}
+    return BitNetOptions(**require_keys("bitnet", chosen, BitNetOptions))
