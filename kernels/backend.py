@@ -7,16 +7,18 @@ from enum import StrEnum
 
 
 class Backend(StrEnum):
-    """Implementations of the low-bit linear layer.
+    """Implementations of an op.
 
-    AUTO       let `select_linear_backend` choose per layer, and say why
-    REFERENCE  dequantise the packed weight to float32 once, float32 matrix product; readable, always runs
-    INT8       integer codes on both sides, `torch._int_mm` per cluster, scales in the epilogue
+    AUTO       let the op choose: for linear layers `select_linear_backend`, which says why; else Triton for CUDA tensors
+    REFERENCE  plain torch: a linear layer dequantises its packed weight to float32 once; readable, always runs
+    INT8       linear layers: integer codes on both sides, `torch._int_mm` per cluster, scales in the epilogue
+    TRITON     the op's Triton kernel, on CUDA tensors (or on CPU tensors in Triton's interpreter, for tests)
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     INT8 = "int8"
+    TRITON = "triton"
 
 
 @dataclass(frozen=True)
