@@ -188,6 +188,7 @@ def save_bitnet(
     mode: str,
     keep: float = 0.5,
     card: dict[str, Any],
+    readme: str | None = None,
 ) -> None:
     """Write a trained model as a folder that `load_model` and transformers read; an earlier one is replaced in one step.
 
@@ -197,7 +198,7 @@ def save_bitnet(
     Args:
         model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
         mode: what the model was trained for, a key of `MODES`; keep: TopK's share.
-        card: for the catalogue: title, description, licence, and what else should be kept.
+        card: for the catalogue: title, description, licence, and what else should be kept. readme: text of README.md.
     Raises: InputError E-PARAM-MODE, E-PARAM-CARD; E-PARAM-MODEL if four does not divide a projection's rows.
     """
     if mode not in MODES:
@@ -220,6 +221,8 @@ def save_bitnet(
         (stage / "generation_config.json").write_text(model.generation_config.to_json_string())
         tokenizer.save_pretrained(stage)
         (stage / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False))
+        if readme is not None:
+            (stage / "README.md").write_text(readme, encoding="utf-8")
 
 
 def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:

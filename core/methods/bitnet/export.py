@@ -23,6 +23,7 @@ from core.methods.bitnet.checkpoint import load_weights, read_state
 from core.methods.bitnet.config import TrainConfig
 from core.methods.bitnet.corpus import NAMED, load_corpus, load_tokenizer
 from core.methods.bitnet.train import LATEST, LOG, held_out_loss, read_log
+from core.models.bitnet_io import save_bitnet
 from core.storage import atomic_dir, check_target
 
 Progress = Callable[[str, float | None], None]
@@ -48,15 +49,15 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda 
     card = _card(config, document, read_log(run / LOG), measured)
     progress("Writing the model", None)
     if config.architecture == "bitnet":
-        from core.models.bitnet_io import save_bitnet
-
-        save_bitnet(out, model, tokenizer, mode=config.mode_at(config.steps), keep=config.keep, card=card)
-    else:
-        with atomic_dir(out) as stage:
-            model.half().save_pretrained(stage, max_shard_size=SHARD)
-            tokenizer.save_pretrained(stage)
-            (stage / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-            (stage / "README.md").write_text(readme(card), encoding="utf-8")
+        model.get_input_embeddings().half()  # the projections stay float32: they are rounded to ternary once
+        mode = config.mode_at(config.steps)
+        save_bitnet(out, model, tokenizer, mode=mode, keep=config.keep, card=card, readme=readme(card))
+        return card
+    with atomic_dir(out) as stage:
+        model.half().save_pretrained(stage, max_shard_size=SHARD)
+        tokenizer.save_pretrained(stage)
+        (stage / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (stage / "README.md").write_text(readme(card), encoding="utf-8")
     return card
 
 

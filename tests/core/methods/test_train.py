@@ -282,9 +282,10 @@ def test_json_and_toml_say_the_same(place, tmp_path):
 # export
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_a_float_run_becomes_a_model_folder(place, tmp_path, architecture):
-    config = tiny(place, architecture=architecture, mode="fp", tokens=30 * 64)
+@pytest.mark.parametrize(("architecture", "mode"), [("llama", "fp"), ("opt", "fp"), ("bitnet", "w1.58a8"), ("bitnet", "a4.8")])
+def test_a_run_becomes_a_model_folder(place, tmp_path, architecture, mode):
+    """The loaded model, packed and native for BitNet, scores what the masters scored."""
+    config = tiny(place, architecture=architecture, mode=mode, tokens=30 * 64)
     train(config, tmp_path / "run")
     card = export_run(tmp_path / "run", tmp_path / "model")
     assert {"title", "description", "licence", "source"} <= set(card) and "terms unknown" in card["licence"]
