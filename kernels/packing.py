@@ -32,6 +32,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns: [..., packed_width(K, bits)] uint8, contiguous.
     Raises: ValueError if bits is outside 1..8 or codes are not uint8.
     """
+    if codes.is_cuda:
+        from kernels import pack_kernels
+
+        return pack_kernels.pack(codes, bits)
+    return pack_reference(codes, bits)
+
+
+def pack_reference(codes: Tensor, bits: int) -> Tensor:
+    """`pack` in plain torch."""
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes are {codes.dtype}; pack takes torch.uint8")
     planes, shift = [], 0
@@ -51,6 +60,15 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     Returns: [..., K] uint8.
     Raises: ValueError if the packed row length does not fit `width` and `bits`.
     """
+    if packed.is_cuda:
+        from kernels import pack_kernels
+
+        return pack_kernels.unpack(packed, bits, width)
+    return unpack_reference(packed, bits, width)
+
+
+def unpack_reference(packed: Tensor, bits: int, width: int) -> Tensor:
+    """`unpack` in plain torch."""
     if packed.shape[-1] != packed_width(width, bits):
         raise ValueError(f"a row of {width} {bits}-bit codes takes {packed_width(width, bits)} bytes, not {packed.shape[-1]}")
     codes, shift, start = None, 0, 0
