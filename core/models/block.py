@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
-from core.quant.activation import ActivationQuantizer
+from core.quant.activation import ActivationQuantizer, Exempt
 from core.quant.attention import attend
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from core.quant.ternary_linear import TernaryLinear
@@ -39,7 +39,7 @@ GATE_FIRST_WEIGHTS = 2**22
 class FloatLinear(nn.Linear):
     """`nn.Linear` with QuantLinear's call: the exemption mask is accepted and has nothing to do."""
 
-    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
         return functional.linear(x, self.weight, self.bias)
 
@@ -81,7 +81,7 @@ class ReorderNorm(nn.Module):
         else:
             factor, shift = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps), None
         if self.order is not None:
-            x = x.index_select(-1, self.order)
+            x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
         y = x * factor if shift is None else (x - shift).mul_(factor)
         if self.weight is not None:
             y.mul_(self.weight)
@@ -201,41 +201,48 @@ class DecoderBlock(nn.Module):
             observe("down_in", mlp)
         return self.down(mlp, exempt).add_(h)
 
-    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
-        """[B or 1, T] bool, True for sink tokens; None when there are none."""
+    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Exempt | None:
+        """Which tokens are sinks; None when there are none."""
         if self.sink_tokens == 0:
             return None
         if position_ids is None:
             past = cache.get_seq_length(self.layer_index) if cache is not None else 0
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+            return min(max(0, self.sink_tokens - past), x.shape[1]) or None
         mask = position_ids < self.sink_tokens
-        return mask if bool(mask.any()) else None
+        first = int(mask[0].sum())
+        same = int(mask.sum()) == first * len(mask) and bool(mask[:, :first].all())
+        return (first or None) if same else mask
 
     def _project(
-        self, n1: Tensor, exempt: Tensor | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
+        self, n1: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
-        heads = self.qkv(n1, exempt).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim)).transpose(1, 2)
-        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
+        heads = self.qkv(n1, exempt).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim))  # [B, T, H + 2 Hkv, E]
+        qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=2)
         if s.qk_norm:
-            q, k = _rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)
+            q, k = qk.split((s.heads, s.kv_heads), dim=2)
+            qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
         if s.rope:
-            cos, sin = (t.unsqueeze(1) for t in rotary)
-            q, k = q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+            cos, sin = (t.unsqueeze(2) for t in rotary)
+            qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
         if self.rope_order is not None:
-            q, k = self._store_r2(q, s.groups), self._store_r2(k, 1)
-        q = q * s.head_dim**-0.5
+            qk = self._store_r2(qk)
+        q, k = qk.split((s.heads, s.kv_heads), dim=2)
+        q, k, v = (q * s.head_dim**-0.5).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if observe is not None:
             for site, tensor in (("q", q), ("k", k), ("v", v)):
                 observe(site, tensor.transpose(1, 2).flatten(2))
         return q, k, v
 
-    def _store_r2(self, x: Tensor, groups: int) -> Tensor:
-        order = self.rope_order.to(torch.int64).repeat_interleave(groups, dim=0)
-        return torch.gather(x, 3, order[None, :, None, :].expand_as(x))
+    def _store_r2(self, qk: Tensor) -> Tensor:
+        """[B, T, H + Hkv, E] with every head in the order of its kv head, gathered as rows of all heads."""
+        heads, dim = qk.shape[2:]
+        order = torch.cat([self.rope_order.repeat_interleave(self.spec.groups, dim=0), self.rope_order])
+        order = order + torch.arange(0, heads * dim, dim, dtype=order.dtype, device=order.device)[:, None]
+        return qk.flatten(2).flatten(0, 1).index_select(1, order.flatten()).view(qk.shape)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Exempt | None) -> Tensor:
         if self.q_quantizer is not None:
             q = self.q_quantizer.fake_heads(q, exempt)
         if self.rules is not None:
@@ -251,7 +258,7 @@ class DecoderBlock(nn.Module):
             k, v = cache.update(k, v, self.layer_index)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
 
-    def _mlp(self, n2: Tensor, exempt: Tensor | None) -> Tensor:
+    def _mlp(self, n2: Tensor, exempt: Exempt | None) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
         if not self._looks_at_gate(n2, exempt):
             return self._activate(self.up(n2, exempt))
@@ -265,7 +272,7 @@ class DecoderBlock(nn.Module):
             out[:, live] = gate[:, live] * self.up.product(codes, ffn + live)
         return out.view(*n2.shape[:-1], ffn)
 
-    def _looks_at_gate(self, n2: Tensor, exempt: Tensor | None) -> bool:
+    def _looks_at_gate(self, n2: Tensor, exempt: Exempt | None) -> bool:
         possible = self.spec.gated and self.spec.activation in ZERO_GATES and exempt is None
         if self.gate_first == "never" or not possible or not isinstance(self.up, TernaryLinear) or self.up.kind == "fp":
             return False

@@ -9,6 +9,14 @@ from core.quant.affine import QParams, code_limits
 from core.quant.granularity import expand
 from kernels import fake_quantize, quantize
 
+Exempt = int | Tensor
+"""Tokens that keep their float values: the first n of every sequence, or those marked True in a mask [B or 1, T] bool."""
+
+
+def exempt_rows(exempt: Exempt, x: Tensor) -> tuple | Tensor:
+    """What indexes the exempt tokens of x [..., T, C]: a slice where it can, a mask [..., T] otherwise."""
+    return (..., slice(exempt), slice(None)) if isinstance(exempt, int) else exempt.expand(x.shape[:-1])
+
 
 class ActivationQuantizer(nn.Module):
     """Quantise [..., C] activations whose channels lie in cluster order.
@@ -44,23 +52,26 @@ class ActivationQuantizer(nn.Module):
         """C, the number of channels."""
         return self.channel_scale.numel()
 
-    def fake(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
-        """x̂ for x [..., C]; rows where `exempt` [...] is True come back unchanged."""
+    def fake(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
+        """x̂ for x [..., T, C]; exempt tokens come back unchanged."""
         out = fake_quantize(x, self.channel_scale, self.lower, self.upper)
-        return out if exempt is None else _restore(out, x, exempt.expand(x.shape[:-1]))
+        return out if exempt is None else _restore(out, x, exempt)
 
-    def fake_heads(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
-        """x̂ for x [B, H, T, E], C = H * E; `exempt` [B or 1, T] marks tokens that come back unchanged."""
+    def fake_heads(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
+        """x̂ for x [B, H, T, E], C = H * E; exempt tokens come back unchanged."""
         shape = (x.shape[1], 1, x.shape[3])
         out = fake_quantize(x, self.channel_scale.view(shape), self.lower.view(shape), self.upper.view(shape))
-        return out if exempt is None else _restore(out, x, exempt[:, None].expand(x.shape[:-1]))
+        if exempt is None:
+            return out
+        return _restore(out, x, exempt if isinstance(exempt, int) else exempt[:, None])
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x [..., C], int8."""
         return quantize(x, self.channel_scale, self.channel_zero, self.qmin, self.qmax)
 
 
-def _restore(out: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Put the rows of x [..., C] marked in `rows` [...] back into `out`."""
+def _restore(out: Tensor, x: Tensor, exempt: Exempt) -> Tensor:
+    """Put the exempt tokens of x [..., T, C] back into `out`."""
+    rows = exempt_rows(exempt, x)
     out[rows] = x[rows]
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import BackendError
-from core.quant.activation import ActivationQuantizer
+from core.quant.activation import ActivationQuantizer, Exempt, exempt_rows
 from core.quant.granularity import expand
 from kernels import Backend, Choice, dequantize, int_linear, pack, packed_width, select_linear_backend, unpack
 from kernels.int_linear import LinearOperands
@@ -158,8 +158,8 @@ class QuantLinear(nn.Module):
             return self.weight.to(torch.float32)
         return self._quantized_weight().dequantize()
 
-    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32. Rows where `exempt` [...] is True keep a float input."""
+    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
         if self._operands is None:
             self._operands = self._build_operands()
         if self._operands.backend is Backend.REFERENCE:
@@ -167,7 +167,7 @@ class QuantLinear(nn.Module):
         y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands)
         y = y.view(*x.shape[:-1], self.out_features)
         if exempt is not None:
-            rows = exempt.expand(x.shape[:-1])
+            rows = exempt_rows(exempt, x)
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
         return y
 

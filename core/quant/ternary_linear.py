@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import BackendError
+from core.quant.activation import Exempt, exempt_rows
 from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
 from kernels import Backend, Choice, packed_width
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
@@ -162,15 +163,15 @@ class TernaryLinear(nn.Module):
         y = apply_scales(y, x.scale, scale[rows])
         return y if bias is None else y.add_(bias)
 
-    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32. Rows where `exempt` [...] is True keep a float input."""
+    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
         if self.kind == "fp":
             weight, scale = self._operands()
             y = nn.functional.linear(x, weight).mul_(scale)
             return y if self.bias is None else y.add_(self.bias)
         y = self.product(self.quantize(x)).view(*x.shape[:-1], self.out_features)
         if exempt is not None:
-            rows = exempt.expand(x.shape[:-1])
+            rows = exempt_rows(exempt, x)
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
         return y
 

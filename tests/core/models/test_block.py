@@ -231,7 +231,7 @@ def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
         linear = getattr(block, name)
         linear.forward = lambda x, exempt=None, old=linear.forward: calls.append(exempt) or old(x, exempt)
     block(inputs.hidden, **inputs.kwargs[0])
-    assert len(calls) == 4 and all(c.expand(2, 6)[:, 0].all() and not c.expand(2, 6)[:, 1:].any() for c in calls)
+    assert calls == [1, 1, 1, 1]  # the first token of every sequence
     calls.clear()
     cache = DynamicCache(config=q.model.config)
     q.model(tokens(2, 6), past_key_values=cache, use_cache=True)
