@@ -136,7 +136,7 @@ def readme(card: dict[str, Any]) -> str:
         f"## Perplexity\n\n{card['protocol']}\n\n| text | perplexity | tokens |\n|---|---|---|\n{results}\n"
         f"## Training loss\n\n| tokens | nats per token |\n|---|---|\n{curve}\n"
         f"{card['hardware']}; {', '.join(f'{k} {v}' for k, v in card['versions'].items())}. "
-        "For demonstration: it writes simple stories and speeches, and knows nothing.\n"
+        "For demonstration: it was trained for minutes, and what it says is not knowledge.\n"
     )
 
 

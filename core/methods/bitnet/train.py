@@ -119,9 +119,10 @@ class _Run:
         self.step, self.losses = 0, {}
 
     def start(self, resume: bool) -> None:
-        """Take over an earlier state and cut the log back to it; or lay out the folder."""
+        """Take over an earlier state and cut the log back to it; or lay out the folder. A branch begins with the log of
+        the run that it leaves."""
         torch.manual_seed(self.config.seed)
-        latest = self.out / LATEST
+        latest, origin = self.out / LATEST, None
         if resume and latest.exists():
             state = read_state(latest)
             _check_same(self.config, state["config"])
@@ -129,8 +130,11 @@ class _Run:
         elif self.config.init_from is not None:
             source = Path(os.path.expandvars(self.config.init_from))
             self._take(source, read_state(source)["step"] if self.config.resume_optimizer else None)
+            origin = source.parent / LOG if self.step else None
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            if origin is not None and origin.exists():
+                (self.out / LOG).write_bytes(origin.read_bytes())
             _cut_log(self.out / LOG, self.step)
             (self.out / "tokenizer.json").write_bytes(self.corpus.tokenizer_file.read_bytes())
             document = {

@@ -179,13 +179,11 @@ def test_a_kill_at_any_moment_changes_nothing(place, whole, tmp_path):
 
 
 def test_a_branch_shares_its_first_stage(place, whole, tmp_path):
-    """From a kept checkpoint with its optimizer states, the same configuration gives the same second half."""
+    """From a kept checkpoint with its optimizer states, the same configuration gives the same run, log included."""
     config, _, reference = whole
     branch = replace(config, init_from=str(reference / "step-6"), resume_optimizer=True)
     train(branch, tmp_path / "branch")
-    entries = read_log(tmp_path / "branch" / "log.jsonl")
-    assert [e["step"] for e in entries] == list(range(7, 13))
-    assert [e["loss"] for e in entries] == losses(reference)[6:]
+    assert losses(tmp_path / "branch") == losses(reference)
 
 
 def test_weights_alone_start_a_new_run(place, whole, tmp_path):
