@@ -1,0 +1,288 @@
+"""Packed keys and values: storing new ones, and attention of one new token over them without unpacking the cache.
+
+    STATIC   x = s[h, e] (u - z[h, e])     scales per head and channel, known in advance (RPTQ, arXiv:2304.01089)
+    DYNAMIC  x = s[t] (u - 2**(bits-1))    one scale per token and head (BitNet a4.8, arXiv:2411.04965, section 2.3)
+
+Static scales leave the inner loop: the keys' scale multiplies q once; their zero point adds the same number to every score of a
+query and so drops out of the softmax; the values' scale and zero point are applied to the sum. Dynamic scales multiply the score
+and the probability of their token. With bfloat16 queries OR 0x4300 turns a code into 128 + u, and the 128 joins the zero points;
+l and Σ p are sums of the p that enters the product, after its rounding, or those constants would not cancel.
+
+The first F tokens (attention sinks; BitNet's first token, which has bits of its own) are given in floating point and enter at the
+end. Queries that share a key head are one tile of 16 rows. The tokens are split over programs, whose (max, sum, weighted values)
+a second kernel merges in a fixed order. Cost: the packed keys and values read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels._triton import INTERPRET, matrix_operand, next_power, tl, triton, use_triton
+from kernels.backend import Backend
+from kernels.configs import multiprocessors
+from kernels.pack_kernels import WIDTHS, launch_pack, row_codes, unpacked
+from kernels.packing import pack, packed_width, unpack
+from kernels.quantize import quantize
+
+BLOCK = 64
+"""Tokens per step of one program."""
+MAX_FIRST = 16
+"""First tokens that the kernel takes in floating point."""
+
+
+@dataclass(frozen=True)
+class PackedHeads:
+    """Keys or values of one layer as they are stored.
+
+    Attributes:
+        packed: [B, Hkv, slots, packed_width(E, bits)] uint8 of `kernels.pack`.
+        bits: 2, 3, 4 or 8 for the kernels.
+        dim: E.
+        scale, zero_point: STATIC: [Hkv, E] float32; the slots of the first tokens are ignored.
+        row_scale: DYNAMIC: [B, Hkv, slots, 1] float16; slot 0 is the token after the first ones.
+        first: [B, Hkv, F, E] floating, or None.
+    """
+
+    packed: Tensor
+    bits: int
+    dim: int
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    row_scale: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def first_tokens(self) -> int:
+        """F."""
+        return 0 if self.first is None else self.first.shape[2]
+
+    @property
+    def skipped(self) -> int:
+        """Slots at the beginning whose codes are not used."""
+        return self.first_tokens if self.row_scale is None else 0
+
+    def states(self, slots: int) -> Tensor:
+        """First tokens and the used ones of `slots` slots, dequantised: [B, Hkv, S, E] float32."""
+        codes = unpack(self.packed[:, :, self.skipped : slots], self.bits, self.dim).to(torch.float32)
+        if self.row_scale is None:
+            rest = (codes - self.zero_point[:, None]) * self.scale[:, None]
+        else:
+            rest = (codes - 2 ** (self.bits - 1)) * self.row_scale[:, :, :slots].to(torch.float32)
+        return rest if self.first is None else torch.cat([self.first.to(torch.float32), rest], dim=2)
+
+
+def kv_append(states: Tensor, heads: PackedHeads, position: int | Tensor, *, backend: Backend = Backend.AUTO) -> None:
+    """Quantise new keys or values and store them in their slots.
+
+    Args:
+        states: [B, Hkv, t, E] floating.
+        heads: the store; `packed` and `row_scale` are written.
+        position: first slot, or a [1] int32 tensor with it (for captured graphs; Triton only).
+    Raises: ValueError if TRITON is asked for where it cannot run.
+    """
+    if use_triton(backend, states, obstacle=None if heads.bits in WIDTHS else f"codes of {heads.bits} bits have no kernel"):
+        slot = position if isinstance(position, Tensor) else None
+        start = 0 if slot is not None else position
+        scale = None if heads.row_scale is None else heads.row_scale[:, :, start:]
+        states = states if states.stride(-1) == 1 else states.contiguous()
+        launch_pack(
+            states, heads.packed[:, :, start:], bits=heads.bits, scale=heads.scale, zero_point=heads.zero_point, row_scale=scale,
+            slot=slot,
+        )  # fmt: skip
+        return
+    slots = slice(int(position), int(position) + states.shape[2])
+    if heads.row_scale is None:
+        codes = quantize(states.to(torch.float32), heads.scale[:, None], heads.zero_point[:, None], 0, 2**heads.bits - 1)
+        codes = codes.to(torch.uint8)
+    else:
+        codes, heads.row_scale[:, :, slots] = row_codes(states, heads.bits)
+    heads.packed[:, :, slots] = pack(codes, heads.bits)
+
+
+def reference(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int, scaling: float) -> Tensor:
+    """Dequantise everything, then softmax(q kᵀ scaling) v in float32."""
+    k, v = keys.states(slots), values.states(slots)
+    q = q.to(torch.float32).unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, E]
+    p = torch.softmax(q @ k.transpose(2, 3) * scaling, dim=-1)
+    return (p @ v).flatten(1, 2)
+
+
+@triton.jit
+def _operand(code, dtype: tl.constexpr):
+    """Codes (int32, below 128) as operands: u, or 128 + u in bfloat16."""
+    if dtype == tl.bfloat16:
+        return matrix_operand((code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True))
+    else:
+        return code.to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x as it enters a product: bfloat16 on a GPU, else float32."""
+    if INTERPRET:
+        return x
+    else:
+        return x.to(tl.bfloat16) if dtype == tl.bfloat16 else x
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, k_first_ptr, v_first_ptr, slots_ptr,
+    max_ptr, sum_ptr, out_ptr, SLOTS, KV_HEADS, GROUP, scaling,
+    kb, kh, kt, vb, vh, vt, ksb, ksh, kst, vsb, vsh, vst,
+    E: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, DYNAMIC: tl.constexpr, FIRST: tl.constexpr,
+    ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 0.0
+    g, e = tl.arange(0, BG), tl.arange(0, BE)
+    query = (batch * KV_HEADS + head) * GROUP + g
+    live, channel = g < GROUP, e < E
+    q = tl.load(q_ptr + query[:, None] * E + e[None, :], mask=live[:, None] & channel[None, :], other=0.0).to(tl.float32)
+    q = q * (scaling * 1.4426950408889634)  # scores in powers of two
+    folded, key_zero, value_zero, value_scale = q, 2.0 ** (KEY_BITS - 1), 2.0 ** (VALUE_BITS - 1), 1.0
+    if not DYNAMIC:
+        folded = q * tl.load(k_scale_ptr + head * E + e, mask=channel, other=0.0)[None, :]
+        value_zero = tl.load(v_zero_ptr + head * E + e, mask=channel, other=0.0)[None, :]
+        value_scale = tl.load(v_scale_ptr + head * E + e, mask=channel, other=0.0)[None, :]
+    factor = _rounded(folded, dtype)
+    factor_sum = tl.sum(factor.to(tl.float32), axis=1)
+
+    slots = SLOTS
+    if ON_DEVICE:
+        slots = tl.load(slots_ptr)
+    skipped = 0 if DYNAMIC else FIRST
+    share = tl.cdiv(tl.cdiv(slots, BL), SPLITS) * BL
+    start = tl.program_id(1) * share
+    top = tl.full((BG,), float("-inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    weighted_sum = tl.zeros((BG,), tl.float32)
+    acc = tl.zeros((BG, BE), tl.float32)
+    for block in range(start, tl.minimum(start + share, slots), BL):
+        t = block + tl.arange(0, BL)
+        used = (t < slots) & (t >= skipped)
+        mask = used[:, None] & channel[None, :]
+        k_row = k_ptr + batch * kb + head * kh + t.to(tl.int64)[:, None] * kt
+        v_row = v_ptr + batch * vb + head * vh + t.to(tl.int64)[:, None] * vt
+        key = _operand(unpacked(k_row, e[None, :], mask, E, KEY_BITS), dtype)
+        value = _operand(unpacked(v_row, e[None, :], mask, E, VALUE_BITS), dtype)
+        score = tl.dot(factor, tl.trans(key), input_precision="tf32x3")
+        if DYNAMIC:
+            s = tl.load(k_scale_ptr + batch * ksb + head * ksh + t * kst, mask=used, other=0.0).to(tl.float32)
+            score = (score - (offset + key_zero) * factor_sum[:, None]) * s[None, :]
+        score = tl.where(used[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(top - base)
+        p = tl.exp2(score - base[:, None])
+        if DYNAMIC:
+            total = total * shrink + tl.sum(p, axis=1)
+            s = tl.load(v_scale_ptr + batch * vsb + head * vsh + t * vst, mask=used, other=0.0).to(tl.float32)
+            p = p * s[None, :]
+        p = _rounded(p, dtype)
+        weighted_sum = weighted_sum * shrink + tl.sum(p.to(tl.float32), axis=1)
+        acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
+        top = higher
+    total = total if DYNAMIC else weighted_sum
+    acc = value_scale * (acc - (offset + value_zero) * weighted_sum[:, None])
+    if FIRST > 0:  # noqa: SIM102 (known when compiled)
+        if tl.program_id(1) == 0:  # in the frame of the other scores, which left out the zero point and kept the 128
+            f = tl.arange(0, 16)
+            line = ((batch * KV_HEADS + head) * FIRST + f)[:, None] * E + e[None, :]
+            mask = (f < FIRST)[:, None] & channel[None, :]
+            score = tl.dot(
+                q, tl.trans(tl.load(k_first_ptr + line, mask=mask, other=0.0).to(tl.float32)), input_precision="tf32x3"
+            )
+            if not DYNAMIC:
+                zero = tl.load(k_zero_ptr + head * E + e, mask=channel, other=0.0)
+                score += (tl.sum(folded * zero[None, :], axis=1) + offset * factor_sum)[:, None]
+            score = tl.where((f < FIRST)[None, :], score, float("-inf"))
+            higher = tl.maximum(top, tl.max(score, axis=1))
+            shrink = tl.exp2(top - higher)
+            p = tl.exp2(score - higher[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            value = tl.load(v_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
+            acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
+            top = higher
+    place = query * SPLITS + tl.program_id(1)
+    tl.store(max_ptr + place, top, mask=live)
+    tl.store(sum_ptr + place, total, mask=live)
+    tl.store(out_ptr + place[:, None] * E + e[None, :], acc, mask=live[:, None] & channel[None, :])
+
+
+@triton.jit
+def _merge_kernel(max_ptr, sum_ptr, part_ptr, out_ptr, E, SPLITS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr):
+    query = tl.program_id(0).to(tl.int64)
+    i, e = tl.arange(0, BS), tl.arange(0, BE)
+    top = tl.load(max_ptr + query * SPLITS + i, mask=i < SPLITS, other=float("-inf"))
+    weight = tl.exp2(top - tl.max(top, axis=0))
+    total = tl.sum(weight * tl.load(sum_ptr + query * SPLITS + i, mask=i < SPLITS, other=0.0), axis=0)
+    mask = (i < SPLITS)[:, None] & (e < E)[None, :]
+    part = tl.load(part_ptr + (query * SPLITS + i)[:, None] * E + e[None, :], mask=mask, other=0.0)
+    y = tl.sum(weight[:, None] * part, axis=0) / total
+    tl.store(out_ptr + query * E + e, y.to(out_ptr.dtype.element_ty), mask=e < E)
+
+
+def launch(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int | Tensor, scaling: float) -> Tensor:
+    """Run both kernels; arguments as `decode_attention`."""
+    batch, heads, dim = q.shape
+    kv_heads, on_device = keys.packed.shape[1], isinstance(slots, Tensor)
+    known = keys.packed.shape[2] if on_device else slots
+    splits = min(64, max(1, min(-(-2 * multiprocessors(q.device) // (batch * kv_heads)), -(-known // (2 * BLOCK)))))
+    new = {"dtype": torch.float32, "device": q.device}
+    top, total = torch.empty(batch * heads, splits, **new), torch.empty(batch * heads, splits, **new)
+    part = torch.empty(batch * heads, splits, dim, **new)
+    dynamic = keys.row_scale is not None
+    scales = [h.row_scale if dynamic else h.scale.contiguous() for h in (keys, values)]
+    zeros = [None if dynamic else h.zero_point.contiguous() for h in (keys, values)]
+    first = [None if h.first is None else h.first.contiguous() for h in (keys, values)]
+    strides = [s for h in (keys, values) for s in h.packed.stride()[:3]]
+    strides += [s for h in (keys, values) for s in (h.row_scale.stride()[:3] if dynamic else (0, 0, 0))]
+    block = max(16, next_power(dim))
+    _attend_kernel[(batch * kv_heads, splits)](
+        q.contiguous(), keys.packed, values.packed, scales[0], zeros[0], scales[1], zeros[1], *first,
+        slots if on_device else None, top, total, part, 0 if on_device else slots, kv_heads, heads // kv_heads, scaling, *strides,
+        E=dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits, DYNAMIC=dynamic, FIRST=keys.first_tokens, ON_DEVICE=on_device,
+        SPLITS=splits, BG=max(16, next_power(heads // kv_heads)), BE=block, BL=BLOCK, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _merge_kernel[(batch * heads,)](top, total, part, out, dim, SPLITS=splits, BS=next_power(splits), BE=block)
+    return out
+
+
+def obstacle(keys: PackedHeads, values: PackedHeads) -> str | None:
+    """Why the kernel cannot take a cache, None if it can."""
+    if any(bits not in (2, 3, 4) for bits in (keys.bits, values.bits)):
+        return f"keys of {keys.bits} and values of {values.bits} bits: it takes 2, 3 and 4"
+    if keys.first_tokens > MAX_FIRST:
+        return f"{keys.first_tokens} first tokens in floating point: it takes {MAX_FIRST}"
+    if keys.packed.stride(-1) != 1 or values.packed.stride(-1) != 1:
+        return "packed rows are not contiguous"
+    return None
+
+
+def decode_attention(
+    q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int | Tensor, *, scaling: float, backend: Backend = Backend.AUTO
+) -> Tensor:
+    """softmax(q kᵀ scaling) v for one new token that sees all stored ones.
+
+    Args:
+        q: [B, H, E] floating, H a multiple of Hkv; head h reads key head h // (H / Hkv).
+        keys, values: stored states of the same kind and the same first tokens.
+        slots: filled slots of `packed`, or a [1] int32 tensor with them (for captured graphs; Triton only).
+        backend: AUTO takes Triton for CUDA tensors.
+    Returns: [B, H, E] in q's type.
+    Raises: ValueError if the arguments do not fit each other, or TRITON is asked for where it cannot run.
+    """
+    width = packed_width(keys.dim, keys.bits)
+    if q.shape[-1] != keys.dim or q.shape[1] % keys.packed.shape[1] or keys.packed.shape[-1] != width:
+        raise ValueError(f"queries of {tuple(q.shape)} do not fit keys of {keys.packed.shape[1]} heads of {keys.dim} channels")
+    if (keys.row_scale is None) != (values.row_scale is None) or keys.first_tokens != values.first_tokens:
+        raise ValueError("keys and values are stored in different ways")
+    if use_triton(backend, q, obstacle=obstacle(keys, values)):
+        return launch(q, keys, values, slots, scaling)
+    return reference(q, keys, values, int(slots), scaling).to(q.dtype)
