@@ -29,6 +29,7 @@ _EXPORTS = {
     "load_model": "core.models.load",
     "LoadedModel": "core.models.load",
     "catalogue": "core.models.catalog",
+    "embedded_cards": "core.models.catalog",
     "recluster": "core.methods.rptq.explore",
     "error_curve": "core.methods.rptq.explore",
     "memory_estimate": "core.evaluation.memory",

@@ -30,7 +30,12 @@ class Report:
 
 @dataclass(frozen=True)
 class ModelInfo(Report):
-    """What was loaded. `weight_bytes` is measured from the tensors; `source` says where the weights came from."""
+    """What was loaded.
+
+    Attributes:
+        weight_bytes: measured from the tensors. source: where the weights came from.
+        claim: what a BitNet model's rules are worth for it (`BitNetRules.claim`), None for every other model.
+    """
 
     name: str
     revision: str | None
@@ -48,6 +53,7 @@ class ModelInfo(Report):
     weight_bytes: int
     dtype: str
     load_seconds: float
+    claim: str | None = None
 
 
 @dataclass(frozen=True)

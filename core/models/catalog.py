@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import ArtifactError, ModelError
 from core.folders import remove
@@ -168,6 +169,11 @@ def _embedded() -> dict[str, CatalogEntry]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the card of the embedded model %r is unusable: %s", name, error)
     return entries
+
+
+def embedded_cards() -> dict[str, dict[str, Any]]:
+    """All that the cards of usable embedded checkpoints say (`core/methods/bitnet/export.py` writes them), by name."""
+    return {name: json.loads((EMBEDDED / name / "card.json").read_text(encoding="utf-8")) for name in _embedded()}
 
 
 def _local(name: str) -> Path | None:

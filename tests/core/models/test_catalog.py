@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from core.errors import Cancelled, ModelError, ResourceError
 from core.models import catalog, hub, limits, wheel
-from core.models.catalog import DEFAULT_MODEL, catalogue, resolve
+from core.models.catalog import DEFAULT_MODEL, catalogue, embedded_cards, resolve
 from core.storage import atomic_dir, file_sha256, read_manifest, verify
 from tests.core.models.fake_hub import COMMIT, FakeHub, serve
 from tests.core.models.malformed import LLAMA, gguf_bytes, good_safetensors, write_folder
@@ -78,6 +78,7 @@ def test_embedded_models_come_first_and_resolve_without_network(tmp_path):
     assert (entry.name, entry.title, entry.licence, entry.size_bytes) == ("bitnet-tiny", "Tiny", "MIT", size)
     found = resolve("bitnet-tiny", allow_local=False)
     assert (found.path, found.revision, found.source) == (folder, None, "trained here")
+    assert embedded_cards() == {"bitnet-tiny": card}
     refused("bitnet-tiny", "NAME", revision="main")
 
 
