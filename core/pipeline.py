@@ -19,22 +19,32 @@ import torch
 from torch import Tensor
 
 from core.calibration.channel import channel_detail
-from core.calibration.data import TextSource, calibration_windows, resolve_text, tokenize, windows
+from core.calibration.data import TextSource, resolve_text
 from core.calibration.observe import Progress, observe_layers, silent
 from core.calibration.ranges import channel_ema
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
 from core.config import Calibration, QuantRecipe
 from core.errors import ArtifactError, InputError, ModelError
-from core.evaluation.describe import backend_use, layer_report, model_info, report_from_dict, set_backend
+from core.evaluation import sparsity
+from core.evaluation.describe import backend_use, claim_of, label_of, layer_report, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import hidden_windows, score
 from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row
+from core.evaluation.speed import SpeedLimit, speed_limit
+from core.evaluation.windows import calibration_tokens, evaluation_windows
 from core.methods import METHODS
 from core.methods.sequential import quantize_layers
 from core.models.load import LoadedModel, load_model, prefix_ids
-from core.models.quantized import load_quantized, modules_of, read_description, save_quantized
-from core.models.shell import quantized_blocks
+from core.models.quantized import (
+    already_quantized,
+    find_saved,
+    load_quantized,
+    modules_of,
+    read_description,
+    save_quantized,
+    weights_id,
+)
 from core.provenance import provenance
 from core.storage import MANIFEST, cache_root
 
@@ -84,14 +94,14 @@ class Workbench:
     ) -> ChannelDetail:
         """Histogram and extreme tokens of one channel."""
         loaded = self._get(model, revision, progress)
-        tokens, _ = _calibration_tokens(loaded, calibration, seed, self.allow_local)
+        tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
         return channel_detail(loaded, tokens, site, channel, progress=progress)
 
     def quantize(self, recipe: QuantRecipe, *, progress: Progress = silent) -> QuantizeReport:
         """Quantise by recipe, keep and save the result, and describe it. An equal recipe already saved is only loaded."""
         base = self._get(recipe.model, recipe.revision, progress)
         source = resolve_text(recipe.calibration.text, split="calibration", allow_local=self.allow_local)
-        folder = cache_root() / "quantized" / f"{recipe.hash}-{source.sha256[:8]}-{_weights_id(base)}"
+        folder = cache_root() / "quantized" / f"{recipe.hash}-{source.sha256[:8]}-{weights_id(base)}"
         if (folder / MANIFEST).exists():
             try:
                 report = report_from_dict(read_description(folder)["report"])
@@ -120,8 +130,7 @@ class Workbench:
         progress: Progress = silent,
     ) -> EvalReport:
         """Perplexity and, against `reference` (another key), divergence and agreement."""
-        loaded = self._get(key, revision, progress)
-        parts, source = evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
+        loaded, parts, source = self._windows(key, revision, text, tokens, window, progress)
         head = hidden = None
         if reference is not None:
             other = self._get(reference, reference_revision, progress)
@@ -172,15 +181,44 @@ class Workbench:
             made.kv_bytes_float,
         )
 
+    def sparsity(
+        self, key: str, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
+    ) -> sparsity.SparsityReport:
+        """Zero codes and active parameters of a BitNet model on a text."""
+        loaded, parts, source = self._windows(key, None, text, tokens, min(tokens, 256), progress)
+        return sparsity.measure_sparsity(loaded, parts, source.name, progress=progress)
+
+    def weight_histogram(self, key: str, *, progress: Progress = silent) -> sparsity.WeightHistogram:
+        """Shares of -1, 0 and 1 in every projection of a BitNet model."""
+        return sparsity.weight_histogram(self._get(key, None, progress))
+
+    def input_histogram(
+        self, key: str, site: str, layer: int, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
+    ) -> sparsity.InputHistogram:
+        """Distribution of one site (a name of `SITES`) of one layer on a text."""
+        loaded, parts, source = self._windows(key, None, text, tokens, min(tokens, 256), progress)
+        return sparsity.input_histogram(loaded, parts, source.name, site, layer, progress=progress)
+
+    def speed_limit(self, key: str, *, progress: Progress = silent) -> SpeedLimit:
+        """Bytes a token reads and the measured memory bandwidth: call it after `generate`."""
+        loaded = self._get(key, None, progress)
+        return speed_limit(loaded.model, loaded.adapter, key)
+
     def model(self, key: str, *, revision: str | None = None, progress: Progress = silent) -> LoadedModel:
         """The loaded model of a key."""
         return self._get(key, revision, progress)
+
+    def _windows(
+        self, key: str, revision: str | None, text: str, tokens: int, window: int, progress: Progress
+    ) -> tuple[LoadedModel, Tensor, TextSource]:
+        loaded = self._get(key, revision, progress)
+        return loaded, *evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
 
     def _get(self, key: str, revision: str | None, progress: Progress) -> LoadedModel:
         if (key, revision) in self._models:
             self._models.move_to_end((key, revision))
             return self._models[key, revision]
-        folder = _find_saved(key)
+        folder = find_saved(key)
         loaded = (
             replace(load_quantized(folder, progress=progress), name=key)
             if folder is not None
@@ -215,10 +253,10 @@ def observe(
 
     Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
     """
-    if quantized_blocks(loaded.model, loaded.adapter):
+    if already_quantized(loaded.model, loaded.adapter):
         raise ModelError("This model is already quantised: inspect the float model it came from.", code="E-MODEL-QUANTIZED")
     start = time.perf_counter()
-    tokens, source = _calibration_tokens(loaded, calibration, seed, allow_local)
+    tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
     spec = loaded.adapter.spec(loaded.model.config)
     sites = {}
     for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, tokens, progress=progress)):
@@ -245,11 +283,11 @@ def quantize(
     base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
 ) -> tuple[LoadedModel, QuantizeReport]:
     """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
-    if quantized_blocks(base.model, base.adapter):
+    if already_quantized(base.model, base.adapter):
         raise ModelError("This model is already quantised: start from the float model it came from.", code="E-MODEL-QUANTIZED")
     start = time.perf_counter()
     method = METHODS.get(recipe.method)
-    tokens, source = _calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
+    tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
     loaded = replace(base, model=model, source=f"Quantised by Quantscope from {base.name}. {base.source}", path=None)
     linears = modules_of(model)
@@ -257,7 +295,7 @@ def quantize(
     report = QuantizeReport(
         key=recipe.hash,
         recipe=recipe.to_dict(),
-        label=recipe.label(),
+        label=" · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter)))),
         bits_description=recipe.describe_bits(),
         seconds=time.perf_counter() - start,
         stages=stages,
@@ -290,11 +328,9 @@ def evaluate(
     use = backend_use(loaded)
     count, window = parts.shape
     memory = measured_parts(loaded.model, loaded.adapter)
-    description = read_description(loaded.path).get("recipe") if loaded.path is not None and use else None
-    label = QuantRecipe.from_dict(description).label() if description else loaded.name
     return EvalReport(
         key=key or loaded.name,
-        label=label,
+        label=label_of(loaded),
         text_name=source.name,
         perplexity=result.perplexity,
         perplexity_stderr=result.perplexity_stderr,
@@ -317,22 +353,6 @@ def evaluate(
     )
 
 
-def evaluation_windows(
-    loaded: LoadedModel, text: str, *, tokens: int, window: int, allow_local: bool = True
-) -> tuple[Tensor, TextSource]:
-    """The first windows of a text's evaluation split that cover `tokens` tokens (fewer if the text ends), [S, T] int64."""
-    calibration = Calibration(text, max(tokens, window), window)
-    source = resolve_text(text, split="evaluation", allow_local=allow_local)
-    prefix = prefix_ids(loaded)
-    body = calibration.window - len(prefix)
-    count = max(1, calibration.tokens // calibration.window)
-    _check_window(loaded, window)
-    found = windows(tokenize(source.text, loaded.tokenizer, max_tokens=count * body), window=body, purpose="Evaluation")[:count]
-    if prefix:
-        found = torch.cat([torch.tensor(prefix).expand(len(found), -1), found], dim=1)
-    return found, source
-
-
 def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: int = 512, progress: Progress = silent) -> Row:
     """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
     bench = Workbench()
@@ -349,40 +369,5 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
-def _calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int, allow_local: bool) -> tuple[Tensor, TextSource]:
-    _check_window(loaded, calibration.window)
-    source = resolve_text(calibration.text, split="calibration", allow_local=allow_local)
-    tokens = calibration_windows(
-        source, loaded.tokenizer, tokens=calibration.tokens, window=calibration.window, seed=seed, prefix=prefix_ids(loaded)
-    )
-    return tokens, source
-
-
-def _check_window(loaded: LoadedModel, window: int) -> None:
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if longest and window > longest:
-        raise InputError(
-            f"The window is {window} tokens, this model's context is {longest}: use at most that.", code="E-PARAM-WINDOW"
-        )
-
-
 def _held_bytes(loaded: LoadedModel) -> int:
     return sum(measured_parts(loaded.model, loaded.adapter).values()) + working_bytes(loaded.model)
-
-
-def _weights_id(loaded: LoadedModel) -> str:
-    """Tells checkpoints apart that share a name: a fingerprint of every tensor and of where they were read from."""
-    import hashlib
-
-    digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
-    for name, tensor in loaded.model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
-    return digest.hexdigest()[:8]
-
-
-def _find_saved(key: str) -> Any:
-    """The newest complete folder saved under a recipe hash, or None."""
-    if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
-        return None
-    found = [p for p in (cache_root() / "quantized").glob(f"{key}-*") if (p / MANIFEST).exists() and "." not in p.name]
-    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)

@@ -68,7 +68,9 @@ def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
 
 def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel: int, progress: Progress) -> Tensor:
     layers, spec = loaded.adapter.decoder_layers(loaded.model), loaded.adapter.spec(loaded.model.config)
-    block = DecoderBlock.from_layer(layers[layer], loaded.adapter, spec, layer)
+    block = layers[layer]
+    if not isinstance(block, DecoderBlock):
+        block = DecoderBlock.from_layer(block, loaded.adapter, spec, layer)
     inputs = embed(loaded.model, loaded.adapter, windows)
     seen: list[Tensor] = []
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from core.config import QuantRecipe
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
 from core.evaluation.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from core.methods.sequential import LayerOutcome
-from core.models.load import LoadedModel
-from core.models.quantized import modules_of, parameters_of
+from core.models.adapter import ModelAdapter
+from core.models.load import QUANTSCOPE_FILE, LoadedModel
+from core.models.quantized import modules_of, parameters_of, read_description
+from core.models.shell import quantized_blocks
 from kernels import Backend
 
 
@@ -34,6 +39,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         sum(parts.values()),
         str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         seconds,
+        claim_of(loaded.model, loaded.adapter),
     )
 
 
@@ -54,6 +60,23 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
         name = (str(linear.choice.backend), linear.choice.reason)
         counts[name] = counts.get(name, 0) + 1
     return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
+
+
+def claim_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
+    """What a BitNet model's rules are worth for it (`BitNetRules.claim`); None for every other model."""
+    blocks = quantized_blocks(model, adapter)
+    return blocks[0].rules.claim if blocks and blocks[0].rules is not None else None
+
+
+def label_of(loaded: LoadedModel) -> str:
+    """One line for tables: what a model quantised here was made by, else its name, and what its rules are worth."""
+    if loaded.path is not None and (loaded.path / QUANTSCOPE_FILE).exists():
+        facts = read_description(loaded.path)
+        if label := facts.get("report", {}).get("label"):
+            return label
+        if recipe := facts.get("recipe"):
+            return QuantRecipe.from_dict(recipe).label()
+    return " · ".join(filter(None, (loaded.name, claim_of(loaded.model, loaded.adapter))))
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:

@@ -218,15 +218,16 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
 
 def working_bytes(model: PreTrainedModel) -> int:
     """Bytes of the backends' working copies that exist right now."""
-    from core.quant.linear import QuantLinear
+    from core.models.quantized import modules_of
 
-    return sum(m.working_bytes for m in model.modules() if isinstance(m, QuantLinear))
+    return sum(m.working_bytes for m in modules_of(model))
 
 
 def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
-    """Stored bytes of one token's keys and values over all layers."""
+    """Stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
     from core.models.shell import quantized_blocks
     from core.quant.kv_cache import bytes_per_token
+    from core.quant.kv_cache_dynamic import dynamic_bytes_per_token
 
     spec = adapter.spec(model.config)
     blocks = quantized_blocks(model, adapter)
@@ -235,6 +236,9 @@ def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
         return len(adapter.decoder_layers(model)) * 2 * bytes_per_token(spec.kv_heads, spec.head_dim, 16, float_bytes=width)
     total = 0
     for block in blocks:
+        if block.rules is not None:
+            total += 2 * dynamic_bytes_per_token(spec.kv_heads, spec.head_dim, block.rules.attention)
+            continue
         packed = block.k_quantizer is not None and block.v_quantizer is not None
         for q in (block.k_quantizer, block.v_quantizer):
             total += bytes_per_token(spec.kv_heads, spec.head_dim, q.bits if packed else 16)
@@ -249,7 +253,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _part(module: nn.Module, name: str, tensor: Tensor) -> str:
     if name == "packed":
         return "packed weights"
-    if name in ("weight_scale", "weight_zero", "scale", "zero_point"):
+    if name in ("weight_scale", "weight_zero", "scale", "zero_point", "bounds"):
         return "scales and zero points"
     return "decoder weights (float)" if tensor.dim() == 2 and name == "weight" else "norms, biases and orders"
 

@@ -87,7 +87,7 @@ def quantize_layers(
         tell("clustering and scales", 0.4)
         plan = method.plan_layer(stats, recipe, spec)
         watch.lap("cluster and plan")
-        tell(f"{recipe.weights.upper()} weights", 0.5)
+        tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
         quantized, notes = method.apply_layer(block, plan, stats, recipe)
         watch.lap("weights")
         hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))

@@ -10,6 +10,7 @@ Tensor names are looked up in the structure, never used as attribute paths; ever
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from core.quant.affine import QParams
 from core.quant.kv_cache_dynamic import AttentionBits
 from core.quant.linear import QuantLinear
 from core.quant.ternary_linear import TernaryLinear
-from core.storage import atomic_dir, check_target, verify
+from core.storage import MANIFEST, atomic_dir, cache_root, check_target, verify
 
 FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
@@ -275,6 +276,27 @@ def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> Act
         return None
     scale, zero, offsets = (tensors[prefix + name] for name in _QUANTIZER)
     return ActivationQuantizer(bits, QParams(scale, zero), offsets)
+
+
+def already_quantized(model: PreTrainedModel, adapter: ModelAdapter) -> bool:
+    """Whether a model was quantised here. A trained BitNet model was not: its ternary weights are what it is."""
+    return any(block.rules is None or block.rules.trained is None for block in quantized_blocks(model, adapter))
+
+
+def weights_id(loaded: LoadedModel) -> str:
+    """Tells checkpoints apart that share a name: a fingerprint of every tensor and of where they were read from."""
+    digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
+    return digest.hexdigest()[:8]
+
+
+def find_saved(key: str) -> Path | None:
+    """The newest complete folder saved in the cache under a recipe's hash, or None."""
+    if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
+        return None
+    found = [p for p in (cache_root() / "quantized").glob(f"{key}-*") if (p / MANIFEST).exists() and "." not in p.name]
+    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
 
 
 def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:

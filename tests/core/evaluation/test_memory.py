@@ -96,12 +96,16 @@ def test_parameters_and_cache_per_token(size, billions, megabytes):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parameters_of_a_shape_are_those_of_the_model(architecture):
-    """Up to small vectors the formula leaves out: biases of q, k, v (Qwen2), norms per head (Qwen3)."""
+    """Up to small vectors the formula leaves out: biases of q, k, v (Qwen2), norms per head (Qwen3), sub-norms (BitNet)."""
     loaded = tiny(architecture)
     spec, config = spec_of(loaded), loaded.model.config
     positions = 0 if spec.rope else config.max_position_embeddings + 2
     found = shape_of(spec, 2, 259, tied=bool(config.tie_word_embeddings), positions=positions).parameters
-    left_out = {"qwen2": 2 * (spec.width("q") + 2 * spec.width("k")), "qwen3": 2 * 2 * spec.head_dim}.get(architecture, 0)
+    left_out = {
+        "qwen2": 2 * (spec.width("q") + 2 * spec.width("k")),
+        "qwen3": 2 * 2 * spec.head_dim,
+        "bitnet": 2 * (spec.width("o_in") + spec.ffn),
+    }.get(architecture, 0)
     assert found == parameters_of(loaded.model) - left_out
 
 

@@ -1,0 +1,268 @@
+"""How sparse a BitNet model computes: zero codes at the input of every projection, and the parameters that stay active.
+
+    s(QKV), s(Out), s(Gate), s(Down)    share of zero codes of the projection's input
+    s(Up) = 1 - (1 - s(mlp_in)) (1 - g)   g = share of gates that are zero: those rows of up need not be computed
+    overall = Σ parameters · s / Σ parameters      active = Σ parameters · (1 - s)
+
+Source: BitNet a4.8 (arXiv:2411.04965), table 2. A zero code saves nothing by itself: its share at QKV and Gate is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.calibration.observe import Progress, embed, silent
+from core.config import SITES
+from core.errors import InputError, ModelError
+from core.evaluation.report import Report
+from core.methods.build import INPUT_SITE
+from core.models.block import DecoderBlock
+from core.models.load import LoadedModel
+from core.models.shell import quantized_blocks
+from core.quant.ternary_linear import TernaryLinear
+
+BINS = 101
+TAIL = 0.999
+"""Histograms span this share of |x|; what lies beyond is counted in their first and last bin."""
+
+
+@dataclass(frozen=True)
+class Sparsity(Report):
+    """Shares of zeros, 0 to 1. `gates`: zero outputs of the gate's activation; without a gate `gate` equals `up`."""
+
+    qkv: float
+    out: float
+    up: float
+    gate: float
+    down: float
+    gates: float
+    overall: float
+
+
+@dataclass(frozen=True)
+class SparsityReport(Report):
+    """Sparsity per layer and of the whole model on a text.
+
+    Attributes:
+        mode, claim: the rules the model ran by, and what they are worth for it.
+        parameters, active_parameters: of the decoder's linear layers.
+    """
+
+    key: str
+    mode: str
+    claim: str
+    text_name: str
+    tokens: int
+    parameters: int
+    active_parameters: int
+    total: Sparsity
+    layers: list[Sparsity]
+
+
+@dataclass(frozen=True)
+class TernaryShares(Report):
+    """One projection: shares of -1, 0 and 1 among its weights, and its scale."""
+
+    minus: float
+    zero: float
+    plus: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class WeightHistogram(Report):
+    """`TernaryShares` by projection name (q, k, v, o, gate, up, down), one table per layer."""
+
+    key: str
+    layers: list[dict[str, TernaryShares]]
+
+
+@dataclass(frozen=True)
+class InputHistogram(Report):
+    """Distribution of one site of one layer.
+
+    Attributes:
+        kind: its quantiser, "fp" where there is none; code_values, code_counts: its codes, empty then.
+        edges: BINS + 1 ascending; counts: BINS, the first and last with what lies beyond.
+    """
+
+    key: str
+    site: str
+    layer: int
+    kind: str
+    text_name: str
+    tokens: int
+    edges: list[float]
+    counts: list[int]
+    code_values: list[int]
+    code_counts: list[int]
+
+
+def account(parameters: Mapping[str, int], sparsity: Mapping[str, float]) -> tuple[float, float]:
+    """(overall sparsity, active parameters) of projections given by name, shares from 0 to 1."""
+    total = sum(parameters.values())
+    active = sum(count * (1 - sparsity[name]) for name, count in parameters.items())
+    return 1 - active / total, active
+
+
+@torch.inference_mode()
+def measure_sparsity(loaded: LoadedModel, windows: Tensor, text_name: str, *, progress: Progress = silent) -> SparsityReport:
+    """Count zero codes on windows [S, T]. Raises: ModelError E-MODEL-ARCH for a model without ternary weights."""
+    blocks = _ternary_blocks(loaded)
+    counts: list[dict[str, float]] = []
+    for index, run in _layers(loaded, windows, progress):
+        counter = _Counter(blocks[index])
+        hook = blocks[index].activation.register_forward_hook(counter.gate)
+        try:
+            run(counter)
+        finally:
+            hook.remove()
+        counts.append(counter.shares())
+    sizes = _sizes(blocks[0])
+    layers = [_summary(sizes, c) for c in counts]
+    total = _summary(sizes, {name: sum(c[name] for c in counts) / len(counts) for name in counts[0]})
+    parameters = sum(sizes.values()) * len(blocks)
+    active = round(sum(account(sizes, vars(layer))[1] for layer in layers))
+    rules = blocks[0].rules
+    return SparsityReport(loaded.name, rules.mode, rules.claim, text_name, windows.numel(), parameters, active, total, layers)
+
+
+def weight_histogram(loaded: LoadedModel) -> WeightHistogram:
+    """Shares of the three weights. Raises: ModelError E-MODEL-ARCH for a model without ternary weights."""
+    layers = []
+    for block in _ternary_blocks(loaded):
+        names = {"qkv": ("q", "k", "v"), "o": ("o",), "up": ("gate", "up") if block.spec.gated else ("up",), "down": ("down",)}
+        table = {}
+        for fused, linear in block.linears().items():
+            for name, (codes, scale) in zip(names[fused], linear.projections(), strict=True):
+                minus, zero, plus = (float((codes == value).float().mean()) for value in (-1, 0, 1))
+                table[name] = TernaryShares(minus, zero, plus, float(scale))
+        layers.append(table)
+    return WeightHistogram(loaded.name, layers)
+
+
+@torch.inference_mode()
+def input_histogram(
+    loaded: LoadedModel, windows: Tensor, text_name: str, site: str, layer: int, *, progress: Progress = silent
+) -> InputHistogram:
+    """Distribution of a site on windows [S, T]; any model, float or low-bit.
+
+    Raises: InputError E-PARAM-SITE, E-PARAM-LAYER.
+    """
+    depth = len(loaded.adapter.decoder_layers(loaded.model))
+    if site not in SITES:
+        raise InputError(f"site is {str(site)[:30]!r}: use one of {', '.join(SITES)}.", code="E-PARAM-SITE")
+    if not isinstance(layer, int) or not 0 <= layer < depth:
+        raise InputError(f"layer is {str(layer)[:30]!r}: this model has layers 0 to {depth - 1}.", code="E-PARAM-LAYER")
+    seen: list[Tensor] = []
+    for index, run in _layers(loaded, windows, progress):
+        run((lambda name, x: seen.append(x.flatten(0, 1)) if name == site else None) if index == layer else None)
+        if index == layer:
+            break
+    x = torch.cat(seen)
+    edge = float(x.abs().flatten().float().kthvalue(max(1, int(TAIL * x.numel()))).values) or 1.0
+    edges = torch.linspace(-edge, edge, BINS + 1)
+    counts = torch.bincount(torch.bucketize(x.flatten().clamp(-edge, edge), edges[1:-1]), minlength=BINS)
+    linear = _reader(loaded, site, layer)
+    codes = torch.empty(0, dtype=torch.int8) if linear is None else linear.quantize(x).codes
+    values, code_counts = codes.unique(return_counts=True)
+    return InputHistogram(
+        loaded.name,
+        site,
+        layer,
+        "fp" if linear is None else linear.kind,
+        text_name,
+        windows.numel(),
+        edges.tolist(),
+        counts.tolist(),
+        values.tolist(),
+        code_counts.tolist(),
+    )
+
+
+Observe = Callable[[str, Tensor], None]
+
+
+def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> list[tuple[int, Callable[[Observe | None], None]]]:
+    """(index, function that runs this layer on all windows and carries the hidden states on), to be called in order."""
+    model, adapter = loaded.model, loaded.adapter
+    layers, spec = adapter.decoder_layers(model), adapter.spec(model.config)
+    inputs = embed(model, adapter, windows)
+    hidden = [item.hidden for item in inputs]
+
+    def run(index: int, observe: Observe | None) -> None:
+        layer = layers[index]
+        block = layer if isinstance(layer, DecoderBlock) else DecoderBlock.from_layer(layer, adapter, spec, index)
+        progress(f"Layer {index + 1} of {len(layers)}", index / len(layers))
+        for i, item in enumerate(inputs):
+            hidden[i] = block(hidden[i], **item.kwargs[index], observe=observe)
+
+    return [(index, lambda observe, i=index: run(i, observe)) for index in range(len(layers))]
+
+
+class _Counter:
+    """Zeros and values per site of one block."""
+
+    def __init__(self, block: DecoderBlock) -> None:
+        self.linears = {INPUT_SITE[name]: linear for name, linear in block.linears().items()}
+        self.zeros: dict[str, int] = {}
+        self.values: dict[str, int] = {}
+
+    def __call__(self, site: str, x: Tensor) -> None:
+        if site in self.linears:
+            linear = self.linears[site]
+            self._add(site, x if linear.kind == "fp" else linear.quantize(x).codes)
+
+    def gate(self, module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._add("gates", output)
+
+    def _add(self, name: str, x: Tensor) -> None:
+        self.zeros[name] = self.zeros.get(name, 0) + int((x == 0).sum())
+        self.values[name] = self.values.get(name, 0) + x.numel()
+
+    def shares(self) -> dict[str, float]:
+        return {name: self.zeros[name] / self.values[name] for name in self.zeros}
+
+
+def _summary(sizes: dict[str, int], shares: dict[str, float]) -> Sparsity:
+    gated, read = "gate" in sizes, shares["mlp_in"]
+    found = {
+        "qkv": shares["attn_in"],
+        "out": shares["o_in"],
+        "up": 1 - (1 - read) * (1 - shares["gates"]) if gated else read,
+        "gate": read,
+        "down": shares["down_in"],
+    }
+    return Sparsity(**found, gates=shares["gates"], overall=account(sizes, found)[0])
+
+
+def _sizes(block: DecoderBlock) -> dict[str, int]:
+    """Weights of each projection of one layer."""
+    s = block.spec
+    sizes = {
+        name: getattr(block, attribute).packed.shape[0] * width
+        for name, attribute, width in (("qkv", "qkv", s.hidden), ("out", "o", s.width("o_in")), ("down", "down", s.ffn))
+    }
+    return sizes | dict.fromkeys(("up", "gate") if s.gated else ("up",), s.hidden * s.ffn)
+
+
+def _ternary_blocks(loaded: LoadedModel) -> list[DecoderBlock]:
+    blocks = quantized_blocks(loaded.model, loaded.adapter)
+    if not blocks or any(b.rules is None for b in blocks):
+        raise ModelError(
+            "This model has no ternary weights: choose a BitNet model, or quantise with the method bitnet.", code="E-MODEL-ARCH"
+        )
+    return blocks
+
+
+def _reader(loaded: LoadedModel, site: str, layer: int) -> TernaryLinear | None:
+    """The ternary layer that quantises this site, if there is one."""
+    block = loaded.adapter.decoder_layers(loaded.model)[layer]
+    if not isinstance(block, DecoderBlock):
+        return None
+    found = next((linear for name, linear in block.linears().items() if INPUT_SITE[name] == site), None)
+    return found if isinstance(found, TernaryLinear) and found.kind != "fp" else None

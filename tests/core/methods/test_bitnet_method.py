@@ -1,0 +1,264 @@
+"""The method "bitnet": what it keeps, what it rounds, what it says about the result, and that skipping is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.config import BITNET_MODES, SITES, BitNetOptions, Calibration, QuantRecipe
+from core.errors import ModelError
+from core.evaluation.describe import backend_use, claim_of, label_of, report_from_dict
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
+from core.methods.build import INPUT_SITE
+from core.models.bitnet_io import save_bitnet
+from core.models.load import LoadedModel, load_model
+from core.models.quantized import already_quantized, load_quantized, read_description, save_quantized
+from core.models.shell import block_inputs, new_cache, quantized_blocks
+from core.models.tiny import tiny_model
+from core.pipeline import Workbench, evaluate, evaluation_windows, quantize
+from core.quant.bitnet import MODES, ternary_absmean
+from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVCache
+from core.quant.ternary_linear import TernaryLinear
+from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, tokens
+
+CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
+IDS = tokens(2, 20, seed=3)
+TEXT = "text:" + "A short text about nothing in particular, repeated. " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model that says it was trained for W1.58A8."""
+    return trained(tmp_path_factory.mktemp("b158") / "m", "w1.58a8")
+
+
+def trained(target, mode: str):
+    loaded = tiny_model("bitnet")
+    save_bitnet(target, loaded.model, loaded.tokenizer, mode=mode, card=CARD)
+    return target
+
+
+def apply(base: LoadedModel, **options):
+    return quantised(base.adapter.model_types[0], base=base, method="bitnet", bitnet=BitNetOptions(**options))
+
+
+# what is done
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float_models_are_rounded_projection_by_projection(architecture):
+    made = apply(tiny_model(architecture))
+    before = float_blocks(made.base)
+    for block, old in zip(made.blocks, before, strict=True):
+        spec = block.spec
+        rows = [spec.width(s) for s in "qkv"]
+        for (codes, scale), weight in zip(block.qkv.projections(), old.qkv.weight.split(rows), strict=True):
+            expected, alpha = ternary_absmean(weight)
+            assert torch.equal(codes, expected) and torch.equal(scale, alpha)
+        assert len(block.up.projections()) == (2 if spec.gated else 1) and len(block.down.projections()) == 1
+        assert (block.up.bias is None) == (old.up.bias is None)
+        assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES["a4.8"]
+    assert "simulated" in claim_of(made.model, made.loaded.adapter)
+    expected, found = made.model(IDS).logits, in_steps(made.model, IDS)
+    assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 1e-5
+
+
+@pytest.mark.parametrize("mode", BITNET_MODES)
+def test_another_mode_changes_no_weight(folder, mode):
+    base = load_model(str(folder))
+    made = apply(base, mode=mode, keep=0.25)
+    for block, old in zip(made.blocks, quantized_blocks(base.model, base.adapter), strict=True):
+        mine, theirs = block.state_dict(), old.state_dict()
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+        assert block.qkv.packed is old.qkv.packed, "shared, not copied"
+        assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES[mode]
+        assert (old.rules.mode, old.qkv.kind) == ("w1.58a8", "int8"), "the base is left alone"
+    different = relative(made.model(IDS).logits, base.model(IDS).logits)
+    assert different == 0 if mode == "w1.58a8" else different > 1e-3
+
+
+def test_the_claim_follows_the_training(folder, tmp_path):
+    b158, a48 = load_model(str(folder)), load_model(str(trained(tmp_path / "a48", "a4.8")))
+
+    def claim(base, **options):
+        made = apply(base, **options)
+        return claim_of(made.model, made.loaded.adapter)
+
+    assert claim(a48) == "trained a4.8" and claim(b158, mode="w1.58a8") == "trained w1.58a8"
+    assert claim(b158) == "a4.8 rules applied training-free to a w1.58a8 model: approximate"
+    assert claim(apply(b158).loaded) == claim(b158), "twice is no more"
+    assert "expect noise" in claim(tiny_model("llama")) and "expect noise" in claim(tiny_model("bitnet"))
+    assert claim_of(tiny_model("llama").model, tiny_model("llama").adapter) is None
+
+
+def test_the_outcome_is_plain_numbers(folder):
+    made = apply(load_model(str(folder)), kv_bits=3, q_bits=4)
+    for outcome in made.outcomes:
+        assert set(outcome.plan.sites) == set(SITES) and outcome.plan.orders == {}
+        noise = {site: plan.sqnr_db for site, plan in outcome.plan.sites.items()}
+        assert noise["down_in"] > 30 and 5 < noise["k"] < 20 and 10 < noise["q"] < 25 and noise["attn_in"] < 20
+        assert {n.method for n in outcome.weights.values()} == {"ternary"}
+        assert all(note.sqnr_db == float("inf") and 2 < note.effective_bits < 2.2 for note in outcome.weights.values())
+    float_attention = apply(load_model(str(folder))).outcomes[0].plan.sites
+    assert [float_attention[s].sqnr_db for s in "qkv"] == [None] * 3
+
+
+# skipping
+
+
+@pytest.mark.parametrize("mode", ("a4.8", "w1.58a8"))
+def test_gate_first_and_sparse_inputs_are_exact(folder, mode):
+    """Every switch gives the same bits, for one token and for many."""
+    made = apply(load_model(str(folder)), mode=mode)
+    for rows, length in ((1, 1), (2, 9)):
+        inputs = block_inputs(made.model, made.loaded.adapter, tokens(rows, length))
+        for index, block in enumerate(made.blocks):
+            outputs = []
+            for gate_first in ("never", "always", "auto"):
+                for sparse in ("never", "always"):
+                    block.gate_first = gate_first
+                    for linear in block.linears().values():
+                        linear.sparse = sparse
+                    outputs.append(block(inputs.hidden, **inputs.kwargs[index]))
+            assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_the_gate_really_skips(folder, monkeypatch):
+    """With a forced gate, up multiplies fewer rows; "auto" does so for one token of a large layer with few live gates."""
+    block = quantized_blocks(*(lambda m: (m.model, m.adapter))(load_model(str(folder))))[0]
+    asked: list[int] = []
+    original = TernaryLinear.product
+
+    def product(self, x, rows=slice(None)):
+        y = original(self, x, rows)
+        if self is block.up:
+            asked.append(y.shape[1])
+        return y
+
+    monkeypatch.setattr(TernaryLinear, "product", product)
+    x = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(0))
+    block._mlp(x, None)
+    assert asked == [192], "a small layer is computed in one product"
+    asked.clear()
+    block.gate_first = "always"
+    out = block._mlp(x, None)
+    live = int((out != 0).sum())
+    assert asked[0] == 96 and live <= asked[1] < 70
+    asked.clear()
+    block.gate_first = "auto"
+    monkeypatch.setattr("core.models.block.GATE_FIRST_WEIGHTS", 1)
+    assert torch.equal(block._mlp(x, None), out) and asked == [96, 96], "half of the gates are alive: dense is cheaper"
+    asked.clear()
+    monkeypatch.setattr("core.models.block.ROW_DENSITY", 0.9)
+    assert torch.equal(block._mlp(x, None), out) and asked[1] < 70
+    asked.clear()
+    block._mlp(x.expand(1, 3, 128), None)
+    assert asked == [192], "several tokens share no gates"
+
+
+def test_zeros_survive_the_sub_norm(folder):
+    block = quantized_blocks(*(lambda m: (m.model, m.adapter))(load_model(str(folder))))[0]
+    x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(1))
+    h = block._mlp(x, None)
+    assert 0.3 < float((h == 0).float().mean()) < 0.7
+    assert torch.equal(block.ffn_sub_norm(h) == 0, h == 0)
+    codes = block.down.quantize(block.ffn_sub_norm(h)).codes
+    assert bool((codes.view(h.shape)[h == 0] == 0).all())
+
+
+# attention
+
+
+@pytest.mark.parametrize("options", [{"kv_bits": 3}, {"kv_bits": 4, "q_bits": 4}, {"kv_bits": 8}], ids=str)
+def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
+    made = apply(load_model(str(folder)), **options)
+    cache = new_cache(made.model, made.loaded.adapter)
+    assert isinstance(cache, DynamicKVCache)
+    expected, found = made.model(IDS).logits, in_steps(made.model, IDS, cache)
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) < 1e-5 and float(errors.max()) < 0.2, "a sum in another order may move a value to the next code"
+    spec = made.blocks[0].spec
+    rule = AttentionBits(options["kv_bits"])
+    assert kv_bytes_per_token(made.model, made.loaded.adapter) == 2 * 2 * spec.kv_heads * (16 * rule.kv // 8 + 2)
+    stored = kv_bytes_per_token(made.model, made.loaded.adapter) * 2 * (IDS.shape[1] - 1)
+    first = 2 * 2 * 2 * spec.kv_heads * (16 * rule.bos // 8 + 2)
+    assert cache.nbytes == stored + first
+
+
+def test_sixteen_bit_attention_has_no_packed_cache(folder):
+    made = apply(load_model(str(folder)))
+    assert new_cache(made.model, made.loaded.adapter) is None
+    assert kv_bytes_per_token(made.model, made.loaded.adapter) == 2 * 2 * 2 * 16 * 4
+
+
+# saving, measuring
+
+
+@pytest.mark.parametrize("architecture", ("bitnet", "qwen2", "opt", "qwen3"))
+def test_a_round_trip_is_bit_identical(tmp_path, architecture):
+    made = apply(tiny_model(architecture), kv_bits=3, q_bits=4, keep=0.25)
+    save_quantized(tmp_path / "q", made.loaded, {"recipe": made.recipe.to_dict()})
+    again = load_quantized(tmp_path / "q")
+    assert torch.equal(again.model(IDS).logits, made.model(IDS).logits)
+    for old, new in zip(made.blocks, quantized_blocks(again.model, again.adapter), strict=True):
+        assert old.rules == new.rules and old.o.keep == new.o.keep == 0.25
+    assert label_of(again) == "BITNET · a4.8 (keeps 0.25) · KV 3 bits, first token 4 · Q 4 bits"
+    assert torch.equal(load_model(str(tmp_path / "q")).model(IDS).logits, again.model(IDS).logits)
+
+
+def test_bytes_are_measured(folder):
+    base = load_model(str(folder))
+    parts = measured_parts(base.model, base.adapter)
+    weights = sum(
+        x.in_features * x.out_features for b in quantized_blocks(base.model, base.adapter) for x in b.linears().values()
+    )
+    assert parts["packed weights"] == weights // 4
+    assert parts["scales and zero points"] == 2 * 4 * (7 + 7 + 4), "7 scales, 7 + 4 row bounds per layer"
+    assert parts["norms, biases and orders"] >= 2 * 4 * (128 * 3 + 96) and "decoder weights (float)" not in parts
+    assert working_bytes(base.model) == 0
+    base.model(IDS)
+    assert working_bytes(base.model) == weights
+    assert {u.backend for u in backend_use(base)} == {"int8"} and sum(u.layers for u in backend_use(base)) == 8
+
+
+def test_the_whole_way(folder, tmp_path):
+    base = load_model(str(folder))
+    recipe = QuantRecipe(str(folder), method="bitnet", calibration=Calibration(TEXT, 256, 64), bitnet=BitNetOptions(kv_bits=4))
+    made, report = quantize(base, recipe)
+    assert report.label == "BITNET · a4.8 · KV 4 bits · a4.8 rules applied training-free to a w1.58a8 model: approximate"
+    assert 2 < report.effective_weight_bits < 2.2 and "ternary weights" not in report.stages and len(report.layers) == 2
+    assert report_from_dict(report.to_dict()).label == report.label
+    save_quantized(tmp_path / "q", made, {"recipe": recipe.to_dict(), "report": report.to_dict()})
+    assert read_description(tmp_path / "q")["layers"][0]["bitnet"]["trained"] == "w1.58a8"
+    again = load_model(str(tmp_path / "q"))
+    parts, source = evaluation_windows(again, TEXT, tokens=64, window=64)
+    scored = evaluate(again, parts, source)
+    assert scored.label == report.label and scored.backend.startswith("int8 × 8")
+    assert scored.kv_bytes_per_token == 2 * 2 * 2 * (8 + 2)
+    native = evaluate(base, parts, source)
+    assert native.label == f"{folder} · trained w1.58a8"
+    for backend in ("reference", "int8"):
+        assert evaluate(again, parts, source, backend=backend).nll == scored.nll
+
+
+def test_what_counts_as_quantised(folder):
+    native = load_model(str(folder))
+    assert not already_quantized(native.model, native.adapter)
+    assert not already_quantized(apply(native).model, native.adapter), "its weights are still the trained ones"
+    simulated = apply(tiny_model("llama")).loaded
+    assert already_quantized(simulated.model, simulated.adapter)
+    with pytest.raises(ModelError, match="already quantised"):
+        quantize(simulated, QuantRecipe("m", calibration=Calibration(TEXT, 256, 64)))
+
+
+def test_the_workbench_serves_a_native_model(folder):
+    bench = Workbench()
+    key = str(folder)
+    info = bench.load(key)
+    assert info.architecture == "bitnet" and info.layers == 2
+    ranges = bench.observe(key, Calibration(TEXT, 128, 64))
+    assert len(ranges.sites) == 14
+    detail = bench.channel(key, Calibration(TEXT, 128, 64), "layers.0.down_in", 3)
+    assert detail.low <= detail.high
+    made = bench.generate(key, "Once upon", max_new_tokens=4)
+    assert made.new_tokens <= 4 and made.kv_bytes > 0
