@@ -1,6 +1,6 @@
-"""Compile one kernel for Hopper without a GPU and print what came out as JSON: run by test_compile_sm90.py in its own process.
+"""Compile kernels for Hopper without a GPU and print what came out as JSON: run by test_compile_sm90.py in a process of its own.
 
-python -m tests.kernels.sm90 MODULE KERNEL CASE          CASE: JSON {"types": {...}, "constants": {...}, "warps": w, "stages": s}
+python -m tests.kernels.sm90 < CASES          CASES: JSON list of arguments of `compile_kernel`
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, object], warps: int, stages: int) -> dict:
+def compile_kernel(
+    module: str, kernel: str, types: dict[str, str], constants: dict[str, object], warps: int, stages: int
+) -> dict:
     """Registers, stack bytes and matrix instructions of a kernel.
 
     Args:
         types: Triton type of every run-time argument by name; a trailing ":16" promises a value divisible by 16.
         constants: the others.
     """
-    kernel = getattr(importlib.import_module(module), name)
+    kernel = getattr(importlib.import_module(module), kernel)
     signature, attrs = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         kind = types.get(argument, "constexpr")
@@ -61,5 +63,4 @@ def usage(cubin: bytes) -> dict:
 
 
 if __name__ == "__main__":
-    case = json.loads(sys.argv[3])
-    sys.stdout.write(json.dumps(compile_kernel(sys.argv[1], sys.argv[2], **case)))
+    sys.stdout.write(json.dumps([compile_kernel(**case) for case in json.load(sys.stdin)]))
