@@ -28,13 +28,17 @@ from typing import Any, NoReturn
 from app import cli_verbs as verbs
 from app.cli_output import Console, complain
 from app.cli_train import train, train_options
-from core.config import METHODS, SCHEMES, VARIANTS, WEIGHT_METHODS
+from core.config import BITNET_MODES, METHODS, SCHEMES, VARIANTS, WEIGHT_METHODS
 from core.errors import InputError, QuantscopeError, ResourceError
 
 OK, BUG, BAD_INPUT, INTERRUPTED, TERMINATED, CLOSED_PIPE = 0, 1, 2, 130, 143, 141
 QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-    "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 PROG = "python -m app.cli"
 
@@ -83,8 +87,10 @@ def report(error: BaseException) -> int:
     if isinstance(error, QuantscopeError):
         complain(f"error {error.code}: {error}")
         return BAD_INPUT
-    complain(f"error E-BUG: Something broke on our side ({type(error).__name__}). Run again with --debug and report id "
-             f"{fault_id(error)} with what it prints.")
+    complain(
+        f"error E-BUG: Something broke on our side ({type(error).__name__}). Run again with --debug and report id "
+        f"{fault_id(error)} with what it prints."
+    )
     return BUG
 
 
@@ -124,8 +130,12 @@ def _no_options(verb: Parser) -> None:
 
 
 def _model(verb: Parser, *, required: bool = True) -> None:
-    verb.add_argument("--model", required=required, metavar="M",
-                      help="a catalogue name, a Hub id owner/name[@revision], a folder, or a .gguf file")
+    verb.add_argument(
+        "--model",
+        required=required,
+        metavar="M",
+        help="a catalogue name, a Hub id owner/name[@revision], a folder, or a .gguf file",
+    )
 
 
 def _calibration(verb: Parser) -> None:
@@ -166,6 +176,11 @@ def _quantize(verb: Parser) -> None:
     verb.add_argument("--variant", help=f"rules of RPTQ: {', '.join(VARIANTS)}")
     verb.add_argument("--clusters", metavar="R1=32,R2=4", help="clusters per reordering, one number for all, or channel")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")
+    verb.add_argument("--mode", help=f"rules of bitnet: {', '.join(BITNET_MODES)} (default a4.8)")
+    verb.add_argument("--keep", metavar="X", help="share of the output projection's input that bitnet's TopK keeps (default 0.5)")
+    verb.add_argument("--kv-bits", metavar="B", help="bits of bitnet's keys and values (default 16)")
+    verb.add_argument("--bos-bits", metavar="B", help="bits of the first token's keys and values below 16 bits (default 4)")
+    verb.add_argument("--q-bits", metavar="B", help="bits of bitnet's queries (default 16)")
     _calibration(verb)
     verb.add_argument("--recipe", metavar="FILE", help="a recipe as JSON; options given beside it win")
 
@@ -192,11 +207,18 @@ def _compare(verb: Parser) -> None:
 
 
 def _memory(verb: Parser) -> None:
-    verb.add_argument("--model", required=True, metavar="NAME_OR_SHAPE",
-                      help="opt-13b, …, layers=40,hidden=5120,heads=40, or a model folder")
+    verb.add_argument(
+        "--model", required=True, metavar="NAME_OR_SHAPE", help="opt-13b, …, layers=40,hidden=5120,heads=40, or a model folder"
+    )
     verb.add_argument("--scheme", required=True, metavar="S", help=f"W16A16, {', '.join(SCHEMES)}")
     verb.add_argument("--batch", required=True, metavar="B", help="sequences at once")
     verb.add_argument("--seq", required=True, metavar="T", help="tokens per sequence")
+
+
+def _sparsity(verb: Parser) -> None:
+    _model(verb)
+    verb.add_argument("--text", default="sotu", metavar="FILE", help="a text file, sotu (default) or wikitext2")
+    verb.add_argument("--tokens", default="512", metavar="N", help="tokens to run, in whole windows of up to 256 (default 512)")
 
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[Parser], None], str]] = {
@@ -206,6 +228,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "evaluate": (verbs.evaluate, _evaluate, "Measure perplexity, divergence from a reference, bytes and speed"),
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),
+    "sparsity": (verbs.sparsity, _sparsity, "Count the zeros a BitNet model multiplies with, and its active parameters"),
     "memory": (verbs.memory, _memory, "Project memory by formula; nothing is loaded"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }

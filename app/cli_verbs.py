@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from app.cli_output import Console, facts, table
 from app.figure import bytes_text, number
 from core.checks import parse_int, require_int
-from core.config import SITES, Bits, Calibration, Clusters, QuantRecipe, parse_bits
+from core.config import SITES, Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, parse_bits
 from core.errors import InputError
 
 MAX_TOKENS = 1_048_576
@@ -161,6 +161,24 @@ def compare(args: Namespace, console: Console) -> None:
     )
 
 
+def sparsity(args: Namespace, console: Console) -> None:
+    """`sparsity`: zero codes at every projection's input, layer by layer."""
+    tokens = parse_int("tokens", args.tokens)
+    require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
+    _require_text(args.text, "evaluation")
+    from core import Workbench
+    from core.provenance import provenance
+
+    report = Workbench().sparsity(args.model, text=args.text, tokens=tokens, progress=console.progress)
+    names = ("qkv", "out", "up", "gate", "down", "gates", "overall")
+    named = [*((str(i), layer) for i, layer in enumerate(report.layers)), ("all", report.total)]
+    rows = [[title, *(_share(getattr(layer, name)) for name in names)] for title, layer in named]
+    text = f"{args.model}: {report.claim}\n{report.tokens:,} tokens of {report.text_name}\n\n"
+    text += table(["layer", *names], rows)
+    text += f"\n{report.active_parameters:,} of {report.parameters:,} decoder weights meet a code that is not zero.\n"
+    console.finish(report.to_dict() | {"model": args.model, "provenance": provenance()}, text)
+
+
 def memory(args: Namespace, console: Console) -> None:
     """`memory`: bytes by formula."""
     from core import memory_estimate
@@ -184,6 +202,13 @@ def recipe_of(args: Namespace) -> QuantRecipe:
     given = {name: value for name in ("model", "method", "variant", "weights") if (value := getattr(args, name)) is not None}
     if "model" in given:
         base.pop("revision", None)
+    if given.get("method", "bitnet") != "bitnet":
+        base.pop("bitnet", None)
+    options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
+    own = {name: value for name in options if (value := getattr(args, name)) is not None}
+    if own:
+        text = ",".join(f"{name}={value}" for name, value in ((base.get("bitnet") or {}) | own).items())
+        given["bitnet"] = asdict(parse_bitnet(text))
     if args.clusters is not None:
         base.pop("clusters", None)
     recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()

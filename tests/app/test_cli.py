@@ -392,11 +392,47 @@ def test_a_bad_recipe_is_refused(call, text):
     assert not Path("new").exists()
 
 
-def test_a_method_that_is_not_there_yet_is_refused(call):
-    from core.methods import METHODS
+# BitNet
 
-    if "bitnet" not in METHODS:
-        refused(call("quantize", "--model", "base", "--method", "bitnet", "--out", "new"), "E-PARAM-METHOD", "bitnet")
+
+def test_quantize_by_bitnet_and_count_its_zeros(call):
+    options = ("--calibration", "text.txt", "--calibration-tokens", 64, "--window", 32)
+    made = document(
+        call, "quantize", "--model", "base", "--method", "bitnet", *options, "--kv-bits", 3, "--keep", "0.25", "--out", "ternary"
+    )
+    assert made["recipe"]["bitnet"] == {"mode": "a4.8", "keep": 0.25, "kv_bits": 3, "bos_bits": 4, "q_bits": 16}
+    assert "KV 3 bits, first token 4" in made["label"] and "expect noise" in made["label"]
+    code, out, err = call("sparsity", "--model", "ternary", "--text", "text.txt", "--tokens", 32)
+    assert code == 0 and "expect noise" in out and "overall" in out and "75.0 %" in out
+    counted = document(call, "sparsity", "--model", "ternary", "--text", "text.txt", "--tokens", 32)
+    assert counted["total"]["out"] >= 0.75 and 0 < counted["active_parameters"] < counted["parameters"]
+    Path("bitnet.json").write_text(json.dumps(made["recipe"]))
+    again = document(call, "quantize", "--recipe", "bitnet.json", "--mode", "w1.58a8", "--out", "again")
+    assert again["recipe"]["bitnet"] == made["recipe"]["bitnet"] | {"mode": "w1.58a8"}
+    other = document(call, "quantize", "--recipe", "bitnet.json", "--method", "rtn", "--weights", "rtn", "--out", "other")
+    assert "bitnet" not in other["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "word"),
+    [
+        (("--mode", "a4.9"), "E-PARAM-MODE", "a4.9"),
+        (("--keep", "2"), "E-PARAM-KEEP", "2"),
+        (("--keep", "half"), "E-PARAM-KEEP", "half"),
+        (("--kv-bits", "1"), "E-PARAM-BITS", "kv_bits"),
+        (("--method", "rptq", "--mode", "a4.8"), "E-PARAM-BITNET", "rptq"),
+    ],
+    ids=str,
+)
+def test_bitnet_options_that_do_not_fit(call, argv, code, word):
+    method = () if "--method" in argv else ("--method", "bitnet")
+    refused(call("quantize", "--model", "base", *method, *argv, "--out", "new"), code, word)
+    assert not Path("new").exists()
+
+
+def test_sparsity_needs_ternary_weights(call):
+    refused(call("sparsity", "--model", "base", "--text", "text.txt", "--tokens", 32), "E-MODEL-ARCH", "ternary")
+    refused(call("sparsity", "--model", "base", "--tokens", "1"), "E-PARAM-TOKENS", "1")
 
 
 # ends of other kinds
