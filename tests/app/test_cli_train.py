@@ -10,8 +10,22 @@ import pytest
 from app import cli
 
 WORDS = ["river", "ran", "past", "seven", "quiet", "houses", "while", "children", "counted", "boats", "in", "rain"]
-CONFIG = {"name": "tiny", "architecture": "llama", "hidden": 32, "layers": 1, "heads": 2, "ffn": 48, "vocab": 300, "seq": 32,
-          "batch": 2, "tokens": 640, "warmup": 2, "texts": [["text.txt", 1]], "precision": "fp32", "compile": "no"}
+CONFIG = {
+    "name": "tiny",
+    "architecture": "llama",
+    "hidden": 32,
+    "layers": 1,
+    "heads": 2,
+    "ffn": 48,
+    "vocab": 300,
+    "seq": 32,
+    "batch": 2,
+    "tokens": 640,
+    "warmup": 2,
+    "texts": [["text.txt", 1]],
+    "precision": "fp32",
+    "compile": "no",
+}
 
 SCORING = ["--text", "text.txt", "--window", "32", "--tokens", "320"]
 
@@ -80,20 +94,24 @@ def test_an_exported_bitnet_is_a_model(call, place):
     assert code == 0 and 20 < json.loads(out)["perplexity"] < 400
 
 
-@pytest.mark.parametrize(("argv", "code", "word"), [
-    (["--out", "x"], "E-PARAM-CONFIG", "--config"),
-    (["--config", "absent.json", "--out", "x"], "E-PARAM-CONFIG", "absent.json"),
-    (["--config", "text.txt", "--out", "x"], "E-PARAM-CONFIG", "not valid"),
-    (["--config", "c.json", "--out", "run"], "E-PARAM-OUT", "--resume"),
-    (["--config", "c.json", "--out", "x", "--tokens", "many"], "E-PARAM-TOKENS", "whole number"),
-    (["--config", "c.json", "--out", "x", "--tokens", "64"], "E-PARAM-TOKENS", "warm-up"),
-    (["--config", "c.json", "--out", "x", "--text", "absent.txt"], "E-TEXT-NOTFOUND", "absent.txt"),
-    (["--config", "c.json", "--out", "run", "--resume", "--tokens", "1280"], "E-PARAM-CONFIG", "tokens"),
-    (["--export", "absent", "--out", "x"], "E-CKPT", "no training run"),
-    (["--export", "run", "--out", "text.txt"], "E-PARAM-OUT", "is a file"),
-    (["--export", "run", "--config", "c.json", "--out", "x"], "E-PARAM-EXPORT", "--config"),
-    (["--config", "c.json"], "E-PARAM-USAGE", "--out"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("argv", "code", "word"),
+    [
+        (["--out", "x"], "E-PARAM-CONFIG", "--config"),
+        (["--config", "absent.json", "--out", "x"], "E-PARAM-CONFIG", "absent.json"),
+        (["--config", "text.txt", "--out", "x"], "E-PARAM-CONFIG", "not valid"),
+        (["--config", "c.json", "--out", "run"], "E-PARAM-OUT", "--resume"),
+        (["--config", "c.json", "--out", "x", "--tokens", "many"], "E-PARAM-TOKENS", "whole number"),
+        (["--config", "c.json", "--out", "x", "--tokens", "64"], "E-PARAM-TOKENS", "warm-up"),
+        (["--config", "c.json", "--out", "x", "--text", "absent.txt"], "E-TEXT-NOTFOUND", "absent.txt"),
+        (["--config", "c.json", "--out", "run", "--resume", "--tokens", "1280"], "E-PARAM-CONFIG", "tokens"),
+        (["--export", "absent", "--out", "x"], "E-CKPT", "no training run"),
+        (["--export", "run", "--out", "text.txt"], "E-PARAM-OUT", "is a file"),
+        (["--export", "run", "--config", "c.json", "--out", "x"], "E-PARAM-EXPORT", "--config"),
+        (["--config", "c.json"], "E-PARAM-USAGE", "--out"),
+    ],
+    ids=str,
+)
 def test_refusals_are_one_line(call, argv, code, word):
     status, out, err = call("train", *argv)
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"error {code}") and word in err, err

@@ -116,7 +116,7 @@ class _Run:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others}], betas=BETAS, fused=True)
-        self.step, self.losses = 0, {}
+        self.step = 0
 
     def start(self, resume: bool) -> None:
         """Take over an earlier state and cut the log back to it; or lay out the folder. A branch begins with the log of

@@ -241,7 +241,7 @@ def test_two_processes_share_a_batch(place, tmp_path):
     code = ("import sys; from core.methods.bitnet.config import TrainConfig; from core.methods.bitnet.train import train; "
             "train(TrainConfig.read(sys.argv[1]), sys.argv[2])")
     (tmp_path / "go.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(tmp_path / "go.py"), str(tmp_path / "config.json"), str(tmp_path / "two")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
