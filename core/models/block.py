@@ -82,7 +82,10 @@ class ReorderNorm(nn.Module):
             factor, shift = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps), None
         if self.order is not None:
             x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
-        y = x * factor if shift is None else (x - shift).mul_(factor)
+        if shift is not None:
+            y = (x - shift).mul_(factor)
+        else:
+            y = x * factor if self.order is None else x.mul_(factor)  # the gather made a copy
         if self.weight is not None:
             y.mul_(self.weight)
         return y if self.bias is None else y.add_(self.bias)
@@ -209,9 +212,11 @@ class DecoderBlock(nn.Module):
             past = cache.get_seq_length(self.layer_index) if cache is not None else 0
             return min(max(0, self.sink_tokens - past), x.shape[1]) or None
         mask = position_ids < self.sink_tokens
-        first = int(mask[0].sum())
-        same = int(mask.sum()) == first * len(mask) and bool(mask[:, :first].all())
-        return (first or None) if same else mask
+        total = int(mask.sum())
+        first = total // len(mask)
+        if first * len(mask) == total and bool(mask[:, :first].all()):
+            return first or None
+        return mask
 
     def _project(
         self, n1: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None

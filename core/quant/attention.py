@@ -32,17 +32,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
         out = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=k.shape[1] != heads
         )
-    else:
-        out = _quantized_softmax(q, k, v, mask, scaling, 2**softmax_bits - 1)
-    return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
+        return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
+    return _quantized_softmax(q if scaling == 1.0 else q * scaling, k, v, mask, 2**softmax_bits - 1)
 
 
-def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, steps: int) -> Tensor:
+def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int) -> Tensor:
     batch, heads, tokens, dim = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - tokens
-    q = (q * scaling).view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    q = q.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, T, E]
     v = v / steps  # carries the 1 / steps of p̂
-    out = torch.empty_like(q)
+    out = q.new_empty(batch, tokens, kv_heads, heads // kv_heads, dim)
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)
         seen = past + stop if mask is None else k.shape[2]
@@ -53,8 +52,9 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
         else:
             scores += _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B, 1, 1, t, S]
         p = torch.softmax(scores, dim=-1).mul_(steps).round_()
-        out[:, :, :, start:stop] = torch.matmul(p.flatten(2, 3), v[:, :, :seen]).unflatten(2, (-1, stop - start))
-    return out.view(batch, heads, tokens, dim)
+        part = torch.matmul(p.flatten(2, 3), v[:, :, :seen]).unflatten(2, (-1, stop - start))  # [B, Hkv, G, t, E]
+        out[:, start:stop] = part.permute(0, 3, 1, 2, 4)
+    return out.view(batch, tokens, heads * dim)
 
 
 @lru_cache(maxsize=8)
