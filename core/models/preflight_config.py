@@ -33,6 +33,7 @@ _CAPS = (
 """Largest accepted value of each size; the smallest is 1."""
 
 ONLINE_MASTERS = "masters"
+_OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
 _LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 _MODES = ("fp", "w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
 
@@ -45,7 +46,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
-    refuse_code(config)
+    named_only = config.get("model_type") == "bitnet"  # the published repositories name code that transformers has itself
+    refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
     for table in _tables(config):
         for key, cap in _CAPS.items():
             _check_size(table, key, cap)
@@ -75,7 +77,8 @@ def bitnet_format(config: Mapping[str, Any]) -> str | None:
         return None
     kept = stored.get("modules_to_not_convert") or ["lm_head"]
     kind, when = stored.get("linear_class", "bitlinear"), stored.get("quantization_mode", "offline")
-    if mode == "fp" or stored.get("use_rms_norm") or kept != ["lm_head"] or kind not in _LINEAR_CLASSES or (
+    outside = isinstance(kept, list) and all(name in _OUTSIDE for name in kept)
+    if mode == "fp" or stored.get("use_rms_norm") or not outside or kind not in _LINEAR_CLASSES or (
             when not in ("offline", "online")) or (kind == "bitlinear" and when == "online"):
         raise ModelError("config.json describes a BitNet variant that is not read: use linear_class autobitlinear or "
                          "bitlinear, all decoder linears ternary, no extra norm inside them.", code="E-MODEL-BAD")

@@ -14,6 +14,7 @@ from transformers.integrations import bitnet as published
 from core.calibration.observe import observe_layers
 from core.config import SITES, Bits
 from core.errors import InputError, ModelError
+from core.methods.bitnet.bitlinear import convert_to_bitlinear
 from core.models.bitnet_io import SHARD_BYTES, pack_rows, save_bitnet, unpack_rows
 from core.models.load import LoadedModel, load_model
 from core.models.shell import quantized_blocks
@@ -127,7 +128,7 @@ def test_packed_weights_agree_with_transformers_own_packed_layer(tmp_path, packe
         theirs = published.BitLinear(weight.shape[1], weight.shape[0] * 4, bias=False, dtype=torch.float32)
         theirs.weight = weight
     theirs.weight_scale = scale
-    assert relative(block.o(x), theirs(x)) < 1e-5
+    assert relative(block.o(x), theirs(x).detach()) < 1e-5
 
 
 def _model_and_adapter(folder: Path):
@@ -139,6 +140,21 @@ def test_the_four_formats_are_one_model(tmp_path):
     loaded = masters()
     logits = [load_model(str(write(tmp_path / form, form, loaded))).model(IDS).logits for form in FORMATS[:3]]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_code_that_the_published_repositories_name_is_not_looked_for(tmp_path):
+    """Their config.json has an auto_map of classes that transformers has; nothing of it is loaded, and no other is let pass."""
+    folder = write(tmp_path / "m", "online", masters())
+    expected = load_model(str(folder)).model(IDS).logits
+    config = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "configuration_bitnet.BitNetConfig", "AutoModelForCausalLM": "modeling_bitnet.BitNetForCausalLM"}
+    for file in ("configuration_bitnet.py", "modeling_bitnet.py"):
+        (folder / file).write_text("raise SystemExit('code of a model was run')")
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": named}))
+    assert torch.equal(load_model(str(folder)).model(IDS).logits, expected)
+    (folder / "config.json").write_text(json.dumps(config | {"trust_remote_code": True}))
+    with pytest.raises(ModelError, match="never runs"):
+        load_model(str(folder))
 
 
 def test_llama_with_divided_scales_is_read(tmp_path):
@@ -286,6 +302,7 @@ def test_masters_of_zeros_are_refused(tmp_path):
         {"quantization_mode": "sometimes"},
         {"linear_class": "bitlinear", "quantization_mode": "online"},
         {"modules_to_not_convert": ["model.layers.0.mlp.down_proj"]},
+        {"modules_to_not_convert": {"lm_head": 1}},
     ],
     ids=str,
 )
@@ -336,3 +353,15 @@ def test_a_native_model_is_a_base_for_the_other_methods(tmp_path, method):
 def test_load_bitnet_leaves_no_trace_in_the_configuration(tmp_path):
     loaded = load_model(str(write(tmp_path / "m", "saved", masters())))
     assert not hasattr(loaded.model.config, "quantization_config") and not hasattr(loaded.model.config, "quantscope")
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_the_native_model_is_the_trained_one(tmp_path, mode):
+    """Fake quantisation while training and integer products afterwards are one function."""
+    loaded = masters()
+    model = convert_to_bitlinear(loaded.model, mode)
+    save_bitnet(tmp_path / "m", model, loaded.tokenizer, mode=mode, card=CARD)
+    with torch.inference_mode():
+        expected, found = model(IDS).logits, load_model(str(tmp_path / "m")).model(IDS).logits
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) < 1e-6 and relative(found, expected) < 1e-2, "a rounding on the edge may fall either way"
