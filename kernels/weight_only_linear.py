@@ -87,12 +87,13 @@ def _weight_only_kernel(
     for step in range(share * per_share, tl.minimum((share + 1) * per_share, STEPS)):
         if CLUSTERED:
             piece = pieces_ptr + step * (3 + PARTS)
-            j = tl.load(piece) + byte
+            j = tl.load(piece) * BK + byte
             used = (j >= tl.load(piece + 1)) & (j < tl.load(piece + 2))
         else:
             j = step * BK + byte
             used = j < PART_BYTES
-        here = rows[:, None] & (j < PART_BYTES)[None, :]
+        inside = j < PART_BYTES
+        here = rows[:, None] & inside[None, :]
         first = tl.load(line + j[None, :], mask=here, other=0).to(tl.int16)
         second, high = first, first
         if BITS == 3:
@@ -100,7 +101,9 @@ def _weight_only_kernel(
             high = tl.load(line + 2 * PART_BYTES + j[None, :], mask=here, other=0).to(tl.int16)
         for part in tl.static_range(PARTS):
             k = part * PART_BYTES + j
-            x = tl.load(x_ptr + m[None, :] * stride_x + k[:, None], mask=(used & (k < K))[:, None] & tokens[None, :], other=0.0)
+            x = tl.load(x_ptr + m[None, :] * stride_x + k[:, None], mask=(inside & (k < K))[:, None] & tokens[None, :], other=0.0)
+            if CLUSTERED:  # after the load, whose mask would break its vectors at the piece's ends
+                x = tl.where(used[:, None], x, 0.0)
             x = matrix_operand(x)
             w = _codes(first, second, high, part, BITS, dtype)
             if CLUSTERED:
@@ -128,8 +131,7 @@ def launch(
     x = rows_strided(x)
     (tokens, width), rows, parts = x.shape, packed.shape[0], PARTS[bits]
     part_bytes, clustered = -(-width // parts), len(offsets) > 2
-    narrow = clustered or x.dtype is torch.float32
-    tile = _tile(tokens, rows, part_bytes, bits, narrow=narrow, device=x.device)
+    tile = _tile(tokens, rows, part_bytes, bits, clustered=clustered, wide=x.dtype is torch.float32, device=x.device)
     pieces = _pieces(offsets, parts, tile.block, x.device) if clustered else None
     steps = len(pieces) if clustered else -(-part_bytes // tile.block)
     split = min(tile.split, steps)
@@ -143,19 +145,26 @@ def launch(
     return partial[0] if split == 1 else finish(partial, dtype=x.dtype, bias=bias)
 
 
-def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, narrow: bool, device: torch.device) -> Tile:
-    """`narrow`: float32 inputs and clustered weights hold more in registers per step."""
-    block = (16 if bits == 3 else 32) if narrow else {2: 64, 3: 32, 4: 128, 8: 64}[bits]
+def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool, wide: bool, device: torch.device) -> Tile:
+    """`wide`: float32 inputs. They, several clusters and 3 bits hold more in registers per step, so their steps are smaller."""
+    block = {2: 64, 3: 32, 4: 128, 8: 64}[bits]
+    if clustered:
+        block = 64 if bits == 4 else 32
+    if wide:
+        block = 16 if bits == 3 or tokens > DECODE_ROWS else 32
     if tokens <= DECODE_ROWS:
         return decode_tile(rows, part_bytes, block=block, device=device)
-    return Tile(rows=64 if narrow else 128, columns=64, block=min(block, 64), warps=4, stages=3)
+    narrow = wide or clustered or bits == 3
+    return Tile(
+        rows=64 if narrow else 128, columns=64, block=min(block, 16 if bits == 3 else 32 if narrow else 64), warps=4, stages=3
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.device) -> Tensor:
     """Cut a row of bytes so that inside a piece every part lies in one cluster and one block.
 
-    Returns: [P, 3 + parts] int32: first byte of the block, first and last + 1 byte of the piece, cluster of each part.
+    Returns: [P, 3 + parts] int32: number of the block, first and last + 1 byte of the piece, cluster of each part.
     """
     width = offsets[-1]
     size = -(-width // parts)
@@ -163,7 +172,7 @@ def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.devi
     cuts |= {o % size for o in offsets if o < width}
     cuts = sorted(cuts)
     table = [
-        [lo // block * block, lo, hi, *(bisect_right(offsets, min(p * size + lo, width - 1)) - 1 for p in range(parts))]
+        [lo // block, lo, hi, *(bisect_right(offsets, min(p * size + lo, width - 1)) - 1 for p in range(parts))]
         for lo, hi in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     return torch.tensor(table, dtype=torch.int32, device=device)

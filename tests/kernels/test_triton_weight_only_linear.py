@@ -77,8 +77,8 @@ def test_pieces_cover_every_column_once_with_its_cluster(offsets, parts, block):
     width = offsets[-1]
     size = -(-width // parts)
     seen = [None] * width
-    for start, lo, hi, *clusters in _pieces(offsets, parts, block, torch.device("cpu")).tolist():
-        assert start % block == 0 and start <= lo < hi <= start + block
+    for number, lo, hi, *clusters in _pieces(offsets, parts, block, torch.device("cpu")).tolist():
+        assert number * block <= lo < hi <= (number + 1) * block
         for part, cluster in enumerate(clusters):
             for k in range(part * size + lo, min(part * size + hi, width)):
                 assert seen[k] is None and offsets[cluster] <= k < offsets[cluster + 1]
