@@ -30,8 +30,8 @@ from core.evaluation.describe import backend_use, claim_of, label_of, layer_repo
 from core.evaluation.generate import generate
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import hidden_windows, score
-from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row
-from core.evaluation.speed import SpeedLimit, speed_limit
+from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
+from core.evaluation.speed import speed_limit
 from core.evaluation.windows import calibration_tokens, evaluation_windows
 from core.methods import METHODS
 from core.methods.sequential import quantize_layers

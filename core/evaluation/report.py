@@ -174,6 +174,97 @@ class GenerationReport(Report):
 
 
 @dataclass(frozen=True)
+class SpeedLimit(Report):
+    """What bounds a model's decoding on this machine.
+
+    Attributes:
+        weight_bytes: read for each token by the backends that run now.
+        bytes_per_second: measured; threads: of the copy, and of the model.
+    """
+
+    key: str
+    weight_bytes: int
+    bytes_per_second: float
+    threads: int
+
+    def tokens_per_second(self, kv_bytes: int = 0) -> float:
+        """The limit with a cache of that many bytes."""
+        return self.bytes_per_second / (self.weight_bytes + kv_bytes)
+
+
+@dataclass(frozen=True)
+class Sparsity(Report):
+    """Shares of zeros, 0 to 1. `gates`: zero outputs of the gate's activation; without a gate `gate` equals `up`."""
+
+    qkv: float
+    out: float
+    up: float
+    gate: float
+    down: float
+    gates: float
+    overall: float
+
+
+@dataclass(frozen=True)
+class SparsityReport(Report):
+    """Sparsity per layer and of the whole model on a text.
+
+    Attributes:
+        mode, claim: the rules the model ran by, and what they are worth for it.
+        parameters, active_parameters: of the decoder's linear layers.
+    """
+
+    key: str
+    mode: str
+    claim: str
+    text_name: str
+    tokens: int
+    parameters: int
+    active_parameters: int
+    total: Sparsity
+    layers: list[Sparsity]
+
+
+@dataclass(frozen=True)
+class TernaryShares(Report):
+    """One projection: shares of -1, 0 and 1 among its weights, and its scale."""
+
+    minus: float
+    zero: float
+    plus: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class WeightHistogram(Report):
+    """`TernaryShares` by projection name (q, k, v, o, gate, up, down), one table per layer."""
+
+    key: str
+    layers: list[dict[str, TernaryShares]]
+
+
+@dataclass(frozen=True)
+class InputHistogram(Report):
+    """Distribution of one site of one layer.
+
+    Attributes:
+        kind: its quantiser, "fp" where there is none; code_values, code_counts: its codes, empty then.
+        edges: ascending, one more than counts; counts: the first and last hold what lies beyond.
+    """
+
+    key: str
+    site: str
+    layer: int
+    kind: str
+    text_name: str
+    tokens: int
+    edges: list[float]
+    counts: list[int]
+    code_values: list[int]
+    code_counts: list[int]
+
+
+@dataclass(frozen=True)
 class Row(Report):
     """One complete run: recipe, quantisation and evaluation, and where it was measured."""
 

@@ -10,7 +10,6 @@ Source: BitNet a4.8 (arXiv:2411.04965), table 2. A zero code saves nothing by it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from core.calibration.observe import Progress, embed, silent
 from core.config import SITES
 from core.errors import InputError, ModelError
-from core.evaluation.report import Report
+from core.evaluation.report import InputHistogram, Sparsity, SparsityReport, TernaryShares, WeightHistogram
 from core.methods.build import INPUT_SITE
 from core.models.block import DecoderBlock
 from core.models.load import LoadedModel
@@ -28,78 +27,6 @@ from core.quant.ternary_linear import TernaryLinear
 BINS = 101
 TAIL = 0.999
 """Histograms span this share of |x|; what lies beyond is counted in their first and last bin."""
-
-
-@dataclass(frozen=True)
-class Sparsity(Report):
-    """Shares of zeros, 0 to 1. `gates`: zero outputs of the gate's activation; without a gate `gate` equals `up`."""
-
-    qkv: float
-    out: float
-    up: float
-    gate: float
-    down: float
-    gates: float
-    overall: float
-
-
-@dataclass(frozen=True)
-class SparsityReport(Report):
-    """Sparsity per layer and of the whole model on a text.
-
-    Attributes:
-        mode, claim: the rules the model ran by, and what they are worth for it.
-        parameters, active_parameters: of the decoder's linear layers.
-    """
-
-    key: str
-    mode: str
-    claim: str
-    text_name: str
-    tokens: int
-    parameters: int
-    active_parameters: int
-    total: Sparsity
-    layers: list[Sparsity]
-
-
-@dataclass(frozen=True)
-class TernaryShares(Report):
-    """One projection: shares of -1, 0 and 1 among its weights, and its scale."""
-
-    minus: float
-    zero: float
-    plus: float
-    scale: float
-
-
-@dataclass(frozen=True)
-class WeightHistogram(Report):
-    """`TernaryShares` by projection name (q, k, v, o, gate, up, down), one table per layer."""
-
-    key: str
-    layers: list[dict[str, TernaryShares]]
-
-
-@dataclass(frozen=True)
-class InputHistogram(Report):
-    """Distribution of one site of one layer.
-
-    Attributes:
-        kind: its quantiser, "fp" where there is none; code_values, code_counts: its codes, empty then.
-        edges: BINS + 1 ascending; counts: BINS, the first and last with what lies beyond.
-    """
-
-    key: str
-    site: str
-    layer: int
-    kind: str
-    text_name: str
-    tokens: int
-    edges: list[float]
-    counts: list[int]
-    code_values: list[int]
-    code_counts: list[int]
 
 
 def account(parameters: Mapping[str, int], sparsity: Mapping[str, float]) -> tuple[float, float]:

@@ -9,38 +9,18 @@ cache may exceed the limit of a machine whose cache is smaller than `COPY_BYTES`
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from transformers import PreTrainedModel
 
 from core.evaluation.memory import measured_parts
-from core.evaluation.report import Report
+from core.evaluation.report import SpeedLimit
 from core.models.adapter import ModelAdapter
 from core.models.quantized import modules_of
 
 COPY_BYTES = 64 * 2**20
 REPEATS = 3
-
-
-@dataclass(frozen=True)
-class SpeedLimit(Report):
-    """What bounds a model's decoding on this machine.
-
-    Attributes:
-        weight_bytes: read for each token by the backends that run now.
-        bytes_per_second: measured; threads: of the copy, and of the model.
-    """
-
-    key: str
-    weight_bytes: int
-    bytes_per_second: float
-    threads: int
-
-    def tokens_per_second(self, kv_bytes: int = 0) -> float:
-        """The limit with a cache of that many bytes."""
-        return self.bytes_per_second / (self.weight_bytes + kv_bytes)
 
 
 @cache

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from core.evaluation.memory import measured_parts
-from core.evaluation.speed import SpeedLimit, bytes_per_token, copy_bandwidth, speed_limit
+from core.evaluation.report import SpeedLimit
+from core.evaluation.speed import bytes_per_token, copy_bandwidth, speed_limit
 from core.models.quantized import modules_of
 from kernels import Backend
 from tests.core.tools import quantised, tiny
