@@ -1,8 +1,15 @@
-"""Low-bit operations: one file per op, each with its reference. Importing this package touches no device.
+"""Low-bit operations: one file per op, each with its reference. Importing this package touches no device and loads no Triton.
+
+The ops that have Triton kernels are loaded when they are first asked for (`kernels.weight_only_linear(...)`). They run their
+kernel on CUDA tensors and their reference on others. No module has the name of its op: importing it would hide the op here.
 
 `__version__` stays "0.0.0": transformers probes for another package of this name by importing it, and reads that
 number to decide that it is too old to use.
 """
+
+from __future__ import annotations
+
+import importlib
 
 from kernels.backend import Backend, Choice
 from kernels.int_linear import int_linear, select_linear_backend
@@ -11,15 +18,49 @@ from kernels.quantize import dequantize, fake_quantize, quantize
 
 __version__ = "0.0.0"
 
+_LAZY = {
+    "cluster_linear": "cluster",
+    "decode_attention": "kv_attention",
+    "gated_up": "sparse_ffn",
+    "kv_append": "kv_attention",
+    "norm_quantize": "norm_quant",
+    "norm_quantize_dynamic": "norm_quant",
+    "quantize_pack": "pack_kernels",
+    "rope_store": "rope",
+    "sparse_down": "sparse_ffn",
+    "ternary_linear": "ternary_packed",
+    "topk_quant": "topk",
+    "weight_only_linear": "weight_only",
+}
+"""Ops with Triton kernels, and the module of each."""
+
 __all__ = [
     "Backend",
     "Choice",
+    "cluster_linear",
+    "decode_attention",
     "dequantize",
     "fake_quantize",
+    "gated_up",
     "int_linear",
+    "kv_append",
+    "norm_quantize",
+    "norm_quantize_dynamic",
     "pack",
     "packed_width",
     "quantize",
+    "quantize_pack",
+    "rope_store",
     "select_linear_backend",
+    "sparse_down",
+    "ternary_linear",
+    "topk_quant",
     "unpack",
+    "weight_only_linear",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kernels.{_LAZY[name]}"), name)

@@ -7,7 +7,7 @@ With ReLU² most of g is 0, and INT8 rounds more of h to 0; both skips are exact
 ascending order and their count: the host never waits for them, and programs beyond the count end at once. W_down is kept a second
 time, transposed, so that a channel is one contiguous row. Shares of the down projection are added as integers, atomically: the
 order does not matter. Two tokens take the union of their channels; from three on the union is nearly everything and the dense
-layer (kernels/ternary_linear.py) is used. Source: BitNet a4.8 (arXiv:2411.04965), section 2.1.
+layer (kernels/ternary_packed.py) is used. Source: BitNet a4.8 (arXiv:2411.04965), section 2.1.
 Cost: K / 4 bytes of W_up per live gate and N / 4 bytes of W_down per live code.
 """
 
@@ -20,7 +20,7 @@ from kernels._triton import tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import multiprocessors, rows_strided
 from kernels.split_k import finish
-from kernels.ternary_linear import ternary_linear
+from kernels.ternary_packed import ternary_linear
 
 MAX_TOKENS = 2
 

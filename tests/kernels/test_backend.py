@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,16 @@ def test_a_choice_crosses_processes():
 
 def test_everything_exported_exists():
     assert all(hasattr(kernels, name) for name in kernels.__all__) and kernels.__version__ == "0.0.0"
+
+
+def test_ops_with_kernels_are_loaded_on_demand_under_names_no_module_takes():
+    import kernels.weight_only
+
+    assert kernels.weight_only_linear is kernels.weight_only.weight_only_linear
+    for op in kernels._LAZY:
+        assert callable(getattr(kernels, op)) and op not in {path.stem for path in Path(kernels.__file__).parent.glob("*.py")}
+    with pytest.raises(AttributeError, match="no attribute 'fast'"):
+        _ = kernels.fast
 
 
 def test_importing_starts_no_device_and_loads_no_triton():

@@ -35,21 +35,21 @@ def weight_only(bits, block, *, clustered=False, rows=64, columns=16, stages=4, 
     parts = {2: 4, 3: 8, 4: 2}[bits]
     constants = {"BITS": bits, "PARTS": parts, "CLUSTERED": clustered, "BIASED": False, "SPLIT": 4}
     constants |= {"BN": rows, "BM": columns, "BK": block}
-    return "weight_only_linear", "_weight_only_kernel", types, constants, 4, stages
+    return "weight_only", "_weight_only_kernel", types, constants, 4, stages
 
 
 def cluster(columns, rows, warps, stages, *, clustered=True):
     types = {"codes_ptr": "*i8", "packed_ptr": "*u8", "out_ptr": "*fp32", "clusters_ptr": "*i32"} | ints("N HALF stride_c")
     types |= dict.fromkeys(("scale_ptr", "zero_ptr", "sums_ptr", "bias_ptr"), "*fp32") | ints("M", "i32")
     constants = {"CLUSTERED": clustered, "ZEROS": True, "BIASED": True, "BN": rows, "BM": columns, "BK": 128}
-    return "cluster_linear", "_cluster_kernel", types, constants, warps, stages
+    return "cluster", "_cluster_kernel", types, constants, warps, stages
 
 
 def ternary(columns, rows, block, split, warps, stages):
     types = {"codes_ptr": "*i8", "packed_ptr": "*u8", "sum_ptr": "*i32", "input_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32"}
     types |= ints("N K ROW_BYTES stride_c") | ints("M", "i32") | {"out_ptr": "*i32" if split > 1 else "*fp32"}
     constants = {"SPLIT": split, "BN": rows, "BM": columns, "BK": block}
-    return "ternary_linear", "_ternary_kernel", types, constants, warps, stages
+    return "ternary_packed", "_ternary_kernel", types, constants, warps, stages
 
 
 def attention(bits, *, dynamic=False):
@@ -75,7 +75,7 @@ def norm(kind):
 
 def topk():
     types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32"}
-    return "topk_quant", "_topk_kernel", types | ints("D COUNT stride_x"), {"ZERO_BITS": 16, "BLOCK": 4096}, 8, 3
+    return "topk", "_topk_kernel", types | ints("D COUNT stride_x"), {"ZERO_BITS": 16, "BLOCK": 4096}, 8, 3
 
 
 def store(bits):
@@ -88,7 +88,7 @@ def store(bits):
 def rope():
     types = {"x_ptr": "*bf16", "order_ptr": "*i32", "out_ptr": "*u8", "scaling": "fp32"} | ints("xb xh xt cb ct ob oh ot")
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "scale_ptr", "zero_ptr"), "*fp32") | ints("ROWS H T GROUP", "i32")
-    return "rope_store", "_rope_kernel", types, {"E": 128, "ORDERED": True, "BITS": 4, "PACKED": True, "BR": 16, "BE": 64}, 4, 3
+    return "rope", "_rope_kernel", types, {"E": 128, "ORDERED": True, "BITS": 4, "PACKED": True, "BR": 16, "BE": 64}, 4, 3
 
 
 def sparse(kernel):

@@ -7,7 +7,7 @@ import torch
 
 from core.quant.bitnet import topk_int8
 from kernels import Backend
-from kernels.topk_quant import topk_quant
+from kernels.topk import topk_quant
 
 pytestmark = pytest.mark.gpu
 

@@ -3,7 +3,7 @@
     y[m, n] = ((Σ_k c[m, k] u[n, k] - Σ_k c[m, k]) s[m]) α[n]          u = t + 1, two bits, kept packed in memory
 
 Using u instead of t leaves no subtraction in the inner loop; Σ c comes from whoever quantised, or is computed here. The weight
-is the left operand (see `kernels.weight_only_linear`), unpacked in registers; sums are int32, and programs that share a row
+is the left operand (see `kernels.weight_only`), unpacked in registers; sums are int32, and programs that share a row
 add integers, so every split gives the same result. Columns beyond K are masked in the codes. Cost: N K / 4 bytes of weights.
 """
 

@@ -8,7 +8,7 @@ import torch
 from kernels import Backend
 from kernels.split_k import finish
 from kernels.ternary import pack_ternary
-from kernels.ternary_linear import ternary_linear
+from kernels.ternary_packed import ternary_linear
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Backend, pack
-from kernels.weight_only_linear import _pieces, obstacle, weight_only_linear
+from kernels.weight_only import _pieces, obstacle, weight_only_linear
 
 pytestmark = pytest.mark.gpu
 

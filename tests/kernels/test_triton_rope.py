@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Backend, packed_width
-from kernels.rope_store import HeadGrid, rope_store, rotated
+from kernels.rope import HeadGrid, rope_store, rotated
 
 pytestmark = pytest.mark.gpu
 

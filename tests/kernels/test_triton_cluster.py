@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Backend, pack
-from kernels.cluster_linear import block_size, cluster_linear, obstacle
+from kernels.cluster import block_size, cluster_linear, obstacle
 
 pytestmark = pytest.mark.gpu
 

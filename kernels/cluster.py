@@ -9,7 +9,7 @@ activations' zero points are constants inside b', the weights' take Σ qx per bl
 
 Weights stay packed (layout of `kernels.packing`): byte ^ 0x88 makes both nibbles two's complement, and the int8 operands are 16
 times the code, (p << 4) and (p & 0xF0), so that no nibble has to be moved down and sign-extended; 1/16 is part of the scale.
-They are the left operand of the product (see `kernels.weight_only_linear`). Clusters at other boundaries, or widths that do not
+They are the left operand of the product (see `kernels.weight_only`). Clusters at other boundaries, or widths that do not
 split into two halves of whole blocks, are not taken: `obstacle` says so and AUTO runs the reference.
 """
 
