@@ -36,7 +36,8 @@ class LinearOperands:
     """What one backend needs of a quantised linear layer, precomputed from its packed tensors.
 
     REFERENCE fills `weight` [N, K] float32 = Ŵ. INT8 fills `codes` [N, K] int8 (codes minus 2**(bits-1)),
-    `output_scale` [G, N] = sx sw, `zero_rows` [G, N] = sx sw zw, and `bias` = b'.
+    `output_scale` [G, N] = sx sw, `zero_rows` [G, N] = sx sw zw, and `bias` = b'. TRITON takes the layer's own `packed` of `bits`
+    with either INT8's scales and bias (clusters of whole blocks: see `whole_blocks`) or `scale` and `zero_point` [N, G].
     """
 
     backend: Backend
@@ -46,6 +47,15 @@ class LinearOperands:
     codes: Tensor | None = None
     output_scale: Tensor | None = None
     zero_rows: Tensor | None = None
+    packed: Tensor | None = None
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    bits: int = 16
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the input is int8 codes (True) or float, already x̂."""
+        return self.output_scale is not None
 
     @property
     def nbytes(self) -> int:
@@ -67,15 +77,23 @@ def select_linear_backend(
     """Choose the implementation of one layer.
 
     Args:
-        requested: AUTO or an explicit backend.
+        requested: AUTO or an explicit backend. AUTO takes TRITON on cuda where a kernel fits the weights.
         weight_bits: 2 to 8, or 16 for a float weight.
         activation_bits: 2 to 8, or 16 when the input stays in floating point.
         offsets: cluster boundaries of the input channels, [G + 1].
         device: torch device type.
-    Raises: ValueError if INT8 is requested where it cannot run, saying why.
+    Raises: ValueError if INT8 or TRITON is requested where it cannot run, saying why.
     """
     clusters, width = len(offsets) - 1, offsets[-1]
     columns = width // clusters
+    if requested is Backend.TRITON or (requested is Backend.AUTO and device == "cuda" and weight_bits <= 8):
+        obstacle = _triton_obstacle(weight_bits, width, device)
+        if obstacle is None:
+            reason = "its kernels multiply the packed weights on the GPU"
+            return Choice(Backend.TRITON, "asked for" if requested is Backend.TRITON else reason)
+        if requested is Backend.TRITON:
+            raise ValueError(f"triton cannot run this layer ({obstacle}): use reference")
+        return Choice(Backend.REFERENCE, f"no kernel runs this layer: {obstacle}")
     if requested is Backend.INT8:
         if activation_bits > 8:
             raise ValueError("int8 needs activations of 8 bits or fewer; this layer keeps 16: use reference")
@@ -104,17 +122,44 @@ def select_linear_backend(
     return Choice(Backend.INT8, f"{clusters} cluster{'s' if clusters > 1 else ''} of about {columns} columns fill torch._int_mm")
 
 
+def whole_blocks(offsets: tuple[int, ...]) -> bool:
+    """Whether the integer kernel on CUDA takes clusters with these boundaries [G + 1]."""
+    from kernels import cluster
+
+    return cluster.obstacle(offsets) is None
+
+
+def _triton_obstacle(weight_bits: int, width: int, device: str) -> str | None:
+    if device != "cuda":
+        return f"it runs on cuda, not on {device}"
+    from kernels import _triton, weight_only
+
+    return weight_only.obstacle(weight_bits, width) if _triton.available() else "Triton is not installed"
+
+
 def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
     """Apply the layer.
 
     Args:
-        x: REFERENCE: [M, K] float32, already x̂. INT8: [M, K] int8 codes qx.
+        x: [M, K] int8 codes qx where the operands take codes, else [..., K] float32, already x̂.
         operands: of the backend that x was prepared for.
-    Returns: [M, N] float32.
+    Returns: [M, N] float32, or [..., N].
     """
+    if operands.backend is Backend.TRITON:
+        return _triton_linear(x, operands)
     if operands.backend is Backend.REFERENCE:
         return torch.nn.functional.linear(x, operands.weight, operands.bias)
     return _int8_linear(x, operands)
+
+
+def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
+    from kernels import cluster, weight_only
+
+    if o.takes_codes:
+        return cluster.cluster_linear(x, o.packed, o.output_scale, o.zero_rows, o.bias, offsets=o.offsets)
+    rows = x.reshape(-1, x.shape[-1])
+    y = weight_only.weight_only_linear(rows, o.packed, o.scale, o.zero_point, bits=o.bits, offsets=o.offsets, bias=o.bias)
+    return y.view(*x.shape[:-1], len(o.packed))
 
 
 def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:

@@ -178,14 +178,12 @@ def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.devi
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def obstacle(x: Tensor, *, bits: int, width: int) -> str | None:
-    """Why the kernel cannot take a call, None if it can."""
+def obstacle(bits: int, width: int) -> str | None:
+    """Why the kernel cannot take packed weights of `width` columns, None if it can."""
     if bits not in PARTS:
         return f"{bits}-bit weights have no kernel"
     if bits == 3 and width % 8:
         return f"the planes of {width} 3-bit columns do not line up; a multiple of 8 is needed"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"inputs of {x.dtype} are not taken"
     return None
 
 
@@ -216,7 +214,8 @@ def weight_only_linear(
     width = offsets[-1]
     if x.shape[1] != width or packed.shape[1] != packed_width(width, bits) or scale.shape != (len(packed), len(offsets) - 1):
         raise ValueError(f"an input of {x.shape[1]} columns and weights of {width} columns at {bits} bits do not fit each other")
-    run = use_triton(backend, x, obstacle=obstacle(x, bits=bits, width=width))
+    taken = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    run = use_triton(backend, x, obstacle=obstacle(bits, width) if taken else f"inputs of {x.dtype} are not taken")
     if backend is Backend.AUTO and len(x) > MAX_ROWS:
         run = False
     function = launch if run and len(x) else reference

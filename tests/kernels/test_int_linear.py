@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Backend, int_linear, select_linear_backend
-from kernels.int_linear import LinearOperands, exact_int8_products
+from kernels import Backend, int_linear, pack, select_linear_backend
+from kernels.int_linear import LinearOperands, exact_int8_products, whole_blocks
 
 SHAPES = {
     "one cluster": (7, 64, 32, (0, 64)),
@@ -165,6 +165,23 @@ def test_operands_are_not_changed():
     assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
 
 
+@pytest.mark.parametrize("offsets", [(0, 64), (0, 32, 64), (0, 20, 64)], ids=str)
+def test_the_triton_operands_give_the_layer(offsets):
+    """On tensors that are not on a GPU the ops run their references: what is checked here is what they are handed."""
+    case = Case(5, 64, 7, offsets)
+    packed = pack((case.qw + 8).to(torch.uint8), 4)
+    int8 = case.int8()
+    with_codes = LinearOperands(
+        Backend.TRITON, offsets, int8.bias, output_scale=int8.output_scale, zero_rows=int8.zero_rows, packed=packed, bits=4
+    )
+    assert torch.allclose(int_linear(case.qx, with_codes).double(), case.exact(), atol=1e-5)
+    floating = LinearOperands(Backend.TRITON, offsets, case.bias, packed=packed, scale=case.sw, zero_point=case.zw, bits=4)
+    x = case.sx[case.run] * (case.qx - case.zx[case.run])
+    assert torch.allclose(int_linear(x[None], floating)[0].double(), case.exact(), atol=1e-4)
+    assert with_codes.takes_codes and not floating.takes_codes and floating.nbytes == 0
+    assert whole_blocks(offsets) == (20 not in offsets)
+
+
 def test_working_bytes_are_counted():
     case = Case(4, 30, 6, (0, 10, 30))
     assert case.int8().nbytes == 6 * 30 + 2 * 6 * 4 * 2 and case.reference().nbytes == 6 * 30 * 4
@@ -182,10 +199,27 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "device":
         ({"offsets": tuple(range(257))}, Backend.REFERENCE, "256 clusters"),
         ({"activation_bits": 16}, Backend.REFERENCE, "activations stay in float"),
         ({"weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
-        ({"device": "cuda"}, Backend.REFERENCE, "cuda"),
+        ({"device": "mps"}, Backend.REFERENCE, "mps"),
+        ({"device": "cuda"}, Backend.TRITON, "packed weights on the GPU"),
+        ({"device": "cuda", "activation_bits": 16}, Backend.TRITON, "packed weights on the GPU"),
+        ({"device": "cuda", "weight_bits": 5}, Backend.REFERENCE, "5-bit weights have no kernel"),
+        ({"device": "cuda", "weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
         ({"activation_bits": 2}, Backend.INT8, "fill"),
     ],
-    ids=("wide", "just wide enough", "just too narrow", "per channel", "float input", "float weight", "other device", "2 bits"),
+    ids=(
+        "wide",
+        "just wide enough",
+        "just too narrow",
+        "per channel",
+        "float input",
+        "float weight",
+        "other device",
+        "cuda",
+        "cuda, float input",
+        "cuda, 5 bits",
+        "cuda, float weight",
+        "2 bits",
+    ),
 )
 def test_auto_chooses_and_says_why(change, backend, words):
     choice = select_linear_backend(Backend.AUTO, **(SELECT | change))
@@ -200,6 +234,14 @@ def test_auto_chooses_and_says_why(change, backend, words):
 def test_int8_by_name_never_falls_back(change):
     with pytest.raises(ValueError, match="use reference"):
         select_linear_backend(Backend.INT8, **(SELECT | change))
+
+
+def test_triton_by_name_never_falls_back():
+    pytest.importorskip("triton")
+    assert select_linear_backend(Backend.TRITON, **(SELECT | {"device": "cuda"})).reason == "asked for"
+    for change, words in (({}, "not on cpu"), ({"device": "cuda", "weight_bits": 3, "offsets": (0, 12)}, "multiple of 8")):
+        with pytest.raises(ValueError, match=words):
+            select_linear_backend(Backend.TRITON, **(SELECT | change))
 
 
 @pytest.mark.parametrize("requested", (Backend.INT8, Backend.REFERENCE))

@@ -88,11 +88,12 @@ def test_pieces_cover_every_column_once_with_its_cluster(offsets, parts, block):
 
 def test_what_the_kernel_does_not_take_is_said():
     x = torch.zeros(1, 12)
-    assert "multiple of 8" in obstacle(x, bits=3, width=12) and "5-bit" in obstacle(x, bits=5, width=12)
-    assert obstacle(x, bits=4, width=13) is None
+    assert "multiple of 8" in obstacle(3, 12) and "5-bit" in obstacle(5, 12) and obstacle(4, 13) is None
     packed, scale = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1)
     with pytest.raises(ValueError, match="5-bit weights have no kernel"):
         weight_only_linear(x, packed, scale, scale.int(), bits=5, offsets=(0, 12), backend=Backend.TRITON)
+    with pytest.raises(ValueError, match="float64 are not taken"):
+        weight_only_linear(x.double(), packed, scale, scale.int(), bits=5, offsets=(0, 12), backend=Backend.TRITON)
     with pytest.raises(ValueError, match="do not fit"):
         weight_only_linear(torch.zeros(1, 13), packed, scale, scale.int(), bits=5, offsets=(0, 12))
     with pytest.raises(ValueError, match="no int8 path"):
