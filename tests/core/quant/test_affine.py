@@ -114,7 +114,7 @@ def test_exact_keeps_both_ends_on_the_grid(bits, one, other):
     assert float(error.max()) <= 0.5 * scale + slack
     if high - low > max(1e-4 * max(abs(low), abs(high)), 1e-35):
         assert codes[0] == code_limits(bits)[0] and codes[-1] >= code_limits(bits)[1] - 1
-        assert scale == pytest.approx((high - low) / (2**bits - 1), rel=1e-5)
+        assert scale == pytest.approx((high - low) / (2**bits - 1), rel=1e-5, abs=slack)
 
 
 @settings(max_examples=300, deadline=None)
