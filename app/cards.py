@@ -76,7 +76,8 @@ def idle(info: Any, ranges: Any) -> str:
     if info is None or ranges is None:
         return _line("idle", "Ready", texts.NO_RANGES, None)
     size = f"{number(info.parameters / 1e6)} M parameters"
-    where = f"{info.architecture} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {info.dtype}"
+    claim = f" · {info.claim}" if info.claim else ""
+    where = f"{info.architecture}{claim} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {info.dtype}"
     how = f"ranges from {ranges.tokens:,} tokens of {ranges.text_name}, {seconds_text(ranges.seconds)} on {ranges.device}"
     return _line("idle", info.name, f"{where} · {how}", None)
 
@@ -149,10 +150,9 @@ def extremes(detail: Any) -> str:
     )
 
 
-def run_summary(report: Any, place: int) -> str:
-    """The result of a quantisation in a few figures."""
+def run_summary(report: Any, title: str, place: int) -> str:
+    """The result of a quantisation in a few figures, under the run's name."""
     saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
-    dot = f'<i class="qs-dot" style="background:{css_colour(place)}"></i>'
     figures = [
         (f"{report.effective_weight_bits:.2f}", "bits per decoder weight, scales included"),
         (
@@ -161,7 +161,13 @@ def run_summary(report: Any, place: int) -> str:
         ),
         (seconds_text(report.seconds), f"calibrated on {report.calibration}"),
     ]
-    return f'<div class="qs-summary"><h4>{dot}{escape(report.label)}</h4>{_figures(figures)}</div>'
+    return headed(title, place, _figures(figures))
+
+
+def headed(title: str, place: int, content: str) -> str:
+    """A panel about a run: its name and colour over content that is HTML already."""
+    dot = f'<i class="qs-dot" style="background:{css_colour(place)}"></i>'
+    return f'<div class="qs-summary"><h4>{dot}{escape(title)}</h4>{content}</div>'
 
 
 def cluster_figures(view: Any, heads: int) -> str:
@@ -197,3 +203,8 @@ def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
 def protocol(text: str) -> str:
     """How the numbers above were measured."""
     return f'<p class="qs-protocol">How it was measured: {escape(text)}</p>'
+
+
+def caution(text: str) -> str:
+    """What must be known to read the numbers above; nothing for an empty text."""
+    return f'<p class="qs-protocol qs-caution">{escape(text)}</p>' if text else ""

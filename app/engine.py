@@ -5,13 +5,20 @@ They are imported at their first call: until a visitor regroups channels, the pa
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
-from core import catalogue
+from core import catalogue, embedded_cards
 from core.config import SCHEMES, Bits, Clusters
 
+ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
+"""Loss curves that `benchmarks/ablations.py` collects."""
+
 CURVES_KEPT = 64
+log = logging.getLogger("quantscope.engine")
 _curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
 
 
@@ -73,3 +80,30 @@ def projected_schemes() -> dict[str, Bits]:
 def model_names() -> list[str]:
     """Names of the catalogue."""
     return [entry.name for entry in catalogue()]
+
+
+def first_model() -> str:
+    """The model the page opens on: an embedded one, in full precision if there is one; else the catalogue's last."""
+    cards = embedded_cards()
+    return next((name for name, card in cards.items() if card.get("mode") == "fp"), None) or next(iter(cards), model_names()[-1])
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a model is part of the installation."""
+    return model in embedded_cards()
+
+
+def training_runs() -> list[dict[str, Any]]:
+    """Cards of embedded models that tell how they were trained: name, mode, curve, config."""
+    return [card for card in embedded_cards().values() if card.get("curve") and isinstance(card.get("config"), dict)]
+
+
+def ablation_runs(path: Path = ABLATIONS) -> list[dict[str, Any]]:
+    """Training runs collected for the ablation charts; none if the file is missing or unreadable."""
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the ablation curves are not shown: %s", error)
+        return []

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import base64
 import math
+import textwrap
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 Figure = dict[str, Any]
 LOG10 = math.log(10.0)
+
+NAME_LINES = 3
 
 CLUSTER_COUNT = 8
 """Up to this many clusters have a colour and a symbol each; more share an ordered scale."""
@@ -100,6 +104,11 @@ def number(value: float, digits: int = 3) -> str:
 
 def _superscript(value: int) -> str:
     return str(value).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def axis_name(title: str, characters: int = 28) -> str:
+    """A run's name in lines short enough for an axis or a legend, escaped."""
+    return "<br>".join(escape(line) for line in textwrap.wrap(title, characters, max_lines=NAME_LINES, placeholder="…"))
 
 
 def bytes_text(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ def run_colour(index: int) -> str:
     return "@base" if index == 0 else f"@run{(index - 1) % 5 + 1}"
 
 
+def drawable(decibels: float | None) -> float | None:
+    """A finite number or None: a chart has no place for the infinite decibels of an exact result."""
+    return decibels if decibels is not None and math.isfinite(decibels) else None
+
+
 def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -> Figure:
     """Signal-to-noise of every layer's output, one line per run.
 
@@ -32,7 +38,7 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
                 "mode": "lines+markers",
                 "name": name,
                 "x": [entry.layer for entry in report.layers],
-                "y": [entry.output_sqnr_db for entry in report.layers],
+                "y": [drawable(entry.output_sqnr_db) for entry in report.layers],
                 "line": {"color": run_colour(place), "width": 2, "dash": DASHES[(place - 1) % 5]},
                 "marker": {"size": 6, "symbol": MARKS[(place - 1) % 5]},
                 "hovertemplate": "layer %{x}: %{y:.1f} dB<extra>%{fullData.name}</extra>",
@@ -46,7 +52,7 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
                     "mode": "markers",
                     "name": "fell back to round-to-nearest",
                     "x": [e.layer for e in fallen],
-                    "y": [e.output_sqnr_db for e in fallen],
+                    "y": [drawable(e.output_sqnr_db) for e in fallen],
                     "marker": {"size": 14, "symbol": "x-open", "color": "@alert", "line": {"width": 2}},
                     "hoverinfo": "skip",
                 }
@@ -72,7 +78,7 @@ def site_sqnr(report: Any, kinds: Sequence[tuple[str, str]]) -> Figure:
         kinds: (site kind, label) in display order.
     """
     shown = [(k, label) for k, label in kinds if any(k in entry.sites for entry in report.layers)]
-    z = [[entry.sites[k].sqnr_db if k in entry.sites else None for entry in report.layers] for k, _ in shown]
+    z = [[drawable(entry.sites[k].sqnr_db) if k in entry.sites else None for entry in report.layers] for k, _ in shown]
     trace = {
         "type": "heatmap",
         "z": z,

@@ -29,12 +29,22 @@ def is_public(text: str) -> bool:
 
 
 @dataclass
+class TernaryReports:
+    """What was read of a ternary model. `inputs`: reports of the four projection inputs by layer."""
+
+    tokens: int = 0
+    weights: Any = None
+    sparsity: Any = None
+    inputs: dict[int, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """A model that can be compared: the base one or a quantised one.
 
     Attributes:
         key: what the workbench knows it by: a model name, or the hash of its recipe.
-        evaluation: None until measured.
+        evaluation: None until measured. ternary: what the BitNet tab has read of it.
     """
 
     key: str
@@ -42,6 +52,12 @@ class Run:
     recipe: QuantRecipe | None = None
     quantize: Any = None
     evaluation: Any = None
+    ternary: TernaryReports = field(default_factory=TernaryReports)
+
+    @property
+    def model(self) -> str:
+        """Name of the model it is, or was made from."""
+        return self.recipe.model if self.recipe else self.key
 
     @property
     def is_base(self) -> bool:
@@ -64,17 +80,17 @@ class Selection:
 
 @dataclass
 class Session:
-    """One visitor."""
+    """One visitor. `models`: facts of every model opened or quantised, by name; `info` are those of the one at hand."""
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     touched_at: float = field(default_factory=time.monotonic)
     info: Any = None
+    models: dict[str, Any] = field(default_factory=dict)
     ranges: Any = None
     calibration: Calibration | None = None
     channel: Any = None
     selection: Selection = field(default_factory=Selection)
     runs: list[Run] = field(default_factory=list)
-    generations: dict[str, Any] = field(default_factory=dict)
     jobs: dict[str, str] = field(default_factory=dict)
 
     def add_run(self, run: Run) -> Run:
@@ -87,9 +103,24 @@ class Session:
             self.runs.remove(next((r for r in self.runs if not r.is_base), self.runs[0]))
         return run
 
-    def run(self, key: str) -> Run | None:
+    def run(self, key: object) -> Run | None:
         """The run of that key, if this session has it."""
         return next((r for r in self.runs if r.key == key), None)
+
+    def title(self, run: Run) -> str:
+        """A run's name in tables: its model where the session has several, and what a BitNet model's rules are worth."""
+        if run.is_base:
+            return " · ".join(filter(None, (run.label, self.claim(run))))
+        return f"{run.model} · {run.label}" if len({r.model for r in self.runs}) > 1 else run.label
+
+    def claim(self, run: Run) -> str | None:
+        """The claim of a base model that is a BitNet model itself."""
+        return getattr(self.models.get(run.key), "claim", None) if run.is_base else None
+
+    @property
+    def ternary_runs(self) -> list[Run]:
+        """Runs with ternary weights, the newest first."""
+        return [r for r in reversed(self.runs) if self.claim(r) or (r.recipe is not None and r.recipe.method == "bitnet")]
 
 
 class SessionStore:

@@ -1,6 +1,6 @@
 """What the server is told from outside: command line and environment, read once.
 
-QUANTSCOPE_MODEL            the model the page opens on
+QUANTSCOPE_MODEL            the model the page opens on; without it an embedded one, else the catalogue's download
 QUANTSCOPE_WORKER_GB        memory limit of the worker process in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
@@ -32,7 +32,7 @@ class Settings:
         worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     text: str = "sotu"
     first_tokens: int = 1024
     on_space: bool = False
@@ -47,8 +47,10 @@ class Settings:
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:
         """Settings of this process; `model` from the command line wins over the environment."""
+        from app.engine import first_model
+
         return cls(
-            model=model or environment.get("QUANTSCOPE_MODEL") or cls.model,
+            model=model or environment.get("QUANTSCOPE_MODEL") or first_model(),
             on_space=bool(environment.get("SPACE_ID")),
             workbench=environment.get("QUANTSCOPE_WORKBENCH") or REAL_WORKBENCH,
             memory_bytes=_worker_memory(environment.get("QUANTSCOPE_WORKER_GB")),

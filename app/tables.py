@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app import texts
 from app.figure import bytes_text, number
-from app.texts import SITE_LABELS
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
@@ -32,7 +32,8 @@ Rows = list[list[Cell]]
 def outlier_rows(outliers: Sequence[Any]) -> list[list[Any]]:
     """Rows of the outliers table: layer, site, channel, minimum, maximum, ratio."""
     return [
-        [o.layer, SITE_LABELS.get(o.kind, o.kind), o.channel, number(o.low), number(o.high), number(o.ratio)] for o in outliers
+        [o.layer, texts.SITE_LABELS.get(o.kind, o.kind), o.channel, number(o.low), number(o.high), number(o.ratio)]
+        for o in outliers
     ]
 
 
@@ -68,6 +69,59 @@ def number_rows(runs: Sequence[tuple[str, Any, float | None]]) -> Rows:
         ]
         for name, e, estimate in runs
     ]
+
+
+def several_models(models: Sequence[Any]) -> str:
+    """What to know before comparing runs of several models (ModelInfo, None where unknown); nothing for one."""
+    if len(models) < 2:
+        return ""
+    sizes = sorted({info.vocab for info in models if info is not None})
+    same = len(sizes) == 1 and None not in models
+    words = (
+        texts.SAME_VOCABULARY.format(size=sizes[0])
+        if same
+        else texts.OTHER_VOCABULARY.format(sizes=", ".join(f"{n:,}" for n in sizes))
+    )
+    return f"{texts.SEVERAL_MODELS} {words}" if same or len(sizes) > 1 else texts.SEVERAL_MODELS
+
+
+def speed_rows(runs: Sequence[tuple[str, Any, Any]]) -> Rows:
+    """Rows of the speed table: (name, GenerationReport, SpeedLimit) of each run."""
+    rows: Rows = []
+    for name, made, limit in runs:
+        bound = limit.tokens_per_second(made.kv_bytes)
+        rows.append(
+            [
+                name,
+                f"{number(made.tokens_per_second)} tokens/s",
+                Estimate(f"{number(bound)} tokens/s"),
+                f"{number(100 * made.tokens_per_second / bound, 2)} %",
+                f"{bytes_text(limit.weight_bytes)} + {bytes_text(made.kv_bytes)} KV",
+                f"{bytes_text(limit.bytes_per_second)}/s",
+            ]
+        )
+    return rows
+
+
+def sparsity_rows(report: Any, paper: tuple[str, tuple[str, ...], str] | None = None) -> Rows:
+    """The whole model as a row of table 2: SparsityReport; `paper`: a published row to put beside it."""
+    share = report.active_parameters / report.parameters if report.parameters else 0.0
+    active = f"{_millions(report.active_parameters)} of {_millions(report.parameters)} ({100 * share:.0f} %)"
+    rows: Rows = [["this model", *_shares(report.total), active]]
+    return [*rows, [paper[0], *(f"{share} %" for share in paper[1]), paper[2]]] if paper else rows
+
+
+def sparsity_layer_rows(report: Any) -> Rows:
+    """Zeros of every layer: layer, projections, overall."""
+    return [[str(index), *_shares(layer)] for index, layer in enumerate(report.layers)]
+
+
+def _shares(zeros: Any) -> list[Cell]:
+    return [f"{100 * getattr(zeros, name):.1f} %" for name in (*texts.PROJECTION_LABELS, "overall")]
+
+
+def _millions(count: int) -> str:
+    return f"{number(count / 1e6)} M"
 
 
 def fallback_rows(report: Any) -> Rows:

@@ -48,6 +48,15 @@ SCHEME = "Bits"
 SCHEME_INFO = "W = weights, A = activations, KV = key/value cache only."
 SCHEME_CUSTOM = "own bits, set in the Quantise tab"
 CLUSTERS = "Clusters g"
+BITNET_MODE = "Inputs of the projections"
+BITNET_MODE_INFO = "Weights are ternary, 2 bits; this decides what they are multiplied with."
+BITNET_MODES = {
+    "w1.58a8": "b1.58: 8-bit inputs",
+    "a4.8": "a4.8: 4 bits, sparse 8 bits",
+    "a4.8-fp4": "a4.8 FP4: 4-bit floats",
+    "int4": "full INT4",
+    "fp4": "full FP4",
+}
 QUANTIZE = "Quantise"
 STOP = "Stop"
 LINK = "Copy link"
@@ -126,6 +135,11 @@ VARIANTS = {
 WEIGHTS = "Weights"
 WEIGHT_METHODS = {"gptq": "GPTQ: second order, slower, better", "rtn": "Round to nearest: at once"}
 CALIBRATION_TOKENS = "Calibration tokens"
+KEEP = "TopK keeps"
+KV_BITS = "KV cache"
+BOS_BITS = "First token's KV"
+Q_BITS = "Queries"
+NOT_QUANTISED = "16: off"
 MEASURE = "Measure afterwards"
 BITS_PANEL = "Bits of every tensor"
 BITS_INFO = "2 to 8, or 16 for not quantised. Changing one makes the scheme your own."
@@ -162,6 +176,10 @@ The original model is never changed.
 **SQNR** is the ratio of signal to rounding noise in decibels: 20 dB is an error of a tenth, 40 dB of a hundredth. It
 falls from layer to layer, because errors add up.
 
+**BitNet** has weights of -1, 0 and 1 and needs no calibration: every token gets its own scale. It works for models
+*trained* that way. What a run is worth is always written beside it: a model trained in full precision and rounded to
+three values writes noise, and that is the expected result.
+
 **Fallbacks.** If a layer's statistics are unusable for GPTQ it is rounded to nearest instead; it is then listed here
 and marked in the chart.
 """
@@ -171,6 +189,8 @@ COMPARE = "4 · Compare"
 RUNS = "Compare"
 PROMPT = "Prompt"
 PROMPT_DEFAULT = "The state of the union is"
+PROMPT_STORY = "Once upon a time"
+"""For the embedded models, which were trained on stories."""
 GENERATE = "Write"
 NEW_TOKENS = "New tokens"
 TEMPERATURE = "Temperature"
@@ -187,6 +207,17 @@ SHAPE = "Size"
 BATCH = "Batch"
 SEQUENCE = "Sequence length"
 MEMORY_LABEL = "Projected memory by scheme"
+SPEED_HEADERS = ["run", "measured", "limit of the memory", "reached", "read per token", "memory, measured"]
+SPEED_CAPTION = "writing one text, token by token"
+SPEED_NOTE = (
+    "a token reads all weights once and the KV cache; the limit is the speed of a copy of 64 MiB on {threads}, divided by these "
+    "bytes. A model smaller than the processor's cache can be faster than it."
+)
+SEVERAL_MODELS = (
+    "Runs of several models: KLD and same top token compare each run with its own unquantised model, never across models."
+)
+SAME_VOCABULARY = "They share a vocabulary size of {size:,}, so their perplexities compare, if their tokenizers are the same."
+OTHER_VOCABULARY = "Their vocabularies differ ({sizes}): perplexity is per token, so it does not compare between them."
 LEARN_COMPARE_TITLE = "Learn: what the numbers mean"
 LEARN_COMPARE = """
 **Perplexity** is how many tokens the model is torn between, on average: lower is better. **KLD** is how far the
@@ -196,8 +227,71 @@ often both would pick the same next token.
 **± is a standard error** over the tokens measured. Two runs closer than that are not told apart by this text; measure
 more tokens.
 
+**Several models.** Open another model at the side: earlier runs stay and can be ticked beside it. Perplexities
+compare between models of one tokenizer only; KLD is always against the run's own unquantised model.
+
+**The limit of the memory.** Writing one token reads every weight once, so bytes divided by the memory's speed bound
+the tokens per second. Fewer bits raise the bound; how near a run comes to it is up to the kernels.
+
 **Measured and estimated.** Bytes in upright figures were counted on the tensors in memory. Figures with ≈ in italics
 come from a formula.
+"""
+
+# bitnet
+BITNET = "5 · BitNet"
+TERNARY_RUN = "Ternary model"
+TERNARY_EMPTY = (
+    "No ternary model yet. Choose the method BitNet at the side and press Quantise, or open a BitNet model: "
+    "its zeros, weights and inputs are shown here."
+)
+TERNARY_READ = "Read the model"
+TERNARY_JOB = "Reading the ternary model"
+TERNARY_WAIT = "Press “Read the model”: zeros are counted and inputs sampled on the text of the side."
+TERNARY_TOKENS = "Tokens"
+PROJECTION_LABELS = {"qkv": "QKV", "out": "Out", "up": "Up", "gate": "Gate", "down": "Down"}
+PROJECTION_INPUTS = {"attn_in": "QKV", "o_in": "Out", "mlp_in": "Up and Gate", "down_in": "Down"}
+INPUT_KINDS = {
+    "fp": "not quantised",
+    "int8": "INT8, step max / 127",
+    "int4": "INT4, step mean / √7",
+    "int4x2": "INT4, step 2 · mean / √7",
+    "fp4": "FP4, step max / 12",
+    "topk8": "TopK, then INT8",
+}
+SPARSITY_HEADERS = ["zeros at the input of", "QKV", "Out", "Up", "Gate", "Down", "overall", "active parameters"]
+SPARSITY_LAYER_HEADERS = ["layer", *PROJECTION_LABELS.values(), "overall"]
+SPARSITY_CAPTION = "Share of zero codes by projection (table 2 of BitNet a4.8)"
+SPARSITY_PAPER = {
+    "w1.58a8": ("b1.58, 7B, as published", ("1.7", "11.2", "1.4", "1.4", "24.2", "7.3"), "6.0 B"),
+    "a4.8": ("a4.8, 7B, as published", ("12.1", "50.0", "71.4", "12.0", "84.2", "44.5"), "3.4 B"),
+}
+"""Rows of table 2 of arXiv:2411.04965, percent."""
+SPARSITY_LABEL = "Share of zero codes by layer and projection"
+SPARSITY_TABLE = "Zeros of every layer as a table"
+SPARSITY_PROTOCOL = (
+    "zero codes counted on {tokens:,} tokens of {text}, in windows of 256; active parameters = Σ parameters · (1 − zeros)"
+)
+WEIGHTS_LABEL = "Share of weights −1, 0 and 1 by projection"
+INPUT_LABEL = "Distribution of the input of {}, and of its codes"
+CURVES_LABEL = "Training loss of the embedded models"
+ABLATION_LABELS = {"figure4": "Training loss by number format", "figure5": "Training loss by input of the down projection"}
+DOWN_INPUTS = {"": "ReLU², INT8", "silu": "Swish, INT8", "fp4": "ReLU², FP4", "int4x2": "ReLU², INT4"}
+CURVES_TITLE = "How such models are trained"
+CURVES_EMPTY = "No trained models are part of this installation, so there are no training curves to show."
+LEARN_BITNET_TITLE = "Learn: ternary weights and sparse inputs"
+LEARN_BITNET = """
+**Three weights.** BitNet ([arXiv 2411.04965](https://arxiv.org/abs/2411.04965)) keeps -1, 0 and 1 with one scale per
+matrix: a product becomes additions. The bars show how the weights of each projection divide; about a third are zero.
+
+**Two kinds of inputs.** The inputs of QKV, Up and Gate look like a bell: four bits with steps from the *mean* size fit
+them, and clip the few beyond. The inputs of Out and Down have long tails, where clipping would hurt: they keep eight
+bits, but only the larger half (Out), or what the squared ReLU leaves (Down).
+
+**Zeros are saved work.** A zero code adds nothing, so its weights need not be read. *Active parameters* count what is
+left. For QKV and Gate zeros are mere rounding and scattered: no kernel here skips them. A closed gate closes a whole row of Up.
+
+**What the claim means.** *Trained*: the rules the model learned with. *Training-free: approximate*: a ternary model, but
+other input rules than in training. *Simulated*: a full-precision model rounded to three values; expect noise.
 """
 
 # states

@@ -1,4 +1,4 @@
-"""The whole page: side, status line, four tabs, and the events that join them."""
+"""The whole page: side, status line, five tabs, and the events that join them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.chart import serve_script
 from app.context import Context, Updates, observe_steps
 from app.figure import THEMES
 from app.session import Run, Session
-from app.tabs import compare, explore, quantize, reorder, sidebar
+from app.tabs import bitnet, compare, explore, quantize, reorder, sidebar
 from core.config import Calibration, Clusters, QuantRecipe
 from core.errors import InputError, QuantscopeError
 
@@ -57,6 +57,7 @@ class Page:
     reorder: reorder.Reorder
     quantize: quantize.Quantize
     compare: compare.Compare
+    bitnet: bitnet.BitNet
     tabs: gr.Tabs
 
     def show_ranges(self, session: Session) -> Updates:
@@ -153,7 +154,8 @@ def build_app(ctx: Context) -> gr.Blocks:
             ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
             ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
         with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap") as tabs:
-            page = Page(ctx, side, explore.build(), reorder.build(), quantize.build(), compare.build(), tabs)
+            stages = (explore.build(), reorder.build(), quantize.build(), compare.build(ctx.settings.model), bitnet.build())
+            page = Page(ctx, side, *stages, tabs)
         saved = gr.JSON(None, visible=False)
         _wire(page, demo, saved)
     return demo
@@ -164,6 +166,7 @@ def _wire(page: Page, demo: gr.Blocks, saved: gr.JSON) -> None:
     explore.wire(ctx, page.explore)
     quantize.wire(ctx, page.quantize, side, _AfterRun(page))
     compare.wire(ctx, page.compare)
+    bitnet.wire(ctx, page.bitnet)
     observed = _wire_side(page)
     _wire_saving(page, saved)
     _wire_steps(page)
@@ -245,6 +248,7 @@ async def observe(
     elif older := session.jobs.pop("observe", None):
         ctx.runner.cancel(session.key, older)
     session.info, session.ranges = results
+    session.models[model] = session.info
     session.calibration, session.channel = calibration, None
     session.add_run(Run(model, model))
     widest = session.ranges.outliers(1)[0]
@@ -286,7 +290,7 @@ def _wire_side(page: Page) -> Any:
 
 def _wire_saving(page: Page, saved: gr.JSON) -> None:
     ctx, side = page.ctx, page.side
-    inputs = {ctx.key, *side.source, side.method, side.scheme, *page.quantize.inputs}
+    inputs = {ctx.key, *side.source, *side.recipe, *page.quantize.inputs}
     light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     outputs = [saved, ctx.status, ctx.stop]
 

@@ -22,7 +22,18 @@ from typing import Any
 from app import wire
 from core.errors import Cancelled, QuantscopeError
 
-METHODS = {"load", "observe", "channel", "quantize", "evaluate", "generate"}
+METHODS = {
+    "load",
+    "observe",
+    "channel",
+    "quantize",
+    "evaluate",
+    "generate",
+    "speed_limit",
+    "sparsity",
+    "weight_histogram",
+    "input_histogram",
+}
 STREAMING = {"generate"}
 EVERY_SECONDS = 0.05
 MEMORY_CODE = "E-MEM"

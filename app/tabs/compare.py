@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from html import escape
 
 import gradio as gr
 
-from app import cards, engine, plots_runs, texts
+from app import cards, engine, plots_runs, tables, texts
 from app.chart import Chart
 from app.context import Context, Updates
-from app.figure import number
+from app.figure import axis_name, number
 from app.jobs import JobView, Step
 from app.session import Run, Session
 from app.tabs.quantize import WINDOW, estimated_bytes, numbers_table
@@ -19,7 +18,6 @@ from core.config import require_choice, require_int
 from core.errors import InputError
 
 MAX_SHOWN = 4
-AXIS_CHARACTERS = 24
 MAX_NEW_TOKENS = 256
 MAX_PROMPT = 4000
 THIS_MODEL = "this model"
@@ -38,6 +36,7 @@ class Compare:
     chat: gr.Checkbox
     write: gr.Button
     streams: gr.HTML
+    speed: gr.HTML
     eval_tokens: gr.Dropdown
     measure: gr.Button
     numbers: gr.HTML
@@ -50,31 +49,24 @@ class Compare:
 
     def choices(self, session: Session) -> Updates:
         """The runs to tick: the newest two or more ticked."""
-        pairs = [(run.label, run.key) for run in session.runs]
-        ticked = [run.key for run in session.runs if run.is_base][:1] + [run.key for run in session.runs if not run.is_base][-3:]
+        pairs = [(session.title(run), run.key) for run in session.runs]
+        bases = [run.key for run in session.runs if run.is_base]
+        current = [key for key in bases[1:] if session.info is not None and key == session.info.name]
+        quantized = [run.key for run in session.runs if not run.is_base]
+        ticked = [*bases[:1], *current, *quantized[-(MAX_SHOWN - 1 - len(current)) :]]
         return {self.runs: gr.update(choices=pairs, value=ticked)}
 
     def render(self, session: Session, keys: list[str] | None = None) -> Updates:
         """Numbers and bars of the chosen runs."""
         runs = [r for r in session.runs if keys is None or r.key in keys]
         measured = [r for r in runs if r.evaluation is not None]
-        bars = plots_runs.bytes_bars([(short(r), dict(r.evaluation.weight_parts), estimated_bytes(session, r)) for r in measured])
+        bars = plots_runs.bytes_bars(
+            [(axis_name(session.title(r)), dict(r.evaluation.weight_parts), estimated_bytes(session, r)) for r in measured]
+        )
         return {
             self.numbers: numbers_table(session, runs) or cards.hint(texts.NUMBERS_EMPTY if session.runs else texts.NO_RUNS),
             self.bars: gr.update(value=bars, visible=bool(measured)),
         }
-
-
-def short(run: Run) -> str:
-    """A run's name in lines short enough for an axis."""
-    lines = [""]
-    for part in run.label.split(" · "):
-        joined = f"{lines[-1]} · {part}" if lines[-1] else part
-        if len(joined) > AXIS_CHARACTERS and lines[-1]:
-            lines.append(part)
-        else:
-            lines[-1] = joined
-    return "<br>".join(escape(line[: 2 * AXIS_CHARACTERS]) for line in lines)
 
 
 def chosen_runs(session: Session, keys: object) -> list[Run]:
@@ -87,8 +79,13 @@ def chosen_runs(session: Session, keys: object) -> list[Run]:
     return runs
 
 
-def build() -> Compare:
-    """The tab's widgets, in place."""
+def prompt_for(model: str) -> str:
+    """What a model is first asked to continue."""
+    return texts.PROMPT_STORY if engine.is_embedded(model) else texts.PROMPT_DEFAULT
+
+
+def build(model: str) -> Compare:
+    """The tab's widgets, in place; `model` is the one the page opens on."""
     with gr.Tab(texts.COMPARE, id="compare") as tab:
         with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
             runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", elem_classes="qs-runs", scale=8, min_width=280)
@@ -99,7 +96,7 @@ def build() -> Compare:
                 measure = gr.Button(texts.MEASURE_NOW, elem_id="measure-now")
         with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
             prompt = gr.Textbox(
-                texts.PROMPT_DEFAULT,
+                prompt_for(model),
                 label=texts.PROMPT,
                 scale=6,
                 min_width=260,
@@ -118,8 +115,9 @@ def build() -> Compare:
                 chat = gr.Checkbox(False, label=texts.CHAT, container=False, elem_id="chat")
                 write = gr.Button(texts.GENERATE, variant="primary", elem_id="write")
         streams = gr.HTML(cards.hint(texts.TEXTS_EMPTY), elem_id="streams", apply_default_css=False)
+        speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
         numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
-        bars = Chart(None, label=texts.BYTES_LABEL, height=260, elem_id="bars", visible=False)
+        bars = Chart(None, label=texts.BYTES_LABEL, height=300, elem_id="bars", visible=False)
         with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
             gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
             with gr.Row(elem_classes="qs-controls qs-card"):
@@ -148,6 +146,7 @@ def build() -> Compare:
         chat,
         write,
         streams,
+        speed,
         eval_tokens,
         measure,
         numbers,
@@ -167,7 +166,9 @@ def wire(ctx: Context, view: Compare) -> None:
 
     def opened(values: dict) -> Updates:
         session = ctx.session(values)
-        return {**view.choices(session), **view.render(session), **memory(ctx, view, values)}
+        untouched = values[view.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
+        prompt = {view.prompt: prompt_for(session.info.name)} if untouched else {}
+        return {**view.choices(session), **view.render(session), **memory(ctx, view, values), **prompt}
 
     def ticked(values: dict) -> Updates:
         return view.render(ctx.session(values), values[view.runs])
@@ -185,24 +186,14 @@ def wire(ctx: Context, view: Compare) -> None:
 
     status = [ctx.status, ctx.stop]
     sizes = {ctx.key, view.shape, view.batch, view.sequence}
-    view.tab.select(
-        ctx.guard(opened), sizes, [view.runs, view.numbers, view.bars, view.memory, view.memory_note, *status], **light
-    )
+    shown = [view.runs, view.prompt, view.numbers, view.bars, view.memory, view.memory_note]
+    view.tab.select(ctx.guard(opened), {*sizes, view.prompt}, [*shown, *status], **light)
     view.runs.input(ctx.guard(ticked), {ctx.key, view.runs}, [view.numbers, view.bars, *status], **light)
     for control in (view.shape, view.batch, view.sequence):
         control.input(ctx.guard(projected), sizes, [view.memory, view.memory_note, *status], trigger_mode="always_last", **light)
-    view.write.click(
-        ctx.guard(write),
-        {ctx.key, view.runs, view.prompt, view.new_tokens, view.temperature, view.chat},
-        [view.streams, *status],
-        **heavy,
-    )
-    view.prompt.submit(
-        ctx.guard(write),
-        {ctx.key, view.runs, view.prompt, view.new_tokens, view.temperature, view.chat},
-        [view.streams, *status],
-        **heavy,
-    )
+    wishes = {ctx.key, view.runs, view.prompt, view.new_tokens, view.temperature, view.chat}
+    for event in (view.write.click, view.prompt.submit):
+        event(ctx.guard(write), wishes, [view.streams, view.speed, *status], **heavy)
     view.measure.click(ctx.guard(measure), {ctx.key, view.runs, view.eval_tokens}, [view.numbers, view.bars, *status], **heavy)
 
 
@@ -248,13 +239,22 @@ async def generate(ctx: Context, view: Compare, session: Session, values: dict) 
                 "temperature": float(temperature),
                 "chat": bool(values[view.chat]),
             },
-            f"{run.label} writes",
+            f"{session.title(run)} writes",
         )
         for run in runs
     ]
+    steps += [Step("speed_limit", {"key": run.key}, "Measuring the memory's speed", 0.1) for run in runs]
     async for job in ctx.follow(session, "generate", steps):
         yield {view.streams: panels(session, runs, prompt, job), **ctx.busy(job, "Writing")}
-    yield ctx.rest(session)
+    yield {view.speed: gr.update(value=speeds(session, runs, job), visible=True), **ctx.rest(session)}
+
+
+def speeds(session: Session, runs: list[Run], job: JobView) -> str:
+    """How fast each run wrote, beside what the memory allows."""
+    limits = job.results[len(runs) :]
+    rows = tables.speed_rows([(session.title(r), made, m) for r, made, m in zip(runs, job.results, limits, strict=False)])
+    table = cards.table(texts.SPEED_HEADERS, rows, colours=[session.runs.index(run) for run in runs], caption=texts.SPEED_CAPTION)
+    return table + cards.protocol(texts.SPEED_NOTE.format(threads=cards.counted(limits[0].threads, "thread")))
 
 
 def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
@@ -270,7 +270,7 @@ def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
             )
         elif index == len(job.results):
             footer = "writing…"
-        shown.append((session.runs.index(run), run.label, prompt, job.texts[index], footer))
+        shown.append((session.runs.index(run), session.title(run), prompt, job.texts[index], footer))
     return cards.streams(shown)
 
 
@@ -278,11 +278,15 @@ async def evaluate(ctx: Context, view: Compare, session: Session, values: dict) 
     """Measure the ticked runs on the same tokens; each row appears when it is there."""
     runs = chosen_runs(session, values[view.runs])
     tokens = require_int("tokens", values[view.eval_tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
+    contexts = [
+        info.context for info in map(session.models.get, {run.model for run in runs}) if info is not None and info.context
+    ]
+    window = min([WINDOW, *contexts])
     steps = [
         Step(
             "evaluate",
-            {"key": run.key, "tokens": tokens, "window": WINDOW, "reference": run.recipe.model if run.recipe else None},
-            f"Measuring {run.label}",
+            {"key": run.key, "tokens": tokens, "window": window, "reference": run.recipe.model if run.recipe else None},
+            f"Measuring {session.title(run)}",
         )
         for run in runs
     ]

@@ -11,15 +11,17 @@ import gradio as gr
 from app import cards, engine, plots_runs, tables, texts
 from app.chart import Chart
 from app.context import Context, Updates
+from app.figure import axis_name
 from app.jobs import Step
 from app.session import Run, Session, is_public
 from app.tabs.sidebar import Sidebar
-from core.config import REORDERS, SCHEMES, SITES, Bits, Calibration, Clusters, QuantRecipe, require_int
+from core.config import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
 from core.errors import InputError
 
 QUICK_TOKENS = 2048
 WINDOW = 512
 BIT_CHOICES = [2, 3, 4, 5, 6, 7, 8, 16]
+ATTENTION_BITS = (16, 8, 4, 3)
 
 
 @dataclass
@@ -29,6 +31,11 @@ class Quantize:
     tab: gr.Tab
     variant: gr.Dropdown
     weights: gr.Dropdown
+    keep: gr.Slider
+    attention: dict[str, gr.Dropdown]
+    grid: gr.Column
+    ternary: gr.Column
+    folds: gr.Row
     tokens: gr.Slider
     measure: gr.Checkbox
     bits: dict[str, gr.Dropdown]
@@ -45,7 +52,15 @@ class Quantize:
     @property
     def inputs(self) -> set:
         """Everything of the recipe that is chosen here."""
-        return {self.variant, self.weights, self.tokens, self.measure, *self.bits.values(), *self.clusters.values()}
+        fields = (self.bits, self.clusters, self.attention)
+        return {
+            self.variant,
+            self.weights,
+            self.keep,
+            self.tokens,
+            self.measure,
+            *(f for group in fields for f in group.values()),
+        }
 
     @property
     def results(self) -> list:
@@ -55,13 +70,18 @@ class Quantize:
     def recipe(self, side: Sidebar, values: dict) -> QuantRecipe:
         """The recipe the page shows. Raises InputError naming what is out of range."""
         model, revision = side.chosen_model(values)
+        tokens = require_int("calibration tokens", values[self.tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
+        calibration = Calibration(side.chosen_text(values), tokens, WINDOW)
+        if values[side.method] == "bitnet":
+            attention = {name: _whole(values[field]) for name, field in self.attention.items()}
+            options = BitNetOptions(values[side.mode], values[self.keep], **attention)
+            return QuantRecipe(model, revision, "bitnet", calibration=calibration, bitnet=options)
         custom = values[side.scheme] == "custom"
         bits = Bits(**{name: _whole(values[field]) for name, field in self.bits.items()}) if custom else None
         counts = {
             name: require_int(f"clusters of {name}", values[field], 1, 65536, "use 1 or more")
             for name, field in self.clusters.items()
         }
-        tokens = require_int("calibration tokens", values[self.tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
         return QuantRecipe(
             model,
             revision,
@@ -71,18 +91,27 @@ class Quantize:
             Clusters(**counts),
             values[self.weights],
             values[self.variant],
-            Calibration(side.chosen_text(values), tokens, WINDOW),
+            calibration,
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
         """The widgets, set to a recipe."""
+        options = recipe.bitnet or BitNetOptions()
         return {
+            self.keep: options.keep,
+            **{field: getattr(options, name) for name, field in self.attention.items()},
+            **self.show(recipe.method),
             self.variant: recipe.variant,
             self.weights: recipe.weights,
             self.tokens: recipe.calibration.tokens,
             **{field: getattr(recipe.tensor_bits, name) for name, field in self.bits.items()},
             **{field: getattr(recipe.clusters, name) for name, field in self.clusters.items()},
         }
+
+    def show(self, method: object) -> Updates:
+        """Only the controls that concern a method."""
+        ternary = method == "bitnet"
+        return {part: gr.update(visible=ternary == (part is self.ternary)) for part in (self.grid, self.ternary, self.folds)}
 
     def render(self, session: Session) -> Updates:
         """Results of the session's last run, beside the others'."""
@@ -96,11 +125,11 @@ class Quantize:
                 self.details: "",
             }
         place, last = runs[-1]
-        lines = [(p, run.label, run.quantize) for p, run in runs[-5:]]
+        lines = [(p, axis_name(session.title(run), 48), run.quantize) for p, run in runs[-5:]]
         kinds = [(kind, texts.SITE_LABELS[kind]) for kind in SITES]
         quantized_sites = any(entry.sites for entry in last.quantize.layers)
         return {
-            self.summary: cards.run_summary(last.quantize, place),
+            self.summary: cards.run_summary(last.quantize, session.title(last), place),
             self.numbers: numbers_table(session, session.runs),
             self.sqnr: gr.update(value=plots_runs.layer_sqnr(lines, revision=last.key), visible=True),
             self.sites: gr.update(value=plots_runs.site_sqnr(last.quantize, kinds), visible=True)
@@ -119,16 +148,19 @@ def numbers_table(session: Session, runs: list[Run]) -> str:
     measured = [(session.runs.index(run), run) for run in runs if run.evaluation is not None]
     if not measured:
         return ""
-    rows = tables.number_rows([(run.label, run.evaluation, estimated_bytes(session, run)) for _, run in measured])
+    rows = tables.number_rows([(session.title(run), run.evaluation, estimated_bytes(session, run)) for _, run in measured])
     protocol = " ".join(dict.fromkeys(str(run.evaluation.protocol) for _, run in measured))
-    return cards.table(tables.NUMBER_HEADERS, rows, colours=[place for place, _ in measured]) + cards.protocol(protocol)
+    table = cards.table(tables.NUMBER_HEADERS, rows, colours=[place for place, _ in measured])
+    models = [session.models.get(name) for name in dict.fromkeys(run.model for _, run in measured)]
+    return table + cards.protocol(protocol) + cards.caution(tables.several_models(models))
 
 
 def estimated_bytes(session: Session, run: Run) -> float | None:
-    """The formula's weight bytes of a quantised run of the model at hand."""
-    if run.recipe is None or session.info is None or session.info.name != run.recipe.model:
+    """The formula's weight bytes of a quantised run."""
+    info = session.models.get(run.model)
+    if run.recipe is None or info is None:
         return None
-    return float(engine.project_model(session.info, run.recipe.tensor_bits, batch=1, sequence=1).weights)
+    return float(engine.project_model(info, run.recipe.tensor_bits, batch=1, sequence=1).weights)
 
 
 def details(report: Any) -> str:
@@ -144,27 +176,27 @@ def details(report: Any) -> str:
 
 def build() -> Quantize:
     """The tab's widgets, in place."""
-    names = [entry.name for entry in fields(Bits)]
     with gr.Tab(texts.QUANTIZE_TAB, id="quantize") as tab:
         with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            variant = gr.Dropdown(
-                [(label, name) for name, label in texts.VARIANTS.items()],
-                value="default",
-                label=texts.VARIANT,
-                scale=3,
-                min_width=220,
-                filterable=False,
-                elem_id="variant",
-            )
-            weights = gr.Dropdown(
-                [(label, name) for name, label in texts.WEIGHT_METHODS.items()],
-                value="gptq",
-                label=texts.WEIGHTS,
-                scale=3,
-                min_width=200,
-                filterable=False,
-                elem_id="weights",
-            )
+            with gr.Column(scale=6, min_width=240, elem_classes="qs-plain") as grid, gr.Row():
+                variant = gr.Dropdown(
+                    [(label, name) for name, label in texts.VARIANTS.items()],
+                    value="default",
+                    label=texts.VARIANT,
+                    min_width=220,
+                    filterable=False,
+                    elem_id="variant",
+                )
+                weights = gr.Dropdown(
+                    [(label, name) for name, label in texts.WEIGHT_METHODS.items()],
+                    value="gptq",
+                    label=texts.WEIGHTS,
+                    min_width=200,
+                    filterable=False,
+                    elem_id="weights",
+                )
+            with gr.Column(scale=6, min_width=240, elem_classes="qs-plain", visible=False) as ternary:
+                keep, attention = _ternary_options()
             tokens = gr.Slider(
                 512,
                 16384,
@@ -179,33 +211,7 @@ def build() -> Quantize:
             with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                 start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
                 stop = gr.Button(texts.STOP, elem_id="quantize-stop", size="sm")
-        with gr.Row(elem_classes="qs-folds"):
-            with gr.Accordion(texts.BITS_PANEL, open=False):
-                gr.Markdown(texts.BITS_INFO, elem_classes="qs-caption")
-                with gr.Row():
-                    bits = {
-                        name: gr.Dropdown(
-                            BIT_CHOICES,
-                            value=getattr(SCHEMES["W4A4"], name),
-                            label=texts.BIT_LABELS[name],
-                            min_width=90,
-                            filterable=False,
-                            elem_id=f"bits-{name}",
-                        )
-                        for name in names
-                    }
-            with gr.Accordion(texts.CLUSTER_PANEL, open=False), gr.Row():
-                defaults = Clusters.uniform(32)
-                clusters = {
-                    name: gr.Number(
-                        getattr(defaults, name),
-                        label=texts.CLUSTER_LABELS[name],
-                        precision=0,
-                        min_width=110,
-                        elem_id=f"clusters-{name}",
-                    )
-                    for name in REORDERS
-                }
+        folds, bits, clusters = _folds()
         measure = gr.Checkbox(
             True,
             label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -225,8 +231,80 @@ def build() -> Quantize:
         with gr.Accordion(texts.LEARN_QUANTIZE_TITLE, open=False):
             gr.Markdown(texts.LEARN_QUANTIZE)
     return Quantize(
-        tab, variant, weights, tokens, measure, bits, clusters, start, stop, summary, numbers, sqnr, sites, details_html, forward
+        tab,
+        variant,
+        weights,
+        keep,
+        attention,
+        grid,
+        ternary,
+        folds,
+        tokens,
+        measure,
+        bits,
+        clusters,
+        start,
+        stop,
+        summary,
+        numbers,
+        sqnr,
+        sites,
+        details_html,
+        forward,
     )
+
+
+def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number]]:
+    """Bits and clusters of every tensor, in place."""
+    names = [entry.name for entry in fields(Bits)]
+    with gr.Row(elem_classes="qs-folds") as folds:
+        with gr.Accordion(texts.BITS_PANEL, open=False):
+            gr.Markdown(texts.BITS_INFO, elem_classes="qs-caption")
+            with gr.Row():
+                bits = {
+                    name: gr.Dropdown(
+                        BIT_CHOICES,
+                        value=getattr(SCHEMES["W4A4"], name),
+                        label=texts.BIT_LABELS[name],
+                        min_width=90,
+                        filterable=False,
+                        elem_id=f"bits-{name}",
+                    )
+                    for name in names
+                }
+        with gr.Accordion(texts.CLUSTER_PANEL, open=False), gr.Row():
+            defaults = Clusters.uniform(32)
+            clusters = {
+                name: gr.Number(
+                    getattr(defaults, name),
+                    label=texts.CLUSTER_LABELS[name],
+                    precision=0,
+                    min_width=110,
+                    elem_id=f"clusters-{name}",
+                )
+                for name in REORDERS
+            }
+    return folds, bits, clusters
+
+
+def _ternary_options() -> tuple[gr.Slider, dict[str, gr.Dropdown]]:
+    """Controls of the method bitnet, in place."""
+    choices = [(texts.NOT_QUANTISED if bits == 16 else f"{bits} bits", bits) for bits in ATTENTION_BITS]
+    with gr.Row():
+        keep = gr.Slider(0.05, 1.0, 0.5, step=0.05, label=texts.KEEP, scale=2, min_width=170, elem_id="keep", buttons=[])
+        defaults, labels = BitNetOptions(), {"kv_bits": texts.KV_BITS, "bos_bits": texts.BOS_BITS, "q_bits": texts.Q_BITS}
+        attention = {
+            name: gr.Dropdown(
+                choices,
+                value=getattr(defaults, name),
+                label=label,
+                min_width=105,
+                filterable=False,
+                elem_id=name.replace("_", "-"),
+            )
+            for name, label in labels.items()
+        }
+    return keep, attention
 
 
 def wire(ctx: Context, view: Quantize, side: Sidebar, after: Any) -> None:
@@ -236,6 +314,9 @@ def wire(ctx: Context, view: Quantize, side: Sidebar, after: Any) -> None:
     def scheme_chosen(values: dict) -> Updates:
         bits = SCHEMES.get(values[side.scheme])
         return {field: getattr(bits, name) for name, field in view.bits.items()} if bits else {}
+
+    def method_chosen(values: dict) -> Updates:
+        return {**side.show(values[side.method]), **view.show(values[side.method])}
 
     def own_bits() -> Updates:
         return {side.scheme: "custom"}
@@ -250,13 +331,15 @@ def wire(ctx: Context, view: Quantize, side: Sidebar, after: Any) -> None:
         yield {**view.render(session), **after(session), **ctx.rest(session)}
 
     side.scheme.input(ctx.guard(scheme_chosen), {side.scheme}, [*view.bits.values(), ctx.status, ctx.stop], **light)
+    parts = [side.grid, side.ternary, view.grid, view.ternary, view.folds]
+    side.method.input(ctx.guard(method_chosen), {side.method}, [*parts, ctx.status, ctx.stop], **light)
     for field in view.bits.values():
         field.input(own_bits, None, [side.scheme], **light)
     view.tab.select(ctx.guard(opened), {ctx.key}, [*view.results, ctx.status, ctx.stop], **light)
     gr.on(
         [view.start.click, side.quantize.click],
         ctx.guard(run),
-        {ctx.key, *side.source, side.method, side.scheme, *view.inputs},
+        {ctx.key, *side.source, *side.recipe, *view.inputs},
         [*view.results, *after.outputs, ctx.status, ctx.stop],
         show_progress="hidden",
         concurrency_limit=None,
@@ -269,7 +352,8 @@ async def quantize(
     ctx: Context, view: Quantize, session: Session, recipe: QuantRecipe, *, measure: bool
 ) -> AsyncIterator[Updates]:
     """Follow one quantisation and its measurements; finished parts appear as they come."""
-    steps = [Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
+    load = Step("load", {"model": recipe.model, "revision": recipe.revision}, "Loading the model", 1.0)
+    steps = [load, Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
     base_key = ("evaluation", recipe.model, recipe.revision, "sotu", QUICK_TOKENS, WINDOW)
     base = session.add_run(Run(recipe.model, recipe.model))
     base.evaluation = base.evaluation or ctx.shared.get(base_key)
@@ -287,9 +371,11 @@ async def quantize(
         while seen < len(job.results):
             report, seen = job.results[seen], seen + 1
             if seen == 1:
+                session.models[recipe.model] = report
+            elif seen == 2:
                 run = session.add_run(Run(report.key, report.label, recipe))
                 run.quantize = report
-            elif seen == 2:
+            elif seen == 3:
                 run.evaluation = report
             else:
                 base.evaluation = report

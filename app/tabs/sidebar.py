@@ -10,7 +10,7 @@ import gradio as gr
 from app import engine, texts
 from app.session import PASTED
 from app.tabs.reorder import MAX_CLUSTERS, require_clusters
-from core.config import SCHEMES, Calibration, QuantRecipe, require_choice, require_int
+from core.config import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
 from core.errors import InputError, TextError
 
 PASTE = "paste"
@@ -30,6 +30,9 @@ class Sidebar:
     method: gr.Dropdown
     scheme: gr.Dropdown
     clusters: gr.Slider
+    mode: gr.Dropdown
+    grid: gr.Column
+    ternary: gr.Column
     quantize: gr.Button
     link: gr.Button
     link_text: gr.Textbox
@@ -41,6 +44,11 @@ class Sidebar:
     def source(self) -> set:
         """Inputs that say which model and text."""
         return {self.model, self.text, self.pasted, self.tokens}
+
+    @property
+    def recipe(self) -> set:
+        """Inputs that say how to quantise."""
+        return {self.method, self.scheme, self.mode}
 
     def chosen_model(self, values: dict) -> tuple[str, str | None]:
         """(name, revision) of the model field. Raises InputError if it is empty or far too long."""
@@ -84,7 +92,13 @@ class Sidebar:
             self.scheme: recipe.scheme,
             self.text: recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else "sotu",
             self.clusters: require_clusters(min(recipe.clusters.R1, MAX_CLUSTERS)),
+            self.mode: (recipe.bitnet or BitNetOptions()).mode,
+            **self.show(recipe.method),
         }
+
+    def show(self, method: object) -> dict[Any, Any]:
+        """Only the controls that concern a method."""
+        return {self.grid: gr.update(visible=method != "bitnet"), self.ternary: gr.update(visible=method == "bitnet")}
 
 
 def scheme_choices() -> list[tuple[str, str]]:
@@ -128,10 +142,20 @@ def build(model: str, *, on_space: bool) -> Sidebar:
             elem_id="method",
             filterable=False,
         )
-        scheme = gr.Dropdown(
-            scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
-        )
-        clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
+        with gr.Column(elem_id="grid-recipe", elem_classes="qs-side") as grid:
+            scheme = gr.Dropdown(
+                scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
+            )
+            clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
+        with gr.Column(elem_id="ternary-recipe", elem_classes="qs-side", visible=False) as ternary:
+            mode = gr.Dropdown(
+                [(label, name) for name, label in texts.BITNET_MODES.items()],
+                value="a4.8",
+                label=texts.BITNET_MODE,
+                info=texts.BITNET_MODE_INFO,
+                elem_id="mode",
+                filterable=False,
+            )
         quantize = gr.Button(texts.QUANTIZE, variant="primary", elem_id="side-quantize", size="lg")
         with gr.Accordion(texts.SAVE, open=False):
             link = gr.Button(texts.LINK, size="sm", elem_id="copy-link")
@@ -150,6 +174,9 @@ def build(model: str, *, on_space: bool) -> Sidebar:
         method,
         scheme,
         clusters,
+        mode,
+        grid,
+        ternary,
         quantize,
         link,
         link_text,

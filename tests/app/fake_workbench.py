@@ -2,11 +2,12 @@
 
 Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer;
 "fake-endless" never ends and ignores Stop; "fake-memory", "fake-exit", "fake-killed", "fake-bug" fail in their way;
-"fake-wide" has 4096 channels; anything else is not found.
+"fake-wide" has 4096 channels; "fake-ternary" is a BitNet model of another vocabulary; anything else is not found.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -23,15 +24,22 @@ from core.evaluation.report import (
     BackendUse,
     EvalReport,
     GenerationReport,
+    InputHistogram,
     LayerReport,
     ModelInfo,
     QuantizeReport,
     SiteError,
+    Sparsity,
+    SparsityReport,
+    SpeedLimit,
+    TernaryShares,
     WeightError,
+    WeightHistogram,
 )
 
 Progress = Callable[[str, float | None], None]
-NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide")
+NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide", "fake-ternary")
+TERNARY = "fake-ternary"
 
 
 class FakeWorkbench:
@@ -62,11 +70,12 @@ class FakeWorkbench:
             3,
             64,
             ffn,
-            49152,
+            4096 if model == TERNARY else 49152,
             2048,
             538_060_032,
             "float32",
             0.2,
+            "trained a4.8" if model == TERNARY else None,
         )
 
     def observe(self, model: str, calibration: Calibration, *, revision: str | None = None, progress: Progress) -> RangesReport:
@@ -122,8 +131,8 @@ class FakeWorkbench:
         layers = [
             LayerReport(
                 i,
-                6.0 * bits.weights - i * 0.4,
-                {k: SiteError(bits.site(k), 32, 6.0 * min(bits.site(k), 12) - i * 0.3) for k in SITES},
+                math.inf if recipe.model == TERNARY else 6.0 * bits.weights - i * 0.4,
+                {k: SiteError(bits.site(k), 32, 6.0 * min(bits.site(k), 12) - i * 0.3) for k in SITES if bits.site(k) < 16},
                 {
                     "down_proj": WeightError(
                         bits.weights,
@@ -139,7 +148,7 @@ class FakeWorkbench:
         return QuantizeReport(
             recipe.hash,
             recipe.to_dict(),
-            recipe.label(),
+            recipe.label() + claim_of(recipe),
             recipe.describe_bits(),
             4.2,
             {"calibration": 1.2, "weights": 2.5, "activations": 0.5},
@@ -224,6 +233,65 @@ class FakeWorkbench:
             progress(f"Token {i + 1}", (i + 1) / max_new_tokens)
             time.sleep(0.01)
         return GenerationReport(key, text, 7, max_new_tokens, 0.01 * max_new_tokens, 100.0, "length", 55_296, 221_184)
+
+    def speed_limit(self, key: str, *, progress: Progress) -> SpeedLimit:
+        """A quarter of the measured speed is reached."""
+        return SpeedLimit(key, 100_000_000, 40.0e9 + 400 * 55_296, 2)
+
+    def sparsity(self, key: str, *, text: str = "sotu", tokens: int = 512, progress: Progress) -> SparsityReport:
+        """The published shares of the 7B model."""
+        self.ternary(key)
+        layers = []
+        for layer in range(6):
+            progress(f"Layer {layer + 1} of 6", layer / 6)
+            time.sleep(0.5 if self.slow(key) else 0.01)
+            layers.append(Sparsity(0.121, 0.5, 0.714 - 0.02 * layer, 0.12, 0.842, 0.675, 0.445))
+        name = "your text" if text.startswith("text:") else text
+        return SparsityReport(key, "a4.8", "trained a4.8", name, tokens, 4_000_000, 2_220_000, layers[0], layers)
+
+    def weight_histogram(self, key: str, *, progress: Progress) -> WeightHistogram:
+        """About a third of each, fewer zeros in deeper layers."""
+        self.ternary(key)
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        shares = [TernaryShares(0.33 + 0.005 * i, 0.34 - 0.01 * i, 0.33 + 0.005 * i, 0.02) for i in range(6)]
+        return WeightHistogram(key, [dict.fromkeys(names, share) for share in shares])
+
+    def input_histogram(
+        self, key: str, site: str, layer: int, *, text: str = "sotu", tokens: int = 512, progress: Progress
+    ) -> InputHistogram:
+        """A bell, and a spike at zero for the input of down."""
+        self.ternary(key)
+        progress(f"Layer {layer + 1} of 6", 0.5)
+        kind = {"attn_in": "int4", "o_in": "topk8", "mlp_in": "int4", "down_in": "int8"}[site]
+        edges = np.linspace(-3, 3, 102)
+        counts = (1e5 * np.exp(-0.5 * ((edges[:-1] + edges[1:]) / 2) ** 2)).astype(int)
+        counts[50] *= 40 if site == "down_in" else 1
+        codes = np.arange(-8, 8) if kind == "int4" else np.arange(-127, 128)
+        coded = (1e5 * np.exp(-0.5 * (codes * (2.65 / 7 if kind == "int4" else 3 / 127)) ** 2)).astype(int)
+        coded[codes == 0] = coded.sum() if kind != "int4" else coded.max()
+        return InputHistogram(
+            key, site, layer, kind, text, tokens, edges.tolist(), counts.tolist(), codes.tolist(), coded.tolist()
+        )
+
+    def ternary(self, key: str) -> None:
+        """Refuse what has no ternary weights."""
+        recipe = self.recipes.get(key)
+        if key != TERNARY and (recipe is None or recipe.method != "bitnet"):
+            raise ModelError("This model has no ternary weights: choose a BitNet model.", code="E-MODEL-ARCH")
+
+    def slow(self, key: str) -> bool:
+        """Whether this key belongs to the slow model."""
+        return key in self.recipes and self.recipes[key].model == "fake-slow"
+
+
+def claim_of(recipe: QuantRecipe) -> str:
+    """What a BitNet run is worth."""
+    if recipe.method != "bitnet":
+        return ""
+    mode = recipe.bitnet.mode
+    if recipe.model != TERNARY:
+        return f" · {mode} simulated on a model trained in full precision: expect noise"
+    return f" · trained {mode}" if mode == "a4.8" else f" · {mode} rules applied training-free to a a4.8 model: approximate"
 
 
 def check_text(calibration: Calibration) -> None:

@@ -219,6 +219,6 @@ def test_the_worker_gets_no_secrets():
         "MY_PASSWORD": "x",
         "HF_HOME": "/h",
     }
-    passed = worker_environment(Settings(), given)
+    passed = worker_environment(Settings("fake"), given)
     assert passed["PATH"] == "/bin" and passed["HF_HOME"] == "/h"
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "MY_PASSWORD"} & set(passed)

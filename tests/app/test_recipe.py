@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.tabs import quantize, sidebar
-from core.config import SCHEMES, Bits, Clusters, QuantRecipe
+from core.config import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Clusters, QuantRecipe
 from core.errors import QuantscopeError
 
 
@@ -18,7 +18,7 @@ def form():
         side = sidebar.build("fake", on_space=False)
         with gr.Tabs():
             tab = quantize.build()
-    fields = {*side.source, side.method, side.scheme, *tab.inputs}
+    fields = {*side.source, *side.recipe, *tab.inputs}
     return side, tab, {field: field.value for field in fields}
 
 
@@ -30,12 +30,29 @@ def form():
             "a/b", "main", method="rtn", scheme="W3A3KV", weights="rtn", variant="strict", clusters=Clusters(1, 2, 3, 4, 5)
         ),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
+        *(QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions(mode, 0.25, 3, 8, 4)) for mode in BITNET_MODES),
     ],
 )
 def test_a_recipe_survives_the_form(form, recipe):
     side, tab, values = form
     filled = values | side.fill(recipe) | tab.fill(recipe)
     assert tab.recipe(side, filled) == recipe
+
+
+def test_hidden_controls_do_not_change_a_ternary_recipe(form):
+    side, tab, values = form
+    filled = values | side.fill(QuantRecipe("fake", method="bitnet"))
+    moved = filled | {side.scheme: "custom", tab.variant: "official", tab.clusters["R1"]: 7, tab.bits["k"]: 2}
+    assert tab.recipe(side, moved).hash == tab.recipe(side, filled).hash
+    assert QuantRecipe.from_query(tab.recipe(side, filled).to_query(), default=QuantRecipe("x")).bitnet == BitNetOptions()
+
+
+def test_only_the_controls_of_the_method_are_shown(form):
+    side, tab, _ = form
+    for method in ("rptq", "rtn", "bitnet"):
+        shown = side.show(method) | tab.show(method)
+        visible = {part for part, update in shown.items() if update["visible"]}
+        assert visible == ({side.ternary, tab.ternary} if method == "bitnet" else {side.grid, tab.grid, tab.folds})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -73,6 +90,7 @@ JUNK = st.one_of(
 def test_any_junk_is_refused_in_a_sentence(form, data):
     side, tab, values = form
     field = data.draw(st.sampled_from(sorted(values, key=lambda f: f._id)))
+    values = values | {side.method: data.draw(st.sampled_from(["rptq", "bitnet"]))}
     try:
         recipe = tab.recipe(side, values | {field: data.draw(JUNK)})
     except QuantscopeError as error:

@@ -97,10 +97,12 @@ def test_foreign_text_is_escaped_everywhere(ranges, bench, run):
         cards.idle(replace(info, name=EVIL, architecture=EVIL), replace(ranges, text_name=EVIL)),
         cards.table([EVIL], [[EVIL], [Estimate(EVIL)]], caption=EVIL),
         cards.streams([(1, EVIL, EVIL, EVIL, EVIL)]),
-        cards.run_summary(replace(run.quantize, label=EVIL, calibration=EVIL), 1),
+        cards.run_summary(replace(run.quantize, calibration=EVIL), EVIL, 1),
         cards.extremes(detail),
         cards.protocol(EVIL),
         cards.hint(EVIL),
+        cards.caution(EVIL),
+        cards.headed(EVIL, 1, ""),
     ]
     for piece in pieces:
         assert "<img" not in piece and "<b>nation" not in piece

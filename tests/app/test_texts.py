@@ -8,7 +8,9 @@ from pathlib import Path
 from app import texts
 from app.settings import REAL_WORKBENCH, Settings, machine_memory
 from app.tabs.sidebar import scheme_choices
-from core.config import METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits
+from core.config import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits
+from core.evaluation.report import Sparsity
+from core.quant.bitnet import INPUT_KINDS
 
 
 def test_every_choice_has_words():
@@ -16,6 +18,10 @@ def test_every_choice_has_words():
     assert all(kind in REORDERS[texts.SITE_REORDER[kind]] for kind in SITES)
     assert set(texts.METHODS) == set(METHODS)
     assert set(texts.VARIANTS) == set(VARIANTS)
+    assert set(texts.BITNET_MODES) == set(BITNET_MODES)
+    assert set(texts.INPUT_KINDS) == {"fp", *INPUT_KINDS}
+    assert set(texts.PROJECTION_INPUTS) < set(SITES)
+    assert set(texts.PROJECTION_LABELS) < set(Sparsity.__dataclass_fields__)
     assert set(texts.WEIGHT_METHODS) == set(WEIGHT_METHODS)
     assert set(texts.BIT_LABELS) == set(Bits.__dataclass_fields__)
     assert set(texts.CLUSTER_LABELS) == set(REORDERS)

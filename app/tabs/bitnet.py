@@ -1,0 +1,221 @@
+"""BitNet: a ternary model from inside, zeros by projection, weights, inputs and their codes; and how such models are trained."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import gradio as gr
+
+from app import cards, engine, plots_bitnet, tables, texts
+from app.chart import Chart
+from app.context import Context, Updates
+from app.figure import note
+from app.jobs import Step
+from app.session import Run, Session, TernaryReports
+from core.config import require_int
+from core.errors import InputError
+
+TOKENS = (512, 2048, 8192)
+
+
+@dataclass
+class BitNet:
+    """The tab's widgets. `inputs`: one chart per projection input."""
+
+    tab: gr.Tab
+    run: gr.Dropdown
+    layer: gr.Dropdown
+    tokens: gr.Dropdown
+    read: gr.Button
+    facts: gr.HTML
+    sparsity: Chart
+    weights: Chart
+    inputs: dict[str, Chart]
+    layers: gr.HTML
+
+    @property
+    def selectors(self) -> set:
+        """Inputs that say what to read."""
+        return {self.run, self.layer, self.tokens}
+
+    @property
+    def results(self) -> list:
+        """What a reading changes."""
+        return [self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
+
+    def choices(self, session: Session, chosen: object = None) -> Updates:
+        """The ternary runs, `chosen` if it is still one of them, else the newest; and the layers of its model."""
+        runs = session.ternary_runs
+        run = next((r for r in runs if r.key == chosen), runs[0] if runs else None)
+        info = session.models.get(run.model) if run else None
+        return {
+            self.run: gr.update(choices=[(session.title(r), r.key) for r in runs], value=run.key if run else None),
+            self.layer: gr.update(choices=list(range(info.layers if info else 1))),
+        }
+
+    def render(self, session: Session, run: Run | None, layer: int) -> Updates:
+        """What is known of a run."""
+        if run is None or run.ternary.sparsity is None:
+            facts = cards.hint(texts.TERNARY_WAIT if run else texts.TERNARY_EMPTY)
+            charts = (self.sparsity, self.weights, *self.inputs.values())
+            return {self.facts: facts, self.layers: "", **{chart: gr.update(visible=False) for chart in charts}}
+        known = run.ternary
+        drawn = {report.site: report for report in known.inputs.get(layer, [])}
+        return {
+            self.facts: facts_of(session, run),
+            self.sparsity: gr.update(value=plots_bitnet.sparsity_map(known.sparsity), visible=True),
+            self.weights: gr.update(value=plots_bitnet.weight_bars(known.weights), visible=True),
+            self.layers: cards.table(texts.SPARSITY_LAYER_HEADERS, tables.sparsity_layer_rows(known.sparsity)),
+            **{
+                chart: gr.update(
+                    value=plots_bitnet.input_distribution(drawn[site], f"{label}, layer {layer}") if site in drawn else note(""),
+                    visible=True,
+                )
+                for (site, label), chart in zip(texts.PROJECTION_INPUTS.items(), self.inputs.values(), strict=True)
+            },
+        }
+
+
+def facts_of(session: Session, run: Run) -> str:
+    """The run's name and claim, the table of zeros and how they were counted."""
+    report = run.ternary.sparsity
+    table = cards.table(
+        texts.SPARSITY_HEADERS,
+        tables.sparsity_rows(report, texts.SPARSITY_PAPER.get(report.mode)),
+        caption=texts.SPARSITY_CAPTION,
+    )
+    protocol = cards.protocol(texts.SPARSITY_PROTOCOL.format(tokens=report.tokens, text=report.text_name))
+    return cards.headed(session.title(run), session.runs.index(run), table + protocol)
+
+
+def build() -> BitNet:
+    """The tab's widgets, in place."""
+    with gr.Tab(texts.BITNET, id="bitnet") as tab:
+        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+            run = gr.Dropdown(
+                [], label=texts.TERNARY_RUN, elem_id="ternary-run", filterable=False, scale=8, min_width=260, interactive=True
+            )
+            layer = gr.Dropdown(
+                [0], value=0, label=texts.LAYER, elem_id="ternary-layer", filterable=False, min_width=80, interactive=True
+            )
+            tokens = gr.Dropdown(
+                list(TOKENS),
+                value=TOKENS[0],
+                label=texts.TERNARY_TOKENS,
+                elem_id="ternary-tokens",
+                filterable=False,
+                min_width=90,
+            )
+            with gr.Column(scale=1, min_width=140, elem_classes="qs-tight"):
+                read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
+        facts = gr.HTML(cards.hint(texts.TERNARY_EMPTY), elem_id="ternary-facts", apply_default_css=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=300):
+                sparsity = Chart(None, label=texts.SPARSITY_LABEL, height=260, elem_id="zeros", visible=False)
+            with gr.Column(scale=1, min_width=300):
+                weights = Chart(None, label=texts.WEIGHTS_LABEL, height=260, elem_id="ternary-weights", visible=False)
+        with gr.Row(equal_height=False):
+            inputs = {}
+            for site, label in texts.PROJECTION_INPUTS.items():
+                with gr.Column(scale=1, min_width=230):
+                    name = site.replace("_", "-")
+                    inputs[site] = Chart(
+                        None, label=texts.INPUT_LABEL.format(label), height=330, elem_id=f"input-{name}", visible=False
+                    )
+        with gr.Accordion(texts.SPARSITY_TABLE, open=False):
+            layers = gr.HTML("", elem_id="zeros-table", apply_default_css=False)
+        with gr.Accordion(texts.CURVES_TITLE, open=True, elem_id="training"):
+            _curves()
+        with gr.Accordion(texts.LEARN_BITNET_TITLE, open=False):
+            gr.Markdown(texts.LEARN_BITNET)
+    return BitNet(tab, run, layer, tokens, read, facts, sparsity, weights, inputs, layers)
+
+
+def _curves() -> None:
+    """Training curves that are part of the installation."""
+    trained, ablations = engine.training_runs(), engine.ablation_runs()
+    figures = {name: plots_bitnet.ablation_curves(ablations, name) for name in texts.ABLATION_LABELS}
+    if trained:
+        Chart(plots_bitnet.training_curves(trained), label=texts.CURVES_LABEL, height=320, elem_id="curves")
+    with gr.Row(equal_height=False):
+        for name, figure in figures.items():
+            if figure is not None:
+                with gr.Column(scale=1, min_width=300):
+                    Chart(figure, label=texts.ABLATION_LABELS[name], height=320, elem_id=name)
+    if not trained and not any(figures.values()):
+        gr.HTML(cards.hint(texts.CURVES_EMPTY), apply_default_css=False)
+
+
+def wire(ctx: Context, view: BitNet) -> None:
+    """Connect the tab's events."""
+    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    heavy = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None, "trigger_mode": "multiple"}
+    inputs, status = {ctx.key, *view.selectors}, [ctx.status, ctx.stop]
+
+    def opened(values: dict) -> Updates:
+        session = ctx.session(values)
+        choices = view.choices(session, values[view.run])
+        return {**choices, **view.render(session, session.run(choices[view.run]["value"]), layer_of(values[view.layer]))}
+
+    async def shown(values: dict) -> AsyncIterator[Updates]:
+        session = ctx.session(values)
+        run = session.run(values[view.run])
+        if run is not None:
+            async for updates in read(ctx, view, session, run, values):
+                yield updates
+
+    async def again(values: dict) -> AsyncIterator[Updates]:
+        session = ctx.session(values)
+        run = session.run(values[view.run])
+        if run is None:
+            raise InputError(texts.TERNARY_EMPTY, code="E-PARAM-RUNS")
+        async for updates in read(ctx, view, session, run, values, again=True):
+            yield updates
+
+    first = view.tab.select(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **light)
+    first.then(ctx.guard(shown), inputs, [*view.results, *status], **heavy)
+    for control in (view.run, view.layer):
+        changed = control.input(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **light)
+        changed.then(ctx.guard(shown), inputs, [*view.results, *status], **heavy)
+    view.read.click(ctx.guard(again), inputs, [*view.results, *status], **heavy)
+
+
+def layer_of(value: object) -> int:
+    """The chosen layer. Raises InputError if it is none."""
+    return require_int("layer", value, 0, 10_000, "use a layer of the model")
+
+
+async def read(
+    ctx: Context, view: BitNet, session: Session, run: Run, values: dict, *, again: bool = False
+) -> AsyncIterator[Updates]:
+    """Read what is not known yet of a run, everything if `again`; results appear as they come."""
+    tokens = require_int("tokens", values[view.tokens], TOKENS[0], TOKENS[-1], f"use {TOKENS[0]} to {TOKENS[-1]}")
+    info, layer = session.models.get(run.model), layer_of(values[view.layer])
+    layer = min(layer, info.layers - 1) if info else layer
+    steps = steps_for(session, run, layer, tokens, again=again)
+    if not steps:
+        return
+    async for job in ctx.follow(session, "bitnet", steps):
+        yield ctx.busy(job, texts.TERNARY_JOB)
+    *whole, qkv, out, up, down = job.results
+    if whole:
+        run.ternary = TernaryReports(tokens, *whole)
+    run.ternary.inputs[layer] = [qkv, out, up, down]
+    yield {**view.render(session, run, layer), **ctx.rest(session)}
+
+
+def steps_for(session: Session, run: Run, layer: int, tokens: int, *, again: bool = False) -> list[Step]:
+    """The job that reads what is missing of a run: the whole model once, the inputs of a layer when it is chosen."""
+    known, steps = run.ternary, []
+    common = {"key": run.key, "text": session.calibration.text if session.calibration else "sotu"}
+    if again or known.sparsity is None:
+        steps.append(Step("weight_histogram", {"key": run.key}, "Counting weights", 1.0))
+        steps.append(Step("sparsity", {**common, "tokens": tokens}, "Counting zeros", 4.0))
+    if steps or layer not in known.inputs:
+        where = {**common, "layer": layer, "tokens": tokens if steps else known.tokens}
+        steps += [
+            Step("input_histogram", {**where, "site": site}, f"Sampling the input of {label}", 1.0)
+            for site, label in texts.PROJECTION_INPUTS.items()
+        ]
+    return steps

@@ -1,0 +1,103 @@
+"""Comparing runs of several models: they stay, the window fits all, and the table says what compares."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import gradio as gr
+import pytest
+
+from app import tables, texts
+from app.context import Context
+from app.session import Run, SessionStore
+from app.settings import Settings
+from app.tables import Estimate
+from app.tabs import compare
+from core.config import QuantRecipe
+from core.evaluation.report import SpeedLimit
+from tests.app.fake_workbench import TERNARY
+
+
+def quiet(*_):
+    """No progress."""
+
+
+async def collect(stream):
+    return [item async for item in stream]
+
+
+@pytest.fixture
+def ctx(runner):
+    context = Context(Settings(model="fake"), runner, SessionStore(seconds=60, capacity=10))
+    context.status, context.stop = "status", "stop"
+    return context
+
+
+@pytest.fixture(scope="module")
+def view():
+    with gr.Blocks(), gr.Tabs():
+        return compare.build("fake")
+
+
+@pytest.fixture
+def session(ctx, bench):
+    """Two models opened, one of them quantised."""
+    session = ctx.sessions.open()
+    for model in ("fake", TERNARY):
+        session.info = session.models[model] = bench.load(model, progress=quiet)
+        session.add_run(Run(model, model))
+    recipe = QuantRecipe("fake", method="rtn")
+    session.add_run(Run(recipe.hash, recipe.label(), recipe))
+    return session
+
+
+def test_runs_of_earlier_models_stay_and_name_their_model(view, session):
+    offered = view.choices(session)[view.runs]
+    assert [label for label, _ in offered["choices"]][:2] == ["fake", f"{TERNARY} · trained a4.8"]
+    assert offered["choices"][2][0].startswith("fake · RTN")
+    assert offered["value"] == [key for _, key in offered["choices"]]
+
+
+def test_no_more_runs_are_ticked_than_fit(view, session):
+    for seed in range(1, 8):
+        recipe = QuantRecipe("fake", method="rtn", seed=seed)
+        session.add_run(Run(recipe.hash, recipe.label(), recipe))
+    ticked = view.choices(session)[view.runs]["value"]
+    assert len(ticked) == compare.MAX_SHOWN and ticked[:2] == ["fake", TERNARY] and ticked[-1] == session.runs[-1].key
+
+
+def test_measuring_uses_one_window_that_fits_every_model_and_each_runs_own_reference(view, ctx, session, monkeypatch):
+    session.models[TERNARY] = replace(session.models[TERNARY], context=256)
+    seen = []
+    follow = ctx.follow
+    monkeypatch.setattr(ctx, "follow", lambda s, kind, steps: seen.extend(steps) or follow(s, kind, steps))
+    keys = [run.key for run in session.runs if run.is_base]
+    values = {view.runs: keys, view.eval_tokens: 2048}
+    last = asyncio.run(collect(compare.evaluate(ctx, view, session, values)))[-2]
+    assert {step.arguments["window"] for step in seen} == {256}
+    assert [step.arguments["reference"] for step in seen] == [None, None]
+    assert texts.SEVERAL_MODELS.split(":")[0] in last[view.numbers] and "does not compare" in last[view.numbers]
+
+
+def test_what_compares_between_models(bench):
+    one, other = bench.load("fake", progress=quiet), bench.load(TERNARY, progress=quiet)
+    assert tables.several_models([one]) == ""
+    assert "so their perplexities compare" in tables.several_models([one, one])
+    assert "4,096, 49,152" in tables.several_models([one, other])
+    assert tables.several_models([one, None]) == texts.SEVERAL_MODELS
+
+
+def test_writing_shows_the_limit_of_the_memory(view, ctx, session):
+    values = {view.runs: ["fake"], view.prompt: "Once", view.new_tokens: 2, view.temperature: 0.0, view.chat: False}
+    last = asyncio.run(collect(compare.generate(ctx, view, session, values)))[-1]
+    table = last[view.speed]["value"]
+    assert last[view.speed]["visible"] and "100 tokens/s" in table and "≈ 400 tokens/s" in table and "25 %" in table
+    assert "2 threads" in table
+
+
+def test_speed_rows_divide_the_bandwidth_by_the_bytes(bench):
+    made = bench.generate("fake", "x", max_new_tokens=1, on_text=quiet, progress=quiet)
+    row = tables.speed_rows([("a", made, SpeedLimit("fake", 944_704, 2e8, 1))])[0]
+    assert row == ["a", "100 tokens/s", Estimate("200 tokens/s"), "50 %", "945 kB + 55.3 kB KV", "200 MB/s"]
+    assert len(row) == len(texts.SPEED_HEADERS)
