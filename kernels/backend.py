@@ -27,3 +27,12 @@ class Choice:
 
     backend: Backend
     reason: str
+
+
+def triton_runs_on(device: str) -> bool:
+    """Whether Triton kernels run on tensors of a device type; loads Triton only if it could."""
+    if device != "cuda":
+        return False
+    from kernels import _triton
+
+    return _triton.available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from core.errors import BackendError
 from core.quant.activation import ActivationQuantizer, Exempt, exempt_rows
 from core.quant.granularity import expand
 from kernels import Backend, Choice, dequantize, int_linear, pack, packed_width, select_linear_backend, unpack
-from kernels.int_linear import LinearOperands
+from kernels.int_linear import LinearOperands, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,13 @@ class QuantLinear(nn.Module):
         """Drop the working copy."""
         self._operands = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Another device is another choice of backend."""
+        super()._apply(fn, recurse)
+        if not self.offsets.is_meta:
+            self.set_backend(self.requested)
+        return self
+
     @property
     def working_bytes(self) -> int:
         """Bytes of the working copy at this moment."""
@@ -162,7 +170,7 @@ class QuantLinear(nn.Module):
         """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
         if self._operands is None:
             self._operands = self._build_operands()
-        if self._operands.backend is Backend.REFERENCE:
+        if not self._operands.takes_codes:
             return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
         y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -178,15 +186,21 @@ class QuantLinear(nn.Module):
     def _build_operands(self) -> LinearOperands:
         if self.choice.backend is Backend.REFERENCE:
             return LinearOperands(Backend.REFERENCE, self._segments, self.bias, weight=self.dequantized_weight())
+        triton = self.choice.backend is Backend.TRITON
+        held = {"packed": self.packed, "bits": self.bits} if triton else {}
+        if triton and (self.bits != 4 or self.quantizer is None or not whole_blocks(self._segments)):
+            held |= {"scale": self.weight_scale, "zero_point": self.weight_zero}
+            return LinearOperands(Backend.TRITON, self._segments, self.bias, **held)
         weight, quantizer = self._quantized_weight(), self.quantizer
         half = 2 ** (self.bits - 1)
-        codes = (weight.codes.to(torch.int16) - half).to(torch.int8)
+        codes = None if triton else (weight.codes.to(torch.int16) - half).to(torch.int8)
         output_scale = (quantizer.scale * weight.scale.to(torch.float32)).t().contiguous()  # [G, N]
         zero_rows = output_scale * weight.zero_point.to(torch.float32).t()
         offset = weight.dequantize() * (quantizer.channel_scale * quantizer.channel_zero)  # [N, K]
         bias = -offset.sum(dim=1, dtype=torch.float64).to(torch.float32)
         bias = bias if self.bias is None else bias + self.bias
-        return LinearOperands(Backend.INT8, self._segments, bias, codes=codes, output_scale=output_scale, zero_rows=zero_rows)
+        held |= {"codes": codes, "output_scale": output_scale, "zero_rows": zero_rows}
+        return LinearOperands(self.choice.backend, self._segments, bias, **held)
 
     def extra_repr(self) -> str:
         """Shape, bits and backend for `print(model)`."""

@@ -17,6 +17,7 @@ from core.errors import BackendError
 from core.quant.activation import Exempt, exempt_rows
 from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
 from kernels import Backend, Choice, packed_width
+from kernels.backend import triton_runs_on
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 
 
@@ -103,18 +104,18 @@ class TernaryLinear(nn.Module):
         """
         if backend is Backend.AUTO:
             choice = self._automatic()
-        elif backend is Backend.REFERENCE or (backend is Backend.INT8 and self._automatic().backend is Backend.INT8):
+        elif backend in (Backend.REFERENCE, self._automatic().backend):
             choice = Choice(backend, "asked for")
-        elif backend is Backend.INT8:
-            raise BackendError(f"int8 cannot run this layer, {self._automatic().reason}: use reference")
         else:
-            raise BackendError(f"{backend} does not run ternary layers: use reference or int8")
+            raise BackendError(f"{backend} cannot run this layer, {self._automatic().reason}: use reference")
         self.requested, self.choice = backend, choice
         self.release()
 
     def _automatic(self) -> Choice:
         if self.kind == "fp":
             return Choice(Backend.REFERENCE, "its input stays in float, so the product does too")
+        if triton_runs_on(self.packed.device.type):
+            return Choice(Backend.TRITON, "its kernel multiplies the packed weight on the GPU")
         if self.packed.device.type != "cpu":
             return Choice(Backend.REFERENCE, f"no integer path for ternary weights on {self.packed.device.type} yet")
         return Choice(Backend.INT8, "ternary weights and integer codes multiply exactly in int8")
@@ -156,8 +157,13 @@ class TernaryLinear(nn.Module):
 
     def product(self, x: Codes, rows: slice | Tensor = slice(None)) -> Tensor:
         """x̂ Ŵᵀ + b for some output rows, a slice or ascending indices: [M, n] float32."""
-        weight, scale = self._operands()
         bias = None if self.bias is None else self.bias[rows]
+        if self.choice.backend is Backend.TRITON:  # takes the packed weight as it is
+            from kernels import ternary_linear
+
+            y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows])
+            return y if bias is None else y.add_(bias)
+        weight, scale = self._operands()
         sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary.py
         y = ternary_product(x.codes, weight[rows], self.choice.backend, sparse_columns=sparse)
         y = apply_scales(y, x.scale, scale[rows])
@@ -180,8 +186,13 @@ class TernaryLinear(nn.Module):
         if self._working is None:
             ternary = unpack_ternary(self.packed, self.in_features)
             self._working = ternary if self.choice.backend is Backend.INT8 else ternary.to(torch.float32)
+        return self._working, self._scale_of_rows()
+
+    def _scale_of_rows(self) -> Tensor:
+        """α of every row, [N] float32."""
+        if self._row_scale is None:
             self._row_scale = self.weight_scale.repeat_interleave(self.bounds.diff())
-        return self._working, self._row_scale
+        return self._row_scale
 
     def extra_repr(self) -> str:
         """Shape, input and backend for `print(model)`."""
