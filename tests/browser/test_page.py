@@ -55,6 +55,12 @@ def quantise(page):
     page.wait_for_selector("#quick-numbers tbody tr:nth-child(2)")
 
 
+def choose_bitnet(page):
+    page.locator("#method input").click()
+    page.get_by_role("option", name="BitNet").click()
+    page.wait_for_selector("#mode input", state="visible")
+
+
 def test_opens_on_a_drawn_chart_with_its_widest_channel(visit):
     page = visit()
     page.wait_for_selector("#tokens mark")
@@ -162,6 +168,75 @@ def test_quantise_compare_and_save(visit):
         assert download.value.path().read_text().startswith(start)
 
 
+def test_bitnet_has_its_own_controls_and_its_tab_reads_the_run(visit):
+    page = visit()
+    open_tab(page, "BitNet")
+    assert "press Quantise" in page.locator("#ternary-facts").inner_text()
+    choose_bitnet(page)
+    assert not page.locator("#scheme").is_visible() and not page.locator("#side-g").is_visible()
+    open_tab(page, "Quantise")
+    assert page.locator("#kv-bits").is_visible() and not page.locator("#variant").is_visible()
+    assert not page.get_by_text("Bits of every tensor").is_visible()
+    page.locator("#kv-bits input").click()
+    page.get_by_role("option", name="3 bits").click()
+    quantise(page)
+    assert "KV 3 bits" in page.locator("#summary").inner_text() and "expect noise" in page.locator("#summary").inner_text()
+    open_tab(page, "BitNet", "#input-down-in")
+    assert page.locator("#ternary-facts tbody tr").count() == 2
+    assert "expect noise" in page.locator("#ternary-facts").inner_text()
+    for chart in ("#zeros", "#ternary-weights", "#input-attn-in", "#input-o-in", "#input-mlp-in"):
+        page.wait_for_selector(f"{chart} .qs-chart[data-drawn]")
+    before = drawn(page, "#input-o-in")
+    page.locator("#ternary-layer input").click()
+    page.get_by_role("option", name="4", exact=True).click()
+    page.wait_for_function("() => document.querySelector('#input-o-in')?.innerText.includes('layer 4')")
+    assert drawn(page, "#input-o-in") > before
+    page.locator("#method input").click()
+    page.get_by_role("option", name="RPTQ").click()
+    page.wait_for_selector("#scheme input", state="visible")
+    assert not page.locator("#mode").is_visible()
+
+
+def test_a_bitnet_link_opens_with_its_controls(visit):
+    page = visit("?model=fake&method=bitnet&bitnet=mode%3Dfp4%2Ckv_bits%3D4")
+    assert page.locator("#mode input").input_value() == "full FP4"
+    assert not page.locator("#scheme").is_visible()
+    page.get_by_text("Share and save").click()
+    page.locator("#copy-link").click()
+    page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.includes('mode%3Dfp4')")
+    with page.expect_download() as download:
+        page.locator("#save-recipe").click()
+    assert json.loads(download.value.path().read_text())["bitnet"]["kv_bits"] == 4
+
+
+def test_runs_of_two_models_are_compared_and_written_side_by_side(visit):
+    page = visit()
+    quantise(page)
+    choose_model(page, "fake-ternary")
+    status(page, "trained a4.8")
+    open_tab(page, "Compare")
+    page.wait_for_function("() => document.querySelectorAll('#runs input:checked').length === 3")
+    page.locator("#measure-now").click()
+    page.wait_for_selector("#numbers tbody tr:nth-child(3)")
+    assert "does not compare between them" in page.locator("#numbers").inner_text()
+    page.locator("#write").click()
+    page.wait_for_selector("#speed tbody tr:nth-child(3)")
+    assert page.locator("#speed .qs-estimate").count() == 3
+    assert page.locator("#streams h4").all_inner_texts()[2] == "fake-ternary · trained a4.8"
+    open_tab(page, "BitNet", "#zeros")
+
+
+def test_stop_ends_the_reading_of_a_ternary_model(visit):
+    page = visit("?model=fake-slow&method=bitnet")
+    status(page, "fake-slow")
+    quantise(page)
+    open_tab(page, "BitNet")
+    status(page, "Reading the ternary model")
+    page.locator("#stop").click()
+    status(page, "Stopped")
+    assert "Read the model" in page.locator("#ternary-facts").inner_text()
+
+
 def test_a_link_restores_model_and_recipe(visit, address):
     page = visit("?model=fake-wide&method=rtn&scheme=W4A8&clusters=16&weights=rtn")
     assert page.locator("#model input").input_value() == "fake-wide"
@@ -243,9 +318,13 @@ def test_dark_mode_reaches_the_charts(visit):
 
 
 def test_a_phone_shows_everything_without_sideways_scrolling(visit):
-    page = visit(width=390, height=844)
+    page = visit("?model=fake&method=bitnet", width=390, height=844)
     page.wait_for_selector("#tokens mark")
-    for tab in ("Explore", "Reorder", "Quantise", "Compare"):
+    open_tab(page, "Quantise")
+    page.locator("#quantize").click()
+    page.wait_for_selector("#quick-numbers tbody tr:nth-child(2)")
+    open_tab(page, "BitNet", "#input-down-in")
+    for tab in ("Explore", "Reorder", "Quantise", "Compare", "BitNet"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(500)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
