@@ -12,12 +12,14 @@ class Backend(StrEnum):
     AUTO       let the op choose: for linear layers `select_linear_backend`, which says why; else Triton for CUDA tensors
     REFERENCE  plain torch: a linear layer dequantises its packed weight to float32 once; readable, always runs
     INT8       linear layers: integer codes on both sides, `torch._int_mm` per cluster, scales in the epilogue
+    INT4       linear layers with a float input: few rows as 4-bit products in bfloat16, more rows as REFERENCE
     TRITON     the op's Triton kernel, on CUDA tensors (or on CPU tensors in Triton's interpreter, for tests)
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     INT8 = "int8"
+    INT4 = "int4"
     TRITON = "triton"
 
 

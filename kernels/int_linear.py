@@ -8,8 +8,9 @@ fold into a bias computed once, and only Σ qx per cluster is left for the weigh
     y[m, n] = Σ_c sx[c] sw[n, c] ( Σ_k qx qw  -  zw[n, c] Σ_k qx )  +  b'[n]
     b'[n]   = b[n] - Σ_c sx[c] zx[c] Σ_k Ŵ[n, k]                                       (docs/rptq.md, integer identity)
 
-Two implementations with one signature. REFERENCE forms x̂ and Ŵ in float32 and multiplies; INT8 multiplies codes with
-`torch._int_mm` (exact int32) cluster by cluster and applies the scales in the epilogue.
+REFERENCE forms x̂ and Ŵ in float32 and multiplies; INT8 multiplies codes with `torch._int_mm` (exact int32) cluster by
+cluster and applies the scales in the epilogue. Where qw - zw fits int8 (4-bit weights whose range holds zero) those are the
+codes, and the sums Σ qx are not needed. INT4 is for float inputs of few rows: `kernels/int4_rows.py`.
 
 Two defects of `torch._int_mm` on CPUs are kept out. Without VNNI instructions its inner loop adds pairs of products in int16,
 which saturates with 8-bit weights (`exact_int8_products` finds out; 7 bits and fewer fit). And it reads the row stride as a
@@ -24,7 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, Choice
+from kernels import int4_rows
+from kernels.backend import Backend, Choice, triton_runs_on
+
+ROW_BLOCK = 128
+"""Rows that INT8 takes at a time, so that the int32 accumulator is still in cache when the epilogue reads it."""
 
 MIN_COLUMNS_PER_SEGMENT = 128
 """INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
@@ -35,9 +40,10 @@ dequantised weights is faster (benchmarks: `python -m benchmarks linear`)."""
 class LinearOperands:
     """What one backend needs of a quantised linear layer, precomputed from its packed tensors.
 
-    REFERENCE fills `weight` [N, K] float32 = Ŵ. INT8 fills `codes` [N, K] int8 (codes minus 2**(bits-1)),
-    `output_scale` [G, N] = sx sw, `zero_rows` [G, N] = sx sw zw, and `bias` = b'. TRITON takes the layer's own `packed` of `bits`
-    with either INT8's scales and bias (clusters of whole blocks: see `whole_blocks`) or `scale` and `zero_point` [N, G].
+    REFERENCE fills `weight` [N, K] float32 = Ŵ; INT4 fills `int4`. INT8 fills `codes` [N, K] int8, `output_scale` [G, N] = sx sw,
+    `bias` = b', and where zero points are not part of the codes `zero_rows` [G, N] = sx sw zw. TRITON takes the layer's own
+    `packed` of `bits` with either INT8's scales and bias (clusters of whole blocks: see `whole_blocks`) or `scale` and
+    `zero_point` [N, G].
     """
 
     backend: Backend
@@ -51,6 +57,7 @@ class LinearOperands:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     bits: int = 16
+    int4: int4_rows.Int4Weight | None = None
 
     @property
     def takes_codes(self) -> bool:
@@ -61,7 +68,8 @@ class LinearOperands:
     def nbytes(self) -> int:
         """Bytes of the working copy (not part of the packed model)."""
         tensors = (self.weight, self.codes, self.output_scale, self.zero_rows)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return held + (0 if self.int4 is None else self.int4.nbytes)
 
 
 @functools.cache
@@ -72,7 +80,7 @@ def exact_int8_products() -> bool:
 
 
 def select_linear_backend(
-    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], device: str
+    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: str
 ) -> Choice:
     """Choose the implementation of one layer.
 
@@ -81,8 +89,9 @@ def select_linear_backend(
         weight_bits: 2 to 8, or 16 for a float weight.
         activation_bits: 2 to 8, or 16 when the input stays in floating point.
         offsets: cluster boundaries of the input channels, [G + 1].
+        rows: N, output channels.
         device: torch device type.
-    Raises: ValueError if INT8 or TRITON is requested where it cannot run, saying why.
+    Raises: ValueError if INT8, INT4 or TRITON is requested where it cannot run, saying why.
     """
     clusters, width = len(offsets) - 1, offsets[-1]
     columns = width // clusters
@@ -106,6 +115,8 @@ def select_linear_backend(
         return Choice(Backend.INT8, "asked for")
     if requested is Backend.REFERENCE:
         return Choice(Backend.REFERENCE, "asked for")
+    if requested is Backend.INT4 or activation_bits > 8 >= weight_bits:
+        return _int4_choice(requested, weight_bits, activation_bits, offsets, rows, device)
     if activation_bits > 8:
         return Choice(Backend.REFERENCE, "activations stay in float, so the product does too")
     if weight_bits > 8:
@@ -122,6 +133,22 @@ def select_linear_backend(
     return Choice(Backend.INT8, f"{clusters} cluster{'s' if clusters > 1 else ''} of about {columns} columns fill torch._int_mm")
 
 
+def _int4_choice(
+    requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: str
+) -> Choice:
+    obstacle = "its input is quantised" if activation_bits <= 8 else int4_rows.obstacle(weight_bits, offsets, rows)
+    if device != "cpu":
+        obstacle = f"it runs on cpu, not on {device}"
+    if requested is Backend.INT4:
+        if obstacle is not None:
+            raise ValueError(f"int4 cannot run this layer ({obstacle}): use reference")
+        return Choice(Backend.INT4, "asked for")
+    if obstacle is not None:
+        return Choice(Backend.REFERENCE, f"activations stay in float, so the product does too; no 4-bit products: {obstacle}")
+    few = f"up to {int4_rows.MAX_ROWS} rows (decoding) are 4-bit products in bfloat16"
+    return Choice(Backend.INT4, f"{few}, more rows float32 products of dequantised weights")
+
+
 def whole_blocks(offsets: tuple[int, ...]) -> bool:
     """Whether the integer kernel on CUDA takes clusters with these boundaries [G + 1]."""
     from kernels import cluster
@@ -132,9 +159,11 @@ def whole_blocks(offsets: tuple[int, ...]) -> bool:
 def _triton_obstacle(weight_bits: int, width: int, device: str) -> str | None:
     if device != "cuda":
         return f"it runs on cuda, not on {device}"
-    from kernels import _triton, weight_only
+    if not triton_runs_on(device):
+        return "Triton is not installed"
+    from kernels import weight_only
 
-    return weight_only.obstacle(weight_bits, width) if _triton.available() else "Triton is not installed"
+    return weight_only.obstacle(weight_bits, width)
 
 
 def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
@@ -147,6 +176,9 @@ def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
     """
     if operands.backend is Backend.TRITON:
         return _triton_linear(x, operands)
+    if operands.backend is Backend.INT4:
+        y = int4_rows.product(x.reshape(-1, x.shape[-1]), operands.int4, operands.bias)
+        return y.view(*x.shape[:-1], -1)
     if operands.backend is Backend.REFERENCE:
         return torch.nn.functional.linear(x, operands.weight, operands.bias)
     return _int8_linear(x, operands)
@@ -163,20 +195,54 @@ def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
 
 
 def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    offsets, codes = operands.offsets, operands.codes
-    y = None
+    y = torch.empty(len(x), len(operands.codes))
+    for start in range(0, len(x), ROW_BLOCK):
+        _int8_rows(x[start : start + ROW_BLOCK], operands, y[start : start + ROW_BLOCK])
+    return y
+
+
+def _int8_rows(x: Tensor, operands: LinearOperands, y: Tensor) -> None:
+    """The layer on rows x [m, K], written to y [m, N]."""
+    offsets, codes, scales, bias = operands.offsets, operands.codes, operands.output_scale, operands.bias
     if len(x) == 1:
         x = x.clone(memory_format=torch.contiguous_format)  # a single row counts as contiguous whatever its stride
     for c, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         if stop - start == 1:
             part = x[:, start:stop].to(torch.int32) * codes[:, start].to(torch.int32)
         else:
-            part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [M, N] int32, exact
-        part = part.to(torch.float32).mul_(operands.output_scale[c])
-        y = part if y is None else y.add_(part)
-    sums = _segment_sums(x, offsets)  # [M, G]
-    y.addmm_(sums, operands.zero_rows, alpha=-1.0)
-    return y if operands.bias is None else y.add_(operands.bias)
+            part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [m, N] int32, exact
+        part = part.to(torch.float32)
+        if c > 0:
+            y.addcmul_(part, scales[c])
+        elif bias is None:
+            torch.mul(part, scales[c], out=y)
+        else:
+            torch.addcmul(bias, part, scales[c], out=y)
+    if operands.zero_rows is not None:
+        y.addmm_(_segment_sums(x, offsets), operands.zero_rows, alpha=-1.0)
+
+
+def float_rows(x: Tensor, operands: LinearOperands) -> Tensor:
+    """A few float rows through INT8's integer weights, without dequantising them.
+
+    Each row is written as three int8 digits, x = s (d1 + d2 / 254 + d3 / 254²) with s = max |x| / 127: 23 bits of the row's
+    largest value, the precision of a float32 product.
+
+    Args:
+        x: [M, K] float32.
+        operands: INT8, its `output_scale` and `zero_rows` those of the weight alone and no bias.
+    Returns: [M, N] float32.
+    """
+    step = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    digits, steps = [], []
+    for _ in range(3):
+        digit = (x / step).round_()
+        x = x - digit * step
+        digits.append(digit.to(torch.int8))
+        steps.append(step)
+        step = step / 254
+    y = _int8_linear(torch.cat(digits), operands).mul_(torch.cat(steps))
+    return y.unflatten(0, (3, -1)).sum(0)
 
 
 def _segment_sums(x: Tensor, offsets: tuple[int, ...]) -> Tensor:

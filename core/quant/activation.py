@@ -69,6 +69,19 @@ class ActivationQuantizer(nn.Module):
         """Codes of x [..., C], int8."""
         return quantize(x, self.channel_scale, self.channel_zero, self.qmin, self.qmax)
 
+    def common_step(self) -> tuple[Tensor, Tensor] | None:
+        """One step for all clusters where every scale is the largest divided by 2**e, 0 <= e <= 8 - bits; else None.
+
+        Returns: (step, 0-dim float32; factor [C] int8): codes * factor are int8 codes in units of `step`.
+        """
+        spare = 8 - self.bits
+        mantissa, exponent = torch.frexp(self.scale.max() / self.scale)
+        exponent = exponent - 1
+        if bool((mantissa != 0.5).any() or (exponent > spare).any()):
+            return None
+        factor = (2.0 ** (spare - exponent)).to(torch.int8)  # at most 2**6: bits >= 2
+        return self.scale.max() * 2.0**-spare, expand(factor, self.offsets.to(torch.int64))
+
 
 def _restore(out: Tensor, x: Tensor, exempt: Exempt) -> Tensor:
     """Put the exempt tokens of x [..., T, C] back into `out`."""

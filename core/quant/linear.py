@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from core.errors import BackendError
 from core.quant.activation import ActivationQuantizer, Exempt, exempt_rows
 from core.quant.granularity import expand
-from kernels import Backend, Choice, dequantize, int_linear, pack, packed_width, select_linear_backend, unpack
-from kernels.int_linear import LinearOperands, whole_blocks
+from kernels import Backend, Choice, dequantize, int4_rows, int_linear, pack, packed_width, select_linear_backend, unpack
+from kernels.int_linear import LinearOperands, float_rows, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,19 @@ class QuantizedWeight:
         zero = expand(self.zero_point.to(torch.float32), self.offsets) + 2 ** (self.bits - 1)
         return dequantize(self.codes, scale, zero)
 
+    def shifted_codes(self) -> Tensor | None:
+        """Ŵ / scale [N, K] int8, or None where it takes more than 7 bits (8 are not exact on every processor)."""
+        zero = self.zero_point.to(torch.int32) + 2 ** (self.bits - 1)
+        if bool((zero > 64).any() or (zero < 2**self.bits - 64).any()):
+            return None
+        return (self.codes.to(torch.int16) - expand(zero.to(torch.int16), self.offsets)).to(torch.int8)
+
 
 class QuantLinear(nn.Module):
     """y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
+
+    Weight and input share their clusters; or the weight has one scale per row, and the scales of the input's clusters are its
+    largest one divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator.
 
     Saved buffers: `packed` [N, packed_width(K, bits)] uint8, `weight_scale`, `weight_zero` [N, G], `offsets` [G + 1]
     int32, `bias` [N]; with 16-bit weights `weight` [N, K] replaces the first three. The working copy that a backend
@@ -72,6 +82,9 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.quantizer = quantizer
         self._operands: LinearOperands | None = None
+        self._few_rows: LinearOperands | None = None  # INT4's, for its few rows
+        self._exempt_rows: LinearOperands | None = None  # INT8's, for float rows
+        self._code_factor: Tensor | None = None  # INT8's with a common step for all clusters
         self.set_backend(Backend.AUTO)
 
     @classmethod
@@ -114,7 +127,9 @@ class QuantLinear(nn.Module):
         if not fits:
             raise ValueError(f"the tensors of a {self.bits}-bit layer of {self.in_features} inputs do not fit each other")
         if quantizer is not None and quantizer.offsets.tolist() != offsets:
-            raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
+            fits = quantizer.width == self.in_features and len(offsets) == 2 and quantizer.common_step() is not None
+            if not fits:
+                raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
 
     def set_backend(self, backend: Backend) -> None:
         """Choose the implementation; drops the working copy.
@@ -130,15 +145,16 @@ class QuantLinear(nn.Module):
                 weight_bits=self.bits,
                 activation_bits=activation_bits,
                 offsets=self._segments,
+                rows=self.out_features,
                 device=self.offsets.device.type,
             )
         except ValueError as error:
             raise BackendError(str(error)) from error
-        self._operands = None
+        self.release()
 
     def release(self) -> None:
-        """Drop the working copy."""
-        self._operands = None
+        """Drop the working copies."""
+        self._operands = self._few_rows = self._exempt_rows = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Another device is another choice of backend."""
@@ -150,7 +166,7 @@ class QuantLinear(nn.Module):
     @property
     def working_bytes(self) -> int:
         """Bytes of the working copy at this moment."""
-        return self._operands.nbytes if self._operands is not None else 0
+        return sum(o.nbytes for o in (self._operands, self._few_rows) if o is not None)
 
     @property
     def effective_bits(self) -> float:
@@ -168,23 +184,42 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
         """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
+        if self.choice.backend is Backend.INT4 and x.numel() <= int4_rows.MAX_ROWS * self.in_features:
+            if self._few_rows is None:
+                self._few_rows = self._int4_operands()
+            return int_linear(x, self._few_rows)
         if self._operands is None:
             self._operands = self._build_operands()
         if not self._operands.takes_codes:
             return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
-        y = int_linear(self.quantizer.codes(x).reshape(-1, self.in_features), self._operands)
+        y = int_linear(self._input_codes(x).reshape(-1, self.in_features), self._operands)
         y = y.view(*x.shape[:-1], self.out_features)
         if exempt is not None:
             rows = exempt_rows(exempt, x)
-            y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
+            y[rows] = self._float_product(x[rows])
         return y
+
+    def _input_codes(self, x: Tensor) -> Tensor:
+        codes = self.quantizer.codes(x)
+        return codes if self._code_factor is None else codes.mul_(self._code_factor)
+
+    def _float_product(self, x: Tensor) -> Tensor:
+        """The layer on a few float rows x [..., K], beside integer operands."""
+        if self._operands.backend is not Backend.INT8:
+            return nn.functional.linear(x, self.dequantized_weight(), self.bias)
+        if self._exempt_rows is None:
+            scale, zero = self.weight_scale.to(torch.float32).t().contiguous(), self._operands.zero_rows
+            zero = None if zero is None else scale * self.weight_zero.to(torch.float32).t()
+            self._exempt_rows = replace(self._operands, output_scale=scale, zero_rows=zero, bias=None)
+        y = float_rows(x.reshape(-1, self.in_features), self._exempt_rows).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
 
     def _quantized_weight(self) -> QuantizedWeight:
         codes = unpack(self.packed, self.bits, self.in_features)
         return QuantizedWeight(codes, self.weight_scale, self.weight_zero, self.offsets.to(torch.int64), self.bits)
 
     def _build_operands(self) -> LinearOperands:
-        if self.choice.backend is Backend.REFERENCE:
+        if self.choice.backend in (Backend.REFERENCE, Backend.INT4):
             return LinearOperands(Backend.REFERENCE, self._segments, self.bias, weight=self.dequantized_weight())
         triton = self.choice.backend is Backend.TRITON
         held = {"packed": self.packed, "bits": self.bits} if triton else {}
@@ -192,15 +227,24 @@ class QuantLinear(nn.Module):
             held |= {"scale": self.weight_scale, "zero_point": self.weight_zero}
             return LinearOperands(Backend.TRITON, self._segments, self.bias, **held)
         weight, quantizer = self._quantized_weight(), self.quantizer
-        half = 2 ** (self.bits - 1)
-        codes = None if triton else (weight.codes.to(torch.int16) - half).to(torch.int8)
-        output_scale = (quantizer.scale * weight.scale.to(torch.float32)).t().contiguous()  # [G, N]
-        zero_rows = output_scale * weight.zero_point.to(torch.float32).t()
+        step, self._code_factor = quantizer.scale, None
+        if len(step) != len(self._segments) - 1:
+            step, self._code_factor = quantizer.common_step()
+        output_scale = (step * weight.scale.to(torch.float32)).t().contiguous()  # [G, N]
         offset = weight.dequantize() * (quantizer.channel_scale * quantizer.channel_zero)  # [N, K]
         bias = -offset.sum(dim=1, dtype=torch.float64).to(torch.float32)
         bias = bias if self.bias is None else bias + self.bias
-        held |= {"codes": codes, "output_scale": output_scale, "zero_rows": zero_rows}
+        codes = None if triton else weight.shifted_codes()
+        if codes is None:  # the zero points stay outside
+            codes = None if triton else (weight.codes.to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
+            held["zero_rows"] = output_scale * weight.zero_point.to(torch.float32).t()
+        held |= {"codes": codes, "output_scale": output_scale}
         return LinearOperands(self.choice.backend, self._segments, bias, **held)
+
+    def _int4_operands(self) -> LinearOperands:
+        codes = unpack(self.packed, self.bits, self.in_features)
+        weight = int4_rows.prepare(codes, self.weight_scale, self.weight_zero, bits=self.bits, offsets=self._segments)
+        return LinearOperands(Backend.INT4, self._segments, self.bias, int4=weight)
 
     def extra_repr(self) -> str:
         """Shape, bits and backend for `print(model)`."""

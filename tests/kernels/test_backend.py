@@ -14,7 +14,7 @@ from kernels import Backend, Choice
 
 
 def test_backends_are_their_names():
-    assert [str(b) for b in Backend] == ["auto", "reference", "int8", "triton"] and Backend("int8") is Backend.INT8
+    assert [str(b) for b in Backend] == ["auto", "reference", "int8", "int4", "triton"] and Backend("int8") is Backend.INT8
     with pytest.raises(ValueError):
         Backend("cuda")
 

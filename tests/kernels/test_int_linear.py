@@ -187,7 +187,7 @@ def test_working_bytes_are_counted():
     assert case.int8().nbytes == 6 * 30 + 2 * 6 * 4 * 2 and case.reference().nbytes == 6 * 30 * 4
 
 
-SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "device": "cpu"}
+SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 48, "device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,10 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "device":
         ({"offsets": (0, 128, 256)}, Backend.INT8, "2 clusters of about 128"),
         ({"offsets": (0, 100, 254)}, Backend.REFERENCE, "2 clusters of about 127 columns"),
         ({"offsets": tuple(range(257))}, Backend.REFERENCE, "256 clusters"),
-        ({"activation_bits": 16}, Backend.REFERENCE, "activations stay in float"),
+        ({"activation_bits": 16, "offsets": (0, 100, 256)}, Backend.REFERENCE, "not multiples of 32"),
+        ({"activation_bits": 16, "weight_bits": 5}, Backend.REFERENCE, "5-bit weights do not fit"),
+        ({"activation_bits": 16, "rows": 20}, Backend.REFERENCE, "20 output channels"),
+        ({"activation_bits": 16, "weight_bits": 16}, Backend.REFERENCE, "activations stay in float"),
         ({"weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
         ({"device": "mps"}, Backend.REFERENCE, "mps"),
         ({"device": "cuda"}, Backend.TRITON, "packed weights on the GPU"),
@@ -211,7 +214,10 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "device":
         "just wide enough",
         "just too narrow",
         "per channel",
-        "float input",
+        "float input, odd clusters",
+        "float input, 5 bits",
+        "float input, odd rows",
+        "float input and weight",
         "float weight",
         "other device",
         "cuda",

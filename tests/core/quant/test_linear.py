@@ -133,7 +133,7 @@ def test_the_working_copy_is_counted_apart_and_released(backend):
     before = set(layer.state_dict())
     assert layer.working_bytes == 0
     first = layer(x)
-    assert layer.working_bytes == (11 * 45 * 4 if backend is Backend.REFERENCE else 11 * 45 + 2 * 3 * 11 * 4)
+    assert layer.working_bytes == (11 * 45 * 4 if backend is Backend.REFERENCE else 11 * 45 + 3 * 11 * 4)
     assert set(layer.state_dict()) == before and not list(layer.parameters())
     layer.release()
     assert layer.working_bytes == 0 and torch.equal(layer(x), first)
@@ -256,3 +256,83 @@ def test_codes_and_fakes_of_a_quantiser_agree(bits):
     assert torch.equal(q.fake_heads(heads, exempt).transpose(1, 2).reshape(x.shape), q.fake(x, exempt.expand(4, 6)))
     assert torch.equal(q.fake(x, exempt)[:, 0], x[:, 0]) and torch.equal(q.fake(x, exempt)[:, 1:], q.fake(x)[:, 1:])
     assert q.width == 10 and set(q.state_dict()) == {"scale", "zero_point", "offsets"}
+
+
+# few segments
+
+
+def power_of_two_layer(bits: int, weight_bits: int = 4) -> tuple[QuantLinear, Tensor]:
+    """Three input clusters whose scales differ by powers of two, one weight scale per row."""
+    g = torch.Generator().manual_seed(bits)
+    offsets, spare = torch.tensor([0, 10, 30, 45]), 8 - bits
+    x = torch.randn(9, 45, generator=g)
+    params = QParams(0.3 * 2.0 ** -torch.tensor([0.0, spare, spare // 2]), torch.tensor([1.0, -2.0, 0.0]))
+    weight = round_to_nearest(torch.randn(11, 45, generator=g), torch.tensor([0, 45]), bits=weight_bits, grid=Grid.EXACT).weight
+    return QuantLinear.from_weight(weight, torch.randn(11, generator=g), ActivationQuantizer(bits, params, offsets)), x
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("bits", (2, 4, 6))
+def test_power_of_two_scales_need_one_accumulator(bits, backend):
+    layer, x = power_of_two_layer(bits)
+    layer.set_backend(backend)
+    assert error(layer(x), exact(layer, x)) < 3e-6
+    if backend is Backend.INT8:
+        assert layer._operands.offsets == (0, 45)
+        found = layer(x[None], 2)[0]
+        assert torch.equal(found[2:], layer(x)[2:])
+        assert error(found[:2], x[:2].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
+
+
+@pytest.mark.parametrize("scales", ([1.0, 0.3], [1.0, 2.0**-5]), ids=("not a power", "too far"))
+def test_other_scales_do_not_share_a_step(scales):
+    q = ActivationQuantizer(4, QParams(torch.tensor(scales), torch.zeros(2)), torch.tensor([0, 5, 45]))
+    assert q.common_step() is None
+    weight = round_to_nearest(torch.randn(11, 45), torch.tensor([0, 45]), bits=4, grid=Grid.EXACT).weight
+    with pytest.raises(ValueError, match="do not fit"):
+        QuantLinear.from_weight(weight, None, q)
+
+
+@pytest.mark.parametrize("weight_bits", (4, 7))
+def test_exempt_rows_read_the_integer_weights(weight_bits):
+    """Zero points inside the codes (4 bits) or beside them (7): a float row comes out as in float64."""
+    layer, x = example(weight_bits=weight_bits)
+    layer.set_backend(Backend.INT8)
+    x[0] *= 1000
+    found = layer(x[None], 1)[0]
+    assert (layer._operands.zero_rows is None) == (weight_bits == 4)
+    assert error(found[0], x[0].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
+    assert torch.equal(found[1:], layer(x)[1:])
+
+
+# decoding with 4-bit products
+
+
+@pytest.mark.parametrize("weight_bits", (2, 3, 4))
+@pytest.mark.parametrize("clusters", [(0, 96), (0, 32, 96), (0, 128, 256)], ids=str)
+def test_few_rows_of_float_input_use_4_bit_products(clusters, weight_bits):
+    layer, x = example(clusters[-1], 48, weight_bits=weight_bits, input_bits=None, clusters=clusters)
+    if layer.choice.backend is not Backend.INT4:
+        pytest.skip(layer.choice.reason)
+    expected = exact(layer, x)
+    assert error(layer(x), expected) < 1e-6, "more rows stay in float32"
+    few = layer(x[:3].view(1, 3, -1))[0]
+    assert 1e-6 < error(few, expected[:3]) < 8e-3  # bfloat16: 2**-9 of each rounded number
+    assert layer.working_bytes > 48 * clusters[-1] * 4
+    layer.release()
+    assert layer.working_bytes == 0
+
+
+def test_one_scale_per_row_stays_exact_in_4_bit_products():
+    """Inputs that are exact in bfloat16, and sums that are too: nothing is rounded."""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (16, 32), generator=g).to(torch.uint8)
+    weight = QuantizedWeight(
+        codes, torch.rand(16, 1, generator=g), torch.full((16, 1), -3, dtype=torch.int8), torch.tensor([0, 32]), 4
+    )
+    layer = QuantLinear.from_weight(weight, None, None)
+    if layer.choice.backend is not Backend.INT4:
+        pytest.skip(layer.choice.reason)
+    x = torch.zeros(4, 32)
+    x[torch.arange(4), torch.arange(4) * 5] = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    assert error(layer(x), exact(layer, x)) < 1e-7
