@@ -117,7 +117,7 @@ def build(model: str) -> Compare:
         streams = gr.HTML(cards.hint(texts.TEXTS_EMPTY), elem_id="streams", apply_default_css=False)
         speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
         numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
-        bars = Chart(None, label=texts.BYTES_LABEL, height=300, elem_id="bars", visible=False)
+        bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
         with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
             gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
             with gr.Row(elem_classes="qs-controls qs-card"):

@@ -305,5 +305,6 @@ def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:
 
 
 def parameters_of(model: nn.Module) -> int:
-    """Number of parameters of a float model, tied ones once."""
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    """Number of parameters, tied ones once; of blocks with low-bit layers all but norms and biases."""
+    packed = sum(m.in_features * m.out_features for m in modules_of(model))
+    return packed + sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

@@ -302,3 +302,9 @@ def test_a_configuration_of_another_shape_is_refused(saved, change):
 def test_parameters_of_counts_tied_weights_once():
     tied, untied = tiny_model("smollm"), tiny_model("llama")
     assert parameters_of(untied.model) - parameters_of(tied.model) == 259 * 64
+
+
+def test_parameters_of_counts_the_weights_of_low_bit_layers():
+    made = quantised("llama", scheme="W4A4")
+    norms = sum(p.numel() for name, p in made.base.model.named_parameters() if "layernorm" in name)
+    assert parameters_of(made.model) == parameters_of(made.base.model) - norms
