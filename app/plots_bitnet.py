@@ -12,7 +12,6 @@ from app.plots_runs import BELOW, DASHES
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 WEIGHTS = (("minus", "−1", "@part0", "/"), ("zero", "0", "@faint", ""), ("plus", "+1", "@part2", "\\"))
 MODE_COLOURS = {"fp": "@base", "w1.58a8": "@run1", "a4.8": "@run2", "a4.8-fp4": "@run3", "int4": "@run4", "fp4": "@run5"}
-LOWEST_PERCENT = 0.001
 
 
 def sparsity_map(report: Any) -> Figure:
