@@ -24,6 +24,7 @@ REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("m
 METHODS = ("rptq", "rtn", "bitnet")
 WEIGHT_METHODS = ("gptq", "rtn")
 VARIANTS = ("default", "official", "strict")
+SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
 BITNET_MODES = ("w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
 """Activation rules of BitNet, all with ternary weights: `core.quant.bitnet.MODES` says what each does."""
 
@@ -200,6 +201,7 @@ class QuantRecipe:
         variant: "default" (better rules), "official" (the published code's rules), "strict" (default rules with the
             norm outputs at the scheme's activation bits).
         bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
+        segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
     """
 
     model: str
@@ -213,12 +215,14 @@ class QuantRecipe:
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
     bitnet: BitNetOptions | None = None
+    segments: str = "exact"
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
         require_choice("method", self.method, METHODS)
         require_choice("weight method", self.weights, WEIGHT_METHODS)
         require_choice("variant", self.variant, VARIANTS)
+        require_choice("segments", self.segments, tuple(SEGMENTS) if self.method == "rptq" else ("exact",))
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
         if self.revision is not None:
             require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
@@ -251,8 +255,9 @@ class QuantRecipe:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse. Options of another method are left out, so hashes outlive them."""
-        return {name: value for name, value in asdict(self).items() if name != "bitnet" or value is not None}
+        """Plain JSON types; `from_dict` is the inverse. Options that say nothing are left out, so hashes outlive them."""
+        silent = {"bitnet": None, "segments": "exact"}
+        return {name: value for name, value in asdict(self).items() if name not in silent or value != silent[name]}
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
@@ -296,6 +301,7 @@ class QuantRecipe:
             "clusters": ",".join(f"{r}={getattr(self.clusters, r)}" for r in REORDERS),
             "weights": self.weights,
             "variant": self.variant,
+            "segments": "" if self.segments == "exact" else self.segments,
             "calibration": calibration,
             "tokens": self.calibration.tokens,
             "window": self.calibration.window,
@@ -316,12 +322,14 @@ class QuantRecipe:
         except ValueError as error:
             raise InputError("The link has too many parts: open one made by the page.", code="E-PARAM-RECIPE") from error
         changes: dict[str, Any] = {
-            k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant") if k in given
+            k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant", "segments") if k in given
         }
         if "model" in given:
             changes.setdefault("revision", None)
         if "scheme" in given:
             changes["bits"] = None
+        if "method" in given:
+            changes.setdefault("segments", "exact")
         if "method" in given or "bitnet" in given:
             changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
         if "clusters" in given:
@@ -362,7 +370,7 @@ class QuantRecipe:
         if self.method == "bitnet":
             return " · ".join(parts)
         if self.method == "rptq":
-            parts.append(self.clusters.describe())
+            parts.append(self.clusters.describe() + SEGMENTS[self.segments])
         parts.append(self.weights.upper() if self.tensor_bits.weights < FLOAT_BITS else "float weights")
         if self.variant != "default":
             parts.append(self.variant)

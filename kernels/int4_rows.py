@@ -79,7 +79,5 @@ def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, offs
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] float32 -> [M, N] float32."""
     y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight.packed, weight.group, weight.scales_and_zeros)
-    y = y.to(torch.float32)
-    if weight.row_scale is not None:
-        y.mul_(weight.row_scale)
+    y = y.to(torch.float32) if weight.row_scale is None else torch.mul(y, weight.row_scale)  # float32 either way
     return y if bias is None else y.add_(bias)

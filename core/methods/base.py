@@ -24,12 +24,14 @@ class SitePlan:
         offsets: [G + 1] int64 cluster boundaries in the planned order (16-bit sites keep them: weights are grouped by them).
         params: scale and zero point per cluster [G]; None at 16 bits.
         sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
+        weight_offsets: clusters of the weight columns that read the site where they are not `offsets`.
     """
 
     bits: int
     offsets: Tensor
     params: QParams | None
     sqnr_db: float | None
+    weight_offsets: Tensor | None = None
 
 
 @dataclass(frozen=True)

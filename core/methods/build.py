@@ -68,7 +68,8 @@ def _quantized_linear(
     if bits >= FLOAT_BITS:
         layer = QuantLinear.from_weight(weight, bias, quantizer(site), offsets=site.offsets)
         return layer, WeightNote(16, "float", float("inf"), None, layer.effective_bits)
-    result = quantize_weight(weight, hessian, site.offsets, bits=bits, grid=grid)
+    offsets = site.offsets if site.weight_offsets is None else site.weight_offsets
+    result = quantize_weight(weight, hessian, offsets, bits=bits, grid=grid)
     layer = QuantLinear.from_weight(result.weight, bias, quantizer(site))
     note = WeightNote(bits, result.method, sqnr_db(weight, result.weight.dequantize()), result.fallback, layer.effective_bits)
     return layer, note

@@ -52,7 +52,7 @@ def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRul
     params = choose_qparams(low, high, bits=bits, grid=rules.grid)
     if rules.clip_search:
         params = _search(ranges.rows, low, high, offsets, bits, rules.grid, importance)
-    return SitePlan(bits, offsets, params, sqnr_db(ranges.rows, _fake(ranges.rows, params, offsets, bits)))
+    return SitePlan(bits, offsets, params, sqnr_db(ranges.rows, fake_rows(ranges.rows, params, offsets, bits)))
 
 
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
@@ -73,7 +73,7 @@ def _search(
     scale, zero = best.scale.clone(), best.zero_point.clone()
     for factor in SHRINK:
         params = choose_qparams(centre - factor * half, centre + factor * half, bits=bits, grid=grid)
-        error = (rows - _fake(rows, params, offsets, bits)).square_().sum(dim=0)
+        error = (rows - fake_rows(rows, params, offsets, bits)).square_().sum(dim=0)
         error = segment_sum(error if importance is None else error * importance, offsets)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -81,7 +81,8 @@ def _search(
     return QParams(scale, zero)
 
 
-def _fake(rows: Tensor, params: QParams, offsets: Tensor, bits: int) -> Tensor:
+def fake_rows(rows: Tensor, params: QParams, offsets: Tensor, bits: int) -> Tensor:
+    """x̂ of rows [R, C] whose clusters lie between `offsets`."""
     qmin, qmax = code_limits(bits)
     zero = expand(params.zero_point, offsets)
     return fake_quantize(rows, expand(params.scale, offsets), qmin - zero, qmax - zero)

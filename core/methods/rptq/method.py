@@ -17,10 +17,11 @@ from torch import Tensor
 from core.calibration.ranges import ChannelRanges
 from core.config import FLOAT_BITS, QuantRecipe
 from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
-from core.methods.build import build_block
+from core.methods.build import INPUT_SITE, build_block
 from core.methods.rptq.activations import RangeRules, plan_site
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import query_channels
+from core.methods.rptq.segments import ACCUMULATORS, aligned_offsets, power_of_two
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
@@ -130,13 +131,15 @@ class RPTQ:
         sites = {}
         for site, (order, offsets) in _layout(clusters, spec).items():
             weight = importance.get(site)
-            sites[site] = plan_site(
-                stats.calibrated[site].permuted(order),
-                offsets,
-                bits.site(site),
-                rules.ranges,
-                None if weight is None else weight[order],
-            )
+            weight = None if weight is None else weight[order]
+            ranges = stats.calibrated[site].permuted(order)
+            spare = bits.site(site) < 8 and recipe.segments == "pow2"
+            if site in INPUT_SITE.values() and recipe.segments != "exact" and not spare:
+                limit = ACCUMULATORS if bits.site(site) < FLOAT_BITS else len(offsets) - 1
+                offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
+            sites[site] = plan_site(ranges, offsets, bits.site(site), rules.ranges, weight)
+            if site in INPUT_SITE.values() and spare:
+                sites[site] = power_of_two(sites[site], ranges)
         orders = {name: _local(c.order, spec) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
         return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
