@@ -44,14 +44,15 @@ class BitNet:
         """What a reading changes."""
         return [self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
 
-    def choices(self, session: Session, chosen: object = None) -> Updates:
-        """The ternary runs, `chosen` if it is still one of them, else the newest; and the layers of its model."""
+    def choices(self, session: Session, chosen: object = None, layer: int = 0) -> Updates:
+        """The ternary runs, `chosen` if it is still one of them, else the newest; and its model's layers, `layer` if it has that."""
         runs = session.ternary_runs
         run = next((r for r in runs if r.key == chosen), runs[0] if runs else None)
         info = session.models.get(run.model) if run else None
+        layers = info.layers if info else 1
         return {
             self.run: gr.update(choices=[(session.title(r), r.key) for r in runs], value=run.key if run else None),
-            self.layer: gr.update(choices=list(range(info.layers if info else 1))),
+            self.layer: gr.update(choices=list(range(layers)), value=min(layer, layers - 1)),
         }
 
     def render(self, session: Session, run: Run | None, layer: int) -> Updates:
@@ -155,8 +156,9 @@ def wire(ctx: Context, view: BitNet) -> None:
 
     def opened(values: dict) -> Updates:
         session = ctx.session(values)
-        choices = view.choices(session, values[view.run])
-        return {**choices, **view.render(session, session.run(choices[view.run]["value"]), layer_of(values[view.layer]))}
+        choices = view.choices(session, values[view.run], layer_of(values[view.layer]))
+        run, layer = (choices[field]["value"] for field in (view.run, view.layer))
+        return {**choices, **view.render(session, session.run(run), layer)}
 
     async def shown(values: dict) -> AsyncIterator[Updates]:
         session = ctx.session(values)
@@ -189,7 +191,7 @@ def layer_of(value: object) -> int:
 async def read(
     ctx: Context, view: BitNet, session: Session, run: Run, values: dict, *, again: bool = False
 ) -> AsyncIterator[Updates]:
-    """Read what is not known yet of a run, everything if `again`; results appear as they come."""
+    """Read what is not known yet of a run, everything if `again`."""
     tokens = require_int("tokens", values[view.tokens], TOKENS[0], TOKENS[-1], f"use {TOKENS[0]} to {TOKENS[-1]}")
     info, layer = session.models.get(run.model), layer_of(values[view.layer])
     layer = min(layer, info.layers - 1) if info else layer

@@ -72,6 +72,7 @@ def test_ternary_runs_are_offered_the_newest_first_with_their_claim(view, opened
     assert offered["value"] == made.key
     assert view.choices(session, base.key)[view.run]["value"] == base.key
     assert view.choices(session, base.key)[view.layer]["choices"] == [0, 1, 2, 3, 4, 5]
+    assert [view.choices(session, base.key, layer)[view.layer]["value"] for layer in (3, 29)] == [3, 5]
 
 
 def test_reading_fills_the_tab_and_a_second_layer_reads_only_its_inputs(view, ctx, opened):
