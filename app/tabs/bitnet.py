@@ -45,7 +45,7 @@ class BitNet:
         return [self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
 
     def choices(self, session: Session, chosen: object = None, layer: int = 0) -> Updates:
-        """The ternary runs, `chosen` if it is still one of them, else the newest; and its model's layers, `layer` if it has that."""
+        """The ternary runs, `chosen` if it is one of them, else the newest; its model's layers, `layer` if it has that."""
         runs = session.ternary_runs
         run = next((r for r in runs if r.key == chosen), runs[0] if runs else None)
         info = session.models.get(run.model) if run else None
