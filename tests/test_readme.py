@@ -121,7 +121,7 @@ def _first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/rptq.md", "docs/log.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/rptq.md", "docs/bitnet.md", "docs/log.md"])
 def test_paths_in_backticks_exist(page):
     """A path is anything in backticks that begins with one of the repository's folders."""
     text = (ROOT / page).read_text(encoding="utf-8")
