@@ -72,14 +72,21 @@ class Context:
 
             @functools.wraps(handler)
             async def streaming(*arguments: Any, **named: Any) -> AsyncIterator[Updates]:
+                silent = True
                 try:
                     async for updates in handler(*arguments, **named):
                         if updates:  # Gradio takes an empty dict for a value
+                            silent = False
                             yield updates
-                except (GeneratorExit, asyncio.CancelledError, Superseded):
+                except (GeneratorExit, asyncio.CancelledError):
                     return
+                except Superseded:
+                    pass
                 except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+                    silent = False
                     yield self.failed(error)
+                if silent:  # Gradio clears every output of a generator that never yields
+                    yield {self.status: UNCHANGED}
 
             return streaming
 

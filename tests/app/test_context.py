@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from app.context import UNCHANGED, Context, observe_steps
+from app.context import UNCHANGED, Context, Superseded, observe_steps
 from app.jobs import Step
 from app.session import SessionStore
 from app.settings import Settings
@@ -57,7 +57,17 @@ def test_no_update_is_said_so(ctx):
         yield {}
         yield {"chart": 1}
 
+    async def nothing():
+        return
+        yield
+
+    async def superseded():
+        raise Superseded
+        yield
+
     assert ctx.guard(dict)() == {"status": UNCHANGED}
+    assert asyncio.run(collect(ctx.guard(nothing)())) == [{"status": UNCHANGED}], "Gradio would clear every output"
+    assert asyncio.run(collect(ctx.guard(superseded)())) == [{"status": UNCHANGED}]
     assert asyncio.run(collect(ctx.guard(stream)())) == [{"chart": 1}]
 
 
