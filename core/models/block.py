@@ -23,10 +23,12 @@ from transformers.cache_utils import Cache
 
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
-from core.quant.activation import ActivationQuantizer, Exempt
+from core.quant.activation import ActivationQuantizer, Codes, Exempt
 from core.quant.attention import attend
+from core.quant.fused import norm_codes
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from core.quant.ternary_linear import TernaryLinear
+from kernels.backend import triton_runs_on
 from kernels.ternary import ROW_DENSITY
 
 Observer = Callable[[str, Tensor], None]
@@ -72,6 +74,12 @@ class ReorderNorm(nn.Module):
             self.weight = self.weight[order].contiguous()
         if self.bias is not None:
             self.bias = self.bias[order].contiguous()
+
+    def codes(self, x: Tensor, reader: nn.Module, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
+        """(x + residual, codes of its norm for `reader`) in one kernel, on CUDA; see `norm_codes`."""
+        from kernels.norm_quant import Norm
+
+        return norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), reader, residual=residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
@@ -183,32 +191,45 @@ class DecoderBlock(nn.Module):
         **_: object,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal)."""
-        exempt = self._exempt(hidden_states, position_ids, past_key_values)
-        n1 = self.norm1(hidden_states)
+        padded = attention_mask is not None
+        exempt = self._exempt(hidden_states, position_ids, past_key_values, padded)
+        fused = exempt is None and observe is None and triton_runs_on(hidden_states.device.type)
+        _, n1 = self._norm(self.norm1, hidden_states, self.qkv, fused)
         if observe is not None:
             observe("attn_in", n1)
         q, k, v = self._project(n1, exempt, position_embeddings, observe)
         mixed = self._attend(q, k, v, attention_mask, past_key_values, exempt)
         if self.attn_sub_norm is not None:
-            mixed = self.attn_sub_norm(mixed)
+            _, mixed = self._norm(self.attn_sub_norm, mixed, self.o, fused)
         if observe is not None:
             observe("o_in", mixed)
-        h = hidden_states + self.o(mixed, exempt)
-        n2 = self.norm2(h)
+        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, exempt))
         if observe is not None:
             observe("mlp_in", n2)
         mlp = self._mlp(n2, exempt)
         if self.ffn_sub_norm is not None:
-            mlp = self.ffn_sub_norm(mlp)
+            _, mlp = self._norm(self.ffn_sub_norm, mlp, self.down, fused)
         if observe is not None:
             observe("down_in", mlp)
-        return self.down(mlp, exempt).add_(h)
+        skips = fused and self._looks_at_gate(n2, exempt) and self.down.bias is None and self.down.sparse != "never"
+        return (self.down.sparse_product(mlp) if skips else self.down(mlp, exempt)).add_(h)
 
-    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Exempt | None:
-        """Which tokens are sinks; None when there are none."""
+    def _norm(
+        self, norm: ReorderNorm, x: Tensor, reader: nn.Module, fused: bool, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | Codes]:
+        """(x + residual, its norm as `reader` takes it: floats, or codes where one kernel makes them)."""
+        found = norm.codes(x, reader, residual) if fused else None
+        if found is not None:
+            return found
+        h = x if residual is None else x + residual
+        return h, norm(h)
+
+    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None, padded: bool) -> Exempt | None:
+        """Which tokens are sinks; None when there are none. Looking at positions on a GPU would wait for it: there the slots
+        count where nothing is padded."""
         if self.sink_tokens == 0:
             return None
-        if position_ids is None:
+        if position_ids is None or (x.is_cuda and not padded):
             past = cache.get_seq_length(self.layer_index) if cache is not None else 0
             return min(max(0, self.sink_tokens - past), x.shape[1]) or None
         mask = position_ids < self.sink_tokens
@@ -219,7 +240,7 @@ class DecoderBlock(nn.Module):
         return mask
 
     def _project(
-        self, n1: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
+        self, n1: Tensor | Codes, exempt: Exempt | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
@@ -228,6 +249,8 @@ class DecoderBlock(nn.Module):
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
             qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
+        if s.rope and observe is None and triton_runs_on(qk.device.type):
+            return *self._rotate_and_store(qk, exempt, rotary), v.transpose(1, 2)
         if s.rope:
             cos, sin = (t.unsqueeze(2) for t in rotary)
             qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
@@ -238,7 +261,20 @@ class DecoderBlock(nn.Module):
         if observe is not None:
             for site, tensor in (("q", q), ("k", k), ("v", v)):
                 observe(site, tensor.transpose(1, 2).flatten(2))
-        return q, k, v
+        return q if self.q_quantizer is None else self.q_quantizer.fake_heads(q, exempt), k, v
+
+    def _rotate_and_store(self, qk: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[B, T, H + Hkv, E] -> q and k of `_project`: rotation, order R2, scaling and q's grid in one pass each, on CUDA."""
+        from kernels.rope import HeadGrid, rope_store
+
+        s, grid = self.spec, None
+        q, k = (t.transpose(1, 2) for t in qk.split((s.heads, s.kv_heads), dim=2))
+        if self.q_quantizer is not None and exempt is None:
+            grid = HeadGrid(self.q_quantizer.bits, *self.q_quantizer.head_grid(s.heads))
+        q = rope_store(q, *rotary, order=self.rope_order, scaling=s.head_dim**-0.5, grid=grid)
+        if self.q_quantizer is not None and exempt is not None:
+            q = self.q_quantizer.fake_heads(q, exempt)
+        return q, rope_store(k, *rotary, order=self.rope_order)
 
     def _store_r2(self, qk: Tensor) -> Tensor:
         """[B, T, H + Hkv, E] with every head in the order of its kv head, gathered as rows of all heads."""
@@ -248,27 +284,29 @@ class DecoderBlock(nn.Module):
         return qk.flatten(2).flatten(0, 1).index_select(1, order.flatten()).view(qk.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Exempt | None) -> Tensor:
-        if self.q_quantizer is not None:
-            q = self.q_quantizer.fake_heads(q, exempt)
         if self.rules is not None:
             q = self.rules.attention.fake_query(q)
-        packed = isinstance(cache, QuantizedKVCache) and isinstance(cache.layers[self.layer_index], QuantizedKVLayer)
-        if not packed:
+        layer = cache.layers[self.layer_index] if isinstance(cache, QuantizedKVCache) else None
+        if not isinstance(layer, QuantizedKVLayer):
             k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, exempt)
             v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, exempt)
             if self.rules is not None:
                 past = 0 if cache is None else cache.get_seq_length(self.layer_index)
                 k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
+        elif mask is None and self.softmax_bits >= 16 and layer.attends(q):
+            return layer.attend(q, k, v)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
 
-    def _mlp(self, n2: Tensor, exempt: Exempt | None) -> Tensor:
+    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
         if not self._looks_at_gate(n2, exempt):
             return self._activate(self.up(n2, exempt))
-        codes, ffn = self.up.quantize(n2), self.spec.ffn
+        codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
+        if self.up.bias is None and triton_runs_on(gate.device.type):  # the host does not look
+            return self.up.gated_product(codes, gate, slice(ffn, 2 * ffn)).view(*n2.shape[:-1], ffn)
         live = gate.any(dim=0).nonzero().flatten()
         if self.gate_first == "auto" and len(live) > ROW_DENSITY * ffn:
             out = gate.mul_(self.up.product(codes, slice(ffn, 2 * ffn)))
@@ -277,7 +315,7 @@ class DecoderBlock(nn.Module):
             out[:, live] = gate[:, live] * self.up.product(codes, ffn + live)
         return out.view(*n2.shape[:-1], ffn)
 
-    def _looks_at_gate(self, n2: Tensor, exempt: Exempt | None) -> bool:
+    def _looks_at_gate(self, n2: Tensor | Codes, exempt: Exempt | None) -> bool:
         possible = self.spec.gated and self.spec.activation in ZERO_GATES and exempt is None
         if self.gate_first == "never" or not possible or not isinstance(self.up, TernaryLinear) or self.up.kind == "fp":
             return False

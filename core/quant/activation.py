@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,22 @@ from kernels import fake_quantize, quantize
 
 Exempt = int | Tensor
 """Tokens that keep their float values: the first n of every sequence, or those marked True in a mask [B or 1, T] bool."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised input as rows: `codes` [M, K] int8; with dynamic scales `scale` [M, 1] float32 and, where it is known,
+    `code_sum` [M] int32, Σ codes. `lead` are the dimensions that became M, None for [M]."""
+
+    codes: Tensor
+    scale: Tensor | None = None
+    code_sum: Tensor | None = None
+    lead: torch.Size | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the input, [..., K]."""
+        return self.codes.shape if self.lead is None else torch.Size((*self.lead, self.codes.shape[1]))
 
 
 def exempt_rows(exempt: Exempt, x: Tensor) -> tuple | Tensor:
@@ -64,6 +82,10 @@ class ActivationQuantizer(nn.Module):
         if exempt is None:
             return out
         return _restore(out, x, exempt if isinstance(exempt, int) else exempt[:, None])
+
+    def head_grid(self, heads: int) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) [H, E] float32 of channels that are H heads, for codes 0 … 2**bits - 1."""
+        return self.channel_scale.view(heads, -1), self.lower.neg().view(heads, -1)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x [..., C], int8."""

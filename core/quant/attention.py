@@ -48,7 +48,7 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ste
         rows = q[:, :, :, start:stop].flatten(2, 3)  # [B, Hkv, G*t, E]
         scores = torch.matmul(rows, k[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, stop - start))
         if mask is None:
-            scores[..., past + start :].add_(_future(stop - start, scores.dtype))
+            scores[..., past + start :].add_(_future(stop - start, scores.dtype, scores.device))
         else:
             scores += _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B, 1, 1, t, S]
         p = torch.softmax(scores, dim=-1).mul_(steps).round_()
@@ -58,16 +58,16 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ste
 
 
 @lru_cache(maxsize=8)
-def _future(tokens: int, dtype: torch.dtype) -> Tensor:
+def _future(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[t, t]: -inf where the key comes after the query, else 0. Adding it is faster than filling through a mask."""
-    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu_(1)
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A visible-where-True mask as numbers to add; an additive mask as it is."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _causal(tokens: int, keys: int, device: torch.device) -> Tensor:

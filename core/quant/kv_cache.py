@@ -2,11 +2,13 @@
 
 Keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
 R3); the first `sink_tokens` positions stay in float. Slots grow by doubling, so appending a token copies nothing else.
-Reading dequantises what the attention needs. With left-padded batches the float slots are the first slots, padding
-included; single sequences and right padding are exact.
+Reading dequantises what the attention needs; on CUDA a single new token attends to the codes as they are. With left-padded
+batches the float slots are the first slots, padding included; single sequences and right padding are exact.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +16,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from core.quant.activation import ActivationQuantizer
 from kernels import dequantize, pack, packed_width, quantize, unpack
+from kernels.backend import triton_runs_on
+
+if TYPE_CHECKING:
+    from kernels.kv_attention import PackedHeads
 
 
 class PackedStates:
@@ -30,20 +36,29 @@ class PackedStates:
         self.sink: Tensor | None = None
         self.packed: Tensor | None = None
         self.dim = 0
+        self._grid: tuple[Tensor, Tensor] | None = None  # the quantiser's, as `PackedHeads` takes it
 
     def append(self, states: Tensor) -> Tensor:
         """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
-        first, self.dim = self.length, states.shape[-1]
-        sink = max(0, min(self.sink_tokens - first, states.shape[2]))
-        if sink:
-            part = states[:, :, :sink].clone()
-            self.sink = part if self.sink is None else torch.cat([self.sink, part], dim=2)
+        first = self.length
+        self._prepare(states)
         codes = self._codes(states)
-        packed = pack(codes, self.quantizer.bits)
-        self._reserve(packed, first + states.shape[2])
-        self.packed[:, :, first : first + states.shape[2]] = packed
+        self.packed[:, :, first : first + states.shape[2]] = pack(codes, self.quantizer.bits)
         self.length = first + states.shape[2]
         return self._decode(codes) if first == 0 else self.read()
+
+    def store(self, states: Tensor) -> tuple[PackedHeads, int]:
+        """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
+        from kernels.kv_attention import PackedHeads, kv_append
+
+        self._prepare(states)
+        if self._grid is None:
+            self._grid = self.quantizer.head_grid(states.shape[1])
+        scale, zero = self._grid
+        heads = PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
+        kv_append(states, heads, self.length)
+        self.length += states.shape[2]
+        return heads, self.length
 
     def read(self) -> Tensor:
         """All states, dequantised: [B, Hkv, S, E] float32."""
@@ -85,12 +100,19 @@ class PackedStates:
             out[:, :, : self.sink.shape[2]] = self.sink
         return out
 
-    def _reserve(self, like: Tensor, slots: int) -> None:
-        if self.packed is None:
-            self.packed = like.new_empty(*like.shape[:2], slots, like.shape[3])
-        elif self.packed.shape[2] < slots:
-            grown = like.new_empty(*like.shape[:2], max(slots, 2 * self.packed.shape[2]), like.shape[3])
-            grown[:, :, : self.length] = self.packed[:, :, : self.length]
+    def _prepare(self, states: Tensor) -> None:
+        """Keep the sinks among new states [B, Hkv, t, E], and make room for all of them, doubled when it runs out."""
+        self.dim, stop = states.shape[-1], self.length + states.shape[2]
+        sink = max(0, min(self.sink_tokens - self.length, states.shape[2]))
+        if sink:
+            part = states[:, :, :sink].clone()
+            self.sink = part if self.sink is None else torch.cat([self.sink, part], dim=2)
+        held = 0 if self.packed is None else self.packed.shape[2]
+        if self.packed is None or held < stop:
+            width = packed_width(self.dim, self.quantizer.bits)
+            grown = states.new_empty(*states.shape[:2], max(stop, 2 * held), width, dtype=torch.uint8)
+            if held:
+                grown[:, :, : self.length] = self.packed[:, :, : self.length]
             self.packed = grown
 
 
@@ -113,6 +135,18 @@ class QuantizedKVLayer(CacheLayerMixin):
         """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E]."""
         self.is_initialized = True
         return self.key_states.append(key_states), self.value_states.append(value_states)
+
+    def attends(self, q: Tensor) -> bool:
+        """Whether `attend` takes queries [B, H, T, E]: one new token on CUDA, and something to look back at."""
+        return q.shape[2] == 1 and triton_runs_on(q.device.type) and self.get_seq_length() > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store one token's keys and values [B, Hkv, 1, E] and attend to all stored ones, which stay packed: q [B, H, 1, E],
+        scaled -> [B, 1, H * E]. Neither mask nor quantised softmax."""
+        from kernels import decode_attention
+
+        (keys, slots), (values, _) = self.key_states.store(k), self.value_states.store(v)
+        return decode_attention(q[:, :, 0], keys, values, slots, scaling=1.0).flatten(1).unsqueeze(1)
 
     def get_seq_length(self) -> int:
         """Stored positions."""
@@ -149,7 +183,8 @@ class QuantizedKVLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         if self.key_states.packed is not None:
-            self.batch_select_indices(torch.arange(self.key_states.packed.shape[0]).repeat_interleave(repeats))
+            packed = self.key_states.packed
+            self.batch_select_indices(torch.arange(len(packed), device=packed.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given batch rows."""

@@ -11,6 +11,7 @@ per token and head are our reading. With left padding the first slot, padding or
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from core.checks import FLOAT_BITS
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from kernels import pack, packed_width, unpack
+
+if TYPE_CHECKING:
+    from kernels.kv_attention import PackedHeads
 
 SCALE_BYTES = 2
 _SMALLEST, _LARGEST = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
@@ -78,6 +82,7 @@ class DynamicStates:
         self.bits = bits
         self.length = self.dim = 0
         self.first: tuple[Tensor, Tensor | None] | None = None  # packed codes and scale; values and None in float
+        self._first_values: Tensor | None = None  # what they say, for `store`
         self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E)]
         self.scale: Tensor | None = None  # [B, Hkv, slots, 1] float16
 
@@ -96,13 +101,24 @@ class DynamicStates:
         self.length = stop
         return self.read()
 
+    def store(self, states: Tensor) -> tuple[PackedHeads, int]:
+        """Quantise and store [B, Hkv, t, E] behind the first token without reading anything back; returns the store and its
+        filled slots."""
+        from kernels.kv_attention import PackedHeads, kv_append
+
+        start, self.length = self.length - 1, self.length + states.shape[2]
+        self._reserve(states, self.length - 1)
+        if self._first_values is None:
+            self._first_values = self._read_first()
+        heads = PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
+        kv_append(states, heads, start)
+        return heads, self.length - 1
+
     def read(self) -> Tensor:
         """All states, dequantised: [B, Hkv, S, E] float32."""
-        codes, scale = self.first
-        first = codes if scale is None else head_values(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
         rest = self.length - 1
         codes = unpack(self.packed[:, :, :rest], self.bits.kv, self.dim)
-        return torch.cat([first, head_values(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
+        return torch.cat([self._read_first(), head_values(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +133,7 @@ class DynamicStates:
         """Keep the first `length` positions."""
         self.length = min(self.length, length)
         if self.length == 0:
-            self.first = None
+            self.first = self._first_values = None
 
     def select(self, rows: Tensor) -> None:
         """Keep or repeat batch rows."""
@@ -125,12 +141,17 @@ class DynamicStates:
             self.packed, self.scale = self.packed.index_select(0, rows), self.scale.index_select(0, rows)
         if self.first is not None:
             self.first = tuple(None if t is None else t.index_select(0, rows) for t in self.first)
+            self._first_values = None
 
     def _first(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.bits.bos >= FLOAT_BITS:
             return state.clone(), None
         codes, scale = head_codes(state, self.bits.bos)
         return pack(codes, self.bits.bos), scale
+
+    def _read_first(self) -> Tensor:
+        codes, scale = self.first
+        return codes if scale is None else head_values(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
 
     def _reserve(self, like: Tensor, slots: int) -> None:
         """Room for `slots` tokens behind the first, doubled when it runs out."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import BackendError
-from core.quant.activation import ActivationQuantizer, Exempt, exempt_rows
+from core.quant.activation import ActivationQuantizer, Codes, Exempt, exempt_rows
 from core.quant.granularity import expand
 from kernels import Backend, Choice, dequantize, int4_rows, int_linear, pack, packed_width, select_linear_backend, unpack
 from kernels.int_linear import LinearOperands, float_rows, whole_blocks
@@ -164,6 +164,13 @@ class QuantLinear(nn.Module):
         return self
 
     @property
+    def takes_codes(self) -> bool:
+        """Whether the product is one of integers; makes the working copy to know."""
+        if self._operands is None:
+            self._operands = self._build_operands()
+        return self._operands.takes_codes
+
+    @property
     def working_bytes(self) -> int:
         """Bytes of the working copy at this moment."""
         return sum(o.nbytes for o in (self._operands, self._few_rows) if o is not None)
@@ -182,15 +189,13 @@ class QuantLinear(nn.Module):
             return self.weight.to(torch.float32)
         return self._quantized_weight().dequantize()
 
-    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
+    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:
+        """x [..., K] float32, or its codes where `takes_codes` -> [..., N] float32. Exempt tokens keep a float input."""
         if self.choice.backend is Backend.INT4 and x.numel() <= int4_rows.MAX_ROWS * self.in_features:
             if self._few_rows is None:
                 self._few_rows = self._int4_operands()
             return int_linear(x, self._few_rows)
-        if self._operands is None:
-            self._operands = self._build_operands()
-        if not self._operands.takes_codes:
+        if not self.takes_codes:
             return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
         y = int_linear(self._input_codes(x).reshape(-1, self.in_features), self._operands)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -200,7 +205,7 @@ class QuantLinear(nn.Module):
         return y
 
     def _input_codes(self, x: Tensor) -> Tensor:
-        codes = self.quantizer.codes(x)
+        codes = x.codes if isinstance(x, Codes) else self.quantizer.codes(x)
         return codes if self._code_factor is None else codes.mul_(self._code_factor)
 
     def _float_product(self, x: Tensor) -> Tensor:

@@ -8,25 +8,16 @@ input is quantised once per call, per token, and all parts share the codes. Inte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import BackendError
-from core.quant.activation import Exempt, exempt_rows
+from core.quant.activation import Codes, Exempt, exempt_rows
 from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
 from kernels import Backend, Choice, packed_width
 from kernels.backend import triton_runs_on
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantised input: codes [M, K] int8 and scale [M, 1] float32."""
-
-    codes: Tensor
-    scale: Tensor
 
 
 class TernaryLinear(nn.Module):
@@ -60,6 +51,7 @@ class TernaryLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.quantizer = None  # QuantLinear's static quantiser: none here
         self._working: Tensor | None = None
+        self._transposed: Tensor | None = None  # TRITON's, packed, for inputs that are mostly zeros
         self._row_scale: Tensor | None = None
         self.set_backend(Backend.AUTO)
 
@@ -128,12 +120,12 @@ class TernaryLinear(nn.Module):
 
     def release(self) -> None:
         """Drop the working copy."""
-        self._working = self._row_scale = None
+        self._working = self._transposed = self._row_scale = None
 
     @property
     def working_bytes(self) -> int:
         """Bytes of the working copy at this moment."""
-        return 0 if self._working is None else self._working.numel() * self._working.element_size()
+        return sum(t.numel() * t.element_size() for t in (self._working, self._transposed) if t is not None)
 
     @property
     def effective_bits(self) -> float:
@@ -152,7 +144,12 @@ class TernaryLinear(nn.Module):
 
     def quantize(self, x: Tensor) -> Codes:
         """Codes of x [..., K] as rows; not for kind "fp"."""
-        codes, scale = quantize_input(x.reshape(-1, self.in_features), self.kind, keep=self.keep)
+        x = x.reshape(-1, self.in_features)
+        if self.kind == "topk8" and self.choice.backend is Backend.TRITON:
+            from kernels import topk_quant
+
+            return Codes(*topk_quant(x, keep=self.keep))
+        codes, scale = quantize_input(x, self.kind, keep=self.keep)
         return Codes(codes.to(torch.int8), scale)
 
     def product(self, x: Codes, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -161,7 +158,7 @@ class TernaryLinear(nn.Module):
         if self.choice.backend is Backend.TRITON:  # takes the packed weight as it is
             from kernels import ternary_linear
 
-            y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows])
+            y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
             return y if bias is None else y.add_(bias)
         weight, scale = self._operands()
         sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary.py
@@ -169,13 +166,29 @@ class TernaryLinear(nn.Module):
         y = apply_scales(y, x.scale, scale[rows])
         return y if bias is None else y.add_(bias)
 
-    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32. Exempt tokens keep a float input."""
+    def gated_product(self, x: Codes, gate: Tensor, rows: slice) -> Tensor:
+        """gate · (x̂ Ŵᵀ) of output rows without bias, [M, n] float32; backend TRITON leaves unread what a gate of 0 hides."""
+        from kernels import gated_up
+
+        return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows])
+
+    def sparse_product(self, x: Tensor | Codes) -> Tensor:
+        """The layer without bias on x [..., K] with many zero codes, whose columns backend TRITON leaves unread: [..., N]."""
+        from kernels import sparse_down
+
+        codes = x if isinstance(x, Codes) else self.quantize(x)
+        if self._transposed is None:
+            self._transposed = pack_ternary(unpack_ternary(self.packed, self.in_features).t().contiguous())
+        y = sparse_down(codes.codes, self.packed, self._transposed, codes.scale, self._scale_of_rows())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:
+        """x [..., K] float32, or its codes -> [..., N] float32. Exempt tokens keep a float input."""
         if self.kind == "fp":
             weight, scale = self._operands()
             y = nn.functional.linear(x, weight).mul_(scale)
             return y if self.bias is None else y.add_(self.bias)
-        y = self.product(self.quantize(x)).view(*x.shape[:-1], self.out_features)
+        y = self.product(x if isinstance(x, Codes) else self.quantize(x)).view(*x.shape[:-1], self.out_features)
         if exempt is not None:
             rows = exempt_rows(exempt, x)
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)

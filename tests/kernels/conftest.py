@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+
+from kernels.backend import Backend, Choice
+
+OPS = ("cluster", "kv_attention", "norm_quant", "rope", "sparse_ffn", "ternary_packed", "topk", "weight_only")
+DOORS = ("core.models.block", "core.quant.kv_cache", "core.quant.ternary_linear")
+"""Modules that ask `triton_runs_on`."""
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +19,21 @@ def device() -> str:
     """Device of the tensors that a Triton kernel is given."""
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_everywhere(monkeypatch, device):
+    """AUTO takes the kernels on CPU tensors too, where they are interpreted."""
+    if device == "cpu":
+        from kernels import _triton
+
+        def use(backend, x, *, obstacle=None):
+            return backend is not Backend.REFERENCE and obstacle is None
+
+        for op in OPS:
+            monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "use_triton", use)
+        for module in DOORS:
+            monkeypatch.setattr(f"{module}.triton_runs_on", lambda device: True)
+        monkeypatch.setattr("core.quant.linear.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
+        assert _triton.interpreting()
+    return device

@@ -8,32 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.quant import linear as linear_module
-from core.quant import ternary_linear as ternary_module
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
 from core.quant.linear import QuantizedWeight, QuantLinear
 from core.quant.ternary_linear import TernaryLinear
-from kernels import Backend, Choice, _triton
+from kernels import Backend
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def triton_everywhere(monkeypatch, device):
-    """AUTO takes the kernels on CPU tensors too, where they are interpreted."""
-    if device == "cpu":
-        from kernels import cluster, ternary_packed, weight_only
-
-        def use(backend, x, *, obstacle=None):
-            return backend is not Backend.REFERENCE and obstacle is None
-
-        for module in (cluster, ternary_packed, weight_only):
-            monkeypatch.setattr(module, "use_triton", use)
-        monkeypatch.setattr(linear_module, "select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
-        monkeypatch.setattr(ternary_module, "triton_runs_on", lambda device: True)
-        assert _triton.interpreting()
-    return device
 
 
 def quant_linear(bits, offsets, *, quantized=True, outputs=9):

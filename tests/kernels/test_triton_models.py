@@ -1,0 +1,104 @@
+"""Whole models through the Triton ops, prefill and decoding: the logits of their CPU paths, and proof that the ops ran."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+
+import pytest
+
+from core.config import BitNetOptions, Clusters
+from core.models.shell import new_cache
+from core.models.tiny import tiny_model
+from tests.core.tools import in_steps, quantised, relative, tokens
+
+pytestmark = pytest.mark.gpu
+
+PROMPT, NEW = 6, 3
+BOUND = 1e-5
+"""Float32 sums in another order; measured in the interpreter: at most 6e-7."""
+TIES = 0.05
+"""On a GPU an activation within rounding of a tie may take the neighbouring code, which moves logits further."""
+LAUNCHES = {  # what each op does when its kernel runs
+    "attention": ("kv_attention", "launch"),
+    "append": ("kv_attention", "launch_pack"),
+    "norm": ("norm_quant", "_launch"),
+    "rope": ("rope", "_launch"),
+    "topk": ("topk", "launch"),
+    "compact": ("sparse_ffn", "compact"),
+    "codes": ("cluster", "launch"),
+    "floats": ("weight_only", "launch"),
+    "ternary": ("ternary_packed", "launch"),
+}
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """How often each op has launched its kernel."""
+    seen = Counter()
+    for name, (module, function) in LAUNCHES.items():
+        original = getattr(importlib.import_module(f"kernels.{module}"), function)
+
+        def counted(*args, name=name, original=original, **options):
+            seen[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(f"kernels.{module}.{function}", counted)
+    return seen
+
+
+def logits(made, device):
+    """[B, PROMPT + NEW, V]: a prompt, then one token at a time, with the cache of the model."""
+    model = made.model.to(device)
+    for block in made.blocks:
+        for linear in block.linears().values():
+            linear.set_backend(linear.requested)  # chosen anew, as a move to another device does
+    cache = new_cache(model, made.loaded.adapter)
+    ids = tokens(2, PROMPT + NEW).to(device)
+    return in_steps(model, ids, cache, steps=(PROMPT,)).cpu(), cache
+
+
+def rptq(architecture, scheme, *, clusters, **options):
+    return quantised(architecture, scheme=scheme, weights="rtn", layers=1, clusters=Clusters.uniform(clusters), **options)
+
+
+@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "W4A4KV"), ("qwen3", "W4A3KV"), ("opt", "W4A4KV")])
+def test_a_packed_cache(architecture, scheme, request, count):
+    made = rptq(architecture, scheme, clusters=4)
+    expected, plain = logits(made, "cpu")
+    assert not count
+    found, cache = logits(made, request.getfixturevalue("triton_everywhere"))
+    assert count["attention"] == NEW and count["append"] == 2 * NEW
+    assert count["rope"] == (0 if architecture == "opt" else 2 * (NEW + 1)) and count["floats"] == 4 * (NEW + 1)
+    assert cache.get_seq_length() == PROMPT + NEW and cache.nbytes == plain.nbytes
+    assert relative(found, expected) < BOUND
+
+
+@pytest.mark.parametrize(("variant", "in_prefill"), [("official", True), ("", False)], ids=["no sinks", "a sink"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_integer_inputs_come_from_the_norm(architecture, variant, in_prefill, request, count):
+    """With a sink the prompt's pass keeps float rows, and with them the separate steps."""
+    made = rptq(architecture, "W4A4", clusters=1, **({"variant": variant} if variant else {}))
+    expected, _ = logits(made, "cpu")
+    found_on = request.getfixturevalue("triton_everywhere")
+    found, _ = logits(made, found_on)
+    assert count["norm"] == 2 * (NEW + in_prefill) and count["codes"] == 2 * (NEW + 1), "qkv and up"
+    assert count["attention"] == 0, "a quantised softmax is not the kernel's"
+    assert relative(found, expected) < (BOUND if found_on == "cpu" else TIES)
+
+
+@pytest.mark.parametrize(("gate_first", "q_bits"), [("always", 4), ("auto", 16)])
+def test_bitnet(gate_first, q_bits, request, count):
+    made = quantised("bitnet", base=tiny_model("bitnet"), method="bitnet", bitnet=BitNetOptions(kv_bits=3, q_bits=q_bits))
+    for block in made.blocks:
+        block.gate_first = gate_first
+    expected, plain = logits(made, "cpu")
+    assert not count
+    found_on = request.getfixturevalue("triton_everywhere")
+    found, cache = logits(made, found_on)
+    layers, passes = len(made.blocks), NEW + 1
+    assert count["attention"] == NEW * layers and count["append"] == 2 * NEW * layers and count["rope"] == 2 * passes * layers
+    assert count["norm"] == 3 * passes * layers and count["topk"] == passes * layers
+    assert count["compact"] == (2 * NEW * layers if gate_first == "always" else 0)
+    assert cache.nbytes == plain.nbytes
+    assert relative(found, expected) < (BOUND if found_on == "cpu" else TIES)
