@@ -28,8 +28,9 @@ from torch import Tensor
 from kernels import int4_rows
 from kernels.backend import Backend, Choice, triton_runs_on
 
-ROW_BLOCK = 128
-"""Rows that INT8 takes at a time, so that the int32 accumulator is still in cache when the epilogue reads it."""
+TILE = (128, 1024)
+"""Rows and output channels that INT8 takes at a time, so that the accumulator is still in cache when the epilogue reads it. One
+thread with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 and 25 ms untiled, 13.2 ms in float32."""
 
 MIN_COLUMNS_PER_SEGMENT = 128
 """INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
@@ -196,30 +197,32 @@ def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
 
 def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:
     y = torch.empty(len(x), len(operands.codes))
-    for start in range(0, len(x), ROW_BLOCK):
-        _int8_rows(x[start : start + ROW_BLOCK], operands, y[start : start + ROW_BLOCK])
+    rows, columns = TILE if len(x) > TILE[0] else (TILE[0], y.shape[1])
+    for m in range(0, len(x), rows):
+        for n in range(0, y.shape[1], columns):
+            _int8_tile(x[m : m + rows], operands, slice(n, n + columns), y[m : m + rows, n : n + columns])
     return y
 
 
-def _int8_rows(x: Tensor, operands: LinearOperands, y: Tensor) -> None:
-    """The layer on rows x [m, K], written to y [m, N]."""
-    offsets, codes, scales, bias = operands.offsets, operands.codes, operands.output_scale, operands.bias
+def _int8_tile(x: Tensor, operands: LinearOperands, outputs: slice, y: Tensor) -> None:
+    """The layer's `outputs` for rows x [m, K], written to y."""
+    offsets, codes, scales = operands.offsets, operands.codes[outputs], operands.output_scale[:, outputs]
     if len(x) == 1:
         x = x.clone(memory_format=torch.contiguous_format)  # a single row counts as contiguous whatever its stride
     for c, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if stop - start == 1:
-            part = x[:, start:stop].to(torch.int32) * codes[:, start].to(torch.int32)
+        if stop - start == 1 or len(codes) == 1:
+            part = (x[:, None, start:stop].to(torch.int32) * codes[:, start:stop].to(torch.int32)).sum(2)
         else:
-            part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [m, N] int32, exact
+            part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [m, n] int32, exact
         part = part.to(torch.float32)
         if c > 0:
             y.addcmul_(part, scales[c])
-        elif bias is None:
+        elif operands.bias is None:
             torch.mul(part, scales[c], out=y)
         else:
-            torch.addcmul(bias, part, scales[c], out=y)
+            torch.addcmul(operands.bias[outputs], part, scales[c], out=y)
     if operands.zero_rows is not None:
-        y.addmm_(_segment_sums(x, offsets), operands.zero_rows, alpha=-1.0)
+        y.addmm_(_segment_sums(x, offsets), operands.zero_rows[:, outputs], alpha=-1.0)
 
 
 def float_rows(x: Tensor, operands: LinearOperands) -> Tensor:

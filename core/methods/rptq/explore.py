@@ -69,7 +69,7 @@ def recluster(report: RangesReport, site: str, clusters: Clusters, *, bits: int 
     start = time.perf_counter()
     entry = _entry(report, site)
     name = next(r for r, kinds in REORDERS.items() if entry.kind in kinds)
-    found = cluster_channels(_points(report, entry), getattr(clusters, name), block=entry.block, n_init=1)
+    found = cluster_channels(_points(report, entry), getattr(clusters, name), block=entry.block, refine=False)
     order, offsets = found.order.numpy(), found.offsets.numpy()
     infos = []
     for i, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
@@ -100,7 +100,7 @@ def error_curve(report: RangesReport, site: str, *, bits: int = 4) -> ErrorCurve
         counts.append(counts[-1] * 2)
     errors = []
     for count in counts:
-        found = cluster_channels(_points(report, entry), count, block=entry.block, n_init=1)
+        found = cluster_channels(_points(report, entry), count, block=entry.block, refine=False)
         errors.append(_relative(entry, found.order.numpy(), found.offsets.numpy()))
     width = len(entry.low)
     return ErrorCurve(site, bits, counts, errors, _relative(entry, np.arange(width), np.arange(width + 1)))
