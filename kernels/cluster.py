@@ -131,7 +131,7 @@ def block_size(offsets: tuple[int, ...]) -> int | None:
     return next((b for b in BLOCKS if offsets[-1] % (2 * b) == 0 and all(o % b == 0 for o in offsets)), None)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: captured graphs keep reading what it returned
 def _block_clusters(offsets: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """Cluster of each block, [K / size] int32."""
     clusters = [bisect_right(offsets, start) - 1 for start in range(0, offsets[-1], size)]

@@ -160,7 +160,7 @@ def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: captured graphs keep reading what it returned
 def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.device) -> Tensor:
     """Cut a row of bytes so that inside a piece every part lies in one cluster and one block.
 

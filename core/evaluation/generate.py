@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.checks import require_int
 from core.errors import Cancelled, InputError, NumericError
+from core.evaluation.graph import captured_step
 from core.models.adapter import ModelAdapter
 from core.models.shell import new_cache
 from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
@@ -85,17 +86,19 @@ def generate(
     produced: list[int] = []
     shown, stopped = "", "length"
     start = first = time.perf_counter()
-    step = ids[None]
+    step, token, captured = ids[None].to(model.device), 0, None
     for _ in range(max_new_tokens):
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1].float()
-        token = _pick(logits, temperature, generator)
+        if len(produced) == 1:
+            captured = captured_step(model, adapter, cache, max_new_tokens - 1)
+        logits = captured(token) if captured else model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
+        token = _pick(logits.float().cpu(), temperature, generator)
         if not produced:
             first = time.perf_counter()
         if token in stop_ids:
             stopped = "eos"
             break
         produced.append(token)
-        step = torch.tensor([[token]])
+        step = torch.tensor([[token]], device=model.device)
         text = tokenizer.decode(produced, skip_special_tokens=True)
         if on_text is not None and len(text) > len(shown) and not text.endswith("\ufffd"):
             try:

@@ -37,6 +37,7 @@ class PackedStates:
         self.packed: Tensor | None = None
         self.dim = 0
         self._grid: tuple[Tensor, Tensor] | None = None  # the quantiser's, as `PackedHeads` takes it
+        self.cursor: tuple[Tensor, Tensor] | None = None  # where the next token goes and the slots filled then, on the device
 
     def append(self, states: Tensor) -> Tensor:
         """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
@@ -47,7 +48,12 @@ class PackedStates:
         self.length = first + states.shape[2]
         return self._decode(codes) if first == 0 else self.read()
 
-    def store(self, states: Tensor) -> tuple[PackedHeads, int]:
+    def pin(self, room: int, ends: Tensor) -> None:
+        """`QuantizedKVCache.pin` for these states."""
+        self._reserve(self.packed, self.length + room)
+        self.cursor = (ends[1:2], ends[2:3])
+
+    def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
         from kernels.kv_attention import PackedHeads, kv_append
 
@@ -56,6 +62,9 @@ class PackedStates:
             self._grid = self.quantizer.head_grid(states.shape[1])
         scale, zero = self._grid
         heads = PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
+        if self.cursor is not None:
+            kv_append(states, heads, self.cursor[0])
+            return heads, self.cursor[1]
         kv_append(states, heads, self.length)
         self.length += states.shape[2]
         return heads, self.length
@@ -101,16 +110,20 @@ class PackedStates:
         return out
 
     def _prepare(self, states: Tensor) -> None:
-        """Keep the sinks among new states [B, Hkv, t, E], and make room for all of them, doubled when it runs out."""
-        self.dim, stop = states.shape[-1], self.length + states.shape[2]
+        """Keep the sinks among new states [B, Hkv, t, E], and make room for all of them."""
+        self.dim = states.shape[-1]
         sink = max(0, min(self.sink_tokens - self.length, states.shape[2]))
         if sink:
             part = states[:, :, :sink].clone()
             self.sink = part if self.sink is None else torch.cat([self.sink, part], dim=2)
+        self._reserve(states, self.length + states.shape[2])
+
+    def _reserve(self, like: Tensor, slots: int) -> None:
+        """Room for `slots` tokens, doubled when it runs out."""
         held = 0 if self.packed is None else self.packed.shape[2]
-        if self.packed is None or held < stop:
+        if self.packed is None or held < slots:
             width = packed_width(self.dim, self.quantizer.bits)
-            grown = states.new_empty(*states.shape[:2], max(stop, 2 * held), width, dtype=torch.uint8)
+            grown = like.new_empty(*like.shape[:2], max(slots, 2 * held), width, dtype=torch.uint8)
             if held:
                 grown[:, :, : self.length] = self.packed[:, :, : self.length]
             self.packed = grown
@@ -132,7 +145,12 @@ class QuantizedKVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E]."""
+        """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E].
+
+        Raises: RuntimeError while the cache is pinned, when nothing may be read back.
+        """
+        if self.key_states.cursor is not None:
+            raise RuntimeError("a pinned cache takes single tokens that attend to packed states: unpin it first")
         self.is_initialized = True
         return self.key_states.append(key_states), self.value_states.append(value_states)
 
@@ -209,6 +227,31 @@ class QuantizedKVCache(Cache):
     def __init__(self, pairs: list[tuple[ActivationQuantizer | None, ActivationQuantizer | None]], sink_tokens: int = 0) -> None:
         layers = [QuantizedKVLayer(k, v, sink_tokens) if k is not None and v is not None else DynamicLayer() for k, v in pairs]
         super().__init__(layers=layers)
+
+    def pin(self, room: int) -> None:
+        """Prepare for a captured graph: make room for `room` more tokens now, and take their place from device tensors.
+
+        From here to `unpin` every token comes alone, through `QuantizedKVLayer.attend`, and is counted by `advance`. All layers
+        hold packed states, sinks included.
+        """
+        length, device = self.get_seq_length(), self.layers[0].key_states.packed.device
+        self._ends = torch.tensor([length - 1, length, length + 1], dtype=torch.int32, device=device)
+        for states in self._states():
+            states.pin(room, self._ends)
+
+    def advance(self) -> None:
+        """Count the token that every layer has stored since the last call."""
+        self._ends += 1
+        for states in self._states():
+            states.length += 1
+
+    def unpin(self) -> None:
+        """Back to ordinary use."""
+        for states in self._states():
+            states.cursor = None
+
+    def _states(self) -> list[PackedStates]:
+        return [states for layer in self.layers for states in (layer.key_states, layer.value_states)]
 
     @property
     def nbytes(self) -> int:

@@ -83,6 +83,7 @@ class DynamicStates:
         self.length = self.dim = 0
         self.first: tuple[Tensor, Tensor | None] | None = None  # packed codes and scale; values and None in float
         self._first_values: Tensor | None = None  # what they say, for `store`
+        self.cursor: tuple[Tensor, Tensor] | None = None  # as `PackedStates.cursor`
         self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E)]
         self.scale: Tensor | None = None  # [B, Hkv, slots, 1] float16
 
@@ -101,18 +102,27 @@ class DynamicStates:
         self.length = stop
         return self.read()
 
-    def store(self, states: Tensor) -> tuple[PackedHeads, int]:
+    def pin(self, room: int, ends: Tensor) -> None:
+        """`QuantizedKVCache.pin` for these states; the first token has no slot."""
+        self._reserve(self.packed, self.length - 1 + room)
+        self.cursor = (ends[0:1], ends[1:2])
+
+    def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] behind the first token without reading anything back; returns the store and its
         filled slots."""
         from kernels.kv_attention import PackedHeads, kv_append
 
-        start, self.length = self.length - 1, self.length + states.shape[2]
-        self._reserve(states, self.length - 1)
+        start, stop = self.length - 1, self.length + states.shape[2]
+        self._reserve(states, stop - 1)
         if self._first_values is None:
             self._first_values = self._read_first()
         heads = PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
+        if self.cursor is not None:
+            kv_append(states, heads, self.cursor[0])
+            return heads, self.cursor[1]
         kv_append(states, heads, start)
-        return heads, self.length - 1
+        self.length = stop
+        return heads, stop - 1
 
     def read(self) -> Tensor:
         """All states, dequantised: [B, Hkv, S, E] float32."""

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from core.config import BitNetOptions, Clusters
+from core.evaluation.graph import DecodeStep, obstacle
 from core.models.shell import new_cache
-from core.models.tiny import tiny_model
 from tests.core.tools import in_steps, quantised, relative, tokens
 
 pytestmark = pytest.mark.gpu
@@ -47,14 +47,14 @@ def count(monkeypatch):
     return seen
 
 
-def logits(made, device):
-    """[B, PROMPT + NEW, V]: a prompt, then one token at a time, with the cache of the model."""
+def logits(made, device, *, rows=2):
+    """[rows, PROMPT + NEW, V]: a prompt, then one token at a time, with the cache of the model."""
     model = made.model.to(device)
     for block in made.blocks:
         for linear in block.linears().values():
             linear.set_backend(linear.requested)  # chosen anew, as a move to another device does
     cache = new_cache(model, made.loaded.adapter)
-    ids = tokens(2, PROMPT + NEW).to(device)
+    ids = tokens(rows, PROMPT + NEW).to(device)
     return in_steps(model, ids, cache, steps=(PROMPT,)).cpu(), cache
 
 
@@ -89,16 +89,46 @@ def test_integer_inputs_come_from_the_norm(architecture, variant, in_prefill, re
 
 @pytest.mark.parametrize(("gate_first", "q_bits"), [("always", 4), ("auto", 16)])
 def test_bitnet(gate_first, q_bits, request, count):
-    made = quantised("bitnet", base=tiny_model("bitnet"), method="bitnet", bitnet=BitNetOptions(kv_bits=3, q_bits=q_bits))
+    made = quantised("bitnet", layers=1, method="bitnet", bitnet=BitNetOptions(kv_bits=3, q_bits=q_bits))
     for block in made.blocks:
         block.gate_first = gate_first
     expected, plain = logits(made, "cpu")
     assert not count
     found_on = request.getfixturevalue("triton_everywhere")
     found, cache = logits(made, found_on)
-    layers, passes = len(made.blocks), NEW + 1
-    assert count["attention"] == NEW * layers and count["append"] == 2 * NEW * layers and count["rope"] == 2 * passes * layers
-    assert count["norm"] == 3 * passes * layers and count["topk"] == passes * layers
-    assert count["compact"] == (2 * NEW * layers if gate_first == "always" else 0)
+    passes = NEW + 1
+    assert count["attention"] == NEW and count["append"] == 2 * NEW and count["rope"] == 2 * passes
+    assert count["norm"] == 3 * passes and count["topk"] == passes
+    assert count["compact"] == (2 * NEW if gate_first == "always" else 0)
     assert cache.nbytes == plain.nbytes
     assert relative(found, expected) < (BOUND if found_on == "cpu" else TIES)
+
+
+@pytest.mark.parametrize("method", ["rptq", "bitnet"])
+def test_a_step_with_static_inputs(method, request):
+    """What a CUDA graph captures, run without one: place and position come from tensors, warm-ups leave no trace."""
+    if method == "rptq":
+        made = rptq("llama", "W4A4KV", clusters=1)
+    else:
+        made = quantised("bitnet", layers=1, method="bitnet", bitnet=BitNetOptions(kv_bits=3))
+    device = request.getfixturevalue("triton_everywhere")
+    expected, plain = logits(made, device, rows=1)
+    cache, ids = new_cache(made.model, made.loaded.adapter), tokens(1, PROMPT + NEW).to(device)
+    in_steps(made.model, ids[:, :PROMPT], cache, steps=(PROMPT,))
+    reason = obstacle(made.model, made.loaded.adapter, cache, 32)
+    assert reason == (None if device == "cuda" else "the model is on cpu")
+    step = DecodeStep(made.model, cache, NEW)
+    if device == "cuda":
+        step.capture()
+    else:
+        step._forward()
+    for index in range(PROMPT, PROMPT + NEW):
+        assert relative(step(int(ids[0, index])).cpu(), expected[0, index]) < BOUND
+    assert cache.get_seq_length() == PROMPT + NEW and cache.nbytes == plain.nbytes
+    for one, other in zip(cache.layers, plain.layers, strict=True):
+        assert relative(one.key_states.read().cpu(), other.key_states.read().cpu()) < BOUND
+    with pytest.raises(RuntimeError, match="unpin"):
+        made.model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+    cache.unpin()
+    after = [made.model(input_ids=ids[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, plain)]
+    assert relative(*(x.cpu() for x in after)) < BOUND, "and goes on as any cache"
