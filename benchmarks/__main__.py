@@ -1,39 +1,55 @@
-"""`python -m benchmarks [NAME …] [--model M] [--json FILE]`: run all jobs or the named ones."""
+"""`python -m benchmarks [NAME …] [--model M] [--json FILE]`: run all jobs or the named ones (C1 to C7 are names too)."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
-from benchmarks import bench_click, bench_cluster, bench_gptq, bench_int_linear, bench_page, bench_perplexity
-from benchmarks.common import Result, as_json, print_results
+from benchmarks.common import Result, as_json, limits, print_results
 
 JOBS = {
-    "cluster": bench_cluster.run,
-    "gptq": bench_gptq.run,
-    "linear": bench_int_linear.run,
-    "perplexity": bench_perplexity.run,
-    "click": bench_click.run,
-    "page": bench_page.run,
+    "reorder": "C1",
+    "gptq": "C2",
+    "perplexity": "C3, C4",
+    "decode": "C5",
+    "ternary": "C6",
+    "click": "C7",
+    "slider": "",
+    "linear": "",
+    "segments": "",
+    "growth": "",
+    "page": "",
 }
+"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, and their numbers among the targets."""
 
 
 def main() -> int:
     """Parse arguments, run, print, and write JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}; none runs all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)} or C1 … C7; none runs all")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.names if name not in JOBS]
-    if unknown:
-        parser.error(f"unknown job {unknown[0]!r}: use {', '.join(JOBS)}")
-    results: list[Result] = []
+    names = []
     for name in arguments.names or JOBS:
-        print(f"… {name}", file=sys.stderr, flush=True)
-        results += JOBS[name](arguments.model)
+        found = [job for job, number in JOBS.items() if name == job or name.upper() in number.split(", ") and name]
+        if not found:
+            parser.error(f"unknown job {name!r}: use {', '.join(JOBS)} or C1 … C7")
+        names += [job for job in found if job not in names]
+    rates = limits()
+    print(
+        f"limits: copy {rates.copy / 1e9:.1f} GB/s, float32 {rates.float32 / 1e9:.0f} GFLOP/s, int8 {rates.int8 / 1e9:.0f} GOP/s",
+        flush=True,
+    )
+    results: list[Result] = []
+    for name in names:
+        start = time.perf_counter()
+        results += importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model)
+        print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     print_results(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")

@@ -1,13 +1,17 @@
-"""Interleaved timing, peak memory and provenance, shared by every job."""
+"""Interleaved timing, limits of the machine, optional peers, peak memory and provenance, shared by every job."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+
+import torch
 
 from core.provenance import hardware, versions
 
@@ -20,6 +24,7 @@ class Result:
         job: what was measured. peer: what `ratio` is relative to.
         ratio: speed relative to the peer (above 1 is faster) unless the job's name says "time over".
         seconds, peak_bytes: where the job is judged by them.
+        limit_fraction: share of what the machine could do, from rates measured in the same run (`limits`).
         target: the mark the project set itself, in words.
     """
 
@@ -30,11 +35,35 @@ class Result:
     seconds: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+    limit_fraction: float | None = None
 
 
-def interleave(*functions: Callable[[], object], rounds: int = 7) -> list[float]:
-    """Median seconds of each function, called in turn A B A B … after one warm-up each."""
-    for function in functions:
+@dataclass(frozen=True)
+class Limits:
+    """Measured rates: bytes per second read and written by a copy, operations per second of float32 and int8 products."""
+
+    copy: float
+    float32: float
+    int8: float
+
+
+@functools.cache
+def limits() -> Limits:
+    """Rates of this machine with the threads torch uses, measured once per process."""
+    source = torch.empty(2**26)  # 256 MiB, beyond most caches
+    target = torch.empty_like(source)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    i, j = (t.mul(40).clamp(-127, 127).to(torch.int8) for t in (a, b))
+    with torch.inference_mode():
+        copy, real, integer = interleave(
+            lambda: target.copy_(source), lambda: torch.mm(a, b.t()), lambda: torch._int_mm(i, j.t()), rounds=9
+        )
+    return Limits(2 * source.numel() * 4 / copy, 2 * 1024**3 / real, 2 * 1024**3 / integer)
+
+
+def interleave(*functions: Callable[[], object], rounds: int = 7, warm_up: bool = True) -> list[float]:
+    """Median seconds of each function, called in turn A B A B …, after one call each where `warm_up`."""
+    for function in functions if warm_up else ():
         function()
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
@@ -43,6 +72,16 @@ def interleave(*functions: Callable[[], object], rounds: int = 7) -> list[float]
             function()
             slot.append(time.perf_counter() - start)
     return [median(slot) for slot in times]
+
+
+def installed(package: str) -> bool:
+    """Whether a peer's package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def absent(job: str, *packages: str) -> list[Result]:
+    """A line for each peer that is not installed: its ratio was not measured."""
+    return [Result(job, None, package, note="not measured: not installed") for package in packages if not installed(package)]
 
 
 def commit() -> str:
@@ -59,7 +98,7 @@ def commit() -> str:
 def as_json(results: list[Result]) -> dict[str, object]:
     """{"results": [...]} with hardware, versions and commit on every line."""
     where = {"hardware": hardware(), "versions": versions(), "commit": commit()}
-    return {"results": [{**asdict(result), "limit_fraction": None, **where} for result in results]}
+    return {"results": [{**asdict(result), **where} for result in results]}
 
 
 def print_results(results: list[Result]) -> None:
@@ -67,10 +106,11 @@ def print_results(results: list[Result]) -> None:
     print(f"{hardware()} · torch {versions().get('torch')} · commit {commit()}")
     for r in results:
         ratio = "" if r.ratio is None else f"{r.ratio:6.2f}×"
-        seconds = "" if r.seconds is None else f"{r.seconds:8.2f} s"
+        seconds = "" if r.seconds is None else f"{r.seconds:10.4f} s"
         peak = "" if r.peak_bytes is None else f"{r.peak_bytes / 2**30:6.2f} GiB"
+        limit = "" if r.limit_fraction is None else f"{r.limit_fraction:4.0%} of the limit"
         print(
-            f"{r.job:64s} {ratio:>8s} {seconds:>10s} {peak:>10s}  vs {r.peer}"
+            f"{r.job:70s} {ratio:>8s} {seconds:>12s} {peak:>10s} {limit:>17s}  vs {r.peer}"
             + (f"  [{r.target}]" if r.target else "")
             + (f"  {r.note}" if r.note else "")
         )

@@ -32,7 +32,7 @@ TILE = (128, 1024)
 """Rows and output channels that INT8 takes at a time, so that the accumulator is still in cache when the epilogue reads it. One
 thread with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 and 25 ms untiled, 13.2 ms in float32."""
 
-MIN_COLUMNS_PER_SEGMENT = 128
+MIN_COLUMNS_PER_SEGMENT = 192
 """INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
 dequantised weights is faster (benchmarks: `python -m benchmarks linear`)."""
 

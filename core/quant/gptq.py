@@ -5,7 +5,7 @@ absorb the error, weighted by the inverse Hessian H = (2 / M) Xᵀ X. Scales and
 weight, per output row and input cluster (RPTQ's published code), so groups need no re-fitting on the way.
 
 The factor used is U with H⁻¹ = Uᵀ U, U upper triangular. With H = R Rᵀ, R upper triangular (the Cholesky factor of H with
-rows and columns reversed), U = R⁻¹: one factorisation and one triangular solve. Columns are kept as contiguous rows
+rows and columns reversed), U = R⁻¹: one factorisation and one triangular inverse. Columns are kept as contiguous rows
 of Wᵀ, and updates are made in two levels (16 columns inside 128) so that most of the work is matrix products.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from core.errors import NumericError
 from core.quant.affine import Grid, choose_qparams, code_limits, round_scale
-from core.quant.granularity import segment_max, segment_min
 from core.quant.linear import QuantizedWeight
 
 BLOCK = 128
@@ -55,7 +54,7 @@ class _Groups:
 def round_to_nearest(weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> WeightResult:
     """Quantise weight [N, K] per row and input cluster without a Hessian. offsets: [G + 1] int64."""
     groups = _choose_groups(weight, offsets, bits, grid)
-    clusters = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    clusters = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=weight.device), offsets.diff())
     scale, zero = groups.scale[:, clusters], groups.zero_point[:, clusters]
     codes = torch.clamp((weight / scale).round_(), groups.qmin - zero, groups.qmax - zero).add_(zero)
     return WeightResult(_finish(codes, groups, bits, grid), "rtn")
@@ -71,7 +70,7 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
         bits: 2 to 8.
     Raises: NumericError if the weight holds NaN or infinity.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not _all_finite(weight):
         raise NumericError(
             f"A weight of shape {tuple(weight.shape)} holds {int((~torch.isfinite(weight)).sum())} NaN or "
             "infinite values: the checkpoint is damaged, download it again.",
@@ -97,30 +96,47 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
     Inputs that never fire (zero diagonal) are masked; damping starts at 1 % of the mean diagonal and grows tenfold up
     to three times while the factorisation fails.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not _all_finite(hessian):
         return None, "the Hessian holds NaN or infinity"
     diagonal = hessian.diagonal()
     largest = float(diagonal.max())
     if largest <= 0:
         return None, "no input of this layer ever fired"
-    scaled = hessian / largest
-    dead = diagonal <= 0
-    mean = float(scaled.diagonal().mean())
-    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    dead = diagonal.flip(0) <= 0
+    mean = float(diagonal.mean()) / largest
     for attempt in range(DAMPING_RETRIES + 1):
-        damped = scaled.clone()
+        damped = hessian.flip(0, 1).div_(largest)
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(mean * DAMPING * 10**attempt)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(torch.isfinite(factor).all()):
+            factor = _inverse_upper(lower.flip(0, 1))
+            if _all_finite(factor):
                 return factor, None
     return None, f"the Hessian is not positive definite even with {DAMPING * 10**DAMPING_RETRIES:g} damping"
 
 
+def _all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: finite if their sum is, otherwise looked up one by one."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def _inverse_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves, n³ / 3 operations instead of the n³ of solving for the identity:
+    the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]."""
+    size = len(upper)
+    if size <= BLOCK:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+    half = size // 2
+    out = torch.zeros_like(upper)
+    out[:half, :half], out[half:, half:] = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    out[:half, half:] = (out[:half, :half] @ upper[:half, half:] @ out[half:, half:]).neg_()
+    return out
+
+
 def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _Groups:
-    low, high = segment_min(weight, offsets), segment_max(weight, offsets)
+    runs = weight.t().contiguous().split(offsets.diff().tolist())  # [columns of a cluster, N] each
+    low, high = (torch.stack([reduce(run, 0) for run in runs], dim=1) for reduce in (torch.amin, torch.amax))
     if grid is Grid.EXACT:  # zero is a code, so zero points fit the code's own width
         low, high = low.clamp_max(0), high.clamp_min(0)
     params = choose_qparams(low, high, bits=bits, grid=grid, clip_zero_point=False)
@@ -134,29 +150,28 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
     """Codes [K, N] float of Wᵀ `columns` [K, N] (overwritten), rows rounded in order."""
     width = len(columns)
     codes = torch.empty_like(columns)
-    cluster = torch.repeat_interleave(torch.arange(len(groups.offsets) - 1), groups.offsets.diff()).tolist()
-    scale, zero = groups.scale.t().contiguous(), groups.zero_point.t().contiguous()  # [G, N]
-    lower, upper = groups.qmin - zero, groups.qmax - zero
-    diagonal = factor.diagonal().tolist()
-    errors = torch.empty(min(BLOCK, width), columns.shape[1])
+    clusters = torch.arange(len(groups.offsets) - 1, device=columns.device)
+    channel_cluster = torch.repeat_interleave(clusters, groups.offsets.diff())
+    zero = groups.zero_point.t().contiguous()  # [G, N]
+    grids = list(zip(groups.scale.t().contiguous(), groups.qmin - zero, groups.qmax - zero, strict=True))
+    factor = factor / factor.diagonal()[:, None]  # an error enters undivided
+    errors = torch.empty(min(BLOCK, width), columns.shape[1], device=columns.device)
+    rows = list(zip(columns, codes, (grids[c] for c in channel_cluster.tolist()), strict=True))
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         for inner in range(start, stop, INNER):
             end = min(inner + INNER, stop)
             for i in range(inner, end):
-                c = cluster[i]
-                rounded = torch.clamp((columns[i] / scale[c]).round_(), lower[c], upper[c])
-                codes[i] = rounded
-                error = errors[i - start]
-                torch.sub(columns[i], rounded.mul_(scale[c]), out=error)
-                error.div_(diagonal[i])
+                column, rounded, (scale, lower, upper) = rows[i]
+                torch.div(column, scale, out=rounded).round_().clamp_(lower, upper)
+                error = torch.addcmul(column, rounded, scale, value=-1.0, out=errors[i - start])
                 if i + 1 < end:
                     columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
             if end < stop:
                 columns[end:stop].addmm_(factor[inner:end, end:stop].t(), errors[inner - start : end - start], alpha=-1.0)
         if stop < width:
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1.0)
-    return codes.add_(zero[torch.tensor(cluster)])
+    return codes.add_(zero[channel_cluster])
 
 
 def _finish(codes: Tensor, groups: _Groups, bits: int, grid: Grid) -> QuantizedWeight:

@@ -194,8 +194,8 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 4
     "change, backend, words",
     [
         ({}, Backend.INT8, "1 cluster of about 256 columns"),
-        ({"offsets": (0, 128, 256)}, Backend.INT8, "2 clusters of about 128"),
-        ({"offsets": (0, 100, 254)}, Backend.REFERENCE, "2 clusters of about 127 columns"),
+        ({"offsets": (0, 192, 384)}, Backend.INT8, "2 clusters of about 192"),
+        ({"offsets": (0, 100, 382)}, Backend.REFERENCE, "2 clusters of about 191 columns"),
         ({"offsets": tuple(range(257))}, Backend.REFERENCE, "256 clusters"),
         ({"activation_bits": 16, "offsets": (0, 100, 256)}, Backend.REFERENCE, "not multiples of 32"),
         ({"activation_bits": 16, "weight_bits": 5}, Backend.REFERENCE, "5-bit weights do not fit"),

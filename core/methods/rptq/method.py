@@ -21,7 +21,7 @@ from core.methods.build import INPUT_SITE, build_block
 from core.methods.rptq.activations import RangeRules, plan_site
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import query_channels
-from core.methods.rptq.segments import ACCUMULATORS, aligned_offsets, power_of_two
+from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
@@ -145,7 +145,7 @@ class RPTQ:
             ranges = stats.calibrated[site].permuted(order)
             spare = bits.site(site) < 8 and recipe.segments == "pow2"
             if site in INPUT_SITE.values() and recipe.segments != "exact" and not spare:
-                limit = ACCUMULATORS if bits.site(site) < FLOAT_BITS else len(offsets) - 1
+                limit = most_runs(len(order)) if bits.site(site) < FLOAT_BITS else len(offsets) - 1
                 offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
             sites[site] = plan_site(ranges, offsets, bits.site(site), rules.ranges, weight)
             if site in INPUT_SITE.values() and spare:

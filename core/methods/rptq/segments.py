@@ -1,6 +1,6 @@
 """Few segments: clusters moved or scaled so that integer products need few accumulators. Each costs accuracy, and says so.
 
-`aligned`: at most ACCUMULATORS runs of the planned channel order with boundaries at multiples of ALIGN columns, chosen to
+`aligned`: 1 to ACCUMULATORS runs of the planned channel order with boundaries at multiples of ALIGN columns, chosen to
 minimise Σ (importance of a run's channels) (range of the run)². Channels keep their order; a run's grid covers all of them, so
 nothing is clipped that was not. Layers with a float input have no accumulators: as many runs as there were clusters.
 `pow2`: clusters stay, and each scale becomes the largest one divided by 2**e, 0 <= e <= 8 - bits, rounded up. A code of b bits
@@ -22,9 +22,15 @@ from core.calibration.ranges import ChannelRanges
 from core.methods.base import SitePlan
 from core.methods.rptq.activations import fake_rows, sqnr_db
 from core.quant.affine import QParams, code_limits
+from kernels.int_linear import MIN_COLUMNS_PER_SEGMENT
 
 ALIGN = 32
 ACCUMULATORS = 4
+
+
+def most_runs(width: int) -> int:
+    """Runs that integer products of `width` columns afford: ACCUMULATORS, fewer where they would be too narrow to pay."""
+    return max(1, min(ACCUMULATORS, width // MIN_COLUMNS_PER_SEGMENT))
 
 
 def aligned_offsets(low: Tensor, high: Tensor, importance: Tensor | None, *, limit: int) -> Tensor:

@@ -34,7 +34,10 @@ def run(model: str) -> list[Result]:
                 layers.append(layer)
             with torch.inference_mode():
                 plain, reference, int8 = interleave(
-                    lambda x=x, w=weight: functional.linear(x, w), lambda x=x, f=layers[0]: f(x), lambda x=x, f=layers[1]: f(x)
+                    lambda x=x, w=weight: functional.linear(x, w),
+                    lambda x=x, f=layers[0]: f(x),
+                    lambda x=x, f=layers[1]: f(x),
+                    rounds=3 if rows * width > 2**20 else 7,
                 )
             auto = QuantLinear.from_weight(round_to_nearest(weight, offsets, bits=4, grid=Grid.EXACT).weight, None, quantizer)
             name = f"W4A8 linear {rows}×{width}→{outputs}, {clusters} cluster{'s' if clusters > 1 else ''}"

@@ -1,0 +1,79 @@
+"""C5: tokens per second of decoding with packed 4-bit weights, against transformers in float32 and bfloat16."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.common import Result, absent, installed, interleave, limits
+from core import Calibration, QuantRecipe
+from core.models.adapter import ModelAdapter
+from core.models.quantized import modules_of
+from core.models.shell import new_cache
+from core.pipeline import Workbench
+
+CONTEXT, NEW = 64, 16
+
+
+@torch.inference_mode()
+def decode(model: torch.nn.Module, adapter: ModelAdapter) -> float:
+    """Seconds per token of NEW greedy tokens after CONTEXT; the prompt's pass is not counted."""
+    cache = new_cache(model, adapter) or DynamicCache(config=model.config)
+    token = model(torch.arange(1, CONTEXT + 1)[None], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    start = time.perf_counter()
+    for _ in range(NEW):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    return (time.perf_counter() - start) / NEW
+
+
+def run(model: str) -> list[Result]:
+    """W4A16 by rounding (one scale per row) and by RPTQ in aligned runs; torchao and llama.cpp where they are installed."""
+    bench = Workbench()
+    base = bench.model(model)
+    recipes = {
+        "RTN W4A16": QuantRecipe(model=model, method="rtn", scheme="W4A16", weights="rtn", calibration=Calibration(tokens=512)),
+        "RPTQ W4A16, aligned": QuantRecipe(
+            model=model, scheme="W4A16", weights="rtn", segments="aligned", calibration=Calibration(tokens=512)
+        ),
+    }
+    entries = {"float32": base.model, "bfloat16": copy.deepcopy(base.model).to(torch.bfloat16)}
+    backends = {}
+    for name, recipe in recipes.items():
+        report = bench.quantize(recipe)
+        entries[name] = bench.model(report.key).model
+        backends[name] = ", ".join(f"{use.backend} × {use.layers}" for use in report.backends)
+    if installed("torchao"):
+        entries["torchao int8"] = _torchao(base.model)
+    times: dict[str, list[float]] = {name: [] for name in entries}
+    interleave(*(lambda n=n, m=m: times[n].append(decode(m, base.adapter)) for n, m in entries.items()), rounds=5)
+    seconds = {name: sorted(found[1:])[2] for name, found in times.items()}
+    head = base.model.get_output_embeddings().weight
+    results = []
+    for name in recipes:
+        packed = sum(layer.out_features * layer.in_features for layer in modules_of(entries[name])) // 2
+        limit = (packed + head.numel() * head.element_size()) / (limits().copy / 2) / seconds[name]
+        for peer in [p for p in entries if p not in recipes]:
+            judged = peer == "float32"
+            results.append(
+                Result(
+                    f"C5 decode {name}",
+                    seconds[peer] / seconds[name],
+                    f"{peer}, {1 / seconds[peer]:.1f} tokens/s",
+                    "≥ 2.3×" if judged else "",
+                    seconds[name],
+                    note=f"{backends[name]}; {1 / seconds[name]:.1f} tokens/s, head in float32" if judged else "",
+                    limit_fraction=limit if judged else None,
+                )
+            )
+    return results + absent("C5 decode", "torchao", "llama_cpp")
+
+
+def _torchao(model: torch.nn.Module) -> torch.nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    changed = copy.deepcopy(model)
+    quantize_(changed.model, Int8WeightOnlyConfig())
+    return changed

@@ -1,0 +1,189 @@
+"""G1 to G9 on a CUDA device: `python -m benchmarks.gpu [G1 …] [--json FILE]`, one script, under nine minutes.
+
+Every job checks its kernel against float64 first, then times kernel and peers in turn, each as a CUDA graph over copies of its
+inputs that together exceed the L2 cache four times; medians of fifteen rounds. Limits are rates measured in the same run. Without
+a CUDA device the same jobs run once on small shapes (TRITON_INTERPRET=1 runs the kernels themselves) and say that nothing
+was measured. Peers are stock torch's: cuBLAS, its int4 and int8 products, SDPA, eager chains and `torch.compile`; for others a
+line says that they were not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Result, as_json, print_results
+from kernels import Backend, _triton
+
+L2 = 64 * 2**20
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison.
+
+    Attributes:
+        ours, peers: called with the number of a copy of the inputs.
+        copies: how many there are.
+        expected: the exact result for copy 0, or None where `ours` has no single output to compare.
+        untimed: further peers, named but not timed. captured: whether calls can be CUDA graphs.
+        bytes, operations: what the job must move, and compute in `rate` ("int8" or "bfloat16"); the slower one is the limit.
+    """
+
+    name: str
+    ours: Callable[[int], object]
+    peers: dict[str, Callable[[int], object]]
+    copies: int = 1
+    expected: Callable[[], Tensor] | None = None
+    bytes: float = 0.0
+    operations: float = 0.0
+    rate: str = "int8"
+    target: str = ""
+    untimed: tuple[str, ...] = ()
+    captured: bool = True
+
+
+class Machine:
+    """Where jobs run: the device, the backend of our kernels, and how many copies defeat the cache."""
+
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+        self.backend = Backend.TRITON if self.cuda or _triton.interpreting() else Backend.REFERENCE
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.rates = self._rates() if self.cuda else {}
+
+    def copies(self, bytes_each: float) -> int:
+        """Copies of inputs of this size that exceed L2 four times, at most 64."""
+        return max(1, min(64, int(4 * L2 // max(bytes_each, 1)) + 1)) if self.cuda else 1
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(*shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
+
+    def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Integers in [low, high) on the device."""
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device).to(dtype)
+
+    def _rates(self) -> dict[str, float]:
+        source = torch.empty(2**28, device="cuda", dtype=torch.int8).random_(-8, 8)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        i, j = (torch.randint(-8, 8, (8192, 8192), device="cuda").to(torch.int8) for _ in range(2))
+        found = measure([lambda: target.copy_(source), lambda: torch.mm(a, b.t()), lambda: torch._int_mm(i, j.t())])
+        return {"copy": 2 * source.numel() / found[0], "bfloat16": 2 * 8192**3 / found[1], "int8": 2 * 8192**3 / found[2]}
+
+    def limit(self, job: Job) -> float:
+        """Seconds that the job takes at the measured rates."""
+        return max(job.bytes / self.rates["copy"], job.operations / self.rates[job.rate])
+
+
+def measure(functions: list[Callable[[], object]], *, captured: bool = True) -> list[float]:
+    """Median seconds of each function in turn, as captured graphs where `captured` (else three rounds of plain calls)."""
+    runs = [_captured(function) for function in functions] if captured else functions
+    rounds = ROUNDS if captured else 3
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for slot, run in zip(times, runs, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            slot.append(begin.elapsed_time(end) / 1e3)
+    return [median(slot) for slot in times]
+
+
+def _captured(function: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative error in the norm."""
+    exact = exact.double()
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def run_job(job: Job, machine: Machine) -> list[Result]:
+    """Check, time and compare one job."""
+    note = ""
+    if job.expected is not None:
+        note = f"error {error(job.ours(0), job.expected()):.1e}"
+    else:
+        job.ours(0)
+    untimed = [Result(job.name, None, peer, note="not measured") for peer in job.untimed]
+    if not machine.cuda:
+        for peer in job.peers.values():
+            peer(0)
+        note = "; ".join(filter(None, ("not measured yet: no GPU", note)))
+        return [Result(job.name, None, peer, job.target, note=note) for peer in job.peers] + untimed
+
+    def repeated(function: Callable[[int], object]) -> Callable[[], object]:
+        return lambda: [function(i) for i in range(job.copies)]
+
+    ours, *others = (
+        t / job.copies for t in measure([repeated(f) for f in (job.ours, *job.peers.values())], captured=job.captured)
+    )
+    fraction = machine.limit(job) / ours if job.bytes or job.operations else None
+    results = [
+        Result(job.name, seconds / ours, peer, job.target if i == 0 else "", ours, note=note, limit_fraction=fraction)
+        for i, (peer, seconds) in enumerate(zip(job.peers, others, strict=True))
+    ]
+    return results + untimed
+
+
+def main() -> int:
+    """Run all or the named jobs, print, and write JSON when asked."""
+    from benchmarks import gpu_jobs
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="JOB", help="G1 … G9; none runs all")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in gpu_jobs.JOBS]
+    if unknown:
+        parser.error(f"unknown job {unknown[0]!r}: use {', '.join(gpu_jobs.JOBS)}")
+    machine = Machine()
+    where = torch.cuda.get_device_name() if machine.cuda else f"no GPU, kernels by {machine.backend}"
+    print(where, " ".join(f"{name} {rate:.3g}/s" for name, rate in machine.rates.items()), flush=True)
+    results: list[Result] = []
+    with torch.inference_mode():
+        for name in arguments.names or gpu_jobs.JOBS:
+            start = time.perf_counter()
+            for job in gpu_jobs.JOBS[name](machine):
+                results += run_job(job, machine)
+                del job
+                if machine.cuda:
+                    torch.cuda.empty_cache()
+            print(f"… {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    print_results(results)
+    if arguments.json:
+        report = as_json(results)
+        for line in report["results"]:
+            line["hardware"] = where
+        arguments.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
