@@ -24,17 +24,17 @@ CLUSTERS = 32
 
 
 def column_loop(weight: Tensor, hessian: Tensor, grid: QuantizedWeight) -> Tensor:
-    """Codes [N, K] float of GPTQ one column at a time, on the scales and zero points of `grid`."""
+    """Codes [N, K] of GPTQ one column at a time, on the scales and zero points of `grid`, computed in the weight's type."""
     weight, width = weight.clone(), weight.shape[1]
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * damped.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     codes = torch.zeros_like(weight)
     groups = torch.repeat_interleave(torch.arange(len(grid.offsets) - 1, device=weight.device), grid.offsets.diff())
-    scale, zero = grid.scale.float(), grid.zero_point.float() + 2 ** (grid.bits - 1)
+    scale, zero = grid.scale.to(weight.dtype), grid.zero_point.to(weight.dtype) + 2 ** (grid.bits - 1)
     for start in range(0, width, 128):
         stop = min(start + 128, width)
-        errors = torch.zeros(weight.shape[0], stop - start, device=weight.device)
+        errors = torch.zeros(weight.shape[0], stop - start, dtype=weight.dtype, device=weight.device)
         for i in range(start, stop):
             s, z = scale[:, groups[i]], zero[:, groups[i]]
             codes[:, i] = ((weight[:, i] / s).round() + z).clamp(0, 2**grid.bits - 1)
@@ -62,11 +62,9 @@ def compare(name: str, problems: list[tuple[Tensor, Tensor, QuantizedWeight]], p
     """One line: all `problems` fused by ours, their `parts` (row counts) one by one by the loop."""
     found: dict[str, list[Tensor]] = {}
 
-    def slow() -> None:
-        found["loop"] = [
-            torch.cat(
-                [column_loop(w, hessian, rows_of(grid, s)) for w, s in zip(weight.split(sizes), _slices(sizes), strict=True)]
-            )
+    def slow(name: str = "loop", dtype: torch.dtype = torch.float32) -> None:
+        found[name] = [
+            torch.cat([column_loop(w.to(dtype), hessian.to(dtype), rows_of(grid, s)) for w, s in _parts(weight, sizes)])
             for (weight, hessian, grid), sizes in zip(problems, parts, strict=True)
         ]
 
@@ -78,7 +76,12 @@ def compare(name: str, problems: list[tuple[Tensor, Tensor, QuantizedWeight]], p
 
     large = problems[0][0].shape[1] > 2000
     loop, ours = interleave(slow, fast, rounds=1 if large else 5, warm_up=not large)
-    same = [(a == b).flatten() for a, b in zip(found["loop"], found["ours"], strict=True)]
+    notes = []
+    if not large:
+        slow("exact", torch.float64)
+        for who in ("ours", "loop"):
+            same = [(a == b).flatten() for a, b in zip(found["exact"], found[who], strict=True)]
+            notes.append(f"{who} {float(torch.cat(same).float().mean()):.4%}")
     shapes = [weight.shape for weight, _, _ in problems]
     operations = sum(2 * k**3 / 3 + n * k**2 for n, k in shapes)  # a factorisation, a triangular inverse, the updates
     return Result(
@@ -87,14 +90,14 @@ def compare(name: str, problems: list[tuple[Tensor, Tensor, QuantizedWeight]], p
         "column loop, three factorisations",
         "≥ 2.5×, 99.99 % equal codes",
         ours,
-        note=f"{float(torch.cat(same).float().mean()):.4%} equal codes",
+        note=f"codes equal to the loop in float64: {', '.join(notes)}" if notes else "",
         limit_fraction=operations / limits().float32 / ours,
     )
 
 
-def _slices(sizes: tuple[int, ...]) -> list[slice]:
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+def _parts(weight: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, slice]]:
+    slices = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return list(zip(weight.split(sizes), slices, strict=True))
 
 
 def run(model: str) -> list[Result]:
