@@ -48,7 +48,7 @@ def run(model: str) -> list[Result]:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["stages"].items())
     return [
         Result(
-            "click: Quantize W4A4 g=32 8k GPTQ to side-by-side numbers, time over one pass",
+            "C7 click: Quantize W4A4 g=32 8k GPTQ to side-by-side numbers, time over one pass",
             data["total"] / data["plain"],
             f"one float32 pass over the same tokens, {data['plain']:.1f} s",
             "≤ 60 s, ≤ 3 GB",
