@@ -1,4 +1,4 @@
-"""Reports and job tables for the page's tests."""
+"""Reports and job tables for the page's tests, a folder of models for the command line's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from app.jobs import JobRunner  # noqa: E402 - the path fix comes first
+from app import cli  # noqa: E402 - the path fix comes first
+from app.jobs import JobRunner  # noqa: E402
 from app.settings import Settings  # noqa: E402
 from core.config import Calibration  # noqa: E402
+from tests.app.cli_tools import CALIBRATION, SENTENCES  # noqa: E402
 
 FAKE = "tests.app.fake_workbench:FakeWorkbench"
 
@@ -45,3 +47,55 @@ def runner() -> Iterator[JobRunner]:
     table = JobRunner(Settings(model="fake", workbench=FAKE))
     yield table
     table.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two float models, a text, and a quantised model made by the command line."""
+    from core.models.tiny import save_tiny
+
+    folder = tmp_path_factory.mktemp("cli")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("QUANTSCOPE_CACHE", str(folder / "cache"))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.chdir(folder)
+    save_tiny(folder / "base", "llama")
+    save_tiny(folder / "opt", "opt", seed=1)
+    (folder / "text.txt").write_text(SENTENCES * 80)
+    assert (
+        cli.main(
+            [
+                "quantize",
+                "--model",
+                "base",
+                "--method",
+                "rptq",
+                "--scheme",
+                "W4A4",
+                "--clusters",
+                "R1=8,R2=2,R3=2,R4=8,R5=8",
+                *CALIBRATION,
+                "--out",
+                "made",
+                "--json",
+                "made.json",
+            ]
+        )
+        == 0
+    )
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """Run a verb in that folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(place)
+    capsys.readouterr()
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
