@@ -1,0 +1,33 @@
+"""What RPTQ's tests share: tiny models quantised once per recipe, and what their first layers see in calibration."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from core.calibration.ranges import ChannelRanges
+from core.models.shell import block_inputs
+from tests.core.tools import Quantised, float_blocks, quantised, tiny, tokens
+
+_DONE: dict[tuple, Quantised] = {}
+
+
+def made(architecture: str, **recipe) -> Quantised:
+    """One quantisation per architecture and recipe for all tests that only look at it."""
+    key = (architecture, *sorted(recipe.items()))
+    if key not in _DONE:
+        _DONE[key] = quantised(architecture, base=tiny(architecture), **recipe)
+    return _DONE[key]
+
+
+def observed(architecture: str, skip: int) -> dict[str, Tensor]:
+    """Every site of the first layer on the default calibration windows, [S, T - skip, C]."""
+    base, seen = tiny(architecture), {}
+    inputs = block_inputs(base.model, base.adapter, tokens(8, 32))
+    float_blocks(base)[0](inputs.hidden, **inputs.kwargs[0], observe=lambda site, x: seen.update({site: x[:, skip:].clone()}))
+    return seen
+
+
+def ranges_of(samples: Tensor) -> ChannelRanges:
+    """[S, T, C] -> ranges."""
+    low, high = samples.amin(1), samples.amax(1)
+    return ChannelRanges(low.amin(0), high.amax(0), low, high, samples.flatten(0, 1))
