@@ -8,14 +8,13 @@ import math
 import pickle
 import subprocess
 import sys
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.config import (
-    BITNET_MODES,
     METHODS,
     PER_CHANNEL,
     REORDERS,
@@ -23,18 +22,15 @@ from core.config import (
     SITES,
     VARIANTS,
     WEIGHT_METHODS,
-    BitNetOptions,
     Bits,
     Calibration,
     Clusters,
     QuantRecipe,
-    parse_bits,
 )
 from core.errors import MAX_MESSAGE, InputError
+from tests.core.config_tools import BIT, CLUSTERS, refused
 
-BIT = st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16))
 BITS = st.builds(Bits, *[BIT] * 9)
-CLUSTERS = st.builds(Clusters, *[st.integers(1, PER_CHANNEL)] * 5)
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(str.strip)
 
 
@@ -59,16 +55,6 @@ def recipes(draw) -> QuantRecipe:
         draw(calibrations()),
         draw(st.integers(0, 2**31 - 1)),
     )
-
-
-def refused(call, *args: object, code: str | None = None, **options: object) -> InputError:
-    with pytest.raises(InputError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert 15 < len(message) <= MAX_MESSAGE and "\n" not in message and message.endswith((".", "…"))
-    assert caught.value.code.startswith("E-PARAM-") and caught.value.code == caught.value.code.upper()
-    assert code is None or caught.value.code == code
-    return caught.value
 
 
 @settings(max_examples=120, deadline=None)
@@ -341,28 +327,18 @@ def test_recipes_are_frozen():
 
 
 @pytest.mark.parametrize(
-    "scheme, variant, words, label",
+    "scheme, variant, words, ending",
     [
-        ("W4A4", "default", "W4A4 (norm outputs 8, softmax 8)", "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ"),
-        ("W4A4", "strict", "W4A4 (softmax 8)", "RPTQ · W4A4 (softmax 8) · g=32/4 · GPTQ · strict"),
-        (
-            "W4A4",
-            "official",
-            "W4A4 (norm outputs 8, softmax 8)",
-            "RPTQ · W4A4 (norm outputs 8, softmax 8) · g=32/4 · GPTQ · official",
-        ),
-        ("W4A8", "default", "W4A8", "RPTQ · W4A8 · g=32/4 · GPTQ"),
-        ("W4A16", "default", "W4A16 (activations and KV cache 16)", "RPTQ · W4A16 (activations and KV cache 16) · g=32/4 · GPTQ"),
-        (
-            "W3A3KV",
-            "default",
-            "W3A3KV (only the KV cache below 16)",
-            "RPTQ · W3A3KV (only the KV cache below 16) · g=32/4 · GPTQ",
-        ),
+        ("W4A4", "default", "W4A4 (norm outputs 8, softmax 8)", ""),
+        ("W4A4", "strict", "W4A4 (softmax 8)", " · strict"),
+        ("W4A4", "official", "W4A4 (norm outputs 8, softmax 8)", " · official"),
+        ("W4A8", "default", "W4A8", ""),
+        ("W4A16", "default", "W4A16 (activations and KV cache 16)", ""),
+        ("W3A3KV", "default", "W3A3KV (only the KV cache below 16)", ""),
     ],
 )
-def test_labels_say_what_stays_wider(scheme, variant, words, label):
-    recipe = QuantRecipe("m", scheme=scheme, variant=variant)
+def test_labels_say_what_stays_wider(scheme, variant, words, ending):
+    recipe, label = QuantRecipe("m", scheme=scheme, variant=variant), f"RPTQ · {words} · g=32/4 · GPTQ{ending}"
     assert recipe.describe_bits() == words and recipe.label() == label
 
 
@@ -400,136 +376,3 @@ def test_strict_lowers_the_norm_outputs_of_named_schemes_only():
     assert QuantRecipe("m", variant="strict").tensor_bits == dataclasses.replace(SCHEMES["W4A4"], attn_in=4, mlp_in=4)
     own = Bits(attn_in=8, o_in=3)
     assert QuantRecipe("m", variant="strict", scheme="custom", bits=own).tensor_bits == own
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("", Clusters()),
-        ("32", Clusters()),
-        ("8", Clusters(8, 1, 1, 8, 8)),
-        ("1", Clusters(1, 1, 1, 1, 1)),
-        ("256", Clusters(256, 32, 32, 256, 256)),
-        ("channel", Clusters(*[PER_CHANNEL] * 5)),
-        ("R2=7", Clusters(R2=7)),
-        (" R1 = 3 , R5=2", Clusters(R1=3, R5=2)),
-        ("Channel", Clusters.uniform(PER_CHANNEL)),
-    ],
-)
-def test_clusters_are_read(text, expected):
-    assert Clusters.parse(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    (
-        "0",
-        "-1",
-        "1.5",
-        "R6=3",
-        "R1",
-        "R1=",
-        "R1=a",
-        "R1=0",
-        "R1=٣",
-        "٣",
-        "R1=1;R2=2",
-        "R1=99999999",
-        "9999999",
-        "r1=3",
-        ",",
-        "R1=3,",
-    ),
-)
-def test_other_cluster_texts_are_refused(text):
-    refused(Clusters.parse, text)
-
-
-@settings(max_examples=60, deadline=None)
-@given(clusters=CLUSTERS)
-def test_what_a_query_writes_is_read_back(clusters):
-    text = parse_qs(QuantRecipe("m", clusters=clusters).to_query())["clusters"][0]
-    assert Clusters.parse(text) == clusters
-
-
-@pytest.mark.parametrize(
-    "text, expected", [("", Bits()), ("weights=4,k=3,v=3", Bits(weights=4, k=3, v=3)), (" q = 8 ,", Bits(q=8))]
-)
-def test_bits_are_read(text, expected):
-    assert parse_bits(text) == expected
-
-
-@pytest.mark.parametrize("text", ("q", "q=", "x=4", "q=1", "q=4.0", "4", "q=4;k=4", "q=99999999999999999999"))
-def test_other_bits_are_refused(text):
-    refused(parse_bits, text)
-
-
-# BitNet
-
-OPTIONS = st.builds(
-    BitNetOptions, st.sampled_from(BITNET_MODES), st.floats(0.01, 1.0), st.sampled_from((2, 3, 4, 8, 16)), BIT, BIT
-)
-
-
-@given(OPTIONS)
-def test_bitnet_options_round_trip(options):
-    recipe = QuantRecipe("m", method="bitnet", bitnet=options)
-    assert QuantRecipe.from_json(recipe.to_json()) == recipe
-    assert QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("other")) == recipe
-    assert QuantRecipe.from_query(recipe.to_query(), default=dataclasses.replace(recipe, bitnet=BitNetOptions())) == recipe
-
-
-def test_bitnet_recipes_have_options_and_the_others_have_none():
-    plain, recipe = QuantRecipe("m"), QuantRecipe("m", method="bitnet")
-    assert recipe.bitnet == BitNetOptions("a4.8", 0.5, 16, 4, 16) and plain.bitnet is None
-    assert "bitnet" not in plain.to_dict() and "bitnet" not in plain.to_query()
-    assert recipe.hash != QuantRecipe("m", method="bitnet", bitnet=BitNetOptions(kv_bits=3)).hash
-    with pytest.raises(InputError, match="leave them out") as caught:
-        QuantRecipe("m", bitnet=BitNetOptions())
-    assert caught.value.code == "E-PARAM-BITNET"
-    assert QuantRecipe.from_query("method=rptq", default=recipe) == plain, "the options go with the method"
-    assert QuantRecipe.from_query("seed=3", default=recipe).bitnet == recipe.bitnet
-
-
-def test_bitnet_labels_and_bits():
-    def recipe(**options) -> QuantRecipe:
-        return QuantRecipe("m", method="bitnet", bitnet=BitNetOptions(**options))
-
-    assert recipe().label() == "BITNET · a4.8" and recipe(mode="w1.58a8").label() == "BITNET · w1.58a8"
-    assert recipe(kv_bits=3, q_bits=4).label() == "BITNET · a4.8 · KV 3 bits, first token 4 · Q 4 bits"
-    assert recipe(kv_bits=4, keep=0.25).label() == "BITNET · a4.8 (keeps 0.25) · KV 4 bits"
-    bits = recipe(kv_bits=3).tensor_bits
-    assert (bits.weights, bits.attn_in, bits.o_in, bits.down_in, bits.k, bits.v, bits.q) == (2, 4, 8, 8, 3, 3, 16)
-    assert recipe(mode="int4").tensor_bits.down_in == 4 and recipe(mode="w1.58a8").tensor_bits.attn_in == 8
-
-
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
-        ({"mode": "fp"}, "E-PARAM-MODE"),
-        ({"keep": 0}, "E-PARAM-KEEP"),
-        ({"keep": 1.5}, "E-PARAM-KEEP"),
-        ({"keep": True}, "E-PARAM-KEEP"),
-        ({"keep": float("nan")}, "E-PARAM-KEEP"),
-        ({"kv_bits": 1}, "E-PARAM-BITS"),
-        ({"bos_bits": "4"}, "E-PARAM-BITS"),
-        ({"other": 1}, "E-PARAM-BITNET"),
-    ],
-    ids=str,
-)
-def test_bitnet_options_that_do_not_fit(options, code):
-    with pytest.raises(InputError) as caught:
-        QuantRecipe.from_dict({"model": "m", "method": "bitnet", "bitnet": options})
-    assert caught.value.code == code and len(str(caught.value)) < MAX_MESSAGE
-
-
-@pytest.mark.parametrize("text", ["mode", "mode=a4.9", "keep=nan", "keep=x", "kv_bits=3.5", "colour=3", "=", "keep="])
-def test_bitnet_queries_that_do_not_fit(text):
-    with pytest.raises(InputError):
-        QuantRecipe.from_query(f"method=bitnet&bitnet={text}", default=QuantRecipe("m"))
-
-
-def test_modes_are_those_of_the_quantisers():
-    from core.quant.bitnet import MODES
-
-    assert set(BITNET_MODES) == set(MODES) - {"fp"}
