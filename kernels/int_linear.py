@@ -20,6 +20,7 @@ leading dimension, so a single row or column whose stride is smaller than its le
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -175,14 +176,33 @@ def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
         operands: of the backend that x was prepared for.
     Returns: [M, N] float32, or [..., N].
     """
+    return int_linear_parts(x, operands, None)[0]
+
+
+def int_linear_parts(x: Tensor, operands: LinearOperands, sizes: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+    """`int_linear`, its output channels in parts of `sizes` (None: one part). INT8 and REFERENCE write each part contiguously:
+    elementwise work on a part of a wide row is up to twice as slow (512 x 1536 of 3072, SiLU: 0.61 for 0.38 ms)."""
     if operands.backend is Backend.TRITON:
-        return _triton_linear(x, operands)
-    if operands.backend is Backend.INT4:
-        y = int4_rows.product(x.reshape(-1, x.shape[-1]), operands.int4, operands.bias)
-        return y.view(*x.shape[:-1], -1)
-    if operands.backend is Backend.REFERENCE:
-        return torch.nn.functional.linear(x, operands.weight, operands.bias)
-    return _int8_linear(x, operands)
+        y = _triton_linear(x, operands)
+    elif operands.backend is Backend.INT4:
+        y = int4_rows.product(x.reshape(-1, x.shape[-1]), operands.int4, operands.bias).view(*x.shape[:-1], -1)
+    else:
+        one = _float_part if operands.backend is Backend.REFERENCE else _int8_linear
+        return tuple(one(x, operands, rows) for rows in output_parts(sizes))
+    return (y,) if sizes is None else y.split(sizes, dim=-1)
+
+
+def output_parts(sizes: tuple[int, ...] | None) -> list[slice]:
+    """The slices of output channels with these sizes; None is one slice of all."""
+    if sizes is None:
+        return [slice(None)]
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _float_part(x: Tensor, operands: LinearOperands, outputs: slice) -> Tensor:
+    bias = None if operands.bias is None else operands.bias[outputs]
+    return torch.nn.functional.linear(x, operands.weight[outputs], bias)
 
 
 def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
@@ -195,12 +215,14 @@ def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
     return y.view(*x.shape[:-1], len(o.packed))
 
 
-def _int8_linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    y = torch.empty(len(x), len(operands.codes))
+def _int8_linear(x: Tensor, operands: LinearOperands, outputs: slice = slice(None)) -> Tensor:
+    first, last, _ = outputs.indices(len(operands.codes))
+    y = torch.empty(len(x), last - first)
     rows, columns = TILE if len(x) > TILE[0] else (TILE[0], y.shape[1])
     for m in range(0, len(x), rows):
-        for n in range(0, y.shape[1], columns):
-            _int8_tile(x[m : m + rows], operands, slice(n, n + columns), y[m : m + rows, n : n + columns])
+        for n in range(first, last, columns):
+            stop = min(n + columns, last)
+            _int8_tile(x[m : m + rows], operands, slice(n, stop), y[m : m + rows, n - first : stop - first])
     return y
 
 

@@ -45,6 +45,10 @@ class FloatLinear(nn.Linear):
         """x [..., K] -> [..., N]."""
         return functional.linear(x, self.weight, self.bias)
 
+    def parts(self, x: Tensor, sizes: tuple[int, ...], exempt: Exempt | None = None) -> tuple[Tensor, ...]:
+        """`forward` with its output channels in tensors [..., n] of these sizes."""
+        return self(x).split(sizes, dim=-1)
+
     def dequantized_weight(self) -> Tensor:
         """The weight itself, [N, K]."""
         return self.weight.detach()
@@ -87,7 +91,8 @@ class ReorderNorm(nn.Module):
             variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
             factor, shift = torch.rsqrt(variance + self.eps), mean
         else:
-            factor, shift = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps), None
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, nothing written
+            factor, shift = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps)), None
         if self.order is not None:
             x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
         if shift is not None:
@@ -302,7 +307,7 @@ class DecoderBlock(nn.Module):
     def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
         if not self._looks_at_gate(n2, exempt):
-            return self._activate(self.up(n2, exempt))
+            return self._activate(n2, exempt)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
         if self.up.bias is None and triton_runs_on(gate.device.type):  # the host does not look
@@ -322,10 +327,10 @@ class DecoderBlock(nn.Module):
         one_large = n2.shape[:-1].numel() == 1 and self.spec.ffn * self.spec.hidden >= GATE_FIRST_WEIGHTS
         return self.gate_first == "always" or one_large
 
-    def _activate(self, up: Tensor) -> Tensor:
+    def _activate(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
         if not self.spec.gated:
-            return self.activation(up)
-        gate, up = up.split(self.spec.ffn, dim=-1)
+            return self.activation(self.up(n2, exempt))
+        gate, up = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), exempt)
         return self.activation(gate).mul_(up)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from core.errors import BackendError
 from core.quant.activation import ActivationQuantizer, Codes, Exempt, exempt_rows
 from core.quant.granularity import expand
-from kernels import Backend, Choice, dequantize, int4_rows, int_linear, pack, packed_width, select_linear_backend, unpack
-from kernels.int_linear import LinearOperands, float_rows, whole_blocks
+from kernels import Backend, Choice, dequantize, int4_rows, pack, packed_width, select_linear_backend, unpack
+from kernels.int_linear import LinearOperands, float_rows, int_linear_parts, output_parts, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,25 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:
         """x [..., K] float32, or its codes where `takes_codes` -> [..., N] float32. Exempt tokens keep a float input."""
+        return self.parts(x, None, exempt)[0]
+
+    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, exempt: Exempt | None = None) -> tuple[Tensor, ...]:
+        """`forward` with its output channels in tensors [..., n] of these sizes, contiguous where that costs nothing."""
         if self.choice.backend is Backend.INT4 and x.numel() <= int4_rows.MAX_ROWS * self.in_features:
             if self._few_rows is None:
                 self._few_rows = self._int4_operands()
-            return int_linear(x, self._few_rows)
+            return int_linear_parts(x, self._few_rows, sizes)
         if not self.takes_codes:
-            return int_linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self._operands)
-        y = int_linear(self._input_codes(x).reshape(-1, self.in_features), self._operands)
-        y = y.view(*x.shape[:-1], self.out_features)
+            x = x if self.quantizer is None else self.quantizer.fake(x, exempt)
+            return int_linear_parts(x, self._operands, sizes)
+        found = int_linear_parts(self._input_codes(x).reshape(-1, self.in_features), self._operands, sizes)
+        found = tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
         if exempt is not None:
             rows = exempt_rows(exempt, x)
-            y[rows] = self._float_product(x[rows])
-        return y
+            exact = self._float_product(x[rows])
+            for y, outputs in zip(found, output_parts(sizes), strict=True):
+                y[rows] = exact[..., outputs]
+        return found
 
     def _input_codes(self, x: Tensor) -> Tensor:
         codes = x.codes if isinstance(x, Codes) else self.quantizer.codes(x)
@@ -252,6 +259,6 @@ class QuantLinear(nn.Module):
         return LinearOperands(Backend.INT4, self._segments, self.bias, int4=weight)
 
     def extra_repr(self) -> str:
-        """Shape, bits and backend for `print(model)`."""
+        """Shape, bits and backend, as the model's repr shows them."""
         clusters = len(self._segments) - 1
         return f"{self.in_features} → {self.out_features}, {self.bits} bits, {clusters} clusters, {self.choice.backend}"

@@ -194,6 +194,10 @@ class TernaryLinear(nn.Module):
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
         return y
 
+    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...], exempt: Exempt | None = None) -> tuple[Tensor, ...]:
+        """`forward` with its output channels in tensors [..., n] of these sizes."""
+        return self.forward(x, exempt).split(sizes, dim=-1)
+
     def _operands(self) -> tuple[Tensor, Tensor]:
         """(t [N, K] in the backend's type, α [N] float32)."""
         if self._working is None:
@@ -208,5 +212,5 @@ class TernaryLinear(nn.Module):
         return self._row_scale
 
     def extra_repr(self) -> str:
-        """Shape, input and backend for `print(model)`."""
+        """Shape, input and backend, as the model's repr shows them."""
         return f"{self.in_features} → {self.out_features}, ternary, input {self.kind}, {self.choice.backend}"
