@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from app import cli_verbs as verbs
 from app.cli_output import Console, complain
 from app.cli_train import train, train_options
-from core.config import BITNET_MODES, METHODS, SCHEMES, VARIANTS, WEIGHT_METHODS
+from core.config import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 from core.errors import InputError, QuantscopeError, ResourceError
 
 OK, BUG, BAD_INPUT, INTERRUPTED, TERMINATED, CLOSED_PIPE = 0, 1, 2, 130, 143, 141
@@ -175,6 +175,7 @@ def _quantize(verb: Parser) -> None:
     verb.add_argument("--bits", metavar="k=3,v=3", help="own bits on top of the scheme; with custom, the others stay at 16")
     verb.add_argument("--variant", help=f"rules of RPTQ: {', '.join(VARIANTS)}")
     verb.add_argument("--clusters", metavar="R1=32,R2=4", help="clusters per reordering, one number for all, or channel")
+    verb.add_argument("--segments", help=f"{', '.join(SEGMENTS)}: how many accumulators integers take (default exact)")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")
     verb.add_argument("--mode", help=f"rules of bitnet: {', '.join(BITNET_MODES)} (default a4.8)")
     verb.add_argument("--keep", metavar="X", help="share of the output projection's input that bitnet's TopK keeps (default 0.5)")

@@ -199,11 +199,14 @@ def memory(args: Namespace, console: Console) -> None:
 def recipe_of(args: Namespace) -> QuantRecipe:
     """The recipe that `quantize`'s options describe. Raises: InputError."""
     base = _read_recipe(args.recipe) if args.recipe is not None else {}
-    given = {name: value for name in ("model", "method", "variant", "weights") if (value := getattr(args, name)) is not None}
+    chosen = ("model", "method", "variant", "segments", "weights")
+    given = {name: value for name in chosen if (value := getattr(args, name)) is not None}
     if "model" in given:
         base.pop("revision", None)
     if given.get("method", "bitnet") != "bitnet":
         base.pop("bitnet", None)
+    if given.get("method", "rptq") != "rptq":
+        base.pop("segments", None)
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
     own = {name: value for name in options if (value := getattr(args, name)) is not None}
     if own:

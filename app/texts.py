@@ -162,6 +162,13 @@ CLUSTER_LABELS = {
     "R4": "R4 MLP in",
     "R5": "R5 MLP hidden",
 }
+SEGMENTS_LABEL = "Integer accumulators"
+SEGMENTS = {
+    "exact": "Exact: one for each cluster",
+    "aligned": "Aligned: clusters merged to 4 at most",
+    "pow2": "Power of two: one, scales rounded up",
+}
+SEGMENTS_INFO = "Fewer are faster and cost perplexity: measure both and compare."
 SQNR_LABEL = "Signal-to-noise of each layer's output"
 SITES_LABEL = "Signal-to-noise by layer and site"
 RUN_EMPTY = "No run yet. Press Quantise: every layer is calibrated, reordered and rounded, then measured beside the original."

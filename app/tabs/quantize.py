@@ -40,6 +40,7 @@ class Quantize:
     measure: gr.Checkbox
     bits: dict[str, gr.Dropdown]
     clusters: dict[str, gr.Number]
+    segments: gr.Dropdown
     start: gr.Button
     stop: gr.Button
     summary: gr.HTML
@@ -56,6 +57,7 @@ class Quantize:
         return {
             self.variant,
             self.weights,
+            self.segments,
             self.keep,
             self.tokens,
             self.measure,
@@ -92,6 +94,7 @@ class Quantize:
             values[self.weights],
             values[self.variant],
             calibration,
+            segments=values[self.segments] if values[side.method] == "rptq" else "exact",
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
@@ -103,6 +106,7 @@ class Quantize:
             **self.show(recipe.method),
             self.variant: recipe.variant,
             self.weights: recipe.weights,
+            self.segments: recipe.segments,
             self.tokens: recipe.calibration.tokens,
             **{field: getattr(recipe.tensor_bits, name) for name, field in self.bits.items()},
             **{field: getattr(recipe.clusters, name) for name, field in self.clusters.items()},
@@ -211,7 +215,7 @@ def build() -> Quantize:
             with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                 start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
                 stop = gr.Button(texts.STOP, elem_id="quantize-stop", size="sm")
-        folds, bits, clusters = _folds()
+        folds, bits, clusters, segments = _folds()
         measure = gr.Checkbox(
             True,
             label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -243,6 +247,7 @@ def build() -> Quantize:
         measure,
         bits,
         clusters,
+        segments,
         start,
         stop,
         summary,
@@ -254,8 +259,8 @@ def build() -> Quantize:
     )
 
 
-def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number]]:
-    """Bits and clusters of every tensor, in place."""
+def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number], gr.Dropdown]:
+    """Bits of every tensor, clusters of every reordering and what integers make of them, in place."""
     names = [entry.name for entry in fields(Bits)]
     with gr.Row(elem_classes="qs-folds") as folds:
         with gr.Accordion(texts.BITS_PANEL, open=False):
@@ -272,19 +277,28 @@ def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number]]:
                     )
                     for name in names
                 }
-        with gr.Accordion(texts.CLUSTER_PANEL, open=False), gr.Row():
-            defaults = Clusters.uniform(32)
-            clusters = {
-                name: gr.Number(
-                    getattr(defaults, name),
-                    label=texts.CLUSTER_LABELS[name],
-                    precision=0,
-                    min_width=110,
-                    elem_id=f"clusters-{name}",
-                )
-                for name in REORDERS
-            }
-    return folds, bits, clusters
+        with gr.Accordion(texts.CLUSTER_PANEL, open=False):
+            with gr.Row():
+                defaults = Clusters.uniform(32)
+                clusters = {
+                    name: gr.Number(
+                        getattr(defaults, name),
+                        label=texts.CLUSTER_LABELS[name],
+                        precision=0,
+                        min_width=110,
+                        elem_id=f"clusters-{name}",
+                    )
+                    for name in REORDERS
+                }
+            segments = gr.Dropdown(
+                [(label, name) for name, label in texts.SEGMENTS.items()],
+                value="exact",
+                label=texts.SEGMENTS_LABEL,
+                info=texts.SEGMENTS_INFO,
+                filterable=False,
+                elem_id="segments",
+            )
+    return folds, bits, clusters, segments
 
 
 def _ternary_options() -> tuple[gr.Slider, dict[str, gr.Dropdown]]:

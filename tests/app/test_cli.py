@@ -154,6 +154,15 @@ def test_own_bits_change_a_scheme(options, expected):
     assert recipe.scheme == "custom" and {name: getattr(recipe.bits, name) for name in expected} == expected
 
 
+def test_few_accumulators_are_an_option_of_rptq(call, place):
+    options = ("--model", "base", "--scheme", "W4A8", "--weights", "rtn", *CALIBRATION, "--segments", "aligned")
+    made = document(call, "quantize", *options, "--out", "few")
+    assert made["recipe"]["segments"] == "aligned" and "few aligned runs" in made["label"]
+    (place / "few.json").write_text(json.dumps(made["recipe"]))
+    other = document(call, "quantize", "--recipe", "few.json", "--method", "rtn", "--out", "other")
+    assert "segments" not in other["recipe"]
+
+
 # BitNet
 
 

@@ -39,6 +39,8 @@ BAD = [
     (["quantize", "--model", "base", "--bits", "z=4", "--out", "new"], "E-PARAM-BITS", "z=4"),
     (["quantize", "--model", "base", "--bits", "", "--out", "new"], "E-PARAM-BITS"),
     (["quantize", "--model", "base", "--variant", "nice", "--out", "new"], "E-PARAM-VARIANT", "nice"),
+    (["quantize", "--model", "base", "--segments", "many", "--out", "new"], "E-PARAM-SEGMENTS", "many", "aligned"),
+    (["quantize", "--model", "base", "--method", "rtn", "--segments", "pow2", "--out", "new"], "E-PARAM-SEGMENTS", "pow2"),
     (["quantize", "--model", "base", "--weights", "awq", "--out", "new"], "E-PARAM-WEIGHT-METHOD", "awq"),
     (["quantize", "--model", "base", "--clusters", "R9=3", "--out", "new"], "E-PARAM-CLUSTERS", "R9=3"),
     (["quantize", "--model", "base", "--clusters", "0", "--out", "new"], "E-PARAM-CLUSTER", "0"),

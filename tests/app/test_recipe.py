@@ -29,6 +29,7 @@ def form():
         QuantRecipe(
             "a/b", "main", method="rtn", scheme="W3A3KV", weights="rtn", variant="strict", clusters=Clusters(1, 2, 3, 4, 5)
         ),
+        QuantRecipe("fake", scheme="W4A8", segments="aligned"),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
         *(QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions(mode, 0.25, 3, 8, 4)) for mode in BITNET_MODES),
     ],
@@ -45,6 +46,13 @@ def test_hidden_controls_do_not_change_a_ternary_recipe(form):
     moved = filled | {side.scheme: "custom", tab.variant: "official", tab.clusters["R1"]: 7, tab.bits["k"]: 2}
     assert tab.recipe(side, moved).hash == tab.recipe(side, filled).hash
     assert QuantRecipe.from_query(tab.recipe(side, filled).to_query(), default=QuantRecipe("x")).bitnet == BitNetOptions()
+
+
+def test_accumulators_belong_to_rptq(form):
+    side, tab, values = form
+    chosen = values | {tab.segments: "pow2"}
+    assert tab.recipe(side, chosen | {side.method: "rptq"}).segments == "pow2"
+    assert tab.recipe(side, chosen | {side.method: "rtn"}).segments == "exact"
 
 
 def test_only_the_controls_of_the_method_are_shown(form):
