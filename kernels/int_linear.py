@@ -33,6 +33,10 @@ TILE = (128, 1024)
 """Rows and output channels that INT8 takes at a time, so that the accumulator is still in cache when the epilogue reads it. One
 thread with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 and 25 ms untiled, 13.2 ms in float32."""
 
+FEW_ROWS = 32
+"""Up to so many rows the weight is the left operand of `torch._int_mm`: 0.75 of the time at 1 row, 0.6 at 32, 1.0 at 64 (576 ->
+1536, one thread with AMX)."""
+
 MIN_COLUMNS_PER_SEGMENT = 192
 """INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
 dequantised weights is faster (benchmarks: `python -m benchmarks linear`)."""
@@ -234,6 +238,8 @@ def _int8_tile(x: Tensor, operands: LinearOperands, outputs: slice, y: Tensor) -
     for c, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         if stop - start == 1 or len(codes) == 1:
             part = (x[:, None, start:stop].to(torch.int32) * codes[:, start:stop].to(torch.int32)).sum(2)
+        elif len(x) <= FEW_ROWS:
+            part = torch._int_mm(codes[:, start:stop], x[:, start:stop].t()).t()
         else:
             part = torch._int_mm(x[:, start:stop].contiguous(), codes[:, start:stop].t())  # [m, n] int32, exact
         part = part.to(torch.float32)
