@@ -1,6 +1,8 @@
-"""The two linear backends against float32, by rows and clusters: what AUTO's rule rests on."""
+"""The two linear backends against float32 and torch's own int8 layer, by rows and clusters: what AUTO's rule rests on."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch.nn import functional
@@ -32,16 +34,22 @@ def run(model: str) -> list[Result]:
                 )
                 layer.set_backend(backend)
                 layers.append(layer)
+            calls = [functools.partial(functional.linear, x, weight), *(functools.partial(layer, x) for layer in layers)]
+            if clusters == 1:
+                calls.append(functools.partial(torch.ops.quantized.linear_dynamic, x, _torch_int8(weight)))
             with torch.inference_mode():
-                plain, reference, int8 = interleave(
-                    lambda x=x, w=weight: functional.linear(x, w),
-                    lambda x=x, f=layers[0]: f(x),
-                    lambda x=x, f=layers[1]: f(x),
-                    rounds=3 if rows * width > 2**20 else 7,
-                )
+                plain, reference, int8, *peer = interleave(*calls, rounds=3 if rows * width > 2**20 else 7)
             auto = QuantLinear.from_weight(round_to_nearest(weight, offsets, bits=4, grid=Grid.EXACT).weight, None, quantizer)
             name = f"W4A8 linear {rows}×{width}→{outputs}, {clusters} cluster{'s' if clusters > 1 else ''}"
             for label, seconds in (("reference", reference), ("int8", int8)):
                 note = "AUTO" if auto.choice.backend == label else ""
                 results.append(Result(f"{name}, {label}", plain / seconds, "float32 linear", seconds=seconds, note=note))
+            results += [Result(f"{name}, int8", s / int8, f"torch's dynamic int8 linear, {s * 1e3:.2f} ms") for s in peer]
     return results
+
+
+def _torch_int8(weight: torch.Tensor) -> object:
+    """A weight [N, K] prepared for torch's own linear layer with int8 weights and inputs quantised as they come."""
+    scale = weight.abs().amax(1) / 127
+    codes = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(codes, None)

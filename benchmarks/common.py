@@ -52,13 +52,13 @@ def limits() -> Limits:
     """Rates of this machine with the threads torch uses, measured once per process."""
     source = torch.empty(2**26)  # 256 MiB, beyond most caches
     target = torch.empty_like(source)
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     i, j = (t.mul(40).clamp(-127, 127).to(torch.int8) for t in (a, b))
     with torch.inference_mode():
         copy, real, integer = interleave(
             lambda: target.copy_(source), lambda: torch.mm(a, b.t()), lambda: torch._int_mm(i, j.t()), rounds=9
         )
-    return Limits(2 * source.numel() * 4 / copy, 2 * 1024**3 / real, 2 * 1024**3 / integer)
+    return Limits(2 * source.numel() * 4 / copy, 2 * 2048**3 / real, 2 * 2048**3 / integer)
 
 
 def interleave(*functions: Callable[[], object], rounds: int = 7, warm_up: bool = True) -> list[float]:
