@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -92,18 +91,27 @@ class TrainConfig:
             ("precision", self.precision, PRECISIONS),
         ):
             require_choice(name, value, choices)
-        for name, low, high in _SIZES:
-            require_int(name, getattr(self, name), low, high, f"use a whole number from {low:,} to {high:,}")
+        for name, low, high in _SIZES:  # 32.0 becomes 32
+            size = require_int(name, getattr(self, name), low, high, f"use a whole number from {low:,} to {high:,}")
+            object.__setattr__(self, name, size)
         for name, low, high in _RATES:
-            for value in _numbers(name, getattr(self, name)):
-                if not low <= value <= high:
-                    raise InputError(f"{name} is {value:g}: use a number from {low:g} to {high:g}.", code=param_code(name))
+            object.__setattr__(self, name, _rates(name, getattr(self, name), low, high))
         for name in ("lr", "weight_decay"):
-            if len(_numbers(name, getattr(self, name))) != 2:
+            if len(getattr(self, name)) != 2:
                 raise InputError(f"{name} needs two numbers: before and after half of the steps.", code=param_code(name))
-            object.__setattr__(self, name, tuple(_numbers(name, getattr(self, name))))
-        object.__setattr__(self, "keep_at", tuple(_numbers("keep_at", self.keep_at)))
         object.__setattr__(self, "texts", _texts(self.texts))
+        if not isinstance(self.inputs, dict):
+            raise InputError(
+                f'inputs is {str(self.inputs)[:40]!r}: name quantisers by input, such as {{"down_in": "int8"}}.',
+                code="E-PARAM-INPUTS",
+            )
+        if self.init_from is not None:
+            rule = f"init_from is {str(self.init_from)[:40]!r}: name a checkpoint folder, or leave it out."
+            require_text("init_from", self.init_from, rule)
+        if not isinstance(self.resume_optimizer, bool):
+            raise InputError(
+                f"resume_optimizer is {str(self.resume_optimizer)[:40]!r}: use true or false.", code="E-PARAM-RESUME_OPTIMIZER"
+            )
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -124,6 +132,14 @@ class TrainConfig:
                 "use mode fp without a switch.",
                 code="E-PARAM-MODE",
             )
+        ternary = {self.mode, self.mode if self.switch is None else self.switch_mode} != {"fp"}
+        for name, rows in (("hidden", self.hidden), ("ffn", self.ffn), ("kv_heads", self.hidden // self.heads * self.kv_heads)):
+            if ternary and rows % 4:
+                raise InputError(
+                    f"{name} gives ternary projections of {rows} rows, and four are stored in a byte: choose a size that makes "
+                    "it a multiple of 4.",
+                    code=param_code(name),
+                )
         if self.steps <= self.warmup:
             raise InputError(
                 f"tokens {self.tokens:,} make {self.steps} steps of {self.batch} × {self.seq}, the warm-up is "
@@ -255,15 +271,25 @@ _RATES = (
     ("restart_lr", 0.0, 1.0),
     ("keep_at", 0.0, 1.0),
 )
+_LISTS = ("lr", "weight_decay", "keep_at")
+_OPTIONAL = ("clip", "switch", "restart_lr")
 
 
-def _numbers(name: str, value: object) -> list[float]:
-    """A field's numbers: none for None, one, or several. Raises: InputError unless all are finite."""
-    values = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-    for number in values:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise InputError(f"{name} has {str(number)[:40]!r}: use a finite number.", code=param_code(name))
-    return [float(number) for number in values]
+def _rates(name: str, value: object, low: float, high: float) -> float | tuple[float, ...] | None:
+    """A field of `_RATES`: one number, or None where it may be left out, or a tuple for a list.
+
+    Raises: InputError unless every number is finite and from `low` to `high`.
+    """
+    if name in _LISTS:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_rate(name, number, low, high) for number in values)
+    return None if value is None and name in _OPTIONAL else _rate(name, value, low, high)
+
+
+def _rate(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{name} is {str(value)[:40]!r}: use one finite number from {low:g} to {high:g}.", code=param_code(name))
+    return float(value)
 
 
 def _texts(value: object) -> tuple[tuple[str, int], ...]:

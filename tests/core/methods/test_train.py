@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,17 +15,16 @@ import pytest
 import torch
 
 from core.calibration.data import resolve_text
-from core.errors import ArtifactError, InputError, NumericError, QuantscopeError, TextError
+from core.errors import ArtifactError, InputError, NumericError, TextError
 from core.methods.bitnet import train as training
 from core.methods.bitnet.checkpoint import load_weights, read_state
-from core.methods.bitnet.config import TrainConfig
 from core.methods.bitnet.corpus import END, batch_rows, load_corpus, load_tokenizer, split_documents
 from core.methods.bitnet.export import export_run, load_run, thin
 from core.methods.bitnet.train import held_out_loss, read_log, train
 from core.models.load import load_model
+from tests.core.methods.train_tools import losses, tiny, write_text
 
 ROOT = Path(__file__).parents[3]
-WORDS = ["the", "old", "river", "ran", "past", "seven", "quiet", "houses", "while", "children", "counted", "boats", "in", "rain"]
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +33,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     patch = pytest.MonkeyPatch()
     patch.setenv("QUANTSCOPE_CACHE", str(folder / "cache"))
-    rng = random.Random(0)
-    stories = [" ".join(rng.choice(WORDS) for _ in range(60)) + "." for _ in range(300)]
-    (folder / "text.txt").write_text(f"\n{END}\n".join(stories))
+    write_text(folder / "text.txt")
     yield folder
     patch.undo()
-
-
-def tiny(place, **fields) -> TrainConfig:
-    """A run of 12 steps on that text."""
-    usual = {"name": "tiny", "architecture": "bitnet", "mode": "w1.58a8", "hidden": 32, "layers": 1, "heads": 2, "ffn": 48,
-             "vocab": 300, "seq": 32, "batch": 2, "tokens": 12 * 64, "warmup": 3, "texts": ((str(place / "text.txt"), 1),),
-             "precision": "fp32", "compile": "no", "checkpoint_every": 4, "eval_every": 6}
-    return TrainConfig(**(usual | fields))
-
-
-def losses(folder: Path) -> list[float]:
-    """Losses of a run's log, whose steps must be 1, 2, 3 …"""
-    entries = read_log(folder / "log.jsonl")
-    assert [e["step"] for e in entries] == list(range(1, len(entries) + 1))
-    return [e["loss"] for e in entries]
 
 
 @pytest.fixture(scope="module")
@@ -247,34 +228,6 @@ def test_two_processes_share_a_batch(place, tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-3)
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
-
-
-# configurations
-
-
-@pytest.mark.parametrize(("change", "word"), [
-    ({"mode": "w2"}, "w2"), ({"hidden": 33}, "divide"), ({"lr": [1e-3]}, "two numbers"), ({"tokens": 64}, "warm-up"),
-    ({"architecture": "opt"}, "only bitnet"), ({"lr": [float("nan"), 1]}, "finite"), ({"switch": 1.5}, "from 0 to 1"),
-    ({"texts": []}, "pairs"), ({"hiden": 64}, "Did you mean hidden"), ({"batch": 0}, "whole number"), ({"keep": 0}, "keep"),
-    ({"resume_optimizer": True}, "init_from"), ({"precision": "fp8"}, "bf16"), ({"switch_mode": "a5"}, "a5"),
-    ({"inputs": {"down_in": "x"}}, "down_in"), ({"kv_heads": 3}, "divide"), ({"texts": [["sotu", 0]]}, "pairs"),
-])
-def test_bad_configurations_are_refused(place, change, word):
-    with pytest.raises(InputError, match=word) as caught:
-        TrainConfig.from_dict(tiny(place).to_dict() | change)
-    assert isinstance(caught.value, QuantscopeError) and len(str(caught.value)) <= 240
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").rglob("*.json")), ids=lambda p: p.stem)
-def test_the_configurations_of_the_repository_are_valid(path):
-    config = TrainConfig.read(path)
-    assert config.name == path.stem and config.steps > 5 * config.warmup
-
-
-def test_json_and_toml_say_the_same(place, tmp_path):
-    (tmp_path / "a.json").write_text('{"name": "x", "architecture": "llama", "lr": [0.001, 0.001], "tokens": 2000000}')
-    (tmp_path / "a.toml").write_text('name = "x"\narchitecture = "llama"\nlr = [0.001, 0.001]\ntokens = 2_000_000\n')
-    assert TrainConfig.read(tmp_path / "a.json") == TrainConfig.read(tmp_path / "a.toml")
 
 
 # export
