@@ -69,6 +69,8 @@ class LlamaCpp:
 def _requantise(path: Path) -> Path:
     import llama_cpp
 
+    _requantise.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library holds only a pointer
+    llama_cpp.llama_log_set(_requantise.quiet, None)
     target = path.with_name("q4_0.gguf")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
