@@ -101,6 +101,21 @@ def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file of a folder that has a single writer, in one step: a reader or a crash sees the old content or the new.
+
+    Raises: ResourceError E-DISK; the file is then as it was.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with _disk_errors(path, _PLACE_REASONS):
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        flush(path.parent)
+
+
 def check_target(target: Path | str) -> None:
     """Refuse at once what `atomic_dir` would refuse after the work: call it before a long job.
 
@@ -183,8 +198,8 @@ def file_lock(path: Path | str, *, timeout: float = 600.0) -> Iterator[None]:
         while not _try_lock(handle, unsupported=True):
             if time.monotonic() >= deadline:
                 holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                raise ResourceError(f"In use by process {holder} for more than {timeout:.0f} s. "
-                                    "Wait for it to finish, or stop it.", code="E-TIME")
+                waited = f" for more than {timeout:.0f} s" if timeout else ""
+                raise ResourceError(f"In use by process {holder}{waited}. Wait for it to finish, or stop it.", code="E-TIME")
             time.sleep(0.05)
         with disk_errors(path):
             os.ftruncate(handle, 0)

@@ -47,6 +47,23 @@ def test_success_leaves_a_folder_with_its_manifest_and_nothing_else(tmp_path):
     assert leftovers(target) == []
 
 
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_file_is_replaced_or_left_alone(tmp_path, monkeypatch, function):
+    file = tmp_path / "facts.json"
+    storage.write_file(file, b"old")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(ResourceError, match="disk is full"):
+        storage.write_file(file, b"new and longer")
+    monkeypatch.undo()
+    assert file.read_bytes() == b"old"
+    storage.write_file(file, b"new")
+    assert file.read_bytes() == b"new" and [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
 def test_files_get_the_mode_of_the_folder(tmp_path):
     with atomic_dir(tmp_path / "out") as stage:
         (stage / "private").touch(mode=0o600)
