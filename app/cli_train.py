@@ -38,19 +38,22 @@ def train(args: Namespace, console: Console) -> None:
     from core.methods.bitnet.train import train as run
 
     report = run(config, args.out, resume=args.resume, progress=console.progress)
-    held_out = "none" if report.held_out_loss is None else f"{number(report.held_out_loss, 4)} nats per token"
     console.finish(
         report.to_dict(),
         facts(
             [
                 ("run", f"{report.name} in {report.folder}"),
                 ("trained", f"{report.step:,} steps, {report.tokens:,} tokens, {number(report.seconds)} s"),
-                ("loss", f"{number(report.loss, 4)} nats per token"),
-                ("held out", held_out),
+                ("loss", _nats(report.loss)),
+                ("held out", _nats(report.held_out_loss)),
                 ("mode", report.mode),
             ]
         ),
     )
+
+
+def _nats(loss: float | None) -> str:
+    return "none" if loss is None else f"{number(loss, 4)} nats per token"
 
 
 def _export(args: Namespace, console: Console) -> None:

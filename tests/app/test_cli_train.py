@@ -8,6 +8,7 @@ import random
 import pytest
 
 from app import cli
+from core.storage import file_lock
 
 WORDS = ["river", "ran", "past", "seven", "quiet", "houses", "while", "children", "counted", "boats", "in", "rain"]
 CONFIG = {
@@ -63,7 +64,7 @@ def call(place, monkeypatch, capsys):
 def test_a_run_reports_itself(place):
     report = json.loads((place / "run.json").read_text())
     assert report["step"] == 10 and report["tokens"] == 640 and report["name"] == "tiny" and 4 < report["loss"] < 6
-    assert {p.name for p in (place / "run").iterdir()} == {"run.json", "log.jsonl", "tokenizer.json", "checkpoint"}
+    assert {p.name for p in (place / "run").iterdir()} == {"run.json", "log.jsonl", "tokenizer.json", "checkpoint", "lock"}
 
 
 def test_tokens_and_texts_can_be_given(call, place):
@@ -73,9 +74,18 @@ def test_tokens_and_texts_can_be_given(call, place):
     assert code == 0 and "4 steps, 256 tokens" in out and [s["name"] for s in document["corpus"]] == ["other.txt", "text.txt"]
 
 
-def test_a_finished_run_can_be_resumed(call):
+def test_a_finished_run_can_be_resumed(call, place):
     code, out, _ = call("train", "--config", "c.json", "--out", "run", "--resume")
     assert code == 0 and "10 steps" in out
+    code, out, _ = call("train", "--config", "c.json", "--out", "run", "--resume", "--json", "-")
+    again, first = json.loads(out), json.loads((place / "run.json").read_text())
+    assert code == 0 and (again["loss"], again["held_out_loss"]) == (first["loss"], first["held_out_loss"])
+
+
+def test_a_folder_in_use_is_one_line(call, place):
+    with file_lock(place / "run/lock"):
+        code, out, err = call("train", "--config", "c.json", "--out", "run", "--resume")
+    assert code != 0 and out == "" and err.count("\n") == 1 and err.startswith("error E-TIME") and "'run'" in err
 
 
 def test_an_exported_run_is_a_model(call):

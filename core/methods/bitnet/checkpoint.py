@@ -1,15 +1,16 @@
 """Checkpoints of a training run: whole or absent, no pickles, everything that the next step depends on.
 
-    state.json               step, tokens, configuration, mode
+    state.json               step, tokens, configuration, mode, and the texts of the corpus
     model.safetensors        float32 master weights under their transformers names, tied tensors once
     optimizer.safetensors    AdamW's exp_avg, exp_avg_sq and step as <parameter>/<name>, and torch's generator state
 
-The position in the data is the step itself (`corpus.batch_rows`).
+The position in the data is the step itself (`corpus.batch_rows`). A run keeps its two latest states, in `LATEST` and `PREVIOUS`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import ArtifactError
-from core.storage import atomic_dir, verify
+from core.folders import publish
+from core.storage import atomic_dir, disk_errors, verify
 
+logger = logging.getLogger(__name__)
+
+LATEST, PREVIOUS = "checkpoint", "previous"
 _RNG = "generator"
 
 
@@ -36,9 +41,35 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         (stage / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
+def save_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write the latest checkpoint of a run; the one before becomes `PREVIOUS`. Raises: ResourceError E-DISK."""
+    save_checkpoint(run / PREVIOUS, model, optimizer, state)
+    with disk_errors(run):
+        publish(run / PREVIOUS, run / LATEST)  # the two change names in one step
+
+
+def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The latest whole checkpoint of a run and its facts, `PREVIOUS` where `LATEST` is damaged; None if there is neither.
+
+    Raises: ArtifactError E-CKPT-BAD of `LATEST` when no one is whole.
+    """
+    faults = []
+    for folder in (run / LATEST, run / PREVIOUS):
+        if not folder.exists():
+            continue
+        try:
+            return folder, read_state(folder)
+        except ArtifactError as error:
+            logger.warning("the checkpoint %s is left out: %s", folder.name, error)
+            faults.append(error)
+    if faults:
+        raise faults[0]
+    return None
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """The facts of a whole checkpoint. Raises: ArtifactError E-CKPT-BAD."""
-    verify(folder)
+    """The facts of a whole checkpoint, every checksum compared. Raises: ArtifactError E-CKPT-BAD."""
+    verify(folder, checksums=True)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not (isinstance(state, dict) and type(state["step"]) is int and isinstance(state["config"], dict)):

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -49,7 +50,7 @@ class Corpus:
     folder: Path
     train: Tensor
     held_out: Tensor
-    sources: list[dict[str, object]]
+    sources: list[dict[str, Any]]
 
     @property
     def tokenizer_file(self) -> Path:
@@ -77,6 +78,23 @@ def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progr
             _build(folder, sources, vocab, progress)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Corpus(folder, _read(folder / "train.bin"), _read(folder / "held_out.bin"), meta["sources"])
+
+
+def require_same(corpus: Corpus, known: Sequence[dict[str, Any]], what: str) -> None:
+    """Refuse a corpus whose texts are not those that `what` was trained on: its tokens would mean something else.
+
+    Args: known: `Corpus.sources` as they were then. what: how the message names the run or the checkpoint.
+    Raises: ArtifactError E-CKPT-TEXT naming the first text that differs.
+    """
+    now, then = ({(s["sha256"], s["tokens"]): s["name"] for s in sources} for sources in (corpus.sources, known))
+    if now.keys() == then.keys():
+        return
+    name = next(name for texts, others in ((now, then), (then, now)) for key, name in texts.items() if key not in others)
+    raise ArtifactError(
+        f"The training text {name!r} is not what {what} was trained on (another SHA-256 or token count): put the earlier text "
+        "back, or train a new run.",
+        code="E-CKPT-TEXT",
+    )
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from core.calibration.data import resolve_text, tokenize
 from core.errors import ArtifactError, InputError
 from core.methods.bitnet.bitlinear import set_mode
-from core.methods.bitnet.checkpoint import load_weights, read_state
+from core.methods.bitnet.checkpoint import load_weights, newest
 from core.methods.bitnet.config import TrainConfig
-from core.methods.bitnet.corpus import NAMED, load_corpus, load_tokenizer
-from core.methods.bitnet.train import LATEST, LOG, held_out_loss, read_log
+from core.methods.bitnet.corpus import NAMED, load_corpus, load_tokenizer, require_same
+from core.methods.bitnet.train import LOG, held_out_loss, read_document, read_log
 from core.models.bitnet_io import save_bitnet
 from core.storage import atomic_dir, check_target
 
@@ -40,12 +40,13 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda 
     """Write the latest checkpoint of a finished run as a folder that `load_model` reads.
 
     Args: run: its folder. out: the model folder, new, empty or written by Quantscope.
-    Returns: the card. Raises: ArtifactError (no run, unfinished, damaged), InputError E-PARAM-OUT, ResourceError E-DISK.
+    Returns: the card. Raises: ArtifactError (no run, unfinished, damaged; E-CKPT-TEXT: its texts have changed since),
+        InputError E-PARAM-OUT, ResourceError E-DISK.
     """
     run, out = Path(run), Path(out)
     check_target(out)
     config, document, model, tokenizer = load_run(run)
-    measured = measure(model, tokenizer, config, progress=progress)
+    measured = measure(model, tokenizer, config, document["corpus"], progress=progress)
     card = _card(config, document, read_log(run / LOG), measured)
     progress("Writing the model", None)
     if config.architecture == "bitnet":
@@ -61,27 +62,27 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda 
     return card
 
 
-def load_run(
-    run: Path | str, *, finished: bool = True
-) -> tuple[TrainConfig, dict[str, Any], PreTrainedModel, PreTrainedTokenizerFast]:
-    """Configuration, `run.json`, the model with the latest masters in its last mode, and the tokenizer.
+def load_run(run: Path | str) -> tuple[TrainConfig, dict[str, Any], PreTrainedModel, PreTrainedTokenizerFast]:
+    """Configuration, `run.json`, the model with the masters and the mode of its last step, and the tokenizer.
 
-    Args: finished: refuse a run that has not reached its last step.
-    Raises: ArtifactError.
+    Raises: ArtifactError (no run, unfinished, damaged).
     """
     run = Path(run)
+    document = read_document(run)
     try:
-        document = json.loads((run / "run.json").read_text(encoding="utf-8"))
         config = TrainConfig.from_dict(document["config"])
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+    except KeyError as error:
         raise ArtifactError(f"{run.name!r} is no training run: name the --out of train.") from error
-    state = read_state(run / LATEST)
-    if finished and state["step"] < config.steps:
-        raise ArtifactError(f"The run {run.name!r} is at step {state['step']:,} of {config.steps:,}: finish it with --resume.")
+    except InputError as error:
+        raise ArtifactError(f"The configuration in run.json of {run.name!r} does not fit this version. {error}") from error
+    found = newest(run)
+    step = found[1]["step"] if found else 0
+    if step < config.steps:
+        raise ArtifactError(f"The run {run.name!r} is at step {step:,} of {config.steps:,}: finish it with --resume.")
     model = config.build_model()
-    load_weights(run / LATEST, model)
+    load_weights(found[0], model)
     if config.architecture == "bitnet":
-        set_mode(model, config.mode_at(state["step"]), inputs=config.inputs)
+        set_mode(model, config.mode_at(config.steps), inputs=config.inputs)
     return config, document, model.eval().requires_grad_(False), load_tokenizer(run / "tokenizer.json")
 
 
@@ -89,19 +90,21 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     config: TrainConfig,
+    sources: list[dict[str, Any]],
     *,
     windows: int = 128,
     progress: Progress = lambda text, fraction: None,
 ) -> dict[str, dict[str, float]]:
     """Perplexity ± standard error on what training never saw: the files' held-out tail, and the other half of named texts.
 
-    Args: windows: at most so many of each.
-    Returns: name → perplexity, stderr, nll, tokens.
+    Args: sources: of `run.json`; the texts must still be these. windows: at most so many of each.
+    Returns: name → perplexity, stderr, nll, tokens. Raises: TextError, ArtifactError E-CKPT-TEXT.
     """
     texts: dict[str, Tensor] = {}
-    tail = load_corpus(config.texts, vocab=config.vocab, progress=progress).held_out
-    if len(tail) >= config.seq:
-        texts["held-out tail of the files"] = tail
+    corpus = load_corpus(config.texts, vocab=config.vocab, progress=progress)
+    require_same(corpus, sources, f"the run {config.name!r}")
+    if len(corpus.held_out) >= config.seq:
+        texts["held-out tail of the files"] = corpus.held_out
     for name, _ in config.texts:
         if name in NAMED:
             source = resolve_text(name, split="evaluation")

@@ -1,10 +1,11 @@
 """The training loop: float32 masters, AdamW, two stages, and a run folder that survives any interruption.
 
-    run.json              the configuration, the corpus, versions and hardware
+    run.json              the configuration, the corpus, versions and hardware; where and by what the run was resumed
     tokenizer.json        of the corpus
     log.jsonl             one line a step: step, loss, lr, weight_decay, tokens, tokens_per_second, seconds, mode, and
                           held_out_loss now and then
-    checkpoint/           the latest state (`checkpoint.py`); step-<n>/ states that are kept
+    checkpoint/           the latest state (`checkpoint.py`); previous/ the one before, step-<n>/ states that are kept
+    lock                  held while a process trains here
 
 A step is a function of the checkpoint before it: windows are chosen by the step's number, the mode by the schedule, and
 nothing else is random. So a run that was killed and resumed repeats the losses of an uninterrupted one on the same
@@ -19,7 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from core.errors import ArtifactError, InputError, NumericError
+from core.errors import ArtifactError, InputError, NumericError, ResourceError
 from core.methods.bitnet.bitlinear import set_mode
-from core.methods.bitnet.checkpoint import load_optimizer, load_weights, read_state, save_checkpoint
+from core.methods.bitnet.checkpoint import load_optimizer, load_weights, newest, read_state, save_checkpoint, save_latest
 from core.methods.bitnet.config import TrainConfig
-from core.methods.bitnet.corpus import Corpus, batch_rows, load_corpus
+from core.methods.bitnet.corpus import Corpus, batch_rows, load_corpus, require_same
 from core.provenance import provenance
+from core.storage import disk_errors, file_lock, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +43,19 @@ Progress = Callable[[str, float | None], None]
 
 BETAS = (0.9, 0.95)
 EVAL_WINDOWS = 16
-LATEST = "checkpoint"
-LOG = "log.jsonl"
+DOCUMENT, LOG = "run.json", "log.jsonl"
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """How a run ended: its last step, tokens, losses (nats per token), seconds of this process, and its folder."""
+    """How a run ended: its last step, tokens, losses (nats per token; of a finished run those that its log tells), seconds
+    of this process, and its folder."""
 
     name: str
     folder: str
     step: int
     tokens: int
-    loss: float
+    loss: float | None
     held_out_loss: float | None
     seconds: float
     mode: str
@@ -72,17 +74,18 @@ def train(
     Args:
         out: run folder; created, or with `resume` continued (a fresh start when it has no checkpoint yet).
         progress: called every step with loss, tokens/s and time left.
-    Raises: InputError E-PARAM-OUT (holds a run already) or of the configuration, TextError, ArtifactError, NumericError
-        E-NUM-LOSS (the loss is not finite; the last checkpoint stays), ResourceError E-DISK.
+    Raises: InputError E-PARAM-OUT (holds a run already) or of the configuration, TextError, ArtifactError (damaged, or
+        E-CKPT-TEXT: trained on other texts), NumericError E-NUM-LOSS (the loss is not finite; the last checkpoint stays),
+        ResourceError E-DISK, E-TIME (another process trains in this folder).
     """
     out = Path(out)
-    if (out / "run.json").exists() and not resume:
-        raise InputError(f"{out.name!r} holds a run: continue it with --resume, or name another folder.", code="E-PARAM-OUT")
+    _check_free(out, resume)
     with _processes() as (rank, world):
         corpus = load_corpus(config.texts, vocab=config.vocab, progress=progress)
         run = _Run(config, out, corpus, rank, world)
-        run.start(resume)
-        return run.loop(progress)
+        with _held(out, resume) if rank == 0 else nullcontext(), disk_errors(out):
+            run.start(resume)
+            return run.loop(progress)
 
 
 def held_out_loss(model: nn.Module, tokens: Tensor, *, seq: int, windows: int | None = None, autocast: bool = False) -> Tensor:
@@ -122,30 +125,34 @@ class _Run:
         """Take over an earlier state and cut the log back to it; or lay out the folder. A branch begins with the log of
         the run that it leaves."""
         torch.manual_seed(self.config.seed)
-        latest, origin = self.out / LATEST, None
-        if resume and latest.exists():
-            state = read_state(latest)
-            _check_same(self.config, state["config"])
-            self._take(latest, state["step"])
+        log, found = self.out / LOG, newest(self.out) if resume else None
+        if found is not None:
+            _check_same(self.config, found[1]["config"])
+            self._take(*found, optimizer=True)
         elif self.config.init_from is not None:
             source = Path(os.path.expandvars(self.config.init_from))
-            self._take(source, read_state(source)["step"] if self.config.resume_optimizer else None)
-            origin = source.parent / LOG if self.step else None
+            self._take(source, read_state(source), optimizer=self.config.resume_optimizer)
+            if self.step >= self.config.steps:
+                raise InputError(
+                    f"init_from is at step {self.step:,}, this run has {self.config.steps:,}: give more tokens, or leave "
+                    "resume_optimizer out.",
+                    code="E-PARAM-INIT_FROM",
+                )
+            log = source.parent / LOG if self.step else log
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if origin is not None and origin.exists():
-                (self.out / LOG).write_bytes(origin.read_bytes())
-            _cut_log(self.out / LOG, self.step)
-            (self.out / "tokenizer.json").write_bytes(self.corpus.tokenizer_file.read_bytes())
-            document = {
-                "config": self.config.to_dict(),
-                "corpus": self.corpus.sources,
-                "parameters": self.parameters,
-                "processes": self.world,
-                "device": str(self.device),
-                **provenance(),
-            }
-            (self.out / "run.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_file(self.out / LOG, _log_until(log, self.step))
+            write_file(self.out / "tokenizer.json", self.corpus.tokenizer_file.read_bytes())
+            document = self._document(read_document(self.out) if found else {})
+            write_file(self.out / DOCUMENT, (json.dumps(document, indent=1) + "\n").encode())
+
+    def _document(self, known: dict[str, Any]) -> dict[str, Any]:
+        """`run.json` of a new run; of a known one with this continuation added: what the run began on stays."""
+        here = {"processes": self.world, "device": str(self.device), **provenance()}
+        config = {"config": self.config.to_dict()}
+        if not known:
+            return config | {"corpus": self.corpus.sources, "parameters": self.parameters, **here}
+        resumed = [{"step": self.step, **here}] if self.step < self.config.steps else []
+        return known | config | {"resumed": known.get("resumed", []) + resumed}
 
     @property
     def parameters(self) -> int:
@@ -159,7 +166,8 @@ class _Run:
         if self.world > 1:
             ids = None if self.device.index is None else [self.device.index]
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=ids)
-        loss, held_out, mode = math.nan, None, config.mode_at(max(self.step, 1))
+        loss, held_out = self._last_losses()
+        mode = config.mode_at(max(self.step, 1))
         with (self.out / LOG).open("a", encoding="utf-8") if self.rank == 0 else nullcontext() as log:
             while self.step < config.steps:
                 self.step += 1
@@ -209,6 +217,12 @@ class _Run:
             compiled,
         )
 
+    def _last_losses(self) -> tuple[float | None, float | None]:
+        """Loss and held-out loss of the step that the run is at, as far as its log tells."""
+        entries = read_log(self.out / LOG) if self.rank == 0 else []
+        last = next((entry for entry in reversed(entries) if entry["step"] == self.step), {})
+        return last.get("loss"), last.get("held_out_loss")
+
     def _step(self, forward: nn.Module, mode: str) -> float:
         """One optimizer step. Returns: the mean loss of the whole batch before it."""
         config, schedule = self.config, self.config.schedule
@@ -247,17 +261,21 @@ class _Run:
             "tokens": self.step * config.batch * config.seq,
             "mode": config.mode_at(self.step),
             "config": config.to_dict(),
+            "corpus": self.corpus.sources,
         }
-        for folder in [self.out / LATEST, *([self.out / f"step-{self.step}"] if kept else [])]:
-            save_checkpoint(folder, self.model, self.optimizer, state)
+        save_latest(self.out, self.model, self.optimizer, state)
+        if kept:
+            save_checkpoint(self.out / f"step-{self.step}", self.model, self.optimizer, state)
 
-    def _take(self, folder: Path, step: int | None) -> None:
-        """Weights of a checkpoint; with a step also its optimizer states, to go on after that step."""
-        read_state(folder)
+    def _take(self, folder: Path, state: dict[str, Any], *, optimizer: bool) -> None:
+        """Weights of a checkpoint that was trained on these texts; on request also its optimizer states and step."""
+        known = state.get("corpus") or read_document(folder.parent).get("corpus")  # earlier versions kept it there alone
+        if known:
+            require_same(self.corpus, known, f"the checkpoint {folder.name!r}")
         load_weights(folder, self.model)
-        if step is not None:
+        if optimizer:
             load_optimizer(folder, self.model, self.optimizer)
-            self.step = step
+            self.step = state["step"]
 
 
 def _loss(model: nn.Module, rows: Tensor) -> Tensor:
@@ -295,14 +313,41 @@ def _check_same(config: TrainConfig, stored: dict[str, Any]) -> None:
         )
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop lines after `step`: their steps come again. A line that a kill cut short is dropped too."""
-    if not path.exists():
-        return
-    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+def _check_free(out: Path, resume: bool) -> None:
+    if (out / DOCUMENT).exists() and not resume:
+        raise InputError(f"{out.name!r} holds a run: continue it with --resume, or name another folder.", code="E-PARAM-OUT")
+
+
+@contextmanager
+def _held(out: Path, resume: bool) -> Iterator[None]:
+    """Keep other processes from training in the folder, and look again whether it is free: one may just have been there.
+
+    Raises: ResourceError E-TIME at once where another process trains.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(out / "lock", timeout=0))
+        except ResourceError as error:
+            if error.code != "E-TIME":
+                raise
+            raise ResourceError(f"Another process trains in the folder {out.name!r}. {error}", code=error.code) from error
+        _check_free(out, resume)
+        yield
+
+
+def read_document(run: Path) -> dict[str, Any]:
+    """`run.json` of a folder; nothing where there is none that can be read."""
+    try:
+        document = json.loads((run / DOCUMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _log_until(path: Path, step: int) -> bytes:
+    """A log without the lines after `step`, whose steps come again, and without a line that a kill cut short."""
+    entries = read_log(path) if path.exists() else []
+    return "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step).encode()
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:

@@ -199,20 +199,12 @@ def test_another_configuration_cannot_continue_a_run(place, whole, change):
 
 
 def test_a_run_is_not_overwritten(whole):
-    config, _, folder = whole
+    config, first, folder = whole
     with pytest.raises(InputError, match="--resume"):
         train(config, folder)
     again = train(config, folder, resume=True)  # nothing is left to do
     assert again.step == 12 and len(losses(folder)) == 12
-
-
-def test_a_damaged_checkpoint_is_refused(place, whole, tmp_path):
-    config, _, folder = whole
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
-    (copy / "checkpoint/optimizer.safetensors").write_bytes(b"short")
-    with pytest.raises(ArtifactError, match="damaged"):
-        train(config, copy, resume=True)
+    assert (again.loss, again.held_out_loss, again.mode) == (first.loss, first.held_out_loss, first.mode)
 
 
 def test_two_processes_share_a_batch(place, tmp_path):
