@@ -14,7 +14,7 @@ absent) and TopK's share. The names `BitLinear` and `AutoBitLinear` are transfor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
 from core.errors import InputError, ModelError
 from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
-from core.models.preflight import FolderReport
+from core.models.foreign import library_errors
+from core.models.preflight import FolderReport, TensorInfo
 from core.models.preflight_config import ONLINE_MASTERS, bitnet_format
 from core.models.shell import with_layers
 from core.quant.bitnet import MODES, ternary_absmean
 from core.quant.ternary_linear import TernaryLinear
-from core.storage import atomic_dir
+from core.storage import atomic_dir, check_target
 
 SHARD_BYTES = 8_500_000
 """Tensors are gathered into files of at most this many bytes; a single larger tensor has a file of its own."""
@@ -60,13 +62,12 @@ def unpack_rows(packed: Tensor) -> Tensor:
 
 
 class _Folder:
-    """Tensors of a checked model folder, read one at a time; keeps what was not asked for yet."""
+    """Tensors of a checked model folder, each from the file it was checked in, read one at a time; keeps what was not asked
+    for yet."""
 
-    def __init__(self, folder: Path, names: Mapping[str, Any]) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        handles = [safe_open(file, framework="pt") for file in files]
-        owner = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118  (not a dict)
-        self._owner = {name: owner[name] for name in names}
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        handles = {file: safe_open(folder / file, framework="pt") for file in {info.file for info in tensors.values()}}
+        self._owner = {name: handles[info.file] for name, info in tensors.items()}
 
     def take(self, name: str) -> Tensor:
         """The tensor called `name`. Raises: ModelError E-MODEL-MISSING."""
@@ -93,8 +94,8 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     Args:
         report: of `check_folder`; its configuration says the format (`bitnet_format`).
         config: the folder's configuration; the loaded model's has no `quantization_config`, the layers say what they are.
-    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code or scale that cannot be, or a
-        weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
+    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code, scale or activation that
+        cannot be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
     """
     stated = report.config.get("quantscope") or {}
     rules = BitNetRules(stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5)), stated.get("mode", "w1.58a8"))
@@ -102,9 +103,11 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     for name in ("quantization_config", "quantscope"):
         if hasattr(config, name):
             delattr(config, name)
-    spec, source = adapter.spec(config), _Folder(folder, report.tensors)
-    blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
-    return _assemble(config, adapter, blocks, dict(source.rest()))
+    with library_errors("The weights do not fit config.json. Download the model again."):
+        spec, source = adapter.spec(config), _Folder(folder, report.tensors)
+        _require(spec.activation in ACT2FN, f"config.json names the unknown activation {str(spec.activation)[:40]!r}")
+        blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
+        return _assemble(config, adapter, blocks, dict(source.rest()))
 
 
 def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, fmt: str, rules: BitNetRules) -> DecoderBlock:
@@ -180,6 +183,20 @@ def _require(fits: bool, fault: str) -> None:
 # writing
 
 
+def check_model_folder(folder: Path | str) -> None:
+    """Refuse a folder that a trained model may not take: call it before long work.
+
+    Raises: InputError E-PARAM-OUT if it holds anything but an earlier trained model; ResourceError E-DISK.
+    """
+    check_target(folder)
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "card.json").is_file():
+        raise InputError(
+            f"The folder {folder.name[:60]!r} holds something else than a trained model: choose a new or empty folder.",
+            code="E-PARAM-OUT",
+        )
+
+
 def save_bitnet(
     folder: Path | str,
     model: PreTrainedModel,
@@ -190,7 +207,7 @@ def save_bitnet(
     card: dict[str, Any],
     readme: str | None = None,
 ) -> None:
-    """Write a trained model as a folder that `load_model` and transformers read; an earlier one is replaced in one step.
+    """Write a trained model as a folder that `load_model` and transformers read; an earlier model is replaced in one step.
 
     Decoder linears are packed from their masters (`ternary_absmean`); everything else is stored as it is. With mode "fp"
     nothing is packed.
@@ -199,8 +216,10 @@ def save_bitnet(
         model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
         mode: what the model was trained for, a key of `MODES`; keep: TopK's share.
         card: for the catalogue: title, description, licence, and what else should be kept. readme: text of README.md.
-    Raises: InputError E-PARAM-MODE, E-PARAM-CARD; E-PARAM-MODEL if four does not divide a projection's rows.
+    Raises: InputError E-PARAM-MODE, E-PARAM-CARD; E-PARAM-MODEL if four does not divide a projection's rows; E-PARAM-OUT and
+        ResourceError as `check_model_folder`.
     """
+    check_model_folder(folder)
     if mode not in MODES:
         raise InputError(f"mode is {str(mode)[:20]!r}: use one of {', '.join(MODES)}.", code="E-PARAM-MODE")
     if not all(isinstance(card.get(key), str) and card[key] for key in _CARD_KEYS):
@@ -215,7 +234,7 @@ def save_bitnet(
             "quantization_mode": "offline",
             "modules_to_not_convert": ["lm_head"],
         }
-    with atomic_dir(folder, replace=True) as stage:
+    with atomic_dir(folder) as stage:
         _write_shards(stage, tensors)
         (stage / "config.json").write_text(json.dumps(config, indent=1))
         (stage / "generation_config.json").write_text(model.generation_config.to_json_string())

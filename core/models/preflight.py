@@ -44,10 +44,11 @@ _CONVERT = "Only safetensors weights are read: choose a revision that has them, 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a weight file: element type (`F32`, …) and shape."""
+    """One tensor of a weight file: element type (`F32`, …), shape, and the name of the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    file: str
 
     @property
     def count(self) -> int:
@@ -251,7 +252,7 @@ def _check_entry(name: str, entry: Any, file_name: str) -> tuple[TensorInfo, tup
     begin, end = offsets
     if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise _bad(f"Tensor {name[:80]} in {file_name} has a shape that does not fit its bytes. Download it again.")
-    return TensorInfo(dtype, tuple(shape)), (begin, end)
+    return TensorInfo(dtype, tuple(shape), file_name), (begin, end)
 
 
 def _whole_numbers(values: Any) -> bool:

@@ -23,8 +23,8 @@ from core.methods.bitnet.checkpoint import load_weights, newest
 from core.methods.bitnet.config import TrainConfig
 from core.methods.bitnet.corpus import NAMED, load_corpus, load_tokenizer, require_same
 from core.methods.bitnet.train import LOG, held_out_loss, read_document, read_log
-from core.models.bitnet_io import save_bitnet
-from core.storage import atomic_dir, check_target
+from core.models.bitnet_io import check_model_folder, save_bitnet
+from core.storage import atomic_dir
 
 Progress = Callable[[str, float | None], None]
 
@@ -39,12 +39,12 @@ _LICENCE = "Apache-2.0"
 def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda text, fraction: None) -> dict[str, Any]:
     """Write the latest checkpoint of a finished run as a folder that `load_model` reads.
 
-    Args: run: its folder. out: the model folder, new, empty or written by Quantscope.
+    Args: run: its folder. out: the model folder, new, empty or with an earlier trained model.
     Returns: the card. Raises: ArtifactError (no run, unfinished, damaged; E-CKPT-TEXT: its texts have changed since),
         InputError E-PARAM-OUT, ResourceError E-DISK.
     """
     run, out = Path(run), Path(out)
-    check_target(out)
+    check_model_folder(out)
     config, document, model, tokenizer = load_run(run)
     measured = measure(model, tokenizer, config, document["corpus"], progress=progress)
     card = _card(config, document, read_log(run / LOG), measured)

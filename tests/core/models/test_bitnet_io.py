@@ -21,7 +21,7 @@ from core.models.shell import quantized_blocks
 from core.models.tiny import tiny_model
 from core.quant.bitnet import MODES, ternary_absmean
 from core.quant.ternary_linear import TernaryLinear
-from core.storage import verify
+from core.storage import atomic_dir, verify
 from tests.core.tools import quantised, relative, tokens
 
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0", "steps": 0}
@@ -253,7 +253,51 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "state.json"])
+def test_only_an_earlier_model_is_replaced(tmp_path, name):
+    """A folder of somebody's own, and one that Quantscope wrote for another purpose."""
+    loaded, folder = masters(), tmp_path / "m"
+    with atomic_dir(folder) as stage:
+        (stage / name).write_text("kept")
+    if name == "thesis.txt":
+        (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="choose a new or empty folder") as caught:
+        save_bitnet(folder, loaded.model, loaded.tokenizer, mode="a4.8", card=CARD)
+    assert caught.value.code == "E-PARAM-OUT" and (folder / name).read_text() == "kept"
+    (tmp_path / "n").mkdir()
+    for mode in ("a4.8", "w1.58a8"):
+        save_bitnet(tmp_path / "n", loaded.model, loaded.tokenizer, mode=mode, card=CARD)
+    assert json.loads((tmp_path / "n/config.json").read_text())["quantscope"]["mode"] == "w1.58a8"
+
+
 # what is refused
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("stray", ["other weights", "junk", "link"])
+def test_files_beside_the_checked_ones_are_not_opened(tmp_path, monkeypatch, shards, stray):
+    """A tensor comes from the file that the preflight checked, whatever else the folder holds."""
+    monkeypatch.setattr("core.models.bitnet_io.SHARD_BYTES", 50_000 if shards else SHARD_BYTES)
+    folder = write(tmp_path / "m", "saved", masters())
+    assert (folder / "model.safetensors").exists() != shards
+    expected = load_model(str(folder)).model(IDS).logits
+    file = folder / "stray.safetensors"
+    if stray == "other weights":
+        save_file({"model.norm.weight": torch.full((masters().model.config.hidden_size,), 7.0)}, file)
+    elif stray == "junk":
+        file.write_bytes(b"junk")
+    else:
+        (tmp_path / "outside").write_bytes(b"junk")
+        file.symlink_to(tmp_path / "outside")
+    assert torch.equal(load_model(str(folder)).model(IDS).logits, expected)
+
+
+def test_an_unknown_activation_is_one_sentence(tmp_path):
+    folder = write(tmp_path / "m", "saved", masters())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "foo"}))
+    with pytest.raises(ModelError, match="unknown activation 'foo'"):
+        load_model(str(folder))
 
 
 def damage(folder: Path, change) -> Path:

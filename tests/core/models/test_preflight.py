@@ -47,6 +47,7 @@ def test_what_the_library_writes_passes(tmp_path):
     tensors = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b.c": torch.ones(0, 4), "d": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header = read_safetensors_header(tmp_path / "x.safetensors")
+    assert {info.file for info in header.values()} == {"x.safetensors"}
     assert {name: (info.dtype, info.shape) for name, info in header.items()} == {
         "a": ("BF16", (3, 5)), "b.c": ("F32", (0, 4)), "d": ("F32", ())}
 
