@@ -8,7 +8,10 @@ cache folder under their recipe's hash, so a worker that was killed finds them a
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,12 +22,13 @@ import torch
 from torch import Tensor
 
 from core.calibration.channel import channel_detail
-from core.calibration.data import TextSource, resolve_text
+from core.calibration.data import TextSource, calibration_tokens, resolve_text
 from core.calibration.observe import Progress, observe_layers, silent
 from core.calibration.ranges import channel_ema
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
+from core.checks import require_int
 from core.config import Calibration, QuantRecipe
-from core.errors import ArtifactError, InputError, ModelError
+from core.errors import ArtifactError, InputError, ModelError, ResourceError
 from core.evaluation import sparsity
 from core.evaluation.describe import backend_use, claim_of, label_of, layer_report, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
@@ -32,10 +36,10 @@ from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_b
 from core.evaluation.perplexity import hidden_windows, score
 from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
 from core.evaluation.speed import speed_limit
-from core.evaluation.windows import calibration_tokens, evaluation_windows
+from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.methods import METHODS
 from core.methods.sequential import quantize_layers
-from core.models.load import LoadedModel, load_model, prefix_ids
+from core.models.load import LoadedModel, context_of, load_model, prefix_ids
 from core.models.quantized import (
     already_quantized,
     find_saved,
@@ -51,7 +55,8 @@ from core.storage import MANIFEST, cache_root
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 3 * 2**30
-REFERENCES_KEPT = 4
+REFERENCE_SHARE = 1 / 4
+"""Hidden states of reference models may take this share of the models' bytes beside them."""
 
 
 class Workbench:
@@ -60,7 +65,8 @@ class Workbench:
     A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned.
 
     Args:
-        max_bytes: models beyond this are dropped, least recently used first (the one in use stays).
+        max_bytes: models beyond this are dropped, least recently used first (the one in use stays); what is kept of
+            reference models comes on top (`REFERENCE_SHARE`).
         allow_local: whether local paths may be typed as models and texts; off on a public server.
     """
 
@@ -94,6 +100,7 @@ class Workbench:
     ) -> ChannelDetail:
         """Histogram and extreme tokens of one channel."""
         loaded = self._get(model, revision, progress)
+        _require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
         return channel_detail(loaded, tokens, site, channel, progress=progress)
 
@@ -106,15 +113,21 @@ class Workbench:
             try:
                 report = report_from_dict(read_description(folder)["report"])
                 self._remember((recipe.hash, None), replace(load_quantized(folder, progress=progress), name=recipe.hash))
+                with contextlib.suppress(OSError):
+                    os.utime(folder / MANIFEST)  # of several folders of this recipe, this is the one `find_saved` means now
                 return report
             except (ArtifactError, KeyError, TypeError):
                 logger.warning("the saved model %s is damaged or of another version: quantising again", folder.name)
         quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
-        report = replace(report, folder=str(folder))
         progress("Saving the quantised model", None)
-        save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": report.to_dict()}, replace=True)
-        self._remember((recipe.hash, None), replace(quantized, name=recipe.hash, path=folder))
-        return report
+        self._remember((recipe.hash, None), replace(quantized, name=recipe.hash))
+        saved = replace(report, folder=str(folder))
+        try:
+            save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": saved.to_dict()}, replace=True)
+        except ResourceError as error:
+            logger.warning("the quantised model stays in memory only: %s", error)
+            return report
+        return saved
 
     def evaluate(
         self,
@@ -137,7 +150,7 @@ class Workbench:
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
             head = other.model.get_output_embeddings()
-            hidden = self._reference((reference, reference_revision), other, parts, source, progress)
+            hidden = self._reference((reference, reference_revision), other, parts, progress)
         return evaluate(loaded, parts, source, reference=hidden, reference_head=head, backend=backend, progress=progress, key=key)
 
     def generate(
@@ -185,7 +198,7 @@ class Workbench:
         self, key: str, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
     ) -> sparsity.SparsityReport:
         """Zero codes and active parameters of a BitNet model on a text."""
-        loaded, parts, source = self._windows(key, None, text, tokens, min(tokens, 256), progress)
+        loaded, parts, source = self._short_windows(key, text, tokens, progress)
         return sparsity.measure_sparsity(loaded, parts, source.name, progress=progress)
 
     def weight_histogram(self, key: str, *, progress: Progress = silent) -> sparsity.WeightHistogram:
@@ -196,7 +209,7 @@ class Workbench:
         self, key: str, site: str, layer: int, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
     ) -> sparsity.InputHistogram:
         """Distribution of one site (a name of `SITES`) of one layer on a text."""
-        loaded, parts, source = self._windows(key, None, text, tokens, min(tokens, 256), progress)
+        loaded, parts, source = self._short_windows(key, text, tokens, progress)
         return sparsity.input_histogram(loaded, parts, source.name, site, layer, progress=progress)
 
     def speed_limit(self, key: str, *, progress: Progress = silent) -> SpeedLimit:
@@ -214,6 +227,12 @@ class Workbench:
         loaded = self._get(key, revision, progress)
         return loaded, *evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
 
+    def _short_windows(self, key: str, text: str, tokens: int, progress: Progress) -> tuple[LoadedModel, Tensor, TextSource]:
+        """Windows of 256 tokens, shorter where tokens or the model's context are."""
+        tokens = require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
+        window = min(tokens, 256, context_of(self._get(key, None, progress).model) or 256)
+        return self._windows(key, None, text, tokens, window, progress)
+
     def _get(self, key: str, revision: str | None, progress: Progress) -> LoadedModel:
         if (key, revision) in self._models:
             self._models.move_to_end((key, revision))
@@ -230,20 +249,22 @@ class Workbench:
     def _remember(self, key: tuple[str, str | None], loaded: LoadedModel) -> None:
         self._models[key] = loaded
         self._models.move_to_end(key)
+        for name in [name for name in self._references if name[:2] == key]:
+            del self._references[name]  # the key may mean another model now
         while len(self._models) > 1 and sum(_held_bytes(m) for m in self._models.values()) > self.max_bytes:
             name, _ = self._models.popitem(last=False)
             logger.info("dropped model %s from memory", name[0])
 
-    def _reference(
-        self, key: tuple[str, str | None], loaded: LoadedModel, parts: Tensor, source: TextSource, progress: Progress
-    ) -> list[Tensor]:
-        """Hidden states of the reference on these windows, kept for the next comparison."""
-        name = (*key, source.sha256, tuple(parts.shape))
-        if name not in self._references:
-            self._references[name] = hidden_windows(loaded.model, parts, progress=progress, title="Reference model")
-            while len(self._references) > REFERENCES_KEPT:
-                self._references.popitem(last=False)
-        return self._references[name]
+    def _reference(self, key: tuple[str, str | None], loaded: LoadedModel, parts: Tensor, progress: Progress) -> list[Tensor]:
+        """Hidden states of the reference on these windows, kept for the next comparison where they fit."""
+        name = (*key, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
+        hidden = self._references.pop(name, None)
+        if hidden is None:
+            hidden = hidden_windows(loaded.model, parts, progress=progress, title="Reference model")
+        self._references[name] = hidden
+        while sum(t.nbytes for kept in self._references.values() for t in kept) > REFERENCE_SHARE * self.max_bytes:
+            self._references.popitem(last=False)
+        return hidden
 
 
 def observe(
@@ -253,8 +274,7 @@ def observe(
 
     Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
     """
-    if already_quantized(loaded.model, loaded.adapter):
-        raise ModelError("This model is already quantised: inspect the float model it came from.", code="E-MODEL-QUANTIZED")
+    _require_float(loaded, "inspect")
     start = time.perf_counter()
     tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
     spec = loaded.adapter.spec(loaded.model.config)
@@ -283,19 +303,20 @@ def quantize(
     base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
 ) -> tuple[LoadedModel, QuantizeReport]:
     """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
-    if already_quantized(base.model, base.adapter):
-        raise ModelError("This model is already quantised: start from the float model it came from.", code="E-MODEL-QUANTIZED")
+    _require_float(base, "quantise")
     start = time.perf_counter()
     method = METHODS.get(recipe.method)
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
-    loaded = replace(base, model=model, source=f"Quantised by Quantscope from {base.name}. {base.source}", path=None)
+    label = " · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter))))
+    origin = f"Quantised by Quantscope from {base.name}. {base.source}"
+    loaded = replace(base, model=model, source=origin, path=None, label=label)
     linears = modules_of(model)
     weights = sum(m.in_features * m.out_features for m in linears)
     report = QuantizeReport(
         key=recipe.hash,
         recipe=recipe.to_dict(),
-        label=" · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter)))),
+        label=label,
         bits_description=recipe.describe_bits(),
         seconds=time.perf_counter() - start,
         stages=stages,
@@ -367,6 +388,11 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
         progress=progress,
     )
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
+
+
+def _require_float(loaded: LoadedModel, verb: str) -> None:
+    if already_quantized(loaded.model, loaded.adapter):
+        raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
 
 
 def _held_bytes(loaded: LoadedModel) -> int:

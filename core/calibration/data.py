@@ -27,11 +27,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.calibration.wikitext import FILES, wikitext_file
+from core.config import Calibration
 from core.errors import InputError, TextError
 from core.models.foreign import tokenizer_errors
+from core.models.load import LoadedModel, context_of, prefix_ids
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +93,12 @@ def read_text_file(path: str | Path) -> str:
     try:
         size = os.path.getsize(path)
         if size > MAX_TEXT_BYTES:
-            raise TextError(f"The file {name} is {size / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB.",
-                            code="E-TEXT-SIZE")
+            raise TextError(f"The file {name} is {size / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB: "
+                            "give a part of it.", code="E-TEXT-SIZE")
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise TextError(f"The file {name} cannot be read: {error.strerror}.", code="E-TEXT-NOTFOUND") from error
+        raise TextError(f"The file {name} cannot be read ({error.strerror}): make it readable, or give another.",
+                        code="E-TEXT-NOTFOUND") from error
     return decode_text(raw)
 
 
@@ -124,15 +127,15 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int |
     Raises: TextError E-TEXT-ENC when the tokenizer fails on the text.
     """
     if max_tokens is None:
-        return _encode(text, tokenizer)
+        return encode(text, tokenizer)
     budget = _CHARS_PER_TOKEN * max_tokens + 1024
     while budget < len(text):
-        ids = _encode(text[:budget], tokenizer)
+        ids = encode(text[:budget], tokenizer)
         if len(ids) >= max_tokens + _MARGIN_TOKENS:
             logger.info("used the first %d tokens, from %d of %d characters", max_tokens, budget, len(text))
             return ids[:max_tokens]
         budget *= 2
-    return _encode(text, tokenizer)[:max_tokens]
+    return encode(text, tokenizer)[:max_tokens]
 
 
 def windows(tokens: Tensor, *, window: int, count: int | None = None, purpose: str = "Calibration") -> Tensor:
@@ -170,11 +173,25 @@ def calibration_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, 
     wanted, generator = max(1, tokens // window), random.Random(seed)
     rows = _rows_by_character(source.text, tokenizer, body, wanted, generator)
     if rows is None:
-        rows = _rows_by_token(_encode(source.text, tokenizer), body, wanted, generator, window)
+        rows = _rows_by_token(encode(source.text, tokenizer), body, wanted, generator, window)
     if len(rows) < wanted:
         logger.info("the text holds %d windows of the %d asked for", len(rows), wanted)
     start = torch.tensor(list(prefix), dtype=torch.int64).expand(len(rows), -1)
     return torch.cat([start, torch.stack(rows)], dim=1)
+
+
+def calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int, allow_local: bool
+                       ) -> tuple[Tensor, TextSource]:
+    """The windows [S, T] int64 of a text's calibration split that `calibration` and `seed` choose for a model.
+
+    Raises: as `resolve_text`, `calibration_windows`, `require_room` and `require_embedded`.
+    """
+    require_room(loaded, calibration.window)
+    source = resolve_text(calibration.text, split="calibration", allow_local=allow_local)
+    found = calibration_windows(source, loaded.tokenizer, tokens=calibration.tokens, window=calibration.window, seed=seed,
+                                prefix=prefix_ids(loaded))
+    require_embedded(found, loaded.model, loaded.tokenizer)
+    return found, source
 
 
 def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int, wanted: int, generator: random.Random
@@ -191,7 +208,7 @@ def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int,
     for place in generator.sample(range(places), min(places, 2 * wanted)):
         piece = text[place * stretch:(place + 1) * stretch]
         cut = piece.find(" ") + 1 if place else 0  # begin with a whole word
-        ids = _encode(piece[cut:], tokenizer)
+        ids = encode(piece[cut:], tokenizer)
         if len(ids) > body:  # the last token of a piece may be half a word
             rows.append(ids[:body])
         if len(rows) == wanted:
@@ -209,10 +226,30 @@ def _rows_by_token(ids: Tensor, body: int, wanted: int, generator: random.Random
     return [ids[phase + place * body:phase + (place + 1) * body] for place in chosen]
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Tensor:
+    """Token ids [T] int64 of `text`; `special`: with the tokens that the tokenizer's own rule puts around a text.
+
+    Raises: TextError E-TEXT-ENC when the tokenizer fails on the text.
+    """
     with tokenizer_errors("The tokenizer cannot read this text. Try another text.", code="E-TEXT-ENC", kind=TextError):
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def require_embedded(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that `model` embeds every token id: added tokens may lie beyond its table. Raises: TextError E-TEXT-TOKEN."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and (largest := int(ids.max())) >= rows:
+        raise TextError(f"The text has the token {tokenizer.decode([largest])[:40]!r}, number {largest:,}; this model knows "
+                        f"{rows:,} tokens: remove it from the text.", code="E-TEXT-TOKEN")
+
+
+def require_room(loaded: LoadedModel, window: int) -> None:
+    """Check that a window fits the model's context. Raises: InputError E-PARAM-WINDOW."""
+    longest = context_of(loaded.model)
+    if longest and window > longest:
+        raise InputError(f"The window is {window} tokens, this model's context is {longest}: use at most that.",
+                         code="E-PARAM-WINDOW")
 
 
 def _too_short(window: int, have: int, purpose: str) -> TextError:
@@ -240,7 +277,7 @@ def _pasted(text: str) -> TextSource:
         raise TextError(f"The text has half a character (a lone surrogate) at {error.start:,}: paste it again.",
                         code="E-TEXT-ENC") from None
     if len(raw) > MAX_TEXT_BYTES:
-        raise TextError(f"The text is {len(raw) / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB.",
+        raise TextError(f"The text is {len(raw) / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB: paste a part of it.",
                         code="E-TEXT-SIZE")
     text = decode_text(raw)
     return _source(text, "pasted text", f"pasted text, {len(text):,} characters")

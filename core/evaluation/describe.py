@@ -6,14 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from core.config import QuantRecipe
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
 from core.evaluation.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from core.methods.sequential import LayerOutcome
 from core.models.adapter import ModelAdapter
-from core.models.load import QUANTSCOPE_FILE, LoadedModel
-from core.models.quantized import modules_of, parameters_of, read_description
+from core.models.load import LoadedModel, context_of
+from core.models.quantized import modules_of, parameters_of
 from core.models.shell import quantized_blocks
 from kernels import Backend
 
@@ -35,7 +34,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         spec.head_dim,
         spec.ffn,
         config.vocab_size,
-        getattr(config, "max_position_embeddings", 0),
+        context_of(loaded.model) or 0,
         sum(parts.values()),
         str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         seconds,
@@ -69,14 +68,8 @@ def claim_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
 
 
 def label_of(loaded: LoadedModel) -> str:
-    """One line for tables: what a model quantised here was made by, else its name, and what its rules are worth."""
-    if loaded.path is not None and (loaded.path / QUANTSCOPE_FILE).exists():
-        facts = read_description(loaded.path)
-        if label := facts.get("report", {}).get("label"):
-            return label
-        if recipe := facts.get("recipe"):
-            return QuantRecipe.from_dict(recipe).label()
-    return " · ".join(filter(None, (loaded.name, claim_of(loaded.model, loaded.adapter))))
+    """One line for tables: what a model quantised here was made by, else its name and what its rules are worth."""
+    return loaded.label or " · ".join(filter(None, (loaded.name, claim_of(loaded.model, loaded.adapter))))
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:

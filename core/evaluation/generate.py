@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from core.calibration.data import encode, require_embedded
 from core.checks import require_int
 from core.errors import Cancelled, InputError, NumericError
 from core.evaluation.graph import captured_step
 from core.models.adapter import ModelAdapter
+from core.models.foreign import tokenizer_errors
+from core.models.load import context_of
 from core.models.shell import new_cache
 from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
 
@@ -66,20 +69,20 @@ def generate(
 
     Args:
         temperature: 0 picks the most likely token; above it samples with `seed`.
-        chat: wrap the prompt in the tokenizer's chat template as one user message, when it has one.
+        seed: 0 to 2**31 - 1.
+        chat: wrap the prompt in the tokenizer's chat template as one user message, when it has one; a template writes its own
+            special tokens.
         on_text: receives each new piece of text; raising Cancelled stops and keeps what was generated.
-        prefix: token ids put before the prompt.
-    Raises: InputError for an empty or too long prompt or parameters out of range.
+        prefix: token ids put before the prompt. Without any, and without a template, the special tokens of the tokenizer's own
+            rule are added, such as <s> of OPT, Llama 2 and Mistral: what calling the tokenizer gives.
+    Raises: InputError for an empty or too long prompt, a chat template that refuses it, or parameters out of range; TextError
+        for a prompt that the tokenizer or the model does not know; NumericError if the scores are not finite.
     """
-    max_new_tokens = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature <= 5:
         raise InputError(f"temperature is {str(temperature)[:20]}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
-    context = getattr(model.config, "max_position_embeddings", 2048)
-    if max_new_tokens >= context:
-        raise InputError(
-            f"{max_new_tokens} new tokens do not fit this model's context of {context}: ask for fewer.", code="E-PARAM-NEW-TOKENS"
-        )
-    ids = _encode(tokenizer, prompt, chat, prefix, context - max_new_tokens)
+    seed = require_int("seed", seed, 0, 2**31 - 1, "use 0 to 2147483647")
+    max_new_tokens, room = _room(model, max_new_tokens)
+    ids = _encode(model, tokenizer, prompt, chat, prefix, room)
     cache = new_cache(model, adapter) or DynamicCache(config=model.config)
     generator = torch.Generator().manual_seed(seed)
     stop_ids = _stop_ids(model, tokenizer)
@@ -116,7 +119,20 @@ def generate(
     return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int) -> Tensor:
+def _room(model: PreTrainedModel, max_new_tokens: int) -> tuple[int, int]:
+    """(new tokens, checked; tokens that are left for the prompt)."""
+    new = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
+    context = context_of(model) or 2048
+    if new >= context:
+        raise InputError(
+            f"{new} new tokens do not fit this model's context of {context}: ask for fewer.", code="E-PARAM-NEW-TOKENS"
+        )
+    return new, context - new
+
+
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int
+) -> Tensor:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -125,16 +141,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError("The prompt is not valid Unicode: remove broken characters.", code="E-PARAM-PROMPT") from error
-    if chat and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    else:
-        text = prompt
-    ids = list(prefix) + tokenizer(text, add_special_tokens=False).input_ids
-    if not ids or len(ids) > limit:
+    templated = chat and bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        message = [{"role": "user", "content": prompt}]
+        with tokenizer_errors(
+            "The model's chat template refuses this prompt: continue it without the template.",
+            code="E-PARAM-CHAT",
+            kind=InputError,
+        ):
+            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = encode(prompt, tokenizer, special=not templated and not prefix)
+    ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), ids])
+    if not 1 <= len(ids) <= limit:
+        rule = "write a few words to continue" if len(ids) == 0 else "shorten the prompt, or ask for fewer new tokens"
         raise InputError(
-            f"The prompt has {len(ids)} tokens: this model takes 1 to {limit} beside the new ones.", code="E-PARAM-PROMPT"
+            f"The prompt has {len(ids)} tokens; beside the new ones this model takes 1 to {limit}: {rule}.", code="E-PARAM-PROMPT"
         )
-    return torch.tensor(ids)
+    require_embedded(ids, model, tokenizer)
+    return ids
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -142,7 +166,8 @@ def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int
         raise NumericError("The model's next-token scores are not finite: use more bits or more clusters.", code="E-NUM-NAN")
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+    scaled = (logits - logits.max()) / max(temperature, torch.finfo(torch.float32).tiny)  # at most 0: nothing overflows
+    return int(torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator))
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -55,6 +55,7 @@ class LoadedModel:
         name, revision: what `resolve` accepts to get the same weights again.
         source: a sentence for reports on where the weights came from.
         path: the folder it was loaded from; None for a model made in memory.
+        label: what a model quantised here was made by, one line for tables; None for every other model.
     """
 
     model: PreTrainedModel
@@ -64,6 +65,7 @@ class LoadedModel:
     revision: str | None
     source: str
     path: Path | None
+    label: str | None = None
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -215,6 +217,11 @@ def _check_device(device: str, dtype: torch.dtype) -> None:
         raise InputError(f"Device {kind!r} is not supported: use cpu or cuda.", code="E-PARAM-DEVICE")
     if kind == "cuda" and not torch.cuda.is_available():
         raise BackendError("No CUDA device is available here: use the device cpu.")
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that a model can look back on, None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:

@@ -124,13 +124,12 @@ def load_quantized(path: Path | str, *, progress: Progress | None = None) -> Loa
         model = _build(config, adapter, facts["layers"], tensors)
         model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, local_files_only=True)
-        base = facts["base"]
-        source = f"Quantised by Quantscope from {base['name']}. {base['source']}"
+        source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
     except (*_MISFITS, OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
         ) from error
-    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path)
+    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label))
 
 
 def _shell_tensors(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from core.config import SITES, Bits, Calibration, QuantRecipe
 from core.errors import BackendError, Cancelled, InputError, ModelError, QuantscopeError
 from core.models.load import load_model
 from core.models.tiny import save_tiny
-from core.pipeline import Workbench, run
+from core.pipeline import Workbench, evaluate, evaluation_windows, quantize, run
 from core.storage import atomic_dir
 from tests.core.tools import tokens
 
@@ -149,6 +150,28 @@ def test_another_checkpoint_in_the_same_folder_is_not_mistaken(bench, cache, tmp
     assert torch.equal(found, other.model(recipe.hash).model(tokens(1, 9)).logits), "the newest is the one a key means"
 
 
+def test_the_text_quantised_on_last_is_what_a_key_means_after_a_restart(cache, folder, tmp_path):
+    """A recipe names its text by a file: text A, then B, then A again, which is only loaded."""
+    text = tmp_path / "c.txt"
+    recipe = recipe_of(folder, scheme="W4A8", method="rtn", calibration=Calibration(str(text), 256, 32))
+    for content in ("The quick brown fox jumps. ", "lorem IPSUM 123 dolor? ", "The quick brown fox jumps. "):
+        text.write_text(content * 60)
+        last = Workbench()
+        last.quantize(recipe)
+    found, expected = (bench.model(recipe.hash).model(tokens(1, 9)).logits for bench in (Workbench(), last))
+    assert len(list(cache.iterdir())) == 2 and torch.equal(found, expected)
+
+
+def test_a_model_that_cannot_be_saved_is_kept_in_memory(bench, cache, folder, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("core.models.quantized.save_file", full)
+    report = bench.quantize(recipe_of(folder))
+    assert report.folder == "" and report.layers and list(cache.iterdir()) == []
+    assert math.isfinite(bench.evaluate(report.key, **SEEN).nll)
+
+
 def test_unfinished_folders_are_not_found(bench, cache, folder):
     recipe = recipe_of(folder)
     (cache / f"{recipe.hash}-00000000-00000000.part-abc").mkdir(parents=True)
@@ -182,7 +205,11 @@ def test_observe_is_exact_and_json(bench, folder):
 
 def test_a_quantised_model_is_not_observed_or_quantised_again(bench, folder):
     key = bench.quantize(recipe_of(folder)).key
-    for call in (lambda: bench.observe(key, CALIBRATION), lambda: bench.quantize(recipe_of(key))):
+    for call in (
+        lambda: bench.observe(key, CALIBRATION),
+        lambda: bench.channel(key, CALIBRATION, "layers.1.attn_in", 0),
+        lambda: bench.quantize(recipe_of(key)),
+    ):
         with pytest.raises(ModelError) as caught:
             call()
         assert caught.value.code == "E-MODEL-QUANTIZED"
@@ -199,6 +226,38 @@ def test_evaluate_against_itself_and_against_the_base(bench, folder):
     assert found.kv_bytes_per_token * 8 == same.kv_bytes_per_token and found.label == recipe_of(folder, scheme="W4A4KV").label()
     assert bench.evaluate(key, **SEEN).kld_mean is None and bench.evaluate(key, **SEEN).perplexity == found.perplexity
     assert Workbench().evaluate(key, reference=folder, **SEEN).kld_mean == pytest.approx(found.kld_mean, rel=1e-6)
+
+
+def test_references_are_compared_on_the_tokens_of_the_model(bench, folder, tmp_path):
+    """Two models of one vocabulary size, one reference, one text, other token ids."""
+    other = save_tiny(tmp_path / "o", "llama", seed=2)
+    words = json.loads((other / "tokenizer.json").read_text())
+    ids = words["model"]["vocab"]
+    words["model"]["vocab"] = dict(zip(ids, [*list(ids.values())[1:], 0], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    bench.evaluate(folder, reference=folder, **SEEN)
+    found, expected = (b.evaluate(str(other), reference=folder, **SEEN) for b in (bench, Workbench()))
+    assert (
+        (found.kld_mean, found.same_top_token) == (expected.kld_mean, expected.same_top_token) == (pytest.approx(0, abs=1e-6), 1)
+    )
+
+
+def test_references_are_kept_within_their_share_and_while_they_are_the_same_model(cache, folder):
+    bench, passes = Workbench(), []
+    for _ in range(2):
+        bench.evaluate(folder, reference=folder, progress=lambda s, f: passes.append(s), **SEEN)
+    assert sum("Reference" in s for s in passes) == 4, "the second comparison finds the first one's states"
+    (states,) = bench._references.values()
+    bench.max_bytes = 4 * sum(t.nbytes for t in states)
+    bench.evaluate(folder, reference=folder, text=TEXT, tokens=96, window=32)
+    assert [len(kept) for kept in bench._references.values()] == [3], "the older states went"
+    bench.max_bytes = 1
+    assert bench.evaluate(folder, reference=folder, **SEEN).same_top_token == 1 and not bench._references
+    bench = Workbench()
+    key = bench.quantize(recipe_of(folder)).key
+    bench.evaluate(folder, reference=key, **SEEN)
+    bench.quantize(recipe_of(folder))
+    assert not bench._references, "a key that was quantised again may mean another model"
 
 
 def test_a_reference_of_another_vocabulary_is_refused(bench, folder, tmp_path):
@@ -253,7 +312,9 @@ def test_local_names_can_be_switched_off(cache, folder):
     "options, code",
     [
         ({"window": 4096, "tokens": 4096}, "E-PARAM-WINDOW"),
-        ({"window": 4}, "E-PARAM-CALIBRATION-WINDOW"),
+        ({"window": 4}, "E-PARAM-WINDOW"),
+        ({"tokens": -5}, "E-PARAM-TOKENS"),
+        ({"text": " "}, "E-PARAM-TEXT"),
         ({"tokens": 0, "window": 0}, None),
         ({"text": "text:"}, None),
         ({"text": "nowhere.txt"}, "E-TEXT-NOTFOUND"),
@@ -265,6 +326,7 @@ def test_bad_evaluations_are_one_sentence(bench, folder, options, code):
     with pytest.raises(QuantscopeError) as caught:
         bench.evaluate(folder, **(SEEN | options))
     assert 20 < len(str(caught.value)) <= 240 and (code is None or caught.value.code == code)
+    assert "alibration" not in str(caught.value)
 
 
 def test_run_compares_with_the_revision_it_quantised(cache, folder, monkeypatch):
@@ -283,6 +345,17 @@ def test_run_compares_with_the_revision_it_quantised(cache, folder, monkeypatch)
 def test_channel_of_the_workbench(bench, folder):
     found = bench.channel(folder, CALIBRATION, "layers.1.down_in", 7)
     assert sum(found.counts) == 256 and json.dumps(found.__dict__, default=vars)
+
+
+def test_a_quantised_model_says_once_what_it_is(bench, folder):
+    loaded, recipe = load_model(folder), recipe_of(folder)
+    made, report = quantize(loaded, recipe)
+    parts, source = evaluation_windows(made, **SEEN)
+    assert evaluate(made, parts, source).label == report.label == recipe.label()
+    key = bench.quantize(recipe).key
+    for found in (bench, Workbench()):
+        assert found.load(key).source == made.source and made.source.count("Quantised by Quantscope") == 1
+        assert found.evaluate(key, **SEEN).label == recipe.label()
 
 
 def test_own_bits_end_to_end(bench, folder):

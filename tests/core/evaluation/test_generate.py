@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 
-from core.errors import Cancelled, InputError, NumericError
+from core.calibration.data import calibration_tokens
+from core.config import Calibration
+from core.errors import Cancelled, InputError, NumericError, TextError
 from core.evaluation.generate import MAX_NEW_TOKENS, Continuation, generate
-from core.models.tiny import tiny_model
+from core.evaluation.windows import evaluation_windows
+from core.models.tiny import tiny_model, tiny_tokenizer
 from kernels import packed_width
 from tests.core.tools import ARCHITECTURES, Quantised, quantised, spec_of, tiny
 
@@ -105,6 +110,12 @@ def test_sampling_follows_the_softmax():
     assert torch.allclose(counts, torch.softmax(logits / 2, 0), atol=0.03)
 
 
+def test_the_smallest_temperature_is_greedy():
+    """Scores divided by it would overflow."""
+    expected = run(tiny("llama"), max_new_tokens=16)[0].text
+    assert {run(tiny("llama"), max_new_tokens=16, temperature=t, seed=3)[0].text for t in (1e-40, 5e-324)} == {expected}
+
+
 def test_the_global_generator_is_left_alone():
     torch.manual_seed(9)
     before = torch.get_rng_state()
@@ -151,6 +162,55 @@ def test_a_chat_template_wraps_the_prompt():
     assert run(tiny("llama"), "hi", chat=True, max_new_tokens=2)[0].prompt_tokens == 2, "no template, no wrapping"
 
 
+def test_a_template_that_refuses_is_one_sentence():
+    loaded = tiny_model("llama")
+    loaded.tokenizer.chat_template = "{{ raise_exception('Conversation roles must alternate') }}"
+    with pytest.raises(InputError, match="without the template") as caught:
+        run(loaded, chat=True)
+    assert caught.value.code == "E-PARAM-CHAT"
+
+
+def test_the_tokenizers_own_rule_starts_a_prompt():
+    """Tokenizers such as OPT's and Llama 2's put <s> first; prefix ids or a template take the place of that rule."""
+    loaded = tiny_model("llama")
+    loaded.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    seen: list[list[int]] = []
+    loaded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    body = loaded.tokenizer(PROMPT, add_special_tokens=False).input_ids
+    run(loaded, max_new_tokens=1)
+    run(loaded, max_new_tokens=1, prefix=(257, 70))
+    assert seen == [loaded.tokenizer(PROMPT).input_ids, [257, 70, *body]] and seen[0] == [256, *body]
+    loaded.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    run(loaded, chat=True, max_new_tokens=1)
+    assert seen[2] == [256, *body], "the template has written it: not twice"
+
+
+@pytest.mark.parametrize("call", ("generate", "evaluate", "calibrate"))
+def test_a_token_that_the_model_does_not_embed_is_named(call):
+    """Added tokens may lie beyond the table: 259 rows, "[PAD]" is number 259."""
+    loaded = replace(tiny("llama"), tokenizer=tiny_tokenizer())
+    loaded.tokenizer.add_tokens(["[PAD]"])
+    text = "text:" + "hello [PAD] there " * 100
+    with pytest.raises(TextError, match=r"'\[PAD\]', number 259; .* 259 tokens: remove it") as caught:
+        if call == "generate":
+            run(loaded, "hello [PAD] x", max_new_tokens=2)
+        elif call == "evaluate":
+            evaluation_windows(loaded, text, tokens=256, window=64)
+        else:
+            calibration_tokens(loaded, Calibration(text, 256, 64), 0, True)
+    assert caught.value.code == "E-TEXT-TOKEN"
+    assert run(loaded, "hello x", max_new_tokens=2)[0].prompt_tokens == 7
+
+
+def test_a_prompt_that_breaks_the_tokenizer_is_one_sentence():
+    loaded = replace(tiny("llama"), tokenizer=tiny_tokenizer())
+    loaded.tokenizer._encode_plus = None  # as a hostile file makes it fail: with anything
+    with pytest.raises(TextError, match="tokenizer cannot read this text"):
+        run(loaded)
+
+
 @pytest.mark.parametrize(
     "options, code",
     [
@@ -171,6 +231,9 @@ def test_a_chat_template_wraps_the_prompt():
         ({"temperature": "hot"}, "E-PARAM-TEMPERATURE"),
         ({"temperature": True}, "E-PARAM-TEMPERATURE"),
         ({"temperature": 5.1}, "E-PARAM-TEMPERATURE"),
+        ({"seed": 2**70}, "E-PARAM-SEED"),
+        ({"seed": -1}, "E-PARAM-SEED"),
+        ({"seed": "x"}, "E-PARAM-SEED"),
     ],
     ids=lambda v: str(v)[:30] if isinstance(v, dict) else v,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -152,3 +153,17 @@ def test_the_workbench_offers_all_three(folder):
     assert report.tokens == 128 and report.total.out >= 0.5
     assert len(bench.weight_histogram(key).layers) == 2
     assert bench.input_histogram(key, "o_in", 0, text=text, tokens=64).kind == "topk8"
+
+
+def test_a_short_context_gets_short_windows(folder, tmp_path):
+    """Windows of 256 tokens are this page's choice, not the user's: a context of 128 must not be refused for it."""
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    bench, text = Workbench(), "text:" + "a few words " * 100
+    assert bench.sparsity(str(tmp_path / "m"), text=text, tokens=512).tokens == 512
+    assert bench.input_histogram(str(tmp_path / "m"), "attn_in", 0, text=text, tokens=64).tokens == 64
+    for tokens_asked in (4, -1, "many"):
+        with pytest.raises(InputError, match="use 8 to") as caught:
+            bench.sparsity(str(folder), text=text, tokens=tokens_asked)
+        assert caught.value.code == "E-PARAM-TOKENS"

@@ -76,7 +76,7 @@ def round_trip(q: Quantised, folder: Path) -> None:
     ]
     differing = {k for k, v in back.model.config.to_dict().items() if q.model.config.to_dict()[k] != v}
     assert differing <= {"_name_or_path"}
-    assert back.path == folder and q.base.name in back.source and not any(p.requires_grad for p in back.model.parameters())
+    assert back.path == folder and back.source == q.loaded.source and not any(p.requires_grad for p in back.model.parameters())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
