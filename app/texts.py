@@ -298,7 +298,7 @@ bits, but only the larger half (Out), or what the squared ReLU leaves (Down).
 left. For QKV and Gate zeros are mere rounding and scattered: no kernel here skips them. A closed gate closes a whole row of Up.
 
 **What the claim means.** *Trained*: the rules the model learned with. *Training-free: approximate*: a ternary model, but
-other input rules than in training. *Simulated*: a full-precision model rounded to three values; expect noise.
+other rules or bits than in training. *Simulated*: a full-precision model rounded to three values; expect noise.
 """
 
 # states

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from core.checks import FLOAT_BITS
 from core.models.adapter import ADAPTERS, ModelAdapter
 from core.quant.bitnet import MODES
 from core.quant.kv_cache_dynamic import AttentionBits
@@ -33,6 +34,7 @@ class BitNetRules:
         keep: share of o_in that TopK keeps.
         trained: the mode of the training; None for a model whose weights were rounded to ternary without any.
         attention: bits of keys, values and queries; never part of the training.
+        trained_keep: the share in the training.
     Raises: ValueError for an unknown mode.
     """
 
@@ -40,6 +42,7 @@ class BitNetRules:
     keep: float = 0.5
     trained: str | None = None
     attention: AttentionBits = field(default_factory=AttentionBits)
+    trained_keep: float = 0.5
 
     def __post_init__(self) -> None:
         known = [name for name in MODES if name != "fp"]
@@ -52,9 +55,18 @@ class BitNetRules:
 
     @property
     def claim(self) -> str:
-        """What may be expected of the result, for people."""
+        """What may be expected of the result, for people: trained, approximate with all that differs from the training, or
+        simulated."""
         if self.trained is None:
             return f"{self.mode} simulated on a model trained in full precision: expect noise"
-        if self.trained == self.mode:
+        changes = []
+        if self.mode != self.trained:
+            changes.append(f"{self.mode} rules")
+        elif "topk8" in MODES[self.mode].values() and self.keep != self.trained_keep:
+            changes.append(f"keep {self.keep:g} instead of {self.trained_keep:g}")
+        for name, bits in (("KV", self.attention.kv), ("Q", self.attention.q)):
+            if bits < FLOAT_BITS:
+                changes.append(f"{name} {bits} bits")
+        if not changes:
             return f"trained {self.mode}"
-        return f"{self.mode} rules applied training-free to a {self.trained} model: approximate"
+        return f"{', '.join(changes)} applied training-free to a {self.trained} model: approximate"

@@ -98,7 +98,8 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
         cannot be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
     """
     stated = report.config.get("quantscope") or {}
-    rules = BitNetRules(stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5)), stated.get("mode", "w1.58a8"))
+    mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
+    rules = BitNetRules(mode, keep, trained=mode, trained_keep=keep)
     fmt, adapter = bitnet_format(report.config), adapter_for(config)
     for name in ("quantization_config", "quantscope"):
         if hasattr(config, name):

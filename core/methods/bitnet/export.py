@@ -40,12 +40,18 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda 
     """Write the latest checkpoint of a finished run as a folder that `load_model` reads.
 
     Args: run: its folder. out: the model folder, new, empty or with an earlier trained model.
-    Returns: the card. Raises: ArtifactError (no run, unfinished, damaged; E-CKPT-TEXT: its texts have changed since),
-        InputError E-PARAM-OUT, ResourceError E-DISK.
+    Returns: the card. Raises: ArtifactError (no run, unfinished, damaged; E-CKPT-TEXT: its texts have changed since; E-CKPT-KIND:
+        it replaced quantisers of its mode), InputError E-PARAM-OUT, ResourceError E-DISK.
     """
     run, out = Path(run), Path(out)
     check_model_folder(out)
     config, document, model, tokenizer = load_run(run)
+    if config.inputs:
+        raise ArtifactError(
+            f"The run {run.name!r} was trained with its own inputs ({', '.join(config.inputs)}), which a model folder cannot "
+            "state: train by a mode alone.",
+            code="E-CKPT-KIND",
+        )
     measured = measure(model, tokenizer, config, document["corpus"], progress=progress)
     card = _card(config, document, read_log(run / LOG), measured)
     progress("Writing the model", None)

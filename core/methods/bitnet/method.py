@@ -2,15 +2,17 @@
 
 What the result is worth depends on what the model was trained for, and `BitNetRules.claim` says it:
 
-    trained in the same mode       nothing is approximated
-    trained as BitNet, other mode  the same ternary weights, other activation rules, training-free: approximate
-    trained in full precision      weights rounded to ternary, no sub-norms, its own activation: simulated, expect noise
+    trained by the same rules       nothing is approximated
+    trained as BitNet, other rules  the same ternary weights, another mode, share of TopK, bits of attention: approximate
+    trained in full precision       weights rounded to ternary, no sub-norms, its own activation: simulated, expect noise
 
 The squared ReLU's skipped products are exact in every case. Nothing is calibrated: the text only serves to measure noise.
 Source: BitNet a4.8 (arXiv:2411.04965), section 2.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,11 +58,11 @@ class BitNet:
     ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """The same norms around ternary layers: the block's own ternary weights, or float ones rounded."""
         options, notes = recipe.bitnet, {}
-        rules = BitNetRules(
-            options.mode,
-            options.keep,
-            None if block.rules is None else block.rules.trained,
-            AttentionBits(options.kv_bits, options.bos_bits, options.q_bits),
+        rules = replace(
+            block.rules or BitNetRules(options.mode),
+            mode=options.mode,
+            keep=options.keep,
+            attention=AttentionBits(options.kv_bits, options.bos_bits, options.q_bits),
         )
         new = DecoderBlock(block.spec, block.layer_index)
         for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm"):

@@ -32,9 +32,9 @@ def folder(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("b158") / "m", "w1.58a8")
 
 
-def trained(target, mode: str):
+def trained(target, mode: str, **options):
     loaded = tiny_model("bitnet")
-    save_bitnet(target, loaded.model, loaded.tokenizer, mode=mode, card=CARD)
+    save_bitnet(target, loaded.model, loaded.tokenizer, mode=mode, card=CARD, **options)
     return target
 
 
@@ -89,6 +89,31 @@ def test_the_claim_follows_the_training(folder, tmp_path):
     assert claim(apply(b158).loaded) == claim(b158), "twice is no more"
     assert "expect noise" in claim(tiny_model("llama")) and "expect noise" in claim(tiny_model("bitnet"))
     assert claim_of(tiny_model("llama").model, tiny_model("llama").adapter) is None
+
+
+@pytest.mark.parametrize(
+    ("trained_by", "options", "expected"),
+    [
+        (("a4.8", 0.5), {"keep": 0.1}, "keep 0.1 instead of 0.5 applied training-free to a a4.8 model: approximate"),
+        (("a4.8", 0.25), {"keep": 0.25}, "trained a4.8"),
+        (("a4.8", 0.25), {}, "keep 0.5 instead of 0.25 applied training-free to a a4.8 model: approximate"),
+        (("a4.8", 0.5), {"kv_bits": 3}, "KV 3 bits applied training-free to a a4.8 model: approximate"),
+        (("a4.8", 0.5), {"kv_bits": 3, "q_bits": 4}, "KV 3 bits, Q 4 bits applied training-free to a a4.8 model: approximate"),
+        (("a4.8", 0.5), {"bos_bits": 8}, "trained a4.8"),
+        (("w1.58a8", 0.5), {"mode": "w1.58a8", "keep": 0.1}, "trained w1.58a8"),
+        (("w1.58a8", 0.5), {"q_bits": 8}, "a4.8 rules, Q 8 bits applied training-free to a w1.58a8 model: approximate"),
+    ],
+    ids=str,
+)
+def test_whatever_differs_from_the_training_is_named(tmp_path, trained_by, options, expected):
+    """TopK's share counts where there is TopK; bits of the cache and of queries never were part of a training."""
+    mode, keep = trained_by
+    base = load_model(str(trained(tmp_path / "m", mode, keep=keep)))
+    assert claim_of(base.model, base.adapter) == f"trained {mode}"
+    made = apply(base, **options)
+    assert claim_of(made.model, made.loaded.adapter) == expected
+    back = apply(made.loaded, mode=mode, keep=keep)
+    assert claim_of(back.model, back.loaded.adapter) == f"trained {mode}", "what it was trained for is not forgotten"
 
 
 def test_the_outcome_is_plain_numbers(folder):
@@ -225,7 +250,9 @@ def test_the_whole_way(folder, tmp_path):
     base = load_model(str(folder))
     recipe = QuantRecipe(str(folder), method="bitnet", calibration=Calibration(TEXT, 256, 64), bitnet=BitNetOptions(kv_bits=4))
     made, report = quantize(base, recipe)
-    assert report.label == "BITNET · a4.8 · KV 4 bits · a4.8 rules applied training-free to a w1.58a8 model: approximate"
+    assert report.label == (
+        "BITNET · a4.8 · KV 4 bits · a4.8 rules, KV 4 bits applied training-free to a w1.58a8 model: approximate"
+    )
     assert 2 < report.effective_weight_bits < 2.2 and "ternary weights" not in report.stages and len(report.layers) == 2
     assert report_from_dict(report.to_dict()).label == report.label
     save_quantized(tmp_path / "q", made, {"recipe": recipe.to_dict(), "report": report.to_dict()})

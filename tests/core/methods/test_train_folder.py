@@ -108,6 +108,14 @@ def test_the_card_is_not_measured_on_another_text(run, tmp_path, other_text):
     assert caught.value.code == "E-CKPT-TEXT" and not (tmp_path / "model").exists()
 
 
+def test_replaced_inputs_are_not_exported_under_the_name_of_a_mode(place, tmp_path):
+    """The folder would run by the mode's own quantisers and call itself trained."""
+    train(tiny(place, inputs={"down_in": "int4x2"}), tmp_path / "run")
+    with pytest.raises(ArtifactError, match="down_in"):
+        export_run(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_older_checkpoints_are_held_to_the_run_beside_them(begun, request):
     """They name no texts: run.json does. Without either there is nothing to compare."""
     config, folder = begun
