@@ -25,7 +25,8 @@ METHODS = ("rptq", "rtn", "bitnet")
 WEIGHT_METHODS = ("gptq", "rtn")
 VARIANTS = ("default", "official", "strict")
 SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
-BITNET_MODES = ("w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
+_INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
+BITNET_MODES = tuple(_INPUT_BITS)
 """Activation rules of BitNet, all with ternary weights: `core.quant.bitnet.MODES` says what each does."""
 
 PER_CHANNEL = 65536
@@ -186,9 +187,8 @@ class BitNetOptions:
     @property
     def tensor_bits(self) -> Bits:
         """Bits of every tensor as they are stored or multiplied; ternary weights take 2."""
-        inputs = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8)}.get(self.mode, (4, 4, 4, 4))
-        names = ("attn_in", "o_in", "mlp_in", "down_in")
-        return Bits(weights=2, q=self.q_bits, k=self.kv_bits, v=self.kv_bits, **dict(zip(names, inputs, strict=True)))
+        attn_in, o_in, mlp_in, down_in = _INPUT_BITS[self.mode]
+        return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
 
 
 @dataclass(frozen=True)

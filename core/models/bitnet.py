@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from core.checks import FLOAT_BITS
+from core.config import BITNET_MODES
 from core.models.adapter import ADAPTERS, ModelAdapter
 from core.quant.bitnet import MODES
 from core.quant.kv_cache_dynamic import AttentionBits
@@ -30,7 +31,7 @@ class BitNetRules:
     """By which rules a model with ternary weights runs, and which it was trained for.
 
     Attributes:
-        mode: key of `core.quant.bitnet.MODES`, not "fp".
+        mode: one of BITNET_MODES.
         keep: share of o_in that TopK keeps.
         trained: the mode of the training; None for a model whose weights were rounded to ternary without any.
         attention: bits of keys, values and queries; never part of the training.
@@ -45,9 +46,8 @@ class BitNetRules:
     trained_keep: float = 0.5
 
     def __post_init__(self) -> None:
-        known = [name for name in MODES if name != "fp"]
-        if self.mode not in known or self.trained not in (None, *known):
-            raise ValueError(f"BitNet mode {self.mode[:20]!r} is unknown: use one of {', '.join(known)}")
+        if self.mode not in BITNET_MODES or self.trained not in (None, *BITNET_MODES):
+            raise ValueError(f"BitNet mode {self.mode[:20]!r} is unknown: use one of {', '.join(BITNET_MODES)}")
 
     def kind(self, site: str) -> str:
         """The quantiser of a projection input: attn_in, o_in, mlp_in or down_in."""

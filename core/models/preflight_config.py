@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from core.config import BITNET_MODES
 from core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _CAPS = (
 ONLINE_MASTERS = "masters"
 _OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
 _LINEAR_CLASSES = ("autobitlinear", "bitlinear")
-_MODES = ("fp", "w1.58a8", "a4.8", "a4.8-fp4", "int4", "fp4")
 
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
@@ -68,7 +68,7 @@ def bitnet_format(config: Mapping[str, Any]) -> str | None:
     """
     stored, own = config.get("quantization_config"), config.get("quantscope")
     mode = own.get("mode") if isinstance(own, Mapping) else None
-    if own is not None and (not isinstance(own, Mapping) or mode not in _MODES or not _is_share(own.get("keep", 0.5))):
+    if own is not None and not (mode in ("fp", *BITNET_MODES) and _is_share(own.get("keep", 0.5))):
         raise ModelError('config.json has a "quantscope" entry that is not understood: it needs a known mode, and keep above '
                          "0 and up to 1.", code="E-MODEL-BAD")
     if not stored:

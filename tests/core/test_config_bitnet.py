@@ -79,3 +79,8 @@ def test_modes_are_those_of_the_quantisers():
     from core.quant.bitnet import MODES
 
     assert set(BITNET_MODES) == set(MODES) - {"fp"}
+    bits_of = {"int8": 8, "topk8": 8, "int4": 4, "int4x2": 4, "fp4": 4}
+    for mode in BITNET_MODES:
+        bits = QuantRecipe("m", method="bitnet", bitnet=BitNetOptions(mode, kv_bits=3, q_bits=8)).tensor_bits
+        assert {site: bits.site(site) for site in MODES[mode]} == {site: bits_of[kind] for site, kind in MODES[mode].items()}
+        assert (bits.weights, bits.q, bits.k, bits.v, bits.softmax) == (2, 8, 3, 3, 16)

@@ -22,7 +22,6 @@ from core.checks import require_choice
 from core.errors import InputError
 from core.quant.bitnet import INPUT_KINDS, MODES, quantize_input, ternary_absmean
 
-SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 _SITE_OF = {
     "q_proj": "attn_in",
     "k_proj": "attn_in",
@@ -122,9 +121,9 @@ def input_kinds(mode: str, inputs: Mapping[str, str] | None = None) -> dict[str,
     """Quantiser of each projection input under a mode with replacements. Raises: as `set_mode`."""
     require_choice("mode", mode, tuple(MODES))
     for site, kind in (inputs or {}).items():
-        if site not in SITES or kind not in INPUT_KINDS or mode == "fp":
+        if site not in MODES[mode] or kind not in INPUT_KINDS or mode == "fp":
             raise InputError(
-                f"inputs has {str(site)[:20]!r}: {str(kind)[:20]!r}: name one of {', '.join(SITES)} with one "
+                f"inputs has {str(site)[:20]!r}: {str(kind)[:20]!r}: name one of {', '.join(MODES[mode])} with one "
                 f"of {', '.join(INPUT_KINDS)}, in a mode with ternary weights.",
                 code="E-PARAM-INPUTS",
             )
