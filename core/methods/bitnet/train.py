@@ -151,8 +151,9 @@ class _Run:
         config = {"config": self.config.to_dict()}
         if not known:
             return config | {"corpus": self.corpus.sources, "parameters": self.parameters, **here}
-        resumed = [{"step": self.step, **here}] if self.step < self.config.steps else []
-        return known | config | {"resumed": known.get("resumed", []) + resumed}
+        if self.step == self.config.steps:
+            return known | config
+        return known | config | {"resumed": [*known.get("resumed", []), {"step": self.step, **here}]}
 
     @property
     def parameters(self) -> int:
