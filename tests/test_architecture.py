@@ -26,7 +26,8 @@ STAGES = (
     {"models"},
     {"calibration"},
     {"methods"},
-    {"evaluation", "export"},
+    {"evaluation"},
+    {"stages"},
     {"pipeline"},
 )
 """Parts of core from bottom to top: a part imports from its own row and the rows before it."""

@@ -88,7 +88,7 @@ def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel
             block(hidden, **item.kwargs[layer], observe=observe)
         except _Found:
             continue
-    return torch.cat(seen)
+    return torch.cat(seen).cpu()  # histograms are made there only
 
 
 def _extreme(loaded: LoadedModel, windows: Tensor, values: Tensor, index: int) -> TokenExtreme:

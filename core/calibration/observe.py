@@ -77,11 +77,11 @@ class Recorder:
                 self.hessians[site] = rows.t() @ rows
 
     def ranges(self) -> dict[str, ChannelRanges]:
-        """Ranges of every observed site, in the order of `SITES`."""
+        """Ranges of every observed site, in the order of `SITES`; on the CPU, where plans are made."""
         result = {}
         for site in SITES:
-            low, high = torch.cat(self._low[site]), torch.cat(self._high[site])
-            result[site] = ChannelRanges(low.amin(0), high.amax(0), low, high, torch.cat(self._rows[site]))
+            low, high, rows = (torch.cat(seen[site]).to("cpu", torch.float32) for seen in (self._low, self._high, self._rows))
+            result[site] = ChannelRanges(low.amin(0), high.amax(0), low, high, rows)
         return result
 
 

@@ -36,10 +36,15 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         config.vocab_size,
         context_of(loaded.model) or 0,
         sum(parts.values()),
-        str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        dtype_of(loaded.model),
         seconds,
         claim_of(loaded.model, loaded.adapter),
     )
+
+
+def dtype_of(model: PreTrainedModel) -> str:
+    """The float type a model computes in, such as "float32"."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def set_backend(loaded: LoadedModel, backend: str) -> None:

@@ -78,23 +78,23 @@ def score(
         reference_head: its output embedding; needed with `reference`.
     Raises: NumericError if the model's loss is not finite.
     """
-    head = model.get_output_embeddings()
+    head, windows = model.get_output_embeddings(), windows.to(model.device)
     losses, divergences, agreements, seconds = [], [], [], 0.0
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
         start = time.perf_counter()
         log_p = torch.log_softmax(head(final_hidden(model, window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
-        loss = -log_p.gather(1, window[1:, None]).mean()
+        loss = -float(log_p.gather(1, window[1:, None]).mean())  # a number: what runs on a GPU has ended
         seconds += time.perf_counter() - start
-        if not bool(torch.isfinite(loss)):
+        if not math.isfinite(loss):
             raise NumericError(
                 f"The loss is not finite in window {i + 1}: the quantised model produced NaN or infinity; "
                 "use more bits or more clusters.",
                 code="E-NUM-NAN",
             )
-        losses.append(float(loss))
+        losses.append(loss)
         if reference is not None:
-            log_q = torch.log_softmax(reference_head(reference[i][:-1]).float(), dim=-1)
+            log_q = torch.log_softmax(reference_head(reference[i][:-1]).float(), dim=-1).to(log_p.device)
             agreements.append(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
             divergences.append(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()))
     return _summary(losses, divergences, agreements, len(windows) * (windows.shape[1] - 1), seconds)

@@ -91,12 +91,13 @@ def input_histogram(
         if index == layer:
             break
     x = torch.cat(seen)
-    edge = float(x.abs().flatten().float().kthvalue(max(1, int(TAIL * x.numel()))).values) or 1.0
+    values = x.flatten().float().cpu()
+    edge = float(values.abs().kthvalue(max(1, int(TAIL * len(values)))).values) or 1.0
     edges = torch.linspace(-edge, edge, BINS + 1)
-    counts = torch.bincount(torch.bucketize(x.flatten().clamp(-edge, edge), edges[1:-1]), minlength=BINS)
+    counts = torch.bincount(torch.bucketize(values.clamp(-edge, edge), edges[1:-1]), minlength=BINS)
     linear = _reader(loaded, site, layer)
     codes = torch.empty(0, dtype=torch.int8) if linear is None else linear.quantize(x).codes
-    values, code_counts = codes.unique(return_counts=True)
+    code_values, code_counts = codes.unique(return_counts=True)
     return InputHistogram(
         loaded.name,
         site,
@@ -106,7 +107,7 @@ def input_histogram(
         windows.numel(),
         edges.tolist(),
         counts.tolist(),
-        values.tolist(),
+        code_values.tolist(),
         code_counts.tolist(),
     )
 

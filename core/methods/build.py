@@ -69,7 +69,7 @@ def _quantized_linear(
         layer = QuantLinear.from_weight(weight, bias, quantizer(site), offsets=site.offsets)
         return layer, WeightNote(16, "float", float("inf"), None, layer.effective_bits)
     offsets = site.offsets if site.weight_offsets is None else site.weight_offsets
-    result = quantize_weight(weight, hessian, offsets, bits=bits, grid=grid)
+    result = quantize_weight(weight, hessian, offsets.to(weight.device), bits=bits, grid=grid)
     layer = QuantLinear.from_weight(result.weight, bias, quantizer(site))
     note = WeightNote(bits, result.method, sqnr_db(weight, result.weight.dequantize()), result.fallback, layer.effective_bits)
     return layer, note

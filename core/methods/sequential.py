@@ -89,6 +89,7 @@ def quantize_layers(
         watch.lap("cluster and plan")
         tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
         quantized, notes = method.apply_layer(block, plan, stats, recipe)
+        quantized.to(model.device)  # plans are made on the CPU
         watch.lap("weights")
         hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
@@ -134,7 +135,7 @@ def _observe(
         recorder, _ = record(gptq, "calibrating")
         block.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
     linears = block.linears()
-    importance = {site: linears[name].dequantized_weight().square().mean(0) for name, site in INPUT_SITE.items()}
+    importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
     return LayerStatistics(ranges, calibrated, recorder.hessians, importance), outputs
 
 

@@ -69,19 +69,19 @@ class _Catcher(nn.Module):
 
 @torch.inference_mode()
 def block_inputs(model: PreTrainedModel, adapter: ModelAdapter, input_ids: Tensor) -> BlockInputs:
-    """Run everything before the first decoder layer on input_ids [B, T]."""
+    """Run everything before the first decoder layer on input_ids [B, T] of any device."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     count = len(adapter.decoder_layers(model))
     probe = with_layers(model, adapter, [_Catcher(calls) for _ in range(count)])
-    probe.base_model(input_ids=input_ids, use_cache=False)
+    probe.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     keep = ("attention_mask", "position_ids", "position_embeddings")
     return BlockInputs(calls[0][0].clone(), tuple({k: call[1][k] for k in keep if k in call[1]} for call in calls))
 
 
 @torch.inference_mode()
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Hidden states that the head reads: input_ids [B, T] -> [B, T, D]."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    """Hidden states that the head reads: input_ids [B, T] of any device -> [B, T, D] on the model's."""
+    return model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state
 
 
 def quantized_blocks(model: PreTrainedModel, adapter: ModelAdapter) -> list[DecoderBlock]:

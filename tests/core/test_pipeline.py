@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from core.calibration.observe import observe_layers
 from core.config import SITES, Bits, Calibration, QuantRecipe
 from core.errors import BackendError, Cancelled, InputError, ModelError, QuantscopeError
+from core.evaluation.windows import evaluation_windows
 from core.models.load import load_model
 from core.models.tiny import save_tiny
-from core.pipeline import Workbench, evaluate, evaluation_windows, quantize, run
+from core.pipeline import Workbench, run
+from core.stages import evaluate, quantize
 from core.storage import atomic_dir
 from tests.core.tools import tokens
 

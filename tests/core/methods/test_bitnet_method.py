@@ -9,16 +9,18 @@ from core.config import BITNET_MODES, SITES, BitNetOptions, Calibration, QuantRe
 from core.errors import ModelError
 from core.evaluation.describe import backend_use, claim_of, label_of, report_from_dict
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
+from core.evaluation.windows import evaluation_windows
 from core.methods.build import INPUT_SITE
 from core.models.bitnet_io import save_bitnet
 from core.models.load import LoadedModel, load_model
 from core.models.quantized import already_quantized, load_quantized, read_description, save_quantized
 from core.models.shell import block_inputs, new_cache, quantized_blocks
 from core.models.tiny import tiny_model
-from core.pipeline import Workbench, evaluate, evaluation_windows, quantize
+from core.pipeline import Workbench
 from core.quant.bitnet import MODES, ternary_absmean
 from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVCache
 from core.quant.ternary_linear import TernaryLinear
+from core.stages import evaluate, quantize
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, tokens
 
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}

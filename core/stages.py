@@ -1,0 +1,139 @@
+"""The stages as functions of a loaded model: observe, quantise, evaluate. Nothing is kept between them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from core.calibration.data import TextSource, calibration_tokens
+from core.calibration.observe import Progress, observe_layers, silent
+from core.calibration.ranges import channel_ema
+from core.calibration.report import RangesReport, SiteRanges
+from core.config import Calibration, QuantRecipe
+from core.errors import ModelError
+from core.evaluation.describe import backend_use, claim_of, dtype_of, label_of, layer_report, set_backend
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
+from core.evaluation.perplexity import score
+from core.evaluation.report import EvalReport, QuantizeReport
+from core.methods import METHODS
+from core.methods.sequential import quantize_layers
+from core.models.load import LoadedModel
+from core.models.quantized import already_quantized, modules_of
+
+
+def observe(
+    loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
+) -> RangesReport:
+    """Exact per-channel minimum and maximum of every site, and their moving averages; original order, q scaled by E**-0.5.
+
+    Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
+    """
+    require_float(loaded, "inspect")
+    start = time.perf_counter()
+    tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
+    spec = loaded.adapter.spec(loaded.model.config)
+    sites = {}
+    for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, tokens, progress=progress)):
+        for kind, found in ranges.items():
+            block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
+            name = f"layers.{layer}.{kind}"
+            averages = [bound.numpy() for bound in channel_ema(found)]
+            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
+    return RangesReport(
+        loaded.name,
+        loaded.revision,
+        asdict(calibration),
+        source.name,
+        tokens.numel(),
+        tokens.shape[1],
+        time.perf_counter() - start,
+        str(loaded.model.device),
+        spec.groups,
+        sites,
+    )
+
+
+def quantize(
+    base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
+) -> tuple[LoadedModel, QuantizeReport]:
+    """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
+    require_float(base, "quantise")
+    start = time.perf_counter()
+    method = METHODS.get(recipe.method)
+    tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
+    model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
+    label = " · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter))))
+    origin = f"Quantised by Quantscope from {base.name}. {base.source}"
+    loaded = replace(base, model=model, source=origin, path=None, label=label)
+    linears = modules_of(model)
+    weights = sum(m.in_features * m.out_features for m in linears)
+    report = QuantizeReport(
+        key=recipe.hash,
+        recipe=recipe.to_dict(),
+        label=label,
+        bits_description=recipe.describe_bits(),
+        seconds=time.perf_counter() - start,
+        stages=stages,
+        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, "
+        f"seed {recipe.seed}",
+        effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
+        weight_bytes=sum(measured_parts(model, base.adapter).values()),
+        float_bytes=sum(measured_parts(base.model, base.adapter).values()),
+        layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
+        backends=backend_use(loaded),
+        folder="",
+    )
+    return loaded, report
+
+
+def evaluate(
+    loaded: LoadedModel,
+    parts: Tensor,
+    source: TextSource,
+    *,
+    reference: list[Tensor] | None = None,
+    reference_head: torch.nn.Module | None = None,
+    backend: str = "auto",
+    progress: Progress = silent,
+    key: str | None = None,
+) -> EvalReport:
+    """Score a model on windows [S, T] of a text (`evaluation_windows`), against reference hidden states when given."""
+    set_backend(loaded, backend)
+    result = score(loaded.model, parts, reference=reference, reference_head=reference_head, progress=progress)
+    use = backend_use(loaded)
+    count, window = parts.shape
+    memory = measured_parts(loaded.model, loaded.adapter)
+    device, dtype = str(loaded.model.device), dtype_of(loaded.model)
+    return EvalReport(
+        key=key or loaded.name,
+        label=label_of(loaded),
+        text_name=source.name,
+        perplexity=result.perplexity,
+        perplexity_stderr=result.perplexity_stderr,
+        nll=result.nll,
+        tokens=parts.numel(),
+        window=window,
+        kld_mean=result.kld_mean,
+        same_top_token=result.same_top_token,
+        weight_bytes=sum(memory.values()),
+        weight_parts=memory,
+        working_bytes=working_bytes(loaded.model),
+        kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
+        tokens_per_second=result.tokens_per_second,
+        seconds=result.seconds,
+        device=device,
+        dtype=dtype,
+        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"transformers {dtype}",
+        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over "
+        f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
+        f"{dtype} on {device}, one window at a time",
+    )
+
+
+def require_float(loaded: LoadedModel, verb: str) -> None:
+    """Check that a model was not quantised here. Raises: ModelError E-MODEL-QUANTIZED; `verb` says what to do with another."""
+    if already_quantized(loaded.model, loaded.adapter):
+        raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
