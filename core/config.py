@@ -130,7 +130,7 @@ class Clusters:
             return "channel" if count >= PER_CHANNEL else str(count)
 
         if self.R1 == self.R4 == self.R5 and self.R2 == self.R3:
-            return "per channel" if self.R1 >= PER_CHANNEL else f"g={name(self.R1)}/{name(self.R2)}"
+            return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={name(self.R1)}/{name(self.R2)}"
         return ",".join(f"{r}={name(getattr(self, r))}" for r in REORDERS)
 
 

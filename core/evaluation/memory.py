@@ -6,7 +6,7 @@ layer's widest live tensors):
 
     weights      P bits_w / 8        P = all parameters; OPT: L (12 D² + 13 D) + (V + 2050) D + 2 D
     kv cache     L B T Hkv E (bits_k + bits_v) / 8
-    activations  B T (F bits_down_in + D bits_o_in) / 8
+    activations  B T (F bits_down_in + H E bits_o_in) / 8
 
 Source: RPTQ (arXiv:2304.01089), memory comparison; docs/rptq.md lists the cells this reproduces.
 """
@@ -131,7 +131,7 @@ def model_shape(name: str) -> Shape:
 def find_shape(name: str) -> Shape:
     """A named shape, or one written as layers=..,hidden=..,heads=..[,kv_heads=..,ffn=..,vocab=..].
 
-    Raises: InputError naming the known shapes.
+    Raises: InputError naming the known shapes, or the numbers that do not divide.
     """
     key = name.strip().lower().removeprefix("facebook/") if isinstance(name, str) else ""
     if key in SHAPES:
@@ -143,18 +143,24 @@ def find_shape(name: str) -> Shape:
             break
         values[field.strip()] = int(number)
     else:
-        if {"layers", "hidden", "heads"} <= set(values) <= set(Shape.__dataclass_fields__) and values["hidden"] % values[
-            "heads"
-        ] == 0:
-            values.setdefault("kv_heads", values["heads"])
-            values.setdefault("head_dim", values["hidden"] // values["heads"])
-            values.setdefault("ffn", 4 * values["hidden"])
-            values.setdefault("vocab", 50272)
-            return Shape(**values)
+        if {"layers", "hidden", "heads"} <= set(values) <= set(Shape.__dataclass_fields__):
+            return _own_shape(**values)
     raise InputError(
         f"Shape {str(name)[:40]!r} is not known: use one of {', '.join(SHAPES)}, layers=32,hidden=4096,heads=32, or a folder.",
         code="E-PARAM-MODEL",
     )
+
+
+def _own_shape(*, hidden: int, heads: int, **others: int) -> Shape:
+    """A shape from numbers; what is left out is as in OPT."""
+    kv_heads = others.setdefault("kv_heads", heads)
+    for name, whole, by, parts in (("hidden", hidden, "heads", heads), ("heads", heads, "kv_heads", kv_heads)):
+        if whole % parts and not (name == "hidden" and "head_dim" in others):
+            raise InputError(
+                f"{name}={whole} is not a multiple of {by}={parts}: choose numbers that divide.", code="E-PARAM-MODEL"
+            )
+    defaults = {"head_dim": hidden // heads, "ffn": 4 * hidden, "vocab": 50272}
+    return Shape(hidden=hidden, heads=heads, **(defaults | others))
 
 
 def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str = "") -> MemoryEstimate:
@@ -170,7 +176,7 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
     weights = shape.parameters * bits.weights // 8
     tokens = batch * sequence
     cache = shape.layers * tokens * shape.kv_heads * shape.head_dim * (bits.k + bits.v) // 8
-    activations = tokens * (shape.ffn * bits.down_in + shape.hidden * bits.o_in) // 8
+    activations = tokens * (shape.ffn * bits.down_in + shape.heads * shape.head_dim * bits.o_in) // 8
     return MemoryEstimate(
         weights,
         cache,

@@ -359,6 +359,7 @@ def test_other_labels():
     own = QuantRecipe("m", scheme="custom", bits=Bits(q=4), method="rtn", weights="rtn")
     assert own.label().startswith("RTN · custom (weights 16, attn_in 16, q 4, ") and own.label().endswith("float weights")
     assert QuantRecipe("m", clusters=Clusters.uniform(PER_CHANNEL)).label().split(" · ")[2] == "per channel"
+    assert Clusters(R1=PER_CHANNEL, R4=PER_CHANNEL, R5=PER_CHANNEL).describe() == "g=channel/4"
     assert QuantRecipe("m", clusters=Clusters(R2=7)).label().split(" · ")[2] == "R1=32,R2=7,R3=4,R4=32,R5=32"
 
 

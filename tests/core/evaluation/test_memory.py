@@ -109,6 +109,14 @@ def test_parameters_of_a_shape_are_those_of_the_model(architecture):
     assert found == parameters_of(loaded.model) - left_out
 
 
+def test_the_input_of_the_output_projection_is_as_wide_as_the_heads():
+    """Qwen3's heads are wider together than its hidden states."""
+    loaded = tiny("qwen3")
+    spec = spec_of(loaded)
+    made = estimate(shape_of(spec, 2, 259, tied=False), SCHEMES["W4A4"], batch=3, sequence=5)
+    assert spec.width("o_in") == 2 * spec.hidden and made.activations == 15 * (spec.ffn + spec.width("o_in")) // 2
+
+
 def test_activations_are_one_layers_widest_tensors():
     shape = find_shape("opt-13b")
     assert estimate(shape, Bits(), batch=2, sequence=10).activations == 20 * (4 + 1) * 5120 * 2
@@ -117,6 +125,20 @@ def test_activations_are_one_layers_widest_tensors():
     mixed = estimate(shape, Bits(k=3, v=8, o_in=4), batch=2, sequence=10)
     assert mixed.kv_cache == 40 * 20 * 5120 * 11 // 8 and mixed.activations == 20 * 5120 * (4 * 16 + 4) // 8
     assert set(made.to_dict()) == {"weights", "kv_cache", "activations", "total", "label", "assumptions"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("hidden=10,heads=3", "hidden=10 is not a multiple of heads=3"),
+        ("hidden=12,heads=3,kv_heads=2", "heads=3 is not a .*kv_heads=2"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_named(text, rule):
+    with pytest.raises(InputError, match=f"^{rule}: choose") as caught:
+        find_shape(f"layers=2,{text}")
+    assert caught.value.code == "E-PARAM-MODEL"
+    assert find_shape("layers=2,hidden=10,heads=3,head_dim=4").head_dim == 4
 
 
 @pytest.mark.parametrize(
