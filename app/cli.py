@@ -153,7 +153,9 @@ def _scoring(verb: Parser) -> None:
 
 
 def _backend(verb: Parser) -> None:
-    verb.add_argument("--backend", default="auto", help="auto (default), reference or int8: how quantised layers multiply")
+    verb.add_argument(
+        "--backend", default="auto", help=f"{', '.join(verbs.BACKENDS)}: how quantised layers multiply (default auto)"
+    )
 
 
 def _writing(verb: Parser) -> None:
@@ -250,7 +252,7 @@ def _prepare_process() -> None:
         os.environ.setdefault(name, value)
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
-        logging.basicConfig(level=logging.CRITICAL)
+        logging.disable(logging.CRITICAL)  # a level of the root logger would not stop the libraries' own handlers
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Terminated

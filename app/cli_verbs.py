@@ -13,10 +13,13 @@ from typing import Any
 
 from app.cli_output import Console, facts, table
 from app.figure import bytes_text, number
-from core.checks import parse_int, require_int
+from core.checks import parse_int, require_choice, require_int
 from core.config import SITES, Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, parse_bits
 from core.errors import InputError
 
+BACKENDS = ("auto", "reference", "int8", "int4", "triton")
+FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights")}
+"""Options that a method would not look at."""
 MAX_TOKENS = 1_048_576
 MAX_RECIPE_BYTES = 2**24
 OUTLIERS_SHOWN = 10
@@ -112,7 +115,7 @@ def evaluate(args: Namespace, console: Console) -> None:
 
 def generate(args: Namespace, console: Console) -> None:
     """`generate`: the continuation, piece by piece as it is made."""
-    writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": args.backend}
+    writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": _backend(args)}
     from core import Workbench
 
     report = _stream(Workbench(), args.model, args.prompt, writing, console)
@@ -125,11 +128,14 @@ def compare(args: Namespace, console: Console) -> None:
     """`compare`: one row per model; the first is the reference of the others."""
     if len(args.models) < 2:
         raise InputError("Only one model is given: name two or more, the first being the reference.", code="E-PARAM-MODELS")
-    protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": args.backend}
+    protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": _backend(args)}
     from core import Workbench
+    from core.models.catalog import resolve
     from core.provenance import provenance
 
     bench, first = Workbench(), args.models[0]
+    for name in args.models:
+        resolve(name, progress=console.progress)  # a name that cannot be found is said before the first is measured
     reports = [
         bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
         for i, name in enumerate(args.models)
@@ -205,8 +211,14 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         base.pop("revision", None)
     if given.get("method", "bitnet") != "bitnet":
         base.pop("bitnet", None)
-    if given.get("method", "rptq") != "rptq":
+    method = given.get("method") or base.get("method", "rptq")
+    for name in FOREIGN.get(method, ()):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
+    if method != "rptq":
         base.pop("segments", None)
+    if method == "rtn" and "weights" not in base:
+        given.setdefault("weights", "rtn")  # as the method's name says
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
     own = {name: value for name in options if (value := getattr(args, name)) is not None}
     if own:
@@ -278,7 +290,7 @@ def _protocol(args: Namespace) -> dict[str, Any]:
     rule = f"use at least one window ({window}) and at most {MAX_TOKENS}"
     tokens = require_int("tokens", parse_int("tokens", args.tokens), window, MAX_TOKENS, rule)
     _require_text(args.text, "evaluation")
-    return {"text": args.text, "window": window, "tokens": tokens, "backend": args.backend}
+    return {"text": args.text, "window": window, "tokens": tokens, "backend": _backend(args)}
 
 
 def _writing(args: Namespace, prompt: str | None) -> dict[str, Any]:
@@ -288,8 +300,16 @@ def _writing(args: Namespace, prompt: str | None) -> dict[str, Any]:
     try:
         temperature = float(args.temperature)
     except ValueError:
-        raise InputError(f"temperature is {args.temperature[:40]!r}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE") from None
-    return {"max_new_tokens": parse_int("new tokens", args.max_new_tokens), "temperature": temperature, "chat": args.chat}
+        temperature = float("nan")
+    if not 0 <= temperature <= 5:
+        raise InputError(f"temperature is {args.temperature[:40]!r}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
+    new_tokens = require_int("new tokens", parse_int("new tokens", args.max_new_tokens), 1, MAX_TOKENS, "use 1 or more")
+    return {"max_new_tokens": new_tokens, "temperature": temperature, "chat": args.chat}
+
+
+def _backend(args: Namespace) -> str:
+    require_choice("backend", args.backend, BACKENDS)
+    return args.backend
 
 
 def _seed(args: Namespace) -> int:

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,11 +48,25 @@ def launch(argv: Sequence[str] | None = None) -> None:
     from app.settings import Settings
 
     settings = Settings.read(model=chosen.model)
+    check_address(chosen.host, chosen.port)
     os.environ.update(QUIET | ONE_THREAD)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end cleans up like Ctrl-C
     with tempfile.TemporaryDirectory(prefix="quantscope-") as private:
         os.environ["GRADIO_TEMP_DIR"] = private
         serve(settings, chosen.host, chosen.port)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Find out now, not after a model is loading, whether the page can listen there. Exits with code 2 and one sentence."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
+        place = f"{host[:60]}, port {port}" if port else host[:60]
+        sys.stderr.write(f"error E-PARAM-PORT: The page cannot listen at {place} ({reason}): give others by --host and --port.\n")
+        raise SystemExit(2) from None
 
 
 def serve(settings: Settings, host: str, port: int | None) -> None:

@@ -21,6 +21,7 @@ import logging
 import os
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -41,8 +42,9 @@ _DISK_REASONS = {
 _PLACE_REASONS = _DISK_REASONS | {
     errno.EACCES: "no permission to write there", errno.EPERM: "no permission to write there",
     errno.ENOTDIR: "a part of its path is a file", errno.EEXIST: "a part of its path is a file",
-    errno.ENAMETOOLONG: "its name is too long",
+    errno.ENAMETOOLONG: "its name is too long", errno.ENOENT: "no folder can be made there",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_root() -> Path:
@@ -130,8 +132,7 @@ def check_target(target: Path | str) -> None:
         recover(target)
         _check_replaceable(target, replace=False)
         parent = next(place for place in target.parents if place.is_dir())
-        if not os.access(parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
+        os.rmdir(tempfile.mkdtemp(prefix=".quantscope-", dir=parent))  # asked by doing: root may everything, but not in /proc
 
 
 def verify(folder: Path | str, checksums: bool = False) -> None:
@@ -222,15 +223,16 @@ def _disk_errors(target: Path, reasons: dict[int, str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in reasons:
             raise
-        raise _disk_error(target, reasons[error.errno]) from error
+        raise _disk_error(target, reasons[error.errno], full=error.errno in _FULL) from error
     except Exception as error:
         if "os error 28" not in str(error):  # how Rust libraries (safetensors) say ENOSPC
             raise
-        raise _disk_error(target, _DISK_REASONS[errno.ENOSPC]) from error
+        raise _disk_error(target, _DISK_REASONS[errno.ENOSPC], full=True) from error
 
 
-def _disk_error(target: Path, reason: str) -> ResourceError:
-    return ResourceError(f"Cannot write {target.name[:60]!r}: {reason}. Free some space, or choose another folder "
+def _disk_error(target: Path, reason: str, *, full: bool) -> ResourceError:
+    remedy = "Free some space, or choose" if full else "Choose"
+    return ResourceError(f"Cannot write {target.name[:60]!r}: {reason}. {remedy} another folder "
                          "(QUANTSCOPE_CACHE moves the cache).", code="E-DISK")
 
 
