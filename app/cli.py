@@ -80,7 +80,7 @@ def report(error: BaseException) -> int:
         _drop_stdout()
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
-        complain("Stopped. Nothing half-written was kept.")
+        complain(str(error) or "Stopped. Nothing half-written was kept.")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         error = ResourceError("The memory ran out. Use a smaller model, fewer tokens or a shorter window.")

@@ -15,7 +15,9 @@ def train_options(verb: ArgumentParser) -> None:
     """Options of `train`."""
     verb.add_argument("--config", metavar="FILE", help="the run as .json or .toml, see configs/train")
     verb.add_argument("--out", required=True, metavar="DIR", help="folder of the run, or of the exported model")
-    verb.add_argument("--resume", action="store_true", help="go on from the folder's latest checkpoint")
+    verb.add_argument(
+        "--resume", action="store_true", help="go on from the folder's latest checkpoint (from the start without one)"
+    )
     verb.add_argument("--tokens", metavar="N", help="tokens in all instead of the configuration's")
     verb.add_argument("--text", nargs="+", metavar="FILE", help="texts instead of the configuration's: files, sotu, wikitext2")
     verb.add_argument("--export", metavar="RUN", help="write the model of a finished run to --out instead of training")
@@ -37,7 +39,10 @@ def train(args: Namespace, console: Console) -> None:
         config = replace(config, texts=tuple((name, 1) for name in args.text))
     from core.methods.bitnet.train import train as run
 
-    report = run(config, args.out, resume=args.resume, progress=console.progress)
+    try:
+        report = run(config, args.out, resume=args.resume, progress=console.progress)
+    except KeyboardInterrupt as stop:
+        raise type(stop)("Stopped. What was saved last is kept: the same command with --resume goes on from there.") from stop
     console.finish(
         report.to_dict(),
         facts(
@@ -58,7 +63,7 @@ def _nats(loss: float | None) -> str:
 
 def _export(args: Namespace, console: Console) -> None:
     """Write a run's latest checkpoint as a model folder with its card."""
-    if given := [name for name in ("config", "tokens", "text") if getattr(args, name) is not None]:
+    if given := [name for name in ("config", "tokens", "text", "resume") if getattr(args, name)]:
         raise InputError(f"--export takes the run as it is: leave --{given[0]} out.", code="E-PARAM-EXPORT")
     from core.methods.bitnet.export import export_run
 

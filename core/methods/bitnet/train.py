@@ -73,7 +73,7 @@ def train(
 
     Args:
         out: run folder; created, or with `resume` continued (a fresh start when it has no checkpoint yet).
-        progress: called every step with loss, tokens/s and time left.
+        progress: called every step with loss and tokens/s.
     Raises: InputError E-PARAM-OUT (holds a run already) or of the configuration, TextError, ArtifactError (damaged, or
         E-CKPT-TEXT: trained on other texts), NumericError E-NUM-LOSS (the loss is not finite; the last checkpoint stays),
         ResourceError E-DISK, E-TIME (another process trains in this folder).
@@ -162,7 +162,7 @@ class _Run:
 
     def loop(self, progress: Progress) -> TrainReport:
         """Run to the last step."""
-        config, begun, first, steady = self.config, time.monotonic(), self.step, 0.0
+        config, begun = self.config, time.monotonic()
         forward, compiled = _compiled(self.model, config.compile)
         if self.world > 1:
             ids = None if self.device.index is None else [self.device.index]
@@ -199,11 +199,9 @@ class _Run:
                     log.write(json.dumps(entry) + "\n")
                     log.flush()
                     self._save(last)
-                steady = steady or time.monotonic()  # the first step, which may compile, tells nothing about the others
-                left = (time.monotonic() - steady) / max(1, self.step - first - 1) * (config.steps - self.step)
                 progress(
                     f"Training step {self.step:,} of {config.steps:,}: loss {loss:.3f}, {entry['tokens_per_second']:,.0f} "
-                    f"tokens/s, {left / 60:.0f} min left",
+                    "tokens/s",
                     self.step / config.steps,
                 )
         return TrainReport(
