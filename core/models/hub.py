@@ -11,20 +11,19 @@ import json
 import logging
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.errors import ArtifactError, ModelError
-from core.folders import bytes_in
+from core.errors import ModelError
+from core.folders import bytes_in, remove
 from core.models.convert import write_source
 from core.models.limits import check_disk, check_memory
 from core.models.preflight import PICKLE_SUFFIXES, check_folder, read_json
-from core.models.preflight_config import check_architecture, check_config
-from core.storage import atomic_dir, cache_root, disk_errors, file_lock, file_sha256, verify
+from core.models.preflight_config import check_architecture, check_config, weight_bytes
+from core.storage import atomic_dir, cache_root, disk_errors, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +58,19 @@ def fetch_model(repo: str, revision: str | None, *, progress: Progress, timeout_
     Raises: ModelError E-MODEL-GATED, -NOTFOUND, -OFFLINE, -PICKLE, -MISSING, -SIZE, or any code of `preflight`.
     """
     home = cache_root() / "hub" / repo.replace("/", "--")
-    if revision and _COMMIT.fullmatch(revision) and _is_whole(home / revision):
+    if revision and _COMMIT.fullmatch(revision) and is_whole(home / revision):
         return home / revision, revision
     try:
         info = model_info(repo, revision, timeout_s=timeout_s)
     except ModelError as error:
         known = _recall(home, revision or "main")
-        if error.code != "E-MODEL-OFFLINE" or not known or not _is_whole(home / known):
+        if error.code != "E-MODEL-OFFLINE" or not known or not is_whole(home / known):
             raise
         logger.warning("the Hub did not answer: using the copy of %s from commit %s", repo, known[:8])
         return home / known, known
     folder = home / info.sha
     with file_lock(home / "download.lock"), disk_errors(folder):
-        if not _is_whole(folder):
+        if not is_whole(folder):
             _download(repo, info, folder, progress)
         _remember(home, revision or "main", info.sha)
     return folder, info.sha
@@ -162,14 +161,19 @@ def _download(repo: str, info: Any, folder: Path, progress: Progress) -> None:
     files = choose_files(repo, info.siblings or [])
     total = sum(item.size or 0 for item in files)
     counts = getattr(info.safetensors, "parameters", None) or {}
-    check_memory(sum(counts.values()) or sum((i.size or 0) for i in files if i.rfilename.endswith("safetensors")) // 4)
+    parameters = sum(counts.values()) or sum((i.size or 0) for i in files if i.rfilename.endswith("safetensors")) // 4
     check_disk(total, folder)
     part = folder.with_name(f"{folder.name}.download")
+    for other in folder.parent.glob("*.download"):  # the lock is held: of a commit that nobody asks for any more
+        if other != part:
+            remove(other)
     part.mkdir(parents=True, exist_ok=True)
     _translate(repo, lambda: _fetch(repo, "config.json", info.sha, part))
     config = read_json(part, "config.json")  # refused here rather than after gigabytes
     check_config(config)
     check_architecture(config)
+    outside = config.get("vocab_size", 0) * config.get("hidden_size", 0)  # at least: a head of its own is as large
+    check_memory(weight_bytes(config, parameters, outside), bytes_per_parameter=1)
     stage_text = f"Downloading {repo} ({total / 1e6:,.0f} MB)"
     _translate(repo, lambda: in_background(
         lambda: [_fetch(repo, item.rfilename, info.sha, part) for item in files],
@@ -184,7 +188,7 @@ def _download(repo: str, info: Any, folder: Path, progress: Progress) -> None:
         write_source(stage, {"source": f"Hugging Face Hub, {repo} at {info.sha[:8]}, {types} weights",
                              "revision": info.sha})
         check_folder(stage)
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
 
 
 def _fetch(repo: str, name: str, commit: str | None, part: Path, *, kind: str = "model") -> None:
@@ -254,14 +258,6 @@ def _no_weights(repo: str, names: list[str]) -> ModelError:
     if any(name.endswith(".gguf") for name in names):
         return ModelError(f"{repo} has GGUF files only: download one and give its path.", code="E-MODEL-MISSING")
     return ModelError(f"{repo} has no safetensors weights. Choose another model.", code="E-MODEL-MISSING")
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 def _recall(home: Path, revision: str) -> str | None:

@@ -28,8 +28,8 @@ from core.errors import BackendError, InputError, ModelError, NumericError
 from core.models.catalog import resolve
 from core.models.foreign import library_errors, quiet, tokenizer_errors
 from core.models.limits import check_memory
-from core.models.preflight import FolderReport, check_folder
-from core.models.preflight_config import ONLINE_MASTERS, bitnet_format, check_architecture, check_config, check_layers
+from core.models.preflight import FolderReport, check_files, check_folder
+from core.models.preflight_config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.storage import verify
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     """Load the model called `name` (see `catalog.resolve`), whatever its stored type, as `dtype` on `device`.
 
     Args:
-        dtype: a floating-point type; float32 on a CPU.
+        dtype: a floating-point type; float32 on a CPU. Ternary models and folders that Quantscope quantised stay as stored, what
+            is float in them float32.
         progress: called with a stage's text and a fraction (None: unknown).
     Raises:
         ModelError: cannot be found or is refused; E-MODEL-ARCH for an architecture without adapter, E-MODEL-MISSING
-            naming up to three tensors, E-MODEL-TOKENIZER.
-        NumericError E-NUM-NAN naming the tensor that holds NaN or infinity. ArtifactError: a damaged saved folder.
+            naming up to three tensors, E-MODEL-TOKENIZER; E-NUM-NAN naming a tensor with NaN or infinity in a ternary model.
+        NumericError E-NUM-NAN: the same of a float model. ArtifactError: a quantised folder that is damaged, NaN included.
         InputError, BackendError: `device` is unknown or not there.
     """
     progress = progress or (lambda text, fraction: None)
@@ -94,7 +95,9 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     progress("Checking the model's files", None)
     report = check_folder(resolved.path)
     check_architecture(report.config)
-    check_memory(_memory_bytes(report, dtype), bytes_per_parameter=1)
+    outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
+    needed = weight_bytes(report.config, report.parameters, outside, itemsize=dtype.itemsize)
+    check_memory(needed, bytes_per_parameter=1)
     config, adapter = _configuration(resolved.path, report)
     progress("Loading the tokenizer", 0.1)
     tokenizer = load_tokenizer(resolved.path)
@@ -125,6 +128,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
         check_architecture(report.config)
         return _configuration(path, report)
     verify(path)
+    check_files(path)
     with quiet(), library_errors("config.json cannot be read: quantise the model again."):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     return config, adapter_for(config)
@@ -149,15 +153,6 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             raise NumericError(f"{name} has {bad:,} NaN or infinite values: the weights are damaged, or too large for "
                                f"{str(tensor.dtype).removeprefix('torch.')}. Download the model again.",
                                code="E-NUM-NAN")
-
-
-def _memory_bytes(report: FolderReport, dtype: torch.dtype) -> int:
-    """Bytes of the loaded weights. Masters of ternary weights are packed while they are read and take one byte each, the
-    working copy included; packed ones take four for their four weights."""
-    if bitnet_format(report.config) != ONLINE_MASTERS:
-        return report.parameters * dtype.itemsize
-    outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
-    return report.parameters + (dtype.itemsize - 1) * outside
 
 
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
@@ -192,10 +187,10 @@ def _check_loading(info: dict[str, Any], report: FolderReport, *, tied: bool) ->
                        ("unexpected_keys", "do not belong to this architecture")):
         if found := names(key):
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ModelError(f"{len(found)} of {len(report.tensors)} tensors {fault}: "
+            raise ModelError(f"{len(found)} of {len(report.tensors)} tensors {fault}; download the model again: "
                              f"{', '.join(name[:50] for name in found[:3])}{more}.", code="E-MODEL-MISSING")
     if info.get("error_msgs"):
-        raise ModelError("The weights cannot be read as this architecture.", code="E-MODEL-BAD")
+        raise ModelError("The weights cannot be read as this architecture. Download the model again.", code="E-MODEL-BAD")
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -203,7 +198,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model embeds {rows:,}: they do not "
-                         "belong together.", code="E-MODEL-TOKENIZER")
+                         "belong together. Download the model again.", code="E-MODEL-TOKENIZER")
 
 
 def _check_device(device: str, dtype: torch.dtype) -> None:

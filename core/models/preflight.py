@@ -68,6 +68,11 @@ class FolderReport:
         """Stored elements over all tensors (tied ones once, as stored)."""
         return sum(tensor.count for tensor in self.tensors.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.count * DTYPE_BYTES[tensor.dtype] for tensor in self.tensors.values())
+
 
 def check_folder(folder: Path) -> FolderReport:
     """Check a folder of config, tokenizer and safetensors weights without loading anything.
@@ -75,17 +80,22 @@ def check_folder(folder: Path) -> FolderReport:
     Raises: ModelError with the code of the first problem (see the module's list); never another exception for
         anything the files contain.
     """
+    report = check_files(folder)
+    check_layers(report.config, report.tensors)
+    return report
+
+
+def check_files(folder: Path) -> FolderReport:
+    """`check_folder` without a look at the tensors' names, which are other ones in a folder that Quantscope saved."""
     if not folder.is_dir():
-        raise ModelError(f"No model folder named {folder.name[:60]!r}.", code="E-MODEL-NOTFOUND")
+        raise ModelError(f"No model folder named {folder.name[:60]!r}: check the spelling.", code="E-MODEL-NOTFOUND")
     if (folder / "adapter_config.json").exists():
         raise ModelError("This folder holds a LoRA adapter, not a whole model: merge it into its base model first.",
                          code="E-MODEL-BAD")
     config = read_json(folder, "config.json")
     check_config(config)
     _check_side_files(folder)
-    tensors = read_weights(folder)
-    check_layers(config, tensors)
-    return FolderReport(config, tensors)
+    return FolderReport(config, read_weights(folder))
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
@@ -105,7 +115,7 @@ def read_weights(folder: Path) -> dict[str, TensorInfo]:
             raise _bad(f"The index and {shard} disagree about the tensors. Download the model again.")
         tensors |= header
     if len(tensors) > MAX_TENSORS:
-        raise _bad(f"The weights hold {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read.")
+        raise _bad(f"The weights hold {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read. Choose another model.")
     return tensors
 
 
@@ -126,7 +136,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
         raise _bad(f"The header of {path.name} is not a table of tensors. Download it again.")
     _check_metadata(header.pop("__metadata__", {}), path.name)
     if len(header) > MAX_TENSORS:
-        raise _bad(f"{path.name} holds {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
+        raise _bad(f"{path.name} holds {len(header):,} tensors; at most {MAX_TENSORS:,} are read. Choose another model.")
     tensors, spans = {}, []
     for name, entry in header.items():
         tensors[name], span = _check_entry(name, entry, path.name)
@@ -140,10 +150,10 @@ def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[s
     path = regular_file(folder, name)
     size = path.stat().st_size
     if size > limit:
-        raise ModelError(f"{name} is {size / 1e6:.1f} MB; at most {limit / 1e6:.0f} MB are read.", code="E-MODEL-SIZE")
+        raise _too_large(name, size, limit)
     value = strict_json(path.read_bytes(), name)
     if not isinstance(value, dict):
-        raise _bad(f"{name} is not a JSON object.")
+        raise _bad(f"{name} is not a JSON object. Download it again.")
     return value
 
 
@@ -169,7 +179,8 @@ def regular_file(folder: Path, name: str) -> Path:
                          code="E-MODEL-MISSING") from None
     here = Path(os.path.realpath(folder))
     if not stat.S_ISREG(mode) or not (real.is_relative_to(here) or real.parent == here.parent.parent / "blobs"):
-        raise _bad(f"{name[:80]} is not a plain file of the model folder: links out of it are not followed.")
+        raise _bad(f"{name[:80]} is not a plain file of the model folder: links out of it are not followed. Copy the file "
+                   "itself into the folder.")
     return path
 
 
@@ -181,8 +192,7 @@ def _check_side_files(folder: Path) -> None:
             continue
         size = regular_file(folder, name).stat().st_size
         if size > limit:
-            raise ModelError(f"{name} is {size / 1e6:.1f} MB; at most {limit / 1e6:.0f} MB are read.",
-                             code="E-MODEL-SIZE")
+            raise _too_large(name, size, limit)
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             refuse_code(read_json(folder, name, limit=4 * MAX_JSON_BYTES))
@@ -193,8 +203,8 @@ def _no_weights(names: list[str]) -> ModelError:
     if pickles:
         return ModelError(f"The weights are in {pickles[0][:60]}, a format that can run code. {_CONVERT}",
                           code="E-MODEL-PICKLE")
-    return ModelError("The folder has no model.safetensors and no model.safetensors.index.json.",
-                      code="E-MODEL-MISSING")
+    return ModelError("The folder has no model.safetensors and no model.safetensors.index.json. Choose a folder that "
+                      "transformers saved.", code="E-MODEL-MISSING")
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
@@ -208,10 +218,10 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
             if isinstance(shard, str) and shard.lower().endswith(PICKLE_SUFFIXES):
                 raise ModelError(f"The index names pickle weights. {_CONVERT}", code="E-MODEL-PICKLE")
             raise _bad("model.safetensors.index.json points outside the model's own files: only plain names of "
-                       ".safetensors files are followed.")
+                       ".safetensors files are followed. Download it again.")
         shards.setdefault(shard, set()).add(tensor)
     if len(shards) > MAX_SHARDS:
-        raise _bad(f"The index names {len(shards):,} files; at most {MAX_SHARDS:,} are read.")
+        raise _bad(f"The index names {len(shards):,} files; at most {MAX_SHARDS:,} are read. Choose another model.")
     return shards
 
 
@@ -228,7 +238,7 @@ def _check_magic(name: str, start: bytes, size: int) -> None:
     if start[8:9] != b"{" or length < 2:
         raise _bad(f"{name} is not a safetensors file. Download it again.")
     if length > MAX_HEADER_BYTES:
-        raise _bad(f"{name} states a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read.")
+        raise _bad(f"{name} states a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read. Download it again.")
     if 8 + length > size:
         raise ModelError(f"{name} is cut: {size:,} bytes end inside its header. Download it again.", code="E-MODEL-CUT")
 
@@ -241,12 +251,13 @@ def _check_metadata(metadata: Any, file_name: str) -> None:
 def _check_entry(name: str, entry: Any, file_name: str) -> tuple[TensorInfo, tuple[int, int]]:
     """One header entry → its TensorInfo and its [begin, end) in the data."""
     if not _TENSOR_NAME.fullmatch(name):
-        raise _bad(f"{file_name} has a tensor with an unusable name: letters, digits, dots, at most 256.")
+        raise _bad(f"{file_name} has a tensor with an unusable name: letters, digits, dots, at most 256. Choose another model.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(f"The entry of tensor {name[:80]} in {file_name} is malformed. Download it again.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _bad(f"Tensor {name[:80]} has the type {str(dtype)[:20]!r}, which is not read.")
+        raise _bad(f"Tensor {name[:80]} has the type {str(dtype)[:20]!r}, which is not read. Choose a revision in a "
+                   "floating-point type.")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
         raise _bad(f"Tensor {name[:80]} in {file_name} has an impossible shape or place. Download it again.")
     begin, end = offsets
@@ -285,6 +296,11 @@ def _finite(text: str) -> float:
     if not isfinite(value):
         raise ValueError(f"{text[:20]} is not a finite number")
     return value
+
+
+def _too_large(name: str, size: int, limit: int) -> ModelError:
+    return ModelError(f"{name} is {size / 1e6:.1f} MB; at most {limit / 1e6:.0f} MB are read. Choose another model.",
+                      code="E-MODEL-SIZE")
 
 
 def _bad(sentence: str) -> ModelError:

@@ -85,6 +85,20 @@ def bitnet_format(config: Mapping[str, Any]) -> str | None:
     return ONLINE_MASTERS if when == "online" else kind
 
 
+def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, itemsize: int = 4) -> int:
+    """Bytes of a model's weights in memory.
+
+    Masters of ternary weights are packed while they are read and take one byte each, the working copy included; packed ones
+    take four for their four weights; what is not ternary is float32.
+
+    Args: parameters: stored elements, of which `outside` lie outside the decoder layers. itemsize: of a float model's type.
+    """
+    found = bitnet_format(config)
+    if found is None:
+        return parameters * itemsize
+    return parameters + 3 * outside if found == ONLINE_MASTERS else 4 * parameters
+
+
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
     from core.models.adapter import supported_model_types  # heavy: it imports torch and transformers
@@ -137,7 +151,8 @@ def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     while pending:
         value, depth = pending.pop()
         if depth > MAX_DEPTH or (isinstance(value, (list, Mapping)) and len(value) > MAX_LIST):
-            raise ModelError("config.json is nested too deeply or holds an endless list.", code="E-MODEL-BAD")
+            raise ModelError("config.json is nested too deeply or holds an endless list. Choose another model.",
+                             code="E-MODEL-BAD")
         if isinstance(value, Mapping):
             yield value
             pending += [(child, depth + 1) for child in value.values() if isinstance(child, (list, Mapping))]
@@ -150,8 +165,8 @@ def _check_size(table: Mapping[str, Any], key: str, cap: int) -> None:
         return
     value = table[key]
     if type(value) is not int or value < 1:
-        raise ModelError(f"config.json says {key} = {str(value)[:30]}: it must be a whole number from 1 to {cap:,}.",
-                         code="E-MODEL-BAD")
+        raise ModelError(f"config.json says {key} = {str(value)[:30]}: it must be a whole number from 1 to {cap:,}. "
+                         "Download the model again.", code="E-MODEL-BAD")
     if value > cap:
         raise ModelError(f"config.json says {key} = {str(value)[:30]}; the limit is {cap:,}. Choose a smaller model.",
                          code="E-MODEL-SIZE")
@@ -167,8 +182,8 @@ def _check_heads(table: Mapping[str, Any]) -> None:
     hidden = next((table[key] for key in _HIDDEN[:3] if key in table), None)
     groups = table.get("num_key_value_heads")
     if heads and hidden and not table.get("head_dim") and hidden % heads:
-        raise ModelError(f"config.json says {hidden} channels for {heads} heads: they must divide evenly.",
-                         code="E-MODEL-BAD")
+        raise ModelError(f"config.json says {hidden} channels for {heads} heads: they must divide evenly. "
+                         "Download the model again.", code="E-MODEL-BAD")
     if heads and groups and heads % groups:
-        raise ModelError(f"config.json says {heads} heads for {groups} key/value heads: they must divide evenly.",
-                         code="E-MODEL-BAD")
+        raise ModelError(f"config.json says {heads} heads for {groups} key/value heads: they must divide evenly. "
+                         "Download the model again.", code="E-MODEL-BAD")

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from core.checks import FLOAT_BITS
-from core.errors import ArtifactError, InputError
+from core.errors import ArtifactError, InputError, ModelError
 from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
-from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress
+from core.models.foreign import LIBRARY_ERRORS
+from core.models.limits import check_memory
+from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress, load_tokenizer
+from core.models.preflight import check_files
 from core.models.shell import quantized_blocks, with_layers
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
@@ -41,7 +43,6 @@ _LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")
 _QUANTIZER = ("scale", "zero_point", "offsets")
 _GENERATION = "generation_config.json"
-_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
 
 def check_output(folder: Path | str) -> None:
@@ -110,7 +111,7 @@ def read_description(folder: Path | str) -> dict[str, Any]:
 def load_quantized(path: Path | str, *, progress: Progress | None = None) -> LoadedModel:
     """Load a folder written by `save_quantized`.
 
-    Raises: ArtifactError if anything is missing, damaged or does not fit.
+    Raises: ArtifactError if anything is missing, damaged or does not fit; ModelError E-MODEL-SIZE if the memory is too small.
     """
     path = Path(path)
     if progress is not None:
@@ -118,14 +119,17 @@ def load_quantized(path: Path | str, *, progress: Progress | None = None) -> Loa
     verify(path, checksums=True)
     facts = read_description(path)
     try:
+        check_memory(check_files(path).nbytes, bytes_per_parameter=1)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         adapter = adapter_for(config)
         tensors = load_file(path / "model.safetensors")
         model = _build(config, adapter, facts["layers"], tensors)
         model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, local_files_only=True)
+        tokenizer = load_tokenizer(path)
         source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
-    except (*_MISFITS, OSError, RuntimeError, SafetensorError) as error:
+    except (ModelError, *LIBRARY_ERRORS) as error:
+        if isinstance(error, ModelError) and error.code == "E-MODEL-SIZE":
+            raise
         raise ArtifactError(
             "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
         ) from error

@@ -277,6 +277,16 @@ def test_a_living_writers_stage_is_not_swept(tmp_path):
     assert (target / "a.txt").read_text() == "slow" and leftovers(target) == []
 
 
+def test_dead_stages_of_other_folders_are_swept_in_the_cache_only(tmp_path):
+    dead, strange = tmp_path / "other.part-0123456789ab", tmp_path / "my.part-two"
+    dead.mkdir(), strange.mkdir()
+    write(tmp_path / "out", "a")
+    assert dead.is_dir(), "where people keep their own folders only the target's own stages are"
+    with atomic_dir(tmp_path / "slow") as living:
+        write(tmp_path / "out", "b", replace=True)
+        assert living.is_dir() and not dead.exists() and strange.is_dir()
+
+
 def test_many_writers_of_one_folder_leave_one_whole_folder(tmp_path):
     target = tmp_path / "out"
     threads = [threading.Thread(target=write, args=(target, str(n)), kwargs={"replace": True}) for n in range(8)]

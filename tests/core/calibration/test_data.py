@@ -22,7 +22,7 @@ from core.calibration.data import (
     tokenize,
     windows,
 )
-from core.calibration.wikitext import ARCHIVE, REPOSITORY
+from core.calibration.wikitext import ARCHIVE, REPOSITORY, _fetch
 from core.errors import InputError, QuantscopeError, TextError
 from core.models.tiny import tiny_tokenizer
 from tests.core.models.fake_hub import FakeHub, serve
@@ -86,7 +86,7 @@ def wikitext_archive(texts):
     return packed.getvalue()
 
 
-def test_wikitext_comes_from_the_hub_once(monkeypatch, no_wikitext):
+def test_wikitext_comes_from_the_hub_once(monkeypatch, tmp_path, no_wikitext):
     texts = {"wiki.valid.raw": b" = V = \n", "wiki.test.raw": b" = T = \n"}
     digest = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     monkeypatch.setattr("core.calibration.wikitext.FILES",
@@ -103,6 +103,7 @@ def test_wikitext_comes_from_the_hub_once(monkeypatch, no_wikitext):
         asked = len(hub.requests)
         assert f"/datasets/{REPOSITORY}/" in hub.requests[0][1]
         assert resolve_text("wikitext2", split="calibration").text == " = V = \n"
+        _fetch(tmp_path / "cache" / "text" / "wikitext2")  # as another process that waited for the lock
         assert len(hub.requests) == asked
 
 

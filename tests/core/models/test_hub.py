@@ -11,6 +11,7 @@ import pytest
 from core.errors import Cancelled, ModelError, ResourceError
 from core.models import catalog, hub, limits
 from core.models.catalog import DEFAULT_MODEL, resolve
+from core.models.preflight_config import weight_bytes
 from core.storage import read_manifest, verify
 from tests.core.models.catalog_tools import refused
 from tests.core.models.fake_hub import COMMIT, FakeHub, serve
@@ -138,7 +139,30 @@ def test_sizes_are_checked_before_the_download(fake, monkeypatch):
     with pytest.raises(ResourceError) as caught:
         resolve("owner/name")
     assert caught.value.code == "E-DISK"
-    assert not any("/resolve/" in path for _, path, _ in fake.requests)
+    assert not any("model.safetensors" in path for _, path, _ in fake.requests)
+
+
+@pytest.mark.parametrize("ternary", (False, True), ids=("floats", "ternary masters"))
+def test_ternary_masters_may_be_larger_than_floats(fake, monkeypatch, ternary):
+    """They are packed while they are read: one byte each, and four for what is not ternary."""
+    shapes = {"model.embed_tokens.weight": (10, 8), "model.layers.0.mlp.up_proj.weight": (4096, 8)}
+    fake.files["model.safetensors"] = good_safetensors(shapes)
+    monkeypatch.setenv("QUANTSCOPE_MAX_MODEL_GB", "0.00004")
+    config = LLAMA | ({"model_type": "bitnet", "quantscope": {"mode": "a4.8"}} if ternary else {})
+    fake.files["config.json"] = json.dumps(config).encode()
+    assert weight_bytes(config, 4096 * 8 + 80, 80) == 4096 * (8 if ternary else 32) + 4 * 80
+    if ternary:
+        assert resolve("owner/name").revision == COMMIT
+    else:
+        refused("owner/name", "SIZE")
+
+
+def test_a_download_left_for_another_commit_is_removed(fake, own_cache):
+    left = own_cache / "hub" / "owner--name" / f"{'f' * 40}.download"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    found = resolve("owner/name")
+    assert not left.exists() and found.path.is_dir()
 
 
 def test_stopping_a_download_is_heard(fake):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from core.config import Bits
-from core.errors import ArtifactError, QuantscopeError
-from core.models.load import load_model
+from core.errors import ArtifactError, ModelError, QuantscopeError
+from core.models.load import load_model, read_config
 from core.models.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
 from core.models.shell import new_cache
 from core.models.tiny import tiny_model
@@ -297,6 +297,31 @@ def test_a_configuration_of_another_architecture_is_refused(saved):
 def test_a_configuration_of_another_shape_is_refused(saved, change):
     reseal(saved, edit_json("config.json", lambda c: c.update(change)))
     refused(saved)
+
+
+@pytest.mark.parametrize("value", ("big", 1e9, -1, None, 2**40), ids=str)
+def test_an_impossible_configuration_is_refused(saved, value):
+    """Before transformers reads it, in `load_quantized` and where only the configuration is wanted."""
+    reseal(saved, edit_json("config.json", lambda c: c.update(intermediate_size=value)))
+    if value == 2**40:
+        with pytest.raises(ModelError, match="limit"):
+            load_quantized(saved)
+    else:
+        refused(saved)
+    with pytest.raises(ModelError, match="intermediate_size"):
+        read_config(str(saved))
+
+
+def test_code_beside_a_quantised_model_is_refused(saved):
+    reseal(saved, edit_json("tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["x.X", None]})))
+    refused(saved)
+
+
+def test_memory_is_checked_before_a_quantised_model_is_loaded(saved, monkeypatch):
+    monkeypatch.setenv("QUANTSCOPE_MAX_MODEL_GB", "0.00001")
+    with pytest.raises(ModelError, match="limit") as caught:
+        load_quantized(saved)
+    assert caught.value.code == "E-MODEL-SIZE"
 
 
 def test_parameters_of_counts_tied_weights_once():
