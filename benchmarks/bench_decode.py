@@ -61,7 +61,7 @@ def run(model: str) -> list[Result]:
     results = []
     for name in recipes:
         packed = sum(layer.out_features * layer.in_features for layer in modules_of(models[name])) // 2
-        limit = (packed + head.numel() * head.element_size()) / (limits().copy) / seconds[name]
+        limit = (packed + head.numel() * head.element_size()) / limits().copy / seconds[name]
         for peer in [p for p in entries if p not in recipes]:
             judged = peer == "float32"
             results.append(

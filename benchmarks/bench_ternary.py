@@ -30,7 +30,7 @@ def run(model: str) -> list[Result]:
                 "≥ 2.5×" if rows > 1 else "",
                 ours,
                 note=f"{operations / ours / 1e9:.0f} GOP/s, {layer.choice.backend}",
-                limit_fraction=operations / limits().int8 / ours if rows > 1 else width * outputs / (limits().copy) / ours,
+                limit_fraction=operations / limits().int8 / ours if rows > 1 else width * outputs / limits().copy / ours,
             )
         )
     return results
