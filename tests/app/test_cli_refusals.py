@@ -75,6 +75,7 @@ BAD = [
     (["evaluate", "--model", "base", *SCORING, "--tokens", "-5"], "E-PARAM-TOKENS", "-5"),
     (["evaluate", "--model", "base", *SCORING, "--tokens", "nan"], "E-PARAM-TOKENS", "nan"),
     (["evaluate", "--model", "base", *SCORING, "--window", "1"], "E-PARAM-WINDOW", "8 to 8192"),
+    (["evaluate", "--model", "base", *SCORING, "--device", "tpu"], "E-PARAM-DEVICE", "tpu", "cuda"),
     (["evaluate", "--model", "base", *SCORING, "--backend", "cuda"], "E-PARAM-BACKEND", "cuda", "auto"),
     (["evaluate", "--model", "base", *SCORING, "--reference", "nowhere"], "E-MODEL-NOTFOUND", "nowhere"),
     (["evaluate", "--model", "broken", *SCORING], "E-CKPT-BAD"),

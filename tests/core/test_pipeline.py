@@ -360,6 +360,15 @@ def test_a_quantised_model_says_once_what_it_is(bench, folder):
         assert found.evaluate(key, **SEEN).label == recipe.label()
 
 
+def test_a_folder_that_was_written_again_is_loaded_again(bench, tmp_path):
+    folder, seen = tmp_path / "model", []
+    for seed in (1, 2):
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tiny(folder, "llama", seed=seed)
+        seen.append([bench.evaluate(str(folder), **SEEN).nll for _ in range(2)])
+    assert seen[0][0] == seen[0][1] != seen[1][0] == seen[1][1] == Workbench().evaluate(str(folder), **SEEN).nll
+
+
 def test_own_bits_end_to_end(bench, folder):
     report = bench.quantize(recipe_of(folder, scheme="custom", bits=Bits(weights=8, v=2, k=2)))
     plain(report)
