@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from core.calibration.ranges import ChannelRanges
-from core.config import QuantRecipe
+from core.config import FLOAT_BITS, QuantRecipe
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import QParams
@@ -94,6 +94,9 @@ class Method(Protocol):
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
         """Bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
 
+    def uses_hessians(self, recipe: QuantRecipe) -> bool:
+        """Whether `apply_layer` reads `LayerStatistics.hessians`, which cost a product of every input with itself."""
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
 
@@ -101,6 +104,11 @@ class Method(Protocol):
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """The quantised block that `plan` describes, and a note per weight."""
+
+
+def rounds_by_gptq(recipe: QuantRecipe) -> bool:
+    """Whether weights are quantised, and by GPTQ."""
+    return recipe.weights == "gptq" and recipe.tensor_bits.weights < FLOAT_BITS
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -30,13 +30,13 @@ def site_order(plan: LayerPlan, site: str, groups: int) -> Tensor | None:
 
 
 def build_block(
-    block: DecoderBlock, plan: LayerPlan, *, hessians: dict[str, Tensor] | None, grid: Grid
+    block: DecoderBlock, plan: LayerPlan, *, hessians: dict[str, Tensor], grid: Grid
 ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
     """The quantised block of `plan`.
 
     Args:
         block: float; not changed.
-        hessians: Xᵀ X per linear input site in the original order for GPTQ; None rounds to nearest.
+        hessians: Xᵀ X per linear input site in the original order for GPTQ; a site left out is rounded to nearest.
         grid: of the weights.
     """
     new = reorder_block(block, Orders(**plan.orders))
@@ -46,7 +46,7 @@ def build_block(
     notes = {}
     for name, linear in list(new.linears().items()):
         site = INPUT_SITE[name]
-        hessian = hessians[site] if hessians is not None else None
+        hessian = hessians.get(site)
         order = site_order(plan, site, block.spec.groups)
         if hessian is not None and order is not None:
             hessian = hessian[order][:, order]

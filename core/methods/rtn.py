@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from core.config import SITES, QuantRecipe
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
 from core.methods.build import build_block
 from core.methods.rptq.activations import RangeRules, plan_site
 from core.models.adapter import BlockSpec
@@ -31,6 +31,10 @@ class RoundToNearest:
         """Float softmax while calibrating."""
         return 16
 
+    def uses_hessians(self, recipe: QuantRecipe) -> bool:
+        """For GPTQ."""
+        return rounds_by_gptq(recipe)
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """One grid per site."""
         bits = recipe.tensor_bits
@@ -43,8 +47,7 @@ class RoundToNearest:
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """Quantise weights per row, attach quantisers."""
-        hessians = stats.hessians if recipe.weights == "gptq" else None
-        return build_block(block, plan, hessians=hessians, grid=RULES.grid)
+        return build_block(block, plan, hessians=stats.hessians, grid=RULES.grid)
 
 
 METHODS.register("rtn", RoundToNearest())

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 
 from core.calibration.observe import Progress, Recorder, embed, silent
 from core.config import FLOAT_BITS, QuantRecipe
+from core.errors import NumericError
 from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
 from core.methods.build import INPUT_SITE
+from core.methods.rptq.activations import decibels
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, with_layers
@@ -69,7 +71,7 @@ def quantize_layers(
     Args:
         windows: [S, T] int64 calibration tokens.
     Returns: (a model sharing all but its layers with `model`, one outcome per layer, seconds per stage).
-    Raises: NumericError if a site has NaN or infinity.
+    Raises: NumericError if a site or a layer's output has NaN or infinity.
     """
     layers, spec = adapter.decoder_layers(model), adapter.spec(model.config)
     watch, outcomes, blocks = Stopwatch(), [], []
@@ -94,7 +96,7 @@ def quantize_layers(
         hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
             linear.release()
-        outcomes.append(LayerOutcome(plan, notes, _decibels(outputs, hidden)))
+        outcomes.append(LayerOutcome(plan, notes, _output_sqnr(outputs, hidden, index)))
         blocks.append(quantized)
         watch.lap("propagate")
     return with_layers(model, adapter, blocks), outcomes, watch.seconds
@@ -127,12 +129,12 @@ def _observe(
         )
         return recorder, _run(block, hidden, inputs, recorder, lambda part: tell(stage, 0.35 * part))
 
-    gptq, softmax_bits = recipe.weights == "gptq", method.calibration_softmax_bits(recipe)
-    recorder, outputs = record(gptq and softmax_bits >= FLOAT_BITS, "observing")
+    wanted, softmax_bits = method.uses_hessians(recipe), method.calibration_softmax_bits(recipe)
+    recorder, outputs = record(wanted and softmax_bits >= FLOAT_BITS, "observing")
     ranges = calibrated = recorder.ranges()
     if softmax_bits < FLOAT_BITS:
         block.softmax_bits = softmax_bits
-        recorder, _ = record(gptq, "calibrating")
+        recorder, _ = record(wanted, "calibrating")
         block.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
     linears = block.linears()
     importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
@@ -153,8 +155,10 @@ def _run(
     return outputs
 
 
-def _decibels(signal: list[Tensor], approximation: list[Tensor]) -> float:
-    """Signal to noise of quantised outputs against float ones, 10 log10(Σ y² / Σ (y - ŷ)²)."""
+def _output_sqnr(signal: list[Tensor], approximation: list[Tensor], layer: int) -> float:
+    """Signal to noise of a layer's quantised outputs against its float ones, 10 log10(Σ y² / Σ (y - ŷ)²)."""
     power = math.fsum(float(y.square().sum(dtype=torch.float64)) for y in signal)
     noise = math.fsum(float((y - z).square().sum(dtype=torch.float64)) for y, z in zip(signal, approximation, strict=True))
-    return math.inf if noise == 0 else 10 * math.log10(power / noise)
+    if not math.isfinite(power + noise):
+        raise NumericError(f"The output of layer {layer} is not finite: use more bits, or another model.", code="E-NUM-NAN")
+    return decibels(power, noise)

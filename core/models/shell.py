@@ -24,17 +24,18 @@ from core.quant.kv_cache_dynamic import DynamicKVCache
 def with_layers(model: PreTrainedModel, adapter: ModelAdapter, layers: Iterable[nn.Module]) -> PreTrainedModel:
     """A model that shares everything with `model` but its decoder layers. `model` is not changed."""
     *parents, last = adapter.layers.split(".")
-    clone = _shallow(model)
+    clone = shallow_copy(model)
     node = clone
     for name in parents:
-        child = _shallow(node._modules[name])
+        child = shallow_copy(node._modules[name])
         node._modules[name] = child
         node = child
     node._modules[last] = nn.ModuleList(layers)
     return clone
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with tables of its own, which hold the same children, parameters and buffers."""
     clone = copy.copy(module)
     for table in ("_modules", "_parameters", "_buffers"):
         clone.__dict__[table] = dict(module.__dict__[table])

@@ -42,6 +42,10 @@ class BitNet:
         """The softmax output stays in float."""
         return 16
 
+    def uses_hessians(self, recipe: QuantRecipe) -> bool:
+        """No: ternary weights are rounded by their mean."""
+        return False
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Bits of every site and the noise its dynamic quantiser makes on sampled rows."""
         bits = recipe.tensor_bits

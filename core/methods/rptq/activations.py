@@ -58,10 +58,14 @@ def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRul
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     """Signal to quantisation noise, 10 log10(Σ x² / Σ (x - x̂)²) in dB; infinite for an exact copy."""
     noise = float((signal - approximation).square().sum(dtype=torch.float64))
-    power = float(signal.square().sum(dtype=torch.float64))
+    return decibels(float(signal.square().sum(dtype=torch.float64)), noise)
+
+
+def decibels(power: float, noise: float) -> float:
+    """10 log10(power / noise) of two finite sums of squares; infinite without noise, -infinite for noise without a signal."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(power / noise) if power > 0 else -math.inf
+    return 10 * (math.log10(power) - math.log10(noise)) if power > 0 else -math.inf
 
 
 def _search(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.calibration.ranges import ChannelRanges
 from core.config import FLOAT_BITS, QuantRecipe
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
 from core.methods.build import INPUT_SITE, build_block
 from core.methods.rptq.activations import RangeRules, plan_site
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
@@ -132,6 +132,10 @@ class RPTQ:
         """The published code quantises the softmax output already while it calibrates scales and Hessians."""
         return recipe.tensor_bits.softmax if recipe.variant == "official" else 16
 
+    def uses_hessians(self, recipe: QuantRecipe) -> bool:
+        """For GPTQ."""
+        return rounds_by_gptq(recipe)
+
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Cluster, order and choose grids for one layer."""
         bits, rules = recipe.tensor_bits, rules_of(recipe)
@@ -157,8 +161,7 @@ class RPTQ:
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
         """Fold, quantise weights, attach quantisers."""
-        hessians = stats.hessians if recipe.weights == "gptq" else None
-        return build_block(block, plan, hessians=hessians, grid=rules_of(recipe).ranges.grid)
+        return build_block(block, plan, hessians=stats.hessians, grid=rules_of(recipe).ranges.grid)
 
 
 def _local(order: Tensor, spec: BlockSpec) -> Tensor:

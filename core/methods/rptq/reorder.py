@@ -15,7 +15,6 @@ serves a key/value head and all its query heads. Why each other choice is illega
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock, FloatLinear
+from core.models.shell import shallow_copy
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Orders:
 
 def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
     """A block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
-    spec, new = block.spec, _shallow(block)
+    spec, new = block.spec, shallow_copy(block)
     if orders.R1 is not None:
         new.norm1 = _reordered_norm(block.norm1, orders.R1)
     if orders.R4 is not None:
@@ -100,19 +100,12 @@ def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor 
 
 
 def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
-    new = _shallow(norm)
+    new = shallow_copy(norm)
     new.reorder(order)
     return new
 
 
 def _permuted_norm(norm: nn.Module, order: Tensor) -> nn.Module:
-    new = _shallow(norm)
+    new = shallow_copy(norm)
     new.permute(order)
     return new
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    clone = copy.copy(module)
-    for table in ("_modules", "_parameters", "_buffers"):
-        clone.__dict__[table] = dict(module.__dict__[table])
-    return clone

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from core.calibration.observe import Recorder
 from core.config import SCHEMES, SITES, Bits
 from core.errors import Cancelled, NumericError
 from core.methods import METHODS
@@ -15,6 +16,7 @@ from core.methods.base import LayerStatistics
 from core.methods.build import INPUT_SITE, build_block
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.linear import QuantLinear
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, float_blocks, quantised, relative, spec_of, tiny, tokens
 
@@ -116,7 +118,7 @@ def test_applying_leaves_the_block_and_the_plan_alone():
     block, plan = float_blocks(q.base)[0], q.outcomes[0].plan
     before = {k: v.clone() for k, v in block.state_dict().items()}
     orders = {k: v.clone() for k, v in plan.orders.items()}
-    build_block(block, plan, hessians=None, grid=Grid.EXACT)
+    build_block(block, plan, hessians={}, grid=Grid.EXACT)
     assert all(torch.equal(v, block.state_dict()[k]) for k, v in before.items()) and block.softmax_bits == 16
     assert all(torch.equal(v, plan.orders[k]) for k, v in orders.items()) and block.k_quantizer is None
 
@@ -145,6 +147,40 @@ def test_cancelling_leaves_no_trace(place):
     assert all(torch.equal(v, base.model.state_dict()[k]) for k, v in before.items())
     again = quantised("llama", base=base).model.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ({}, True),
+        ({"weights": "rtn"}, False),
+        ({"scheme": "custom", "bits": Bits(v=4)}, False),
+        ({"method": "rtn"}, True),
+        ({"method": "rtn", "scheme": "custom", "bits": Bits(v=4)}, False),
+        ({"variant": "official"}, True),
+        ({"method": "bitnet"}, False),
+    ],
+    ids=str,
+)
+def test_hessians_are_made_for_methods_that_read_them(recipe, wanted, monkeypatch):
+    seen, real = [], Recorder.ranges
+    monkeypatch.setattr(Recorder, "ranges", lambda self: seen.append(set(self.hessians)) or real(self))
+    quantised("llama", base=tiny("llama"), **recipe)
+    assert len(seen) == (4 if recipe.get("variant") else 2)
+    assert seen[-1] == (set(INPUT_SITE.values()) if wanted else set())
+
+
+def test_an_output_that_is_not_finite_names_its_layer(monkeypatch):
+    real = DecoderBlock.forward
+
+    def overflowing(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        return out * math.inf if self.layer_index == 1 and isinstance(self.down, QuantLinear) else out
+
+    monkeypatch.setattr(DecoderBlock, "forward", overflowing)
+    with pytest.raises(NumericError, match="^The output of layer 1 is not finite: use more bits") as caught:
+        quantised("llama")
+    assert caught.value.code == "E-NUM-NAN"
 
 
 def test_nan_in_the_weights_names_the_site():

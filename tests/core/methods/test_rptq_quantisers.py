@@ -14,7 +14,7 @@ import core.methods.build as build
 from core.config import PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
 from core.methods.base import LayerPlan
 from core.methods.build import INPUT_SITE
-from core.methods.rptq.activations import RangeRules, plan_site, sqnr_db
+from core.methods.rptq.activations import RangeRules, decibels, plan_site, sqnr_db
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
 from core.models.adapter import BlockSpec
@@ -51,6 +51,9 @@ class Labelled(nn.Module):
 
     def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self.weight, self.bias)
+
+    def parts(self, x: Tensor, sizes: tuple[int, ...], exempt: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self(x, exempt).split(sizes, dim=-1)
 
 
 def by_label(plan: LayerPlan, site: str, spec: BlockSpec) -> ActivationQuantizer | None:
@@ -329,6 +332,11 @@ def test_sqnr_of_known_noise():
     x = torch.tensor([3.0, 4.0])
     assert sqnr_db(x, x) == math.inf and sqnr_db(torch.zeros(2), x) == -math.inf
     assert sqnr_db(x, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
+
+
+def test_decibels_at_the_ends():
+    assert decibels(0, 0) == decibels(1, 0) == math.inf and decibels(0, 1) == -math.inf
+    assert decibels(1e-320, 1e300) == pytest.approx(-6200, abs=1)
 
 
 def test_a_dead_site_does_not_crash():
