@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.calibration.ranges import ChannelRanges
-from core.config import FLOAT_BITS, QuantRecipe
+from core.config import FLOAT_BITS, REORDERS, QuantRecipe
 from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
 from core.methods.build import INPUT_SITE, build_block
 from core.methods.rptq.activations import RangeRules, plan_site
@@ -67,17 +67,30 @@ def rules_of(recipe: QuantRecipe) -> RPTQRules:
     return OFFICIAL if recipe.variant == "official" else BETTER
 
 
-def reorder_clusters(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecipe, spec: BlockSpec) -> ChannelClusters:
-    """Cluster one reordering: R1, R4, R5 over the width, R2, R3 inside key/value heads (over Hkv * E channels)."""
-    rules = rules_of(recipe)
+def reorder_clusters(
+    name: str,
+    ranges: dict[str, ChannelRanges],
+    recipe: QuantRecipe,
+    *,
+    groups: int,
+    head_dim: int,
+    refine_up_to: float = float("inf"),
+) -> ChannelClusters:
+    """Cluster one reordering: R1, R4, R5 over the width, R2, R3 inside key/value heads (over Hkv * E channels).
+
+    Args:
+        ranges: of the sites of `REORDERS[name]`.
+        groups: query heads per key/value head; head_dim: E.
+        refine_up_to: points times clusters beyond which KMeans' answer is left as it is, for a slider.
+    """
     count = getattr(recipe.clusters, name)
     if name in ("R2", "R3"):
-        points, block = _head_points(name, ranges, recipe, spec), spec.head_dim
+        points, block = _head_points(name, ranges, recipe, groups, head_dim), head_dim
     else:
-        points, block = _points(ranges[{"R1": "attn_in", "R4": "mlp_in", "R5": "down_in"}[name]]), None
-    better = not rules.published_kmeans
-    n_init = 1 if better else 10
-    return cluster_channels(points, count, block=block, n_init=n_init, seed=recipe.seed, refine=better, batched=better)
+        points, block = _points(*(ranges[site] for site in REORDERS[name])), None
+    better = not rules_of(recipe).published_kmeans
+    refine, n_init = better and len(points) * count <= refine_up_to, 1 if better else 10
+    return cluster_channels(points, count, block=block, n_init=n_init, seed=recipe.seed, refine=refine, batched=better)
 
 
 def _points(*ranges: ChannelRanges) -> np.ndarray:
@@ -85,24 +98,24 @@ def _points(*ranges: ChannelRanges) -> np.ndarray:
     return torch.stack([r.high for r in ranges] + [r.low for r in ranges], dim=1).numpy()
 
 
-def _head_points(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecipe, spec: BlockSpec) -> np.ndarray:
+def _head_points(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecipe, groups: int, head_dim: int) -> np.ndarray:
     rules, bits = rules_of(recipe), recipe.tensor_bits
     kv_only = rules.own_value_stats and bits.q == FLOAT_BITS and bits.o_in == FLOAT_BITS
     query_site, own_site = ("q", "k") if name == "R2" else ("o_in", "v")
-    united = _united(ranges[query_site], spec)
+    united = _united(ranges[query_site], groups, head_dim)
     if kv_only:
         return _points(ranges[own_site])
     if name == "R2":
-        factor = 1.0 if rules.scaled_query else spec.head_dim**0.5
+        factor = 1.0 if rules.scaled_query else head_dim**0.5
         return _points(_scaled(united, factor), ranges[own_site])
     return _points(ranges[own_site], united) if rules.own_value_stats else _points(united)
 
 
-def _united(ranges: ChannelRanges, spec: BlockSpec) -> ChannelRanges:
+def _united(ranges: ChannelRanges, groups: int, head_dim: int) -> ChannelRanges:
     """Ranges of H * E query channels joined over the query heads of each kv head: [Hkv * E]."""
 
     def join(values: Tensor, largest: bool) -> Tensor:
-        heads = values.view(spec.kv_heads, spec.groups, spec.head_dim)
+        heads = values.view(-1, groups, head_dim)
         return (heads.amax(1) if largest else heads.amin(1)).flatten()
 
     return ChannelRanges(join(ranges.low, False), join(ranges.high, True), ranges.sample_low, ranges.sample_high, ranges.rows)
@@ -112,11 +125,15 @@ def _scaled(ranges: ChannelRanges, factor: float) -> ChannelRanges:
     return ChannelRanges(ranges.low * factor, ranges.high * factor, ranges.sample_low, ranges.sample_high, ranges.rows)
 
 
-def query_offsets(clusters: ChannelClusters, spec: BlockSpec) -> Tensor:
-    """Cluster boundaries over H * E query channels: each kv head's clusters once per query head."""
-    heads = clusters.order[clusters.offsets[:-1]] // spec.head_dim
-    counts = [clusters.counts[heads == h] for h in range(spec.kv_heads) for _ in range(spec.groups)]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+def site_clusters(site: str, clusters: ChannelClusters, *, groups: int, head_dim: int) -> ChannelClusters:
+    """The clusters of a reordering over the channels of one of its sites: q and o_in have those of their key/value head once per
+    query head."""
+    if site not in ("q", "o_in"):
+        return clusters
+    heads = clusters.order[clusters.offsets[:-1]] // head_dim
+    counts = [clusters.counts[heads == h] for h in range(len(clusters.order) // head_dim) for _ in range(groups)]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+    return ChannelClusters(query_channels(_local(clusters.order, head_dim), groups), offsets)
 
 
 class RPTQ:
@@ -140,10 +157,13 @@ class RPTQ:
         """Cluster, order and choose grids for one layer."""
         bits, rules = recipe.tensor_bits, rules_of(recipe)
         wanted = ["R1", "R3", "R4", "R5"] if bits.q == bits.k == FLOAT_BITS else ["R1", "R2", "R3", "R4", "R5"]
-        clusters = {name: reorder_clusters(name, stats.ranges, recipe, spec) for name in wanted}
+        clusters = {
+            name: reorder_clusters(name, stats.ranges, recipe, groups=spec.groups, head_dim=spec.head_dim) for name in wanted
+        }
         importance = _importance(stats, spec)
         sites = {}
-        for site, (order, offsets) in _layout(clusters, spec).items():
+        for site, found in _layout(clusters, spec).items():
+            order, offsets = found.order, found.offsets
             weight = importance.get(site)
             weight = None if weight is None else weight[order]
             ranges = stats.calibrated[site].permuted(order)
@@ -154,7 +174,7 @@ class RPTQ:
             sites[site] = plan_site(ranges, offsets, bits.site(site), rules.ranges, weight)
             if site in INPUT_SITE.values() and spare:
                 sites[site] = power_of_two(sites[site], ranges)
-        orders = {name: _local(c.order, spec) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
+        orders = {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
         return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
     def apply_layer(
@@ -164,26 +184,20 @@ class RPTQ:
         return build_block(block, plan, hessians=stats.hessians, grid=rules_of(recipe).ranges.grid)
 
 
-def _local(order: Tensor, spec: BlockSpec) -> Tensor:
+def _local(order: Tensor, head_dim: int) -> Tensor:
     """Order over Hkv * E channels -> [Hkv, E] orders inside each head."""
-    return order.view(spec.kv_heads, spec.head_dim) % spec.head_dim
+    return order.view(-1, head_dim) % head_dim
 
 
-def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, tuple[Tensor, Tensor]]:
-    """(channel order, cluster offsets) of every site."""
-    layout = {}
-    for name, own, query in (("R2", "k", "q"), ("R3", "v", "o_in")):
-        if name in clusters:
-            c = clusters[name]
-            layout[own] = (c.order, c.offsets)
-            layout[query] = (query_channels(_local(c.order, spec), spec.groups), query_offsets(c, spec))
-        else:
-            for site in (own, query):
-                plain = ChannelClusters.identity(spec.width(site))
-                layout[site] = (plain.order, plain.offsets)
-    for name, site in (("R1", "attn_in"), ("R4", "mlp_in"), ("R5", "down_in")):
-        layout[site] = (clusters[name].order, clusters[name].offsets)
-    return layout
+def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, ChannelClusters]:
+    """Order and clusters of every site."""
+    return {
+        site: site_clusters(site, clusters[name], groups=spec.groups, head_dim=spec.head_dim)
+        if name in clusters
+        else ChannelClusters.identity(spec.width(site))
+        for name, sites in REORDERS.items()
+        for site in sites
+    }
 
 
 def _importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from core.calibration.ranges import ChannelRanges
 from core.calibration.report import RangesReport, SiteRanges
-from core.config import PER_CHANNEL, Clusters
+from core.config import PER_CHANNEL, SITES, Calibration, Clusters, QuantRecipe
 from core.errors import InputError
-from core.methods.rptq.cluster import cluster_channels
+from core.methods import METHODS
+from core.methods.base import LayerStatistics
+from core.methods.rptq import cluster, explore
 from core.methods.rptq.explore import error_curve, recluster
+from core.methods.rptq.reorder import head_channels, query_channels
 from core.quant.affine import Grid, choose_qparams
+from core.stages import observe
+from tests.core.tools import spec_of, tiny
 
 KINDS = {"attn_in": 64, "q": 128, "k": 32, "v": 32, "o_in": 128, "mlp_in": 64, "down_in": 96}
 
@@ -51,13 +57,33 @@ def test_a_view_is_consistent(kind, g):
     assert (view.low == entry.low).all() and (view.high == entry.high).all() and view.seconds >= 0
 
 
-@pytest.mark.parametrize("kind", ("down_in", "k"))
-def test_the_page_shows_the_order_of_a_plan(kind):
-    report = report_of()
-    entry = report.sites[f"layers.0.{kind}"]
-    view = recluster(report, entry.site, Clusters(R2=4, R5=8))
-    plan = cluster_channels(np.stack([entry.high, entry.low], 1), 4 if kind == "k" else 8, block=entry.block, refine=False)
-    assert view.order.tolist() == plan.order.tolist() and view.offsets.tolist() == plan.offsets.tolist()
+@pytest.mark.parametrize("clusters", (Clusters(), Clusters(3, 2, 5, 7, 9), Clusters.uniform(PER_CHANNEL)), ids=Clusters.describe)
+def test_the_page_shows_the_clusters_of_a_plan(clusters):
+    """On the same ranges the method decides the same, at every site: key/value heads and their query heads share an order."""
+    loaded = tiny("llama")
+    report, spec = observe(loaded, Calibration("text:" + "a few words, " * 60, 256, 32)), spec_of(loaded)
+    for layer in range(2):
+        ranges = {}
+        for kind in SITES:
+            entry = report.sites[f"layers.{layer}.{kind}"]
+            low, high = torch.tensor(entry.low), torch.tensor(entry.high)
+            ranges[kind] = ChannelRanges(low, high, low[None], high[None], torch.stack([low, high]))
+        plan = METHODS.get("rptq").plan_layer(LayerStatistics(ranges, ranges), QuantRecipe("m", clusters=clusters), spec)
+        r2, r3 = plan.orders["R2"], plan.orders["R3"]
+        orders = {"q": query_channels(r2, 4), "k": head_channels(r2), "v": head_channels(r3), "o_in": query_channels(r3, 4)}
+        orders |= {"attn_in": plan.orders["R1"], "mlp_in": plan.orders["R4"], "down_in": plan.orders["R5"]}
+        for kind, order in orders.items():
+            view = recluster(report, f"layers.{layer}.{kind}", clusters)
+            assert view.order.tolist() == order.tolist() and view.offsets.tolist() == plan.sites[kind].offsets.tolist(), kind
+
+
+def test_only_what_a_slider_can_wait_for_is_refined(monkeypatch):
+    refined, real = [], cluster.improve
+    monkeypatch.setattr(cluster, "improve", lambda points, centres: refined.append(len(centres)) or real(points, centres))
+    monkeypatch.setattr(explore, "REFINED", 96 * 4)
+    for count in (4, 5):
+        recluster(report_of(), "layers.0.down_in", Clusters(R5=count))
+    assert refined == [4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
