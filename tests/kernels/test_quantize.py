@@ -14,7 +14,7 @@ ONE, NONE = torch.tensor(1.0), torch.tensor(0.0)
 
 
 def official(low: float, high: float, bits: int) -> tuple[float, float]:
-    """Scale and zero point of docs/rptq.md 1.5, in Python floats."""
+    """Scale and zero point of the published grid, in Python floats."""
     scale = min(max((high - low) * 2.0**-bits, 1e-4), 1e4)
     return scale, float(round(min(max(-0.5 * (high + low) / scale, -1e4), 1e4)))
 

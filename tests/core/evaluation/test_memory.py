@@ -54,7 +54,7 @@ GRID = """
 175b W4A3KV 89.1 90.9 94.5 101.8 116.3 145.3 203.3 319.2 551.2
 175b W3A3KV 67.3 69.1 72.7 80.0 94.5 123.5 181.4 297.4 529.3
 """
-"""docs/rptq.md 3.4: weights and cache in GB = 10^9 bytes; columns (batch 1; 2k, 4k, 8k), (8; ...), (64; ...)."""
+"""The published accounting: weights and cache in GB = 10^9 bytes; columns (batch 1; 2k, 4k, 8k), (8; ...), (64; ...)."""
 
 ROWS = [line.split() for line in GRID.strip().splitlines()]
 

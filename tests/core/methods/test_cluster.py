@@ -18,7 +18,7 @@ from kernels import fake_quantize
 
 
 def skewed(width: int = 256, seed: int = 0) -> np.ndarray:
-    """(max, min) of channels whose scales are log-normal, six of them outliers: docs/rptq.md 3.5."""
+    """(max, min) of channels whose scales are log-normal, six of them outliers, as in trained models."""
     g = np.random.default_rng(seed)
     scale = g.lognormal(size=width)
     scale[g.permutation(width)[:6]] *= 40
@@ -194,7 +194,7 @@ def test_splitting_a_cluster_never_makes_a_scale_larger(grid):
 @pytest.mark.parametrize("grid", list(Grid), ids=str)
 @pytest.mark.parametrize("bits", (3, 4, 8))
 def test_error_falls_from_one_cluster_to_one_per_channel(grid, bits):
-    """The endpoints strictly; in between KMeans partitions are not nested, so with slack (docs/rptq.md 3.5)."""
+    """The endpoints strictly; in between KMeans partitions are not nested, so with slack."""
     points = skewed()
     g = torch.Generator().manual_seed(0)
     scale = torch.from_numpy(points[:, 0]).float() / 3

@@ -273,7 +273,7 @@ class TestRotation:
 
 @pytest.mark.parametrize("forgotten", ("rows of q", "rows of k", "bias of q", "bias of k"))
 def test_r2_of_opt_needs_rows_and_biases(forgotten):
-    """All but the bias of k: q · b_k is the same for every key, and softmax does not see it (docs/rptq.md 5.5)."""
+    """All but the bias of k: q · b_k is the same for every key, and softmax does not see it."""
 
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         rows = parts(spec)[forgotten[-1]]

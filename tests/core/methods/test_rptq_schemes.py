@@ -11,7 +11,7 @@ from core.quant.activation import ActivationQuantizer
 from tests.core.methods.rptq_tools import made
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 
-# Oracle 10: bits of every tensor, docs/rptq.md 1.6 written again.
+# Bits of every tensor of a scheme, written again from the published table.
 
 TABLE = {  # norm outputs, q, k and v, p, o_in, down_in, weights
     "W4A16": (16, 16, 16, 16, 16, 16, 4),

@@ -55,7 +55,7 @@ def test_official_anchors(low, high, bits, scale, zero):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_relu_range_on_the_official_grid(bits):
-    """docs/rptq.md 1.5: [0, M] has z = -2^(n-1) exactly, keeps 0 exactly and takes M to M (1 - 2^-n)."""
+    """The published grid: [0, M] has z = -2^(n-1) exactly, keeps 0 exactly and takes M to M (1 - 2^-n)."""
     found = params_of(0.0, 5.0, bits, Grid.OFFICIAL)
     assert float(found.zero_point) == -(2 ** (bits - 1))
     back = round_trip(torch.tensor([0.0, 5.0]), found, bits)

@@ -1,4 +1,4 @@
-"""Identities of docs/rptq.md 5.5 as pure tensor arithmetic in float64 and int64: what may be folded, and what may not."""
+"""The identities behind integer products and reordering as pure tensor arithmetic in float64 and int64: what may be folded, and what may not."""
 
 from __future__ import annotations
 
