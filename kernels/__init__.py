@@ -14,7 +14,7 @@ import importlib
 from kernels.backend import Backend, Choice
 from kernels.int_linear import int_linear, select_linear_backend
 from kernels.packing import pack, packed_width, unpack
-from kernels.quantize import dequantize, fake_quantize, quantize
+from kernels.quantize import dequantize, fake_quantize, quantize, quantize_rows
 
 __version__ = "0.0.0"
 
@@ -25,7 +25,6 @@ _LAZY = {
     "kv_append": "kv_attention",
     "norm_quantize": "norm_quant",
     "norm_quantize_dynamic": "norm_quant",
-    "quantize_pack": "pack_kernels",
     "rope_store": "rope",
     "sparse_down": "sparse_ffn",
     "ternary_linear": "ternary_packed",
@@ -49,7 +48,7 @@ __all__ = [
     "pack",
     "packed_width",
     "quantize",
-    "quantize_pack",
+    "quantize_rows",
     "rope_store",
     "select_linear_backend",
     "sparse_down",

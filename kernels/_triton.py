@@ -11,13 +11,18 @@ where `INTERPRET` is true, and leave them alone on a GPU, where the branch costs
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from kernels.backend import Backend
+from kernels.backend import Backend, triton_obstacle
 
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
     from triton.language.extra.cuda import libdevice
 
     _INSTALLED = True
@@ -27,15 +32,19 @@ except ImportError:  # not Linux: the references are all there is
         """Stands where decorators and annotations name Triton."""
 
         @staticmethod
-        def jit(function: object) -> object:
-            return function
+        def jit(function: object = None, **_: object) -> object:
+            return function or (lambda decorated: decorated)
 
         @staticmethod
         def constexpr(value: object) -> object:
             return value
 
     triton = tl = libdevice = _Absent()
+    TritonError = RuntimeError
     _INSTALLED = False
+
+ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
+"""What a launch raises: errors of CUDA and torch, and Triton's own, which are no RuntimeErrors."""
 
 
 def available() -> bool:
@@ -60,10 +69,8 @@ def use_triton(backend: Backend, x: Tensor, *, obstacle: str | None = None) -> b
         obstacle: why the kernel cannot take this call, None if it can.
     Raises: ValueError if TRITON is asked for where it cannot run, saying why.
     """
-    if obstacle is None and not _INSTALLED:
-        obstacle = "Triton is not installed"
-    if obstacle is None and not x.is_cuda and not interpreting():
-        obstacle = f"the tensors are on {x.device.type} and TRITON_INTERPRET is not set"
+    if obstacle is None and not (x.device.type == "cpu" and interpreting()):
+        obstacle = triton_obstacle(x.device)
     if backend is Backend.TRITON:
         if obstacle is not None:
             raise ValueError(f"triton cannot run this call ({obstacle}): use reference")
@@ -73,6 +80,19 @@ def use_triton(backend: Backend, x: Tensor, *, obstacle: str | None = None) -> b
     if backend is Backend.REFERENCE:
         return False
     raise ValueError(f"this op has no {backend} path: use auto, triton or reference")
+
+
+def on_its_device(launch: Callable) -> Callable:
+    """Decorator of functions that launch kernels. Triton launches on the current device: that of the first tensor becomes it."""
+
+    @functools.wraps(launch)
+    def launched(x: Tensor, /, *args: object, **options: object) -> object:
+        if not x.is_cuda:
+            return launch(x, *args, **options)
+        with torch.cuda.device(x.device):
+            return launch(x, *args, **options)
+
+    return launched
 
 
 def next_power(n: int) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import StrEnum
+
+import torch
 
 
 class Backend(StrEnum):
@@ -31,10 +34,29 @@ class Choice:
     reason: str
 
 
-def triton_runs_on(device: str) -> bool:
-    """Whether Triton kernels run on tensors of a device type; loads Triton only if it could."""
-    if device != "cuda":
-        return False
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability of the oldest GPUs whose instructions the kernels need (bfloat16, int8 products): Ampere."""
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels do not run on tensors of a device, None if they do; loads Triton only if they could."""
+    if device.type != "cuda":
+        return f"kernels run on cuda, not on {device.type}"
     from kernels import _triton
 
-    return _triton.available()
+    if not _triton.available():
+        return "Triton is not installed"
+    found = _capability(device)
+    if found < LEAST_CAPABILITY:
+        return "compute capability {}.{}, kernels need {}.{}".format(*found, *LEAST_CAPABILITY)
+    return None
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of a device."""
+    return triton_obstacle(device) is None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

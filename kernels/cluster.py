@@ -9,8 +9,9 @@ activations' zero points are constants inside b', the weights' take Σ qx per bl
 
 Weights stay packed (layout of `kernels.packing`): byte ^ 0x88 makes both nibbles two's complement, and the int8 operands are 16
 times the code, (p << 4) and (p & 0xF0), so that no nibble has to be moved down and sign-extended; 1/16 is part of the scale.
-They are the left operand of the product (see `kernels.weight_only`). Clusters at other boundaries, or widths that do not
-split into two halves of whole blocks, are not taken: `obstacle` says so and AUTO runs the reference.
+They are the left operand of the product (see `kernels.weight_only`). With few tokens several programs share the blocks of a tile:
+each applies the scales and zero points of its own, and their sums are added in a fixed order. Clusters at other boundaries, or
+widths that do not split into two halves of whole blocks, are not taken: `obstacle` says so and AUTO runs the reference.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from kernels._triton import tl, triton, use_triton
+from kernels._triton import on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
-from kernels.configs import DECODE_ROWS, Tile, rows_strided
+from kernels.configs import DECODE_ROWS, Tile, decode_tile, rows_strided
 from kernels.packing import unpack
+from kernels.split_k import finish
 
 BLOCKS = (128, 64, 32)
 """Block sizes the kernel is built for, largest first: a promotion to float32 per block is what clusters cost."""
@@ -59,18 +61,22 @@ def _sums_kernel(codes_ptr, sums_ptr, M, K, stride_c, BK: tl.constexpr, BM: tl.c
 def _cluster_kernel(
     codes_ptr, packed_ptr, scale_ptr, zero_ptr, sums_ptr, clusters_ptr, bias_ptr, out_ptr,
     M, N, HALF, stride_c,
-    CLUSTERED: tl.constexpr, ZEROS: tl.constexpr, BIASED: tl.constexpr,
+    CLUSTERED: tl.constexpr, ZEROS: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    share = tl.program_id(2)
     rows, tokens = n < N, m < M
     line = packed_ptr + n.to(tl.int64)[:, None] * HALF
     token = codes_ptr + m.to(tl.int64)[None, :] * stride_c
     blocks = HALF // BK
+    per_share = tl.cdiv(blocks, SPLIT)
+    first = share * per_share
+    last = tl.minimum(first + per_share, blocks)
     y = tl.zeros((BN, BM), tl.float32)
     acc = tl.zeros((BN, BM), tl.int32)
-    for b in range(0, blocks):
+    for b in range(first, last):
         j = b * BK + tl.arange(0, BK)
         packed = tl.load(line + j[None, :], mask=rows[:, None], other=0) ^ 0x88
         for part in tl.static_range(2):
@@ -88,15 +94,18 @@ def _cluster_kernel(
         y = acc.to(tl.float32) * tl.load(scale_ptr + n, mask=rows, other=0.0)[:, None]
     y *= 0.0625
     if ZEROS:
-        for block in range(0, 2 * blocks):
+        own = last - first
+        for i in range(0, 2 * own):  # its blocks of both halves
+            block = first + i + tl.where(i < own, 0, blocks - own)
             c = tl.load(clusters_ptr + block)
             r = tl.load(zero_ptr + c * N + n, mask=rows, other=0.0)
             y -= r[:, None] * tl.load(sums_ptr + block * M + m, mask=tokens, other=0.0)[None, :]
     if BIASED:
         y += tl.load(bias_ptr + n, mask=rows, other=0.0)[:, None]
-    tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], y, mask=rows[:, None] & tokens[None, :])
+    tl.store(out_ptr + (share * M + m).to(tl.int64)[None, :] * N + n[:, None], y, mask=rows[:, None] & tokens[None, :])
 
 
+@on_its_device
 def launch(
     codes: Tensor, packed: Tensor, output_scale: Tensor, zero_rows: Tensor | None, bias: Tensor | None, offsets: tuple[int, ...]
 ) -> Tensor:
@@ -109,20 +118,20 @@ def launch(
         sums = torch.empty(width // size, tokens, dtype=torch.float32, device=codes.device)
         _sums_kernel[(triton.cdiv(tokens, 16), width // size)](codes, sums, tokens, width, codes.stride(0), BK=size, BM=16)
         zero_rows = zero_rows.contiguous()
-    tile = _tile(tokens, size)
-    out = torch.empty(tokens, rows, dtype=torch.float32, device=codes.device)
-    _cluster_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.columns))](
-        codes, packed.contiguous(), output_scale.contiguous(), zero_rows, sums, clusters, bias, out,
+    tile = _tile(tokens, rows, width // 2, size, codes.device)
+    out = torch.empty(tile.split, tokens, rows, dtype=torch.float32, device=codes.device)
+    _cluster_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.columns), tile.split)](
+        codes, packed.contiguous(), output_scale.contiguous(), zero_rows, sums, clusters, bias if tile.split == 1 else None, out,
         tokens, rows, width // 2, codes.stride(0),
-        CLUSTERED=len(offsets) > 2, ZEROS=zero_rows is not None, BIASED=bias is not None,
+        CLUSTERED=len(offsets) > 2, ZEROS=zero_rows is not None, BIASED=bias is not None and tile.split == 1, SPLIT=tile.split,
         BN=tile.rows, BM=tile.columns, BK=tile.block, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
+    return out[0] if tile.split == 1 else finish(out, bias=bias)
 
 
-def _tile(tokens: int, size: int) -> Tile:
+def _tile(tokens: int, rows: int, half: int, size: int, device: torch.device) -> Tile:
     if tokens <= DECODE_ROWS:
-        return Tile(rows=64, columns=DECODE_ROWS, block=size, warps=4, stages=4)
+        return decode_tile(rows, half, block=size, device=device)
     return Tile(rows=128, columns=128, block=size, warps=8, stages=3)
 
 

@@ -1,7 +1,8 @@
 """Tiles of the Triton kernels, chosen per call: nothing is tuned at import, and no device is needed to choose.
 
-The numbers follow offline sm_90 compiles (no spills, warp-group matrix instructions where they apply; tests/kernels/
-test_compile_sm90.py) and the rule of filling one to two waves of the GPU's multiprocessors; they are not tuned by timing.
+The numbers follow offline sm_90 compiles (warp-group matrix instructions where they apply; registers, spills and shared memory
+as tests/kernels/test_compile_sm90.py holds them) and the rule of filling one to two waves of the GPU's multiprocessors; they are
+not tuned by timing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def decode_tile(rows: int, steps_of: int, *, block: int, device: torch.device) -
     tiles, steps = -(-rows // 64), -(-steps_of // block)
     split = max(1, min(steps // 2, 2 * multiprocessors(device) // tiles, 16))
     return Tile(rows=64, columns=DECODE_ROWS, block=block, warps=4, stages=4, split=split)
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that holds a row of `block` float32 entries in registers: at most 32 entries per thread up to 32,768."""
+    return next((warps for most, warps in ((2048, 4), (8192, 8), (16384, 16)) if block <= most), 32)
 
 
 @functools.cache

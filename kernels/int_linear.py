@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import int4_rows
-from kernels.backend import Backend, Choice, triton_runs_on
+from kernels.backend import Backend, Choice, triton_obstacle
 
 TILE = (128, 1024)
 """Rows and output channels that INT8 takes at a time, so that the accumulator is still in cache when the epilogue reads it. One
@@ -48,8 +48,8 @@ class LinearOperands:
 
     REFERENCE fills `weight` [N, K] float32 = Ŵ; INT4 fills `int4`. INT8 fills `codes` [N, K] int8, `output_scale` [G, N] = sx sw,
     `bias` = b', and where zero points are not part of the codes `zero_rows` [G, N] = sx sw zw. TRITON takes the layer's own
-    `packed` of `bits` with either INT8's scales and bias (clusters of whole blocks: see `whole_blocks`) or `scale` and
-    `zero_point` [N, G].
+    `packed` of `bits` with either INT8's scales and bias (see `kernels_take_codes`) or `scale` and `zero_point` [N, G]; `by_name`
+    where it was asked for, so that no call falls back.
     """
 
     backend: Backend
@@ -63,6 +63,7 @@ class LinearOperands:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     bits: int = 16
+    by_name: bool = False
     int4: int4_rows.Int4Weight | None = None
 
     @property
@@ -86,7 +87,7 @@ def exact_int8_products() -> bool:
 
 
 def select_linear_backend(
-    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: str
+    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: torch.device
 ) -> Choice:
     """Choose the implementation of one layer.
 
@@ -96,25 +97,19 @@ def select_linear_backend(
         activation_bits: 2 to 8, or 16 when the input stays in floating point.
         offsets: cluster boundaries of the input channels, [G + 1].
         rows: N, output channels.
-        device: torch device type.
+        device: where the layer is.
     Raises: ValueError if INT8, INT4 or TRITON is requested where it cannot run, saying why.
     """
     clusters, width = len(offsets) - 1, offsets[-1]
     columns = width // clusters
-    if requested is Backend.TRITON or (requested is Backend.AUTO and device == "cuda" and weight_bits <= 8):
-        obstacle = _triton_obstacle(weight_bits, width, device)
-        if obstacle is None:
-            reason = "its kernels multiply the packed weights on the GPU"
-            return Choice(Backend.TRITON, "asked for" if requested is Backend.TRITON else reason)
-        if requested is Backend.TRITON:
-            raise ValueError(f"triton cannot run this layer ({obstacle}): use reference")
-        return Choice(Backend.REFERENCE, f"no kernel runs this layer: {obstacle}")
+    if requested is Backend.TRITON or (requested is Backend.AUTO and device.type == "cuda" and weight_bits <= 8):
+        return _triton_choice(requested, weight_bits, activation_bits, offsets, device)
     if requested is Backend.INT8:
         if activation_bits > 8:
             raise ValueError("int8 needs activations of 8 bits or fewer; this layer keeps 16: use reference")
         if weight_bits > 8:
             raise ValueError("int8 needs weights of 8 bits or fewer; this layer keeps 16: use reference")
-        if device != "cpu":
+        if device.type != "cpu":
             raise ValueError(f"int8 runs on cpu, not on {device}: use reference")
         if weight_bits == 8 and not exact_int8_products():
             raise ValueError("int8 with 8-bit weights saturates on this processor (it has no VNNI): use reference")
@@ -127,7 +122,7 @@ def select_linear_backend(
         return Choice(Backend.REFERENCE, "activations stay in float, so the product does too")
     if weight_bits > 8:
         return Choice(Backend.REFERENCE, "weights stay in float, so the product does too")
-    if device != "cpu":
+    if device.type != "cpu":
         return Choice(Backend.REFERENCE, f"no integer path on {device} yet")
     if weight_bits == 8 and not exact_int8_products():
         return Choice(Backend.REFERENCE, "integer products of 8-bit weights saturate on this processor (it has no VNNI)")
@@ -140,10 +135,10 @@ def select_linear_backend(
 
 
 def _int4_choice(
-    requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: str
+    requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: torch.device
 ) -> Choice:
     obstacle = "its input is quantised" if activation_bits <= 8 else int4_rows.obstacle(weight_bits, offsets, rows)
-    if device != "cpu":
+    if device.type != "cpu":
         obstacle = f"it runs on cpu, not on {device}"
     if requested is Backend.INT4:
         if obstacle is not None:
@@ -155,21 +150,31 @@ def _int4_choice(
     return Choice(Backend.INT4, f"{few}, more rows float32 products of dequantised weights")
 
 
-def whole_blocks(offsets: tuple[int, ...]) -> bool:
-    """Whether the integer kernel on CUDA takes clusters with these boundaries [G + 1]."""
+def kernels_take_codes(weight_bits: int, activation_bits: int, offsets: tuple[int, ...]) -> bool:
+    """Whether TRITON multiplies integer codes of a layer's input (True), or x̂ in floating point."""
     from kernels import cluster
 
-    return cluster.obstacle(offsets) is None
+    return weight_bits == 4 and activation_bits <= 8 and cluster.obstacle(offsets) is None
 
 
-def _triton_obstacle(weight_bits: int, width: int, device: str) -> str | None:
-    if device != "cuda":
-        return f"it runs on cuda, not on {device}"
-    if not triton_runs_on(device):
-        return "Triton is not installed"
-    from kernels import weight_only
+def _triton_choice(
+    requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], device: torch.device
+) -> Choice:
+    obstacle = triton_obstacle(device)
+    if obstacle is None:
+        from kernels import weight_only
 
-    return weight_only.obstacle(weight_bits, width)
+        obstacle = weight_only.obstacle(weight_bits, offsets[-1])
+    if obstacle is not None and requested is Backend.TRITON:
+        raise ValueError(f"triton cannot run this layer ({obstacle}): use reference")
+    if obstacle is not None:
+        return Choice(Backend.REFERENCE, f"no kernel runs this layer: {obstacle}")
+    if requested is Backend.TRITON:
+        return Choice(Backend.TRITON, "asked for")
+    if kernels_take_codes(weight_bits, activation_bits, offsets):
+        return Choice(Backend.TRITON, "its kernel multiplies packed weights and integer codes on the GPU")
+    rest = f"more than {weight_only.MAX_ROWS} rows are float products of dequantised weights"
+    return Choice(Backend.TRITON, f"its kernel multiplies the packed weights on the GPU; {rest}")
 
 
 def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
@@ -212,10 +217,13 @@ def _float_part(x: Tensor, operands: LinearOperands, outputs: slice) -> Tensor:
 def _triton_linear(x: Tensor, o: LinearOperands) -> Tensor:
     from kernels import cluster, weight_only
 
+    backend = Backend.TRITON if o.by_name else Backend.AUTO
     if o.takes_codes:
-        return cluster.cluster_linear(x, o.packed, o.output_scale, o.zero_rows, o.bias, offsets=o.offsets)
+        return cluster.cluster_linear(x, o.packed, o.output_scale, o.zero_rows, o.bias, offsets=o.offsets, backend=backend)
     rows = x.reshape(-1, x.shape[-1])
-    y = weight_only.weight_only_linear(rows, o.packed, o.scale, o.zero_point, bits=o.bits, offsets=o.offsets, bias=o.bias)
+    y = weight_only.weight_only_linear(
+        rows, o.packed, o.scale, o.zero_point, bits=o.bits, offsets=o.offsets, bias=o.bias, backend=backend
+    )
     return y.view(*x.shape[:-1], len(o.packed))
 
 

@@ -5,12 +5,12 @@
 
 Static scales leave the inner loop: the keys' scale multiplies q once; their zero point adds the same number to every score of a
 query and so drops out of the softmax; the values' scale and zero point are applied to the sum. Dynamic scales multiply the score
-and the probability of their token. With bfloat16 queries OR 0x4300 turns a code into 128 + u, and the 128 joins the zero points;
-l and Σ p are sums of the p that enters the product, after its rounding, or those constants would not cancel.
+and the probability of their token. With bfloat16 queries OR 0x4300 turns a code of up to 7 bits into 128 + u, and the 128 joins
+the zero points; l and Σ p are sums of the p that enters the product, after its rounding, or those constants would not cancel.
 
 The first F tokens (attention sinks; BitNet's first token, which has bits of its own) are given in floating point and enter at the
-end. Queries that share a key head are one tile of 16 rows. The tokens are split over programs, whose (max, sum, weighted values)
-a second kernel merges in a fixed order. Cost: the packed keys and values read once.
+end. Queries that share a key head are tiles of 16 rows. The tokens are split over programs, whose (max, sum, weighted values)
+a second kernel merges in a fixed order. Cost: the packed keys and values read once per tile.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import INTERPRET, matrix_operand, next_power, tl, triton, use_triton
+from kernels._triton import INTERPRET, matrix_operand, next_power, on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import multiprocessors
-from kernels.pack_kernels import WIDTHS, launch_pack, row_codes, unpacked
+from kernels.pack_kernels import launch_pack, unpacked
 from kernels.packing import pack, packed_width, unpack
-from kernels.quantize import quantize
+from kernels.quantize import quantize, quantize_rows
 
-BLOCK = 64
-"""Tokens per step of one program."""
-MAX_FIRST = 16
-"""First tokens that the kernel takes in floating point."""
+QUERIES = 16
+"""Rows of a tile of queries: the least that a matrix instruction takes."""
+MAX_DIM = 256
+"""Channels of a head that fit into a program's shared memory."""
+SPLIT_TOKENS, MAX_SPLITS = 128, 64
+"""Fewest tokens of one program, and most programs of one head."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PackedHeads:
 
     Attributes:
         packed: [B, Hkv, slots, packed_width(E, bits)] uint8 of `kernels.pack`.
-        bits: 2, 3, 4 or 8 for the kernels.
+        bits: 2 to 8.
         dim: E.
         scale, zero_point: STATIC: [Hkv, E] float32; the slots of the first tokens are ignored.
         row_scale: DYNAMIC: [B, Hkv, slots, 1] float16; slot 0 is the token after the first ones.
@@ -83,7 +85,7 @@ def kv_append(states: Tensor, heads: PackedHeads, position: int | Tensor, *, bac
         position: first slot, or a [1] int32 tensor with it (for captured graphs; Triton only).
     Raises: ValueError if TRITON is asked for where it cannot run.
     """
-    if use_triton(backend, states, obstacle=None if heads.bits in WIDTHS else f"codes of {heads.bits} bits have no kernel"):
+    if use_triton(backend, states):
         slot = position if isinstance(position, Tensor) else None
         start = 0 if slot is not None else position
         scale = None if heads.row_scale is None else heads.row_scale[:, :, start:]
@@ -98,7 +100,7 @@ def kv_append(states: Tensor, heads: PackedHeads, position: int | Tensor, *, bac
         codes = quantize(states.to(torch.float32), heads.scale[:, None], heads.zero_point[:, None], 0, 2**heads.bits - 1)
         codes = codes.to(torch.uint8)
     else:
-        codes, heads.row_scale[:, :, slots] = row_codes(states, heads.bits)
+        codes, heads.row_scale[:, :, slots] = quantize_rows(states, heads.bits)
     heads.packed[:, :, slots] = pack(codes, heads.bits)
 
 
@@ -111,12 +113,11 @@ def reference(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int, sca
 
 
 @triton.jit
-def _operand(code, dtype: tl.constexpr):
-    """Codes (int32, below 128) as operands: u, or 128 + u in bfloat16."""
-    if dtype == tl.bfloat16:
+def _operand(code, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Codes (int32) as operands: u, or 128 + u in bfloat16 below 8 bits."""
+    if dtype == tl.bfloat16 and BITS < 8:
         return matrix_operand((code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True))
-    else:
-        return code.to(tl.float32)
+    return _rounded(code.to(tl.float32), dtype)
 
 
 @triton.jit
@@ -128,18 +129,19 @@ def _rounded(x, dtype: tl.constexpr):
         return x.to(tl.bfloat16) if dtype == tl.bfloat16 else x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLOTS", "SPLITS"])  # both change while decoding: no kernel of their own for each value
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, k_first_ptr, v_first_ptr, slots_ptr,
-    max_ptr, sum_ptr, out_ptr, SLOTS, KV_HEADS, GROUP, scaling,
+    max_ptr, sum_ptr, out_ptr, SLOTS, SPLITS, KV_HEADS, GROUP, scaling,
     kb, kh, kt, vb, vh, vt, ksb, ksh, kst, vsb, vsh, vst,
     E: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, DYNAMIC: tl.constexpr, FIRST: tl.constexpr,
-    ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
+    ON_DEVICE: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), tl.program_id(0) % KV_HEADS
+    batch, head = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 0.0
-    g, e = tl.arange(0, BG), tl.arange(0, BE)
+    key_offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 and KEY_BITS < 8 else 0.0
+    value_offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 and VALUE_BITS < 8 else 0.0
+    g, e = tl.program_id(2) * BG + tl.arange(0, BG), tl.arange(0, BE)
     query = (batch * KV_HEADS + head) * GROUP + g
     live, channel = g < GROUP, e < E
     q = tl.load(q_ptr + query[:, None] * E + e[None, :], mask=live[:, None] & channel[None, :], other=0.0).to(tl.float32)
@@ -168,12 +170,12 @@ def _attend_kernel(
         mask = used[:, None] & channel[None, :]
         k_row = k_ptr + batch * kb + head * kh + t.to(tl.int64)[:, None] * kt
         v_row = v_ptr + batch * vb + head * vh + t.to(tl.int64)[:, None] * vt
-        key = _operand(unpacked(k_row, e[None, :], mask, E, KEY_BITS), dtype)
-        value = _operand(unpacked(v_row, e[None, :], mask, E, VALUE_BITS), dtype)
+        key = _operand(unpacked(k_row, e[None, :], mask, E, KEY_BITS), KEY_BITS, dtype)
+        value = _operand(unpacked(v_row, e[None, :], mask, E, VALUE_BITS), VALUE_BITS, dtype)
         score = tl.dot(factor, tl.trans(key), input_precision="tf32x3")
         if DYNAMIC:
             s = tl.load(k_scale_ptr + batch * ksb + head * ksh + t * kst, mask=used, other=0.0).to(tl.float32)
-            score = (score - (offset + key_zero) * factor_sum[:, None]) * s[None, :]
+            score = (score - (key_offset + key_zero) * factor_sum[:, None]) * s[None, :]
         score = tl.where(used[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -188,34 +190,35 @@ def _attend_kernel(
         acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
         top = higher
     total = total if DYNAMIC else weighted_sum
-    acc = value_scale * (acc - (offset + value_zero) * weighted_sum[:, None])
+    acc = value_scale * (acc - (value_offset + value_zero) * weighted_sum[:, None])
     if FIRST > 0:  # noqa: SIM102 (known when compiled)
         if tl.program_id(1) == 0:  # in the frame of the other scores, which left out the zero point and kept the 128
-            f = tl.arange(0, 16)
-            line = ((batch * KV_HEADS + head) * FIRST + f)[:, None] * E + e[None, :]
-            mask = (f < FIRST)[:, None] & channel[None, :]
-            score = tl.dot(
-                q, tl.trans(tl.load(k_first_ptr + line, mask=mask, other=0.0).to(tl.float32)), input_precision="tf32x3"
-            )
+            shift = tl.zeros((BG,), tl.float32)
             if not DYNAMIC:
                 zero = tl.load(k_zero_ptr + head * E + e, mask=channel, other=0.0)
-                score += (tl.sum(folded * zero[None, :], axis=1) + offset * factor_sum)[:, None]
-            score = tl.where((f < FIRST)[None, :], score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, axis=1))
-            shrink = tl.exp2(top - higher)
-            p = tl.exp2(score - higher[:, None])
-            total = total * shrink + tl.sum(p, axis=1)
-            value = tl.load(v_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
-            acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
-            top = higher
+                shift = tl.sum(folded * zero[None, :], axis=1) + key_offset * factor_sum
+            for block in tl.range(0, FIRST, 16, num_stages=1):
+                f = block + tl.arange(0, 16)
+                line = ((batch * KV_HEADS + head) * FIRST + f)[:, None] * E + e[None, :]
+                mask = (f < FIRST)[:, None] & channel[None, :]
+                key = tl.load(k_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
+                score = tl.dot(q, tl.trans(key), input_precision="tf32x3") + shift[:, None]
+                score = tl.where((f < FIRST)[None, :], score, float("-inf"))
+                higher = tl.maximum(top, tl.max(score, axis=1))
+                shrink = tl.exp2(top - higher)
+                p = tl.exp2(score - higher[:, None])
+                total = total * shrink + tl.sum(p, axis=1)
+                value = tl.load(v_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
+                acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
+                top = higher
     place = query * SPLITS + tl.program_id(1)
     tl.store(max_ptr + place, top, mask=live)
     tl.store(sum_ptr + place, total, mask=live)
     tl.store(out_ptr + place[:, None] * E + e[None, :], acc, mask=live[:, None] & channel[None, :])
 
 
-@triton.jit
-def _merge_kernel(max_ptr, sum_ptr, part_ptr, out_ptr, E, SPLITS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr):
+@triton.jit(do_not_specialize=["SPLITS"])
+def _merge_kernel(max_ptr, sum_ptr, part_ptr, out_ptr, E, SPLITS, BS: tl.constexpr, BE: tl.constexpr):
     query = tl.program_id(0).to(tl.int64)
     i, e = tl.arange(0, BS), tl.arange(0, BE)
     top = tl.load(max_ptr + query * SPLITS + i, mask=i < SPLITS, other=float("-inf"))
@@ -227,12 +230,15 @@ def _merge_kernel(max_ptr, sum_ptr, part_ptr, out_ptr, E, SPLITS: tl.constexpr, 
     tl.store(out_ptr + query * E + e, y.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
+@on_its_device
 def launch(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int | Tensor, scaling: float) -> Tensor:
     """Run both kernels; arguments as `decode_attention`."""
     batch, heads, dim = q.shape
     kv_heads, on_device = keys.packed.shape[1], isinstance(slots, Tensor)
+    group, tiles = heads // kv_heads, -(-heads // (kv_heads * QUERIES))
     known = keys.packed.shape[2] if on_device else slots
-    splits = min(64, max(1, min(-(-2 * multiprocessors(q.device) // (batch * kv_heads)), -(-known // (2 * BLOCK)))))
+    filled = -(-2 * multiprocessors(q.device) // (batch * kv_heads * tiles))
+    splits = max(1, min(filled, -(-known // SPLIT_TOKENS), MAX_SPLITS))
     new = {"dtype": torch.float32, "device": q.device}
     top, total = torch.empty(batch * heads, splits, **new), torch.empty(batch * heads, splits, **new)
     part = torch.empty(batch * heads, splits, dim, **new)
@@ -243,23 +249,35 @@ def launch(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int | Tenso
     strides = [s for h in (keys, values) for s in h.packed.stride()[:3]]
     strides += [s for h in (keys, values) for s in (h.row_scale.stride()[:3] if dynamic else (0, 0, 0))]
     block = max(16, next_power(dim))
-    _attend_kernel[(batch * kv_heads, splits)](
+    tokens, warps, stages = _tile(dim, q.dtype, (keys.bits, values.bits))
+    _attend_kernel[(batch * kv_heads, splits, tiles)](
         q.contiguous(), keys.packed, values.packed, scales[0], zeros[0], scales[1], zeros[1], *first,
-        slots if on_device else None, top, total, part, 0 if on_device else slots, kv_heads, heads // kv_heads, scaling, *strides,
+        slots if on_device else None, top, total, part, 0 if on_device else slots, splits, kv_heads, group, scaling, *strides,
         E=dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits, DYNAMIC=dynamic, FIRST=keys.first_tokens, ON_DEVICE=on_device,
-        SPLITS=splits, BG=max(16, next_power(heads // kv_heads)), BE=block, BL=BLOCK, num_warps=4, num_stages=3,
+        BG=QUERIES, BE=block, BL=tokens, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _merge_kernel[(batch * heads,)](top, total, part, out, dim, SPLITS=splits, BS=next_power(splits), BE=block)
+    _merge_kernel[(batch * heads,)](top, total, part, out, dim, splits, BS=MAX_SPLITS, BE=block)
     return out
+
+
+def _tile(dim: int, dtype: torch.dtype, bits: tuple[int, int]) -> tuple[int, int, int]:
+    """(tokens per step, warps, stages), all within the 99 KiB of shared memory that a program has on consumer GPUs.
+
+    Float32 and float16 queries are multiplied in float32, whose operands take twice the space; codes of several planes are
+    loaded plane by plane.
+    """
+    if dtype is not torch.bfloat16:
+        return (32, 4, 2) if dim <= 128 else (16, 8, 1)
+    if dim > 128:
+        return 32, 8, 2
+    return (64, 4, 3) if set(bits) <= {2, 4} else (32, 4, 3)
 
 
 def obstacle(keys: PackedHeads, values: PackedHeads) -> str | None:
     """Why the kernel cannot take a cache, None if it can."""
-    if any(bits not in (2, 3, 4) for bits in (keys.bits, values.bits)):
-        return f"keys of {keys.bits} and values of {values.bits} bits: it takes 2, 3 and 4"
-    if keys.first_tokens > MAX_FIRST:
-        return f"{keys.first_tokens} first tokens in floating point: it takes {MAX_FIRST}"
+    if keys.dim > MAX_DIM:
+        return f"heads of {keys.dim} channels: attention over packed keys takes up to {MAX_DIM}"
     if keys.packed.stride(-1) != 1 or values.packed.stride(-1) != 1:
         return "packed rows are not contiguous"
     return None

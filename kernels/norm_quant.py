@@ -9,7 +9,8 @@
 
 The statistics do not depend on the order, so the reorder is a gather of the row just read, from the cache. h is rounded to x's
 type before it is normalised, as separate operations would do. Both sums and codes are formed in float32.
-Cost: 2 bytes read and 1 (packed: 1/2) written per entry in bfloat16; 4 more with the residual. Sources: RPTQ (arXiv:2304.01089)
+Cost: 2 bytes read and 1 written per entry in bfloat16; 4 more with the residual. Codes of 4 bits take a byte too: products read
+them so. Sources: RPTQ (arXiv:2304.01089)
 for the reorder in the norm, BitNet a4.8 (arXiv:2411.04965, equations 1-3) for the scales per token, clamped at 1e-5.
 """
 
@@ -21,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import next_power, round_even, tl, triton, use_triton
+from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
 from kernels.backend import Backend
-from kernels.packing import pack
+from kernels.configs import row_warps
 from kernels.quantize import quantize
 
 KINDS = ("int8", "int4", "int4x2")
@@ -49,8 +50,8 @@ class Norm:
 class Quantized:
     """Codes of a normalised row.
 
-    `codes` [M, D] int8, or [M, ceil(D / 2)] uint8 where packed; `hidden` [M, D]: x, or x + residual; `scale` [M, 1] float32 and
-    `code_sum` [M] int32 with dynamic scales, else None.
+    `codes` [M, D] int8; `hidden` [M, D]: x, or x + residual; `scale` [M, 1] float32 and `code_sum` [M] int32 with dynamic scales,
+    else None.
     """
 
     codes: Tensor
@@ -72,13 +73,13 @@ def normalized(x: Tensor, norm: Norm) -> Tensor:
     return y if norm.bias is None else y + norm.bias.to(torch.float32)
 
 
-def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None, packed: bool) -> Quantized:
+def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> Quantized:
     hidden = x if residual is None else x + residual
     y = normalized(hidden, norm)
     if static is not None:
         scale, zero, bits = static
         codes = quantize(y, scale.to(torch.float32), zero.to(torch.float32), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return Quantized(pack((codes + 8).to(torch.uint8), 4) if packed else codes, hidden)
+        return Quantized(codes, hidden)
     if kind == "int8":
         size, top, low, high = y.abs().amax(-1, keepdim=True), 127.0, -127, 127
     else:
@@ -118,7 +119,7 @@ def _norm_quant_kernel(
     x_ptr, residual_ptr, hidden_ptr, weight_ptr, bias_ptr, order_ptr, scale_ptr, zero_ptr, codes_ptr, row_scale_ptr, sum_ptr,
     D, stride_x, stride_r, eps, TOP, FACTOR,
     LAYER: tl.constexpr, ADD: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ORDERED: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
@@ -137,32 +138,23 @@ def _norm_quant_kernel(
         mean = tl.sum(h, axis=0) / D
     centred = tl.where(inside, h - mean, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
-    if PACKED:
-        half = (D + 1) // 2
-        low = tl.arange(0, BLOCK // 2)
-        byte = tl.zeros((BLOCK // 2,), tl.int32)
-        for part in tl.static_range(2):
-            j = tl.where(low < half, low + part * half, D)
-            y = _entries(h_ptr, weight_ptr, bias_ptr, order_ptr, mean, factor, j, D, WEIGHTED, BIASED, ORDERED)
-            byte |= tl.where(j < D, _static_codes(y, scale_ptr, zero_ptr, j, D, BITS) + 8, 0) << (4 * part)
-        tl.store(codes_ptr + row * half + low, byte.to(tl.uint8), mask=low < half)
+    y = _entries(h_ptr, weight_ptr, bias_ptr, order_ptr, mean, factor, k, D, WEIGHTED, BIASED, ORDERED)
+    if KIND == "static":
+        code = _static_codes(y, scale_ptr, zero_ptr, k, D, BITS)
     else:
-        y = _entries(h_ptr, weight_ptr, bias_ptr, order_ptr, mean, factor, k, D, WEIGHTED, BIASED, ORDERED)
-        if KIND == "static":
-            code = _static_codes(y, scale_ptr, zero_ptr, k, D, BITS)
+        if KIND == "int8":
+            size = tl.maximum(tl.max(tl.abs(y), axis=0), 1e-5)
+            code = round_even(y * tl.div_rn(TOP, size)).to(tl.int32)
         else:
-            if KIND == "int8":
-                size = tl.maximum(tl.max(tl.abs(y), axis=0), 1e-5)
-                code = round_even(y * tl.div_rn(TOP, size)).to(tl.int32)
-            else:
-                size = tl.maximum(FACTOR * (tl.sum(tl.abs(y), axis=0) / D), 1e-5)
-                code = round_even(tl.minimum(tl.maximum(y * tl.div_rn(TOP, size), -8.0), 7.0)).to(tl.int32)
-            tl.store(row_scale_ptr + row, tl.div_rn(size, TOP))
-            tl.store(sum_ptr + row, tl.sum(code, axis=0))
-        tl.store(codes_ptr + row * D + k, code.to(tl.int8), mask=inside)
+            size = tl.maximum(FACTOR * (tl.sum(tl.abs(y), axis=0) / D), 1e-5)
+            code = round_even(tl.minimum(tl.maximum(y * tl.div_rn(TOP, size), -8.0), 7.0)).to(tl.int32)
+        tl.store(row_scale_ptr + row, tl.div_rn(size, TOP))
+        tl.store(sum_ptr + row, tl.sum(code, axis=0))
+    tl.store(codes_ptr + row * D + k, code.to(tl.int8), mask=inside)
 
 
-def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None, packed: bool) -> Quantized:
+@on_its_device
+def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> Quantized:
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
     new = {"device": x.device}
@@ -170,9 +162,7 @@ def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: t
     if residual is not None:
         residual = residual if residual.stride(-1) == 1 else residual.contiguous()
         hidden, residual_stride = torch.empty(rows, width, dtype=x.dtype, **new), residual.stride(0)
-    codes = (
-        torch.empty(rows, (width + 1) // 2, dtype=torch.uint8, **new) if packed else torch.empty(x.shape, dtype=torch.int8, **new)
-    )
+    codes = torch.empty(x.shape, dtype=torch.int8, **new)
     scale = zero = row_scale = code_sum = None
     bits, top, factor = 8, 127.0 if kind == "int8" else math.sqrt(7.0), 2.0 if kind == "int4x2" else 1.0
     if static is None:
@@ -184,8 +174,8 @@ def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: t
         x, residual, hidden, norm.weight, norm.bias, norm.order, scale, zero, codes, row_scale, code_sum,
         width, x.stride(0), residual_stride, norm.eps, top, factor,
         LAYER=norm.kind == "layer", ADD=residual is not None, WEIGHTED=norm.weight is not None, BIASED=norm.bias is not None,
-        ORDERED=norm.order is not None, KIND="static" if static is not None else kind, BITS=bits, PACKED=packed, BLOCK=block,
-        num_warps=8 if block > 2048 else 4, enable_fp_fusion=False,
+        ORDERED=norm.order is not None, KIND="static" if static is not None else kind, BITS=bits, BLOCK=block,
+        num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return Quantized(codes, hidden, row_scale, code_sum)
 
@@ -205,7 +195,6 @@ def norm_quantize(
     *,
     bits: int,
     residual: Tensor | None = None,
-    packed: bool = False,
     backend: Backend = Backend.AUTO,
 ) -> Quantized:
     """Normalise, reorder and quantise with scales that are known in advance.
@@ -214,14 +203,13 @@ def norm_quantize(
         x: [M, D] floating; residual: the same, added first.
         scale, zero_point: [D] in the stored order; codes reach from -2**(bits-1) to 2**(bits-1) - 1.
         bits: 2 to 8.
-        packed: two codes per byte, offset by 8, layout of `kernels.packing`; needs bits = 4.
     Raises: ValueError for other norms, shapes or widths, or if TRITON is asked for where it cannot run.
     """
     _checked(norm, x, residual)
-    if not 2 <= bits <= 8 or (packed and bits != 4):
-        raise ValueError(f"codes of {bits} bits cannot be stored{' packed' if packed else ''}: use 4 packed, 2 to 8 as bytes")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits do not fit bytes: use 2 to 8")
     run = use_triton(backend, x) and x.numel()
-    return (_launch if run else _reference)(x, norm, residual, "static", (scale, zero_point, bits), packed)
+    return (_launch if run else _reference)(x, norm, residual, "static", (scale, zero_point, bits))
 
 
 def norm_quantize_dynamic(
@@ -238,4 +226,4 @@ def norm_quantize_dynamic(
     if kind not in KINDS:
         raise ValueError(f"input quantiser {kind[:20]!r} is unknown: use one of {', '.join(KINDS)}")
     run = use_triton(backend, x) and x.numel()
-    return (_launch if run else _reference)(x, norm, residual, kind, None, False)
+    return (_launch if run else _reference)(x, norm, residual, kind, None)

@@ -1,11 +1,11 @@
-"""Quantise and pack in one pass, and unpack, at 2, 3, 4 and 8 bits: the Triton side of `kernels.packing`, the same bytes.
+"""Quantise and pack in one pass, and unpack, at 1 to 8 bits: the Triton side of `kernels.packing`, the same bytes.
 
     STATIC   u = clamp(round(x / s) + z, 0, 2**bits - 1)                  s, z given per head and channel
     DYNAMIC  u = clamp(round(x / s), -Q, Q) + Q + 1, s = max |x| / Q      Q = 2**(bits-1) - 1, s per row, kept in float16
 
-Byte j of a plane of w bits holds elements j, j + n, j + 2n, ...: a program takes whole rows, so that a second plane (3 bits) and
-the maximum of DYNAMIC read x from the cache. Rows are [A, B, T, K] with any strides but the last, on both sides, so that new keys
-and values go straight into their slots. Cost: x read once, bits / 8 bytes written per element.
+Byte j of a plane of w bits holds elements j, j + n, j + 2n, ...: a program takes whole rows, so that further planes (3 = 2 + 1
+bits) and the maximum of DYNAMIC read x from the cache. Rows are [A, B, T, K] with any strides but the last, on both sides, so
+that new keys and values go straight into their slots. Cost: x read once, bits / 8 bytes written per element.
 Sources: RPTQ (arXiv:2304.01089) for STATIC; BitNet a4.8 (arXiv:2411.04965), section 2.3, for DYNAMIC.
 """
 
@@ -15,31 +15,21 @@ import torch
 from torch import Tensor
 
 from kernels import packing
-from kernels._triton import next_power, round_even, tl, triton, use_triton
+from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
 from kernels.backend import Backend
-from kernels.quantize import quantize
+from kernels.quantize import LARGEST_SCALE, SMALLEST_SCALE
 
-WIDTHS = (2, 3, 4, 8)
 CODES, STATIC, DYNAMIC = 0, 1, 2
-SMALLEST, LARGEST = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
 CODES_, STATIC_, DYNAMIC_ = tl.constexpr(CODES), tl.constexpr(STATIC), tl.constexpr(DYNAMIC)  # as kernels read them
-SMALLEST_, LARGEST_ = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
-
-
-def row_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Reference of DYNAMIC: codes of x [..., K] uint8 and their scale [..., 1] float16."""
-    largest = 2 ** (bits - 1) - 1
-    scale = (x.to(torch.float32).abs().amax(-1, keepdim=True) / largest).clamp(SMALLEST, LARGEST).to(torch.float16)
-    codes = (x / scale.to(torch.float32)).round_().clamp_(-largest, largest).add_(largest + 1)
-    return codes.to(torch.uint8), scale
+SMALLEST_, LARGEST_ = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
 def _plane(
     x, scale_ptr, zero_ptr, dynamic, out, K, inside,
-    MODE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, START, first, BJ: tl.constexpr,
+    MODE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, first, BJ: tl.constexpr,
 ):  # fmt: skip
-    """Store BJ bytes of one plane of WIDTH bits, which begins START bytes into the packed row."""
+    """Store bytes `first` … `first` + BJ of the plane of WIDTH bits from SHIFT on, which begins at `out`."""
     size = (K * WIDTH + 7) // 8
     j = first + tl.arange(0, BJ)
     byte = tl.zeros((inside.shape[0], BJ), tl.int32)
@@ -60,7 +50,7 @@ def _plane(
             v = round_even(tl.minimum(tl.maximum(tl.div_rn(v, s), low), high)) + z
         code = tl.where(mask, v.to(tl.int32), 0)
         byte |= ((code >> SHIFT) & (2**WIDTH - 1)) << (WIDTH * i)
-    tl.store(out[:, None] + START + j[None, :], byte.to(tl.uint8), mask=inside[:, None] & (j < size)[None, :])
+    tl.store(out[:, None] + j[None, :], byte.to(tl.uint8), mask=inside[:, None] & (j < size)[None, :])
 
 
 @triton.jit
@@ -72,14 +62,14 @@ def _pack_kernel(
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     first = tl.program_id(1) * BJ
     inside = row < ROWS
-    t = row % T
-    b = (row // T) % B
+    t = (row % T).to(tl.int64)
+    b = ((row // T) % B).to(tl.int64)
     a = (row // T // B).to(tl.int64)
     slot = t
     if AT_SLOT:
         slot += tl.load(slot_ptr)
     x = x_ptr + a * xa + b * xb + t * xt
-    out = out_ptr + a * oa + b * ob + slot.to(tl.int64) * ot
+    out = out_ptr + a * oa + b * ob + slot * ot
     scale, zero, dynamic = scale_ptr, zero_ptr, 1.0
     if MODE == STATIC_:
         scale, zero = scale_ptr + b * scale_b, zero_ptr + b * scale_b
@@ -90,11 +80,16 @@ def _pack_kernel(
         half = tl.minimum(tl.maximum(dynamic, SMALLEST_), LARGEST_).to(tl.float16)
         tl.store(row_scale_ptr + a * sa + b * sb + slot * st, half, mask=inside)
         dynamic = half.to(tl.float32)
-    if BITS == 3:
-        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 2, 0, 0, first, BJ)
-        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 1, 2, (K * 2 + 7) // 8, first, BJ)
-    else:
-        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, BITS, 0, 0, first, BJ)
+    if BITS == 8:
+        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 8, 0, first, BJ)
+    if BITS < 8 and BITS >= 4:
+        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 4, 0, first, BJ)
+        out += (K * 4 + 7) // 8
+    if BITS % 4 >= 2:
+        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 2, BITS // 4 * 4, first, BJ)
+        out += (K * 2 + 7) // 8
+    if BITS % 2 == 1:
+        _plane(x, scale, zero, dynamic, out, K, inside, MODE, BITS, 1, BITS // 2 * 2, first, BJ)
 
 
 @triton.jit
@@ -105,11 +100,27 @@ def _bits_of(row, k, mask, size: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _low_planes(row, k, mask, K: tl.constexpr, BITS: tl.constexpr):
+    """Codes of 1 to 3 bits."""
+    if BITS == 1:
+        return _bits_of(row, k, mask, (K + 7) // 8, 1)
+    code = _bits_of(row, k, mask, (K * 2 + 7) // 8, 2)
+    if BITS == 3:
+        code |= _bits_of(row + (K * 2 + 7) // 8, k, mask, (K + 7) // 8, 1) << 2
+    return code
+
+
+@triton.jit
 def unpacked(row: tl.tensor, k: tl.tensor, mask: tl.tensor, K: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """Codes k (int32) of packed rows that begin at `row`; shapes broadcast, and K is the row's number of codes."""
-    if BITS == 3:
-        return _bits_of(row, k, mask, (K * 2 + 7) // 8, 2) | (_bits_of(row + (K * 2 + 7) // 8, k, mask, (K + 7) // 8, 1) << 2)
-    return _bits_of(row, k, mask, (K * BITS + 7) // 8, BITS)
+    if BITS == 8:
+        return _bits_of(row, k, mask, K, 8)
+    if BITS < 4:
+        return _low_planes(row, k, mask, K, BITS)
+    code = _bits_of(row, k, mask, (K * 4 + 7) // 8, 4)
+    if BITS > 4:
+        code |= _low_planes(row + (K * 4 + 7) // 8, k, mask, K, BITS - 4) << 4
+    return code
 
 
 @triton.jit
@@ -121,6 +132,7 @@ def _unpack_kernel(packed_ptr, out_ptr, ROWS, ROW_BYTES, K: tl.constexpr, BITS: 
     tl.store(out_ptr + row.to(tl.int64)[:, None] * K + k[None, :], code.to(tl.uint8), mask=mask)
 
 
+@on_its_device
 def launch_pack(
     x: Tensor,
     out: Tensor,
@@ -143,10 +155,9 @@ def launch_pack(
     (a, b, t, k), mode = x.shape, CODES if scale is row_scale is None else STATIC if scale is not None else DYNAMIC
     if x.numel() == 0:
         return
-    widest = 2 if bits == 3 else bits
-    size = -(-k * widest // 8)
+    size = -(-k * packing.planes(bits)[0] // 8)  # bytes of the widest plane
     block = min(next_power(size), 1024)
-    rows = max(1, 1024 // block)
+    rows = max(1, 2048 // next_power(k))
     like = out if row_scale is None else row_scale
     _pack_kernel[(triton.cdiv(a * b * t, rows), triton.cdiv(size, block))](
         x, scale, zero_point, out, row_scale, slot, a * b * t, b, t, k, *x.stride()[:3], *out.stride()[:3], *like.stride()[:3],
@@ -162,25 +173,8 @@ def _rows(x: Tensor) -> Tensor:
     )
 
 
-def obstacle(bits: int) -> str | None:
-    """Why the kernels cannot take codes of `bits` bits, None if they can."""
-    return None if bits in WIDTHS else f"codes of {bits} bits have no kernel"
-
-
-def pack(codes: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor:
-    """`kernels.packing.pack`: [..., K] uint8 -> [..., packed_width(K, bits)] uint8."""
-    if codes.dtype is not torch.uint8 or not use_triton(backend, codes, obstacle=obstacle(bits)):
-        return packing.pack_reference(codes, bits)
-    out = torch.empty(*codes.shape[:-1], packing.packed_width(codes.shape[-1], bits), dtype=torch.uint8, device=codes.device)
-    launch_pack(_rows(codes), _rows(out), bits=bits)
-    return out
-
-
-def unpack(packed: Tensor, bits: int, width: int, *, backend: Backend = Backend.AUTO) -> Tensor:
-    """`kernels.packing.unpack`: [..., packed_width(width, bits)] uint8 -> [..., width] uint8."""
-    fits = packed.shape[-1] == packing.packed_width(width, bits)
-    if not fits or not use_triton(backend, packed, obstacle=obstacle(bits)):
-        return packing.unpack_reference(packed, bits, width)
+@on_its_device
+def _launch_unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     out = torch.empty(*packed.shape[:-1], width, dtype=torch.uint8, device=packed.device)
     rows = out.numel() // max(width, 1)
     if rows:
@@ -192,22 +186,19 @@ def unpack(packed: Tensor, bits: int, width: int, *, backend: Backend = Backend.
     return out
 
 
-def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, backend: Backend = Backend.AUTO) -> Tensor:
-    """Quantise with given scales and pack.
-
-    Args:
-        x: [..., K] floating.
-        scale, zero_point: [K] or one value; scale > 0, zero_point in codes 0 … 2**bits - 1 or beyond, integral.
-        bits: 2 to 8; the kernel takes 2, 3, 4 and 8.
-    Returns: [..., packed_width(K, bits)] uint8.
-    Raises: ValueError if TRITON is asked for where it cannot run.
-    """
-    scale, zero_point = scale.to(torch.float32).reshape(-1), zero_point.to(torch.float32).reshape(-1)
-    if not use_triton(backend, x, obstacle=obstacle(bits)):
-        codes = quantize(x.to(torch.float32), scale, zero_point, 0, 2**bits - 1)
-        return packing.pack_reference(codes.to(torch.uint8), bits)
-    width = x.shape[-1]
-    out = torch.empty(*x.shape[:-1], packing.packed_width(width, bits), dtype=torch.uint8, device=x.device)
-    wide = [t.expand(width).contiguous().view(1, width) for t in (scale, zero_point)]
-    launch_pack(_rows(x), _rows(out), bits=bits, scale=wide[0], zero_point=wide[1])
+def pack(codes: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor:
+    """`kernels.packing.pack`: [..., K] uint8 -> [..., packed_width(K, bits)] uint8."""
+    width = packing.packed_width(codes.shape[-1], bits)
+    if codes.dtype is not torch.uint8 or not use_triton(backend, codes):
+        return packing.pack_reference(codes, bits)
+    out = torch.empty(*codes.shape[:-1], width, dtype=torch.uint8, device=codes.device)
+    launch_pack(_rows(codes), _rows(out), bits=bits)
     return out
+
+
+def unpack(packed: Tensor, bits: int, width: int, *, backend: Backend = Backend.AUTO) -> Tensor:
+    """`kernels.packing.unpack`: [..., packed_width(width, bits)] uint8 -> [..., width] uint8."""
+    fits = packed.shape[-1] == packing.packed_width(width, bits)
+    if not fits or not use_triton(backend, packed):
+        return packing.unpack_reference(packed, bits, width)
+    return _launch_unpack(packed, bits, width)

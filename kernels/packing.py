@@ -20,7 +20,7 @@ _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2,
 
 def packed_width(width: int, bits: int) -> int:
     """Bytes of one packed row of `width` codes of `bits` bits (1 to 8)."""
-    return sum(-(-width * plane // 8) for plane in _planes(bits))
+    return sum(-(-width * plane // 8) for plane in planes(bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -43,12 +43,12 @@ def pack_reference(codes: Tensor, bits: int) -> Tensor:
     """`pack` in plain torch."""
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes are {codes.dtype}; pack takes torch.uint8")
-    planes, shift = [], 0
-    for plane in _planes(bits):
+    packed, shift = [], 0
+    for plane in planes(bits):
         part = (codes >> shift) & (2**plane - 1)
-        planes.append(_pack_plane(part, plane))
+        packed.append(_pack_plane(part, plane))
         shift += plane
-    return torch.cat(planes, dim=-1).contiguous()
+    return torch.cat(packed, dim=-1).contiguous()
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
@@ -72,7 +72,7 @@ def unpack_reference(packed: Tensor, bits: int, width: int) -> Tensor:
     if packed.shape[-1] != packed_width(width, bits):
         raise ValueError(f"a row of {width} {bits}-bit codes takes {packed_width(width, bits)} bytes, not {packed.shape[-1]}")
     codes, shift, start = None, 0, 0
-    for plane in _planes(bits):
+    for plane in planes(bits):
         size = -(-width * plane // 8)
         part = _unpack_plane(packed[..., start : start + size], plane, width)
         codes = part if codes is None else codes | (part << shift)
@@ -80,7 +80,8 @@ def unpack_reference(packed: Tensor, bits: int, width: int) -> Tensor:
     return codes
 
 
-def _planes(bits: int) -> tuple[int, ...]:
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths of the planes of a code of `bits` bits, low bits first. Raises: ValueError outside 1..8."""
     if bits not in _PLANES:
         raise ValueError(f"{bits}-bit codes cannot be packed: use 1 to 8 bits")
     return _PLANES[bits]

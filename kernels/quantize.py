@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
+"""Limits of the scales of `quantize_rows`."""
+
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Codes of `x`.
@@ -25,6 +28,17 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     lower, upper = qmin - zero_point, qmax - zero_point
     codes = (x / scale).round_().clamp_(lower, upper).add_(zero_point)
     return codes.to(_code_dtype(qmin, qmax))
+
+
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes of x [..., C] with one scale per row: scale = max |x| / Q, code = clamp(round(x / scale), -Q, Q) + Q + 1.
+
+    Returns: (codes 1 … 2Q + 1, uint8, with Q = 2**(bits - 1) - 1; scale [..., 1] float16).
+    """
+    x, largest = x.to(torch.float32), 2 ** (bits - 1) - 1
+    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
+    codes = (x / scale.to(torch.float32)).round_().clamp_(-largest, largest).add_(largest + 1)
+    return codes.to(torch.uint8), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

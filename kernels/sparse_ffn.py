@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import tl, triton, use_triton
+from kernels._triton import on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import multiprocessors, rows_strided
 from kernels.split_k import finish
@@ -94,6 +94,7 @@ def _down_kernel(
     tl.atomic_add(out + 3 * ROW_BYTES, fourth, mask=inside & (3 * ROW_BYTES + j < N))
 
 
+@on_its_device
 def compact(x: Tensor, *, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tensor]:
     """Columns that are not 0 in every row.
 
@@ -112,8 +113,16 @@ def compact(x: Tensor, *, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tens
     return index, torch.tensor([len(live)], dtype=torch.int32, device=x.device)
 
 
+@on_its_device
 def gated_up(
-    codes: Tensor, packed: Tensor, gate: Tensor, input_scale: Tensor, weight_scale: Tensor, *, backend: Backend = Backend.AUTO
+    codes: Tensor,
+    packed: Tensor,
+    gate: Tensor,
+    input_scale: Tensor,
+    weight_scale: Tensor,
+    *,
+    code_sum: Tensor | None = None,
+    backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """g · (x̂ Ŵ_upᵀ), rows of W_up whose gates are all 0 left unread.
 
@@ -121,25 +130,28 @@ def gated_up(
         codes: [M, K] int8; input_scale: [M, 1] float32.
         packed: [F, ceil(K / 4)] uint8 of `kernels.ternary.pack_ternary`; weight_scale: [F] float32 or 0-dim.
         gate: [M, F] float32, after its activation.
+        code_sum: [M] int32, Σ_k codes, if the caller has it.
         backend: AUTO and TRITON skip for up to MAX_TOKENS tokens and are dense above; TRITON runs kernels in both cases.
     Returns: [M, F] float32; every path gives the same bits.
     """
     run = use_triton(backend, codes)
     if not run or not 0 < len(codes) <= MAX_TOKENS:
-        return ternary_linear(codes, packed, input_scale, weight_scale, backend=backend).mul_(gate)
+        return ternary_linear(codes, packed, input_scale, weight_scale, code_sum=code_sum, backend=backend).mul_(gate)
     codes, gate = rows_strided(codes), rows_strided(gate)
     (tokens, width), (rows, row_bytes) = codes.shape, packed.shape
     index, count = compact(gate, backend=backend)
+    code_sum = codes.sum(1, dtype=torch.int32) if code_sum is None else code_sum
     out = torch.zeros(tokens, rows, dtype=torch.float32, device=codes.device)
     block = 16
     _up_kernel[(triton.cdiv(rows, block), tokens)](
-        codes, packed.contiguous(), index, count, gate, codes.sum(1, dtype=torch.int32), input_scale.reshape(-1).contiguous(),
+        codes, packed.contiguous(), index, count, gate, code_sum, input_scale.reshape(-1).contiguous(),
         weight_scale.reshape(-1).expand(rows).contiguous(), out, width, rows, row_bytes, codes.stride(0), gate.stride(0),
         BR=block, BK=256, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
+@on_its_device
 def sparse_down(
     codes: Tensor,
     packed: Tensor,
@@ -147,6 +159,7 @@ def sparse_down(
     input_scale: Tensor,
     weight_scale: Tensor,
     *,
+    code_sum: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """x̂ Ŵᵀ, columns of W whose codes are all 0 left unread.
@@ -156,12 +169,12 @@ def sparse_down(
         packed: [N, ceil(F / 4)] uint8 of `kernels.ternary.pack_ternary`, for the dense path.
         transposed: [F, ceil(N / 4)] uint8, the same weight transposed and packed.
         weight_scale: [N] float32 or 0-dim.
-        backend: as `gated_up`.
+        code_sum, backend: as `gated_up`.
     Returns: [M, N] float32; every path gives the same bits.
     """
     run = use_triton(backend, codes)
     if not run or not 0 < len(codes) <= MAX_TOKENS:
-        return ternary_linear(codes, packed, input_scale, weight_scale, backend=backend)
+        return ternary_linear(codes, packed, input_scale, weight_scale, code_sum=code_sum, backend=backend)
     codes = rows_strided(codes)
     tokens, rows, row_bytes = len(codes), len(packed), transposed.shape[1]
     index, count = compact(codes, backend=backend)
@@ -173,4 +186,5 @@ def sparse_down(
         SPLIT=split, BF=channels, BN=block, num_warps=4,
     )  # fmt: skip
     column = weight_scale.reshape(-1).expand(rows).contiguous()
-    return finish(total, shift=codes.sum(1, dtype=torch.int32), row=input_scale.reshape(-1).contiguous(), column=column)
+    code_sum = codes.sum(1, dtype=torch.int32) if code_sum is None else code_sum
+    return finish(total, shift=code_sum, row=input_scale.reshape(-1).contiguous(), column=column)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import tl, triton
+from kernels._triton import on_its_device, tl, triton
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _finish_kernel(
     tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def finish(
     partial: Tensor,
     *,

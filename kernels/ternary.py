@@ -36,7 +36,7 @@ def unpack_ternary(packed: Tensor, width: int) -> Tensor:
 
 
 def ternary_linear(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """The whole layer from its stored form, unpacked on the way.
+    """The whole layer from its stored form, unpacked on the way; in float32 but on CPUs, whose `torch._int_mm` takes every shape.
 
     Args:
         codes: [M, K] int8.
@@ -45,7 +45,10 @@ def ternary_linear(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_sc
         weight_scale: [N] float32, or one number for all rows (0-dim).
     Returns: [M, N] float32.
     """
-    product = ternary_product(codes, unpack_ternary(packed, codes.shape[1]), Backend.INT8)
+    weight, backend = unpack_ternary(packed, codes.shape[1]), Backend.INT8
+    if codes.device.type != "cpu":
+        weight, backend = weight.to(torch.float32), Backend.REFERENCE
+    product = ternary_product(codes, weight, backend)
     return apply_scales(product, input_scale, weight_scale)
 
 

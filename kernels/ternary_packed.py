@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import ternary
-from kernels._triton import tl, triton, use_triton
+from kernels._triton import on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import DECODE_ROWS, Tile, decode_tile, rows_strided
 from kernels.split_k import finish
@@ -51,6 +51,7 @@ def _ternary_kernel(
         tl.store(out, acc, mask=inside)
 
 
+@on_its_device
 def launch(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_scale: Tensor, code_sum: Tensor | None) -> Tensor:
     """Run the kernel; arguments as `ternary_linear`."""
     codes = rows_strided(codes)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import next_power, round_even, tl, triton, use_triton
+from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
 from kernels.backend import Backend
+from kernels.configs import row_warps
 
 EPS = 1e-5
 _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -56,6 +57,7 @@ def _topk_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, D, COUNT, stride_x, ZERO_
     tl.store(sum_ptr + row, tl.sum(code, axis=0))
 
 
+@on_its_device
 def launch(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel, one row per program."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -66,7 +68,7 @@ def launch(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     block = next_power(width)
     _topk_kernel[(rows,)](
         x, codes, scale, code_sum, width, count, x.stride(0), ZERO_BITS=_ZERO_BITS[x.dtype], BLOCK=block,
-        num_warps=8 if block > 2048 else 4, enable_fp_fusion=False,
+        num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, code_sum
 

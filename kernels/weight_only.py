@@ -22,7 +22,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from kernels._triton import INTERPRET, matrix_operand, tl, triton, use_triton
+from kernels._triton import INTERPRET, matrix_operand, on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import DECODE_ROWS, Tile, decode_tile, rows_strided
 from kernels.packing import packed_width, unpack
@@ -41,8 +41,10 @@ def reference(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, offsets: tuple[int, ...], bias: Tensor | None
 ) -> Tensor:
     """Ŵ in float32, rounded to x's type, and torch's product."""
-    lengths = torch.tensor(offsets, device=x.device).diff()
-    wide = [t.to(torch.float32).repeat_interleave(lengths, dim=1) for t in (scale, zero_point)]
+    wide = [t.to(torch.float32) for t in (scale, zero_point)]  # [N, 1]: broadcast
+    if len(offsets) > 2:
+        lengths = _lengths(offsets, x.device)
+        wide = [t.repeat_interleave(lengths, dim=1, output_size=offsets[-1]) for t in wide]
     weight = dequantize(unpack(packed, bits, offsets[-1]), wide[0], wide[1] + 2 ** (bits - 1))
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -75,6 +77,7 @@ def _weight_only_kernel(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     share = tl.program_id(2)
     rows, tokens = n < N, m < M
+    token = x_ptr + m.to(tl.int64)[None, :] * stride_x
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offset = 2.0 ** (BITS - 1)
     if dtype == tl.bfloat16 and BITS < 8:
@@ -101,7 +104,7 @@ def _weight_only_kernel(
             high = tl.load(line + 2 * PART_BYTES + j[None, :], mask=here, other=0).to(tl.int16)
         for part in tl.static_range(PARTS):
             k = part * PART_BYTES + j
-            x = tl.load(x_ptr + m[None, :] * stride_x + k[:, None], mask=(inside & (k < K))[:, None] & tokens[None, :], other=0.0)
+            x = tl.load(token + k[:, None], mask=(inside & (k < K))[:, None] & tokens[None, :], other=0.0)
             if CLUSTERED:  # after the load, whose mask would break its vectors at the piece's ends
                 x = tl.where(used[:, None], x, 0.0)
             x = matrix_operand(x)
@@ -124,6 +127,7 @@ def _weight_only_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=rows[:, None] & tokens[None, :])
 
 
+@on_its_device
 def launch(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, offsets: tuple[int, ...], bias: Tensor | None
 ) -> Tensor:
@@ -158,6 +162,12 @@ def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool
     return Tile(
         rows=64 if narrow else 128, columns=64, block=min(block, 16 if bits == 3 else 32 if narrow else 64), warps=4, stages=3
     )
+
+
+@functools.cache
+def _lengths(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Columns of each cluster, [G]: made once, because a copy to the device waits for it."""
+    return torch.tensor(offsets, device=device).diff()
 
 
 @functools.cache  # never dropped: captured graphs keep reading what it returned

@@ -28,6 +28,7 @@ from core.quant.attention import attend
 from core.quant.fused import norm_codes
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from core.quant.ternary_linear import TernaryLinear
+from kernels import Backend
 from kernels.backend import triton_runs_on
 from kernels.ternary import ROW_DENSITY
 
@@ -40,6 +41,8 @@ GATE_FIRST_WEIGHTS = 2**22
 
 class FloatLinear(nn.Linear):
     """`nn.Linear` with QuantLinear's call: the exemption mask is accepted and has nothing to do."""
+
+    requested = Backend.AUTO
 
     def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -196,9 +199,11 @@ class DecoderBlock(nn.Module):
         **_: object,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal)."""
-        padded = attention_mask is not None
-        exempt = self._exempt(hidden_states, position_ids, past_key_values, padded)
-        fused = exempt is None and observe is None and triton_runs_on(hidden_states.device.type)
+        packed = self._packed(past_key_values)
+        if packed is not None and packed.pinned:  # one token that sees all of its sequence: a mask says nothing
+            attention_mask = None
+        exempt = self._exempt(hidden_states, position_ids, past_key_values, attention_mask is not None)
+        fused = exempt is None and observe is None and triton_runs_on(hidden_states.device)
         _, n1 = self._norm(self.norm1, hidden_states, self.qkv, fused)
         if observe is not None:
             observe("attn_in", n1)
@@ -216,8 +221,18 @@ class DecoderBlock(nn.Module):
             _, mlp = self._norm(self.ffn_sub_norm, mlp, self.down, fused)
         if observe is not None:
             observe("down_in", mlp)
-        skips = fused and self._looks_at_gate(n2, exempt) and self.down.bias is None and self.down.sparse != "never"
-        return (self.down.sparse_product(mlp) if skips else self.down(mlp, exempt)).add_(h)
+        skips = self._looks_at_gate(n2, exempt) and self.down.bias is None and self.down.sparse != "never"
+        sparse = observe is None and skips and self.down.choice.backend is Backend.TRITON
+        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, exempt)).add_(h)
+
+    def _packed(self, cache: Cache | None) -> QuantizedKVLayer | None:
+        """This block's part of a cache, if it is packed."""
+        layer = cache.layers[self.layer_index] if isinstance(cache, QuantizedKVCache) else None
+        return layer if isinstance(layer, QuantizedKVLayer) else None
+
+    def _runs_kernels(self, device: torch.device) -> bool:
+        """Whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
+        return self.qkv.requested in (Backend.AUTO, Backend.TRITON) and triton_runs_on(device)
 
     def _norm(
         self, norm: ReorderNorm, x: Tensor, reader: nn.Module, fused: bool, residual: Tensor | None = None
@@ -254,7 +269,7 @@ class DecoderBlock(nn.Module):
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
             qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
-        if s.rope and observe is None and triton_runs_on(qk.device.type):
+        if s.rope and observe is None and self._runs_kernels(qk.device):
             return *self._rotate_and_store(qk, exempt, rotary), v.transpose(1, 2)
         if s.rope:
             cos, sin = (t.unsqueeze(2) for t in rotary)
@@ -291,15 +306,15 @@ class DecoderBlock(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Exempt | None) -> Tensor:
         if self.rules is not None:
             q = self.rules.attention.fake_query(q)
-        layer = cache.layers[self.layer_index] if isinstance(cache, QuantizedKVCache) else None
-        if not isinstance(layer, QuantizedKVLayer):
+        packed = self._packed(cache)
+        if packed is None:
             k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, exempt)
             v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, exempt)
             if self.rules is not None:
                 past = 0 if cache is None else cache.get_seq_length(self.layer_index)
                 k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
-        elif mask is None and self.softmax_bits >= 16 and layer.attends(q):
-            return layer.attend(q, k, v)
+        elif packed.pinned or mask is None and packed.attends(q, self.softmax_bits) and self._runs_kernels(q.device):
+            return packed.attend(q, k, v, self.softmax_bits)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
@@ -310,7 +325,7 @@ class DecoderBlock(nn.Module):
             return self._activate(n2, exempt)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
-        if self.up.bias is None and triton_runs_on(gate.device.type):  # the host does not look
+        if self.up.bias is None and self.up.choice.backend is Backend.TRITON:  # the host does not look
             return self.up.gated_product(codes, gate, slice(ffn, 2 * ffn)).view(*n2.shape[:-1], ffn)
         live = gate.any(dim=0).nonzero().flatten()
         if self.gate_first == "auto" and len(live) > ROW_DENSITY * ffn:

@@ -29,11 +29,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
         causal = mask is None and tokens > 1
         if causal and k.shape[2] != tokens:
             mask, causal = _causal(tokens, k.shape[2], q.device), False
+        if q.is_cuda:
+            k, v = _per_query_head(k, heads), _per_query_head(v, heads)
         out = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=k.shape[1] != heads
         )
         return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
     return _quantized_softmax(q if scaling == 1.0 else q * scaling, k, v, mask, 2**softmax_bits - 1)
+
+
+def _per_query_head(states: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, S, E] -> [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without this, all
+    scores are written to memory."""
+    groups = heads // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int) -> Tensor:

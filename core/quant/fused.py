@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.quant.activation import Codes
 from core.quant.linear import QuantLinear
 from core.quant.ternary_linear import TernaryLinear
+from kernels import Backend
 
 if TYPE_CHECKING:
     from kernels.norm_quant import Norm
@@ -33,7 +34,7 @@ def norm_codes(x: Tensor, norm: Norm, reader: nn.Module, *, residual: Tensor | N
     if isinstance(reader, QuantLinear) and reader.takes_codes:
         q = reader.quantizer
         done = norm_quantize(rows, norm, q.channel_scale, q.channel_zero, bits=q.bits, residual=added)
-    elif isinstance(reader, TernaryLinear) and reader.kind in KINDS:
+    elif isinstance(reader, TernaryLinear) and reader.choice.backend is Backend.TRITON and reader.kind in KINDS:
         done = norm_quantize_dynamic(rows, norm, reader.kind, residual=added)
     else:
         return None

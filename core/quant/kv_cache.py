@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from core.checks import FLOAT_BITS
 from core.quant.activation import ActivationQuantizer
+from core.quant.attention import attend
 from kernels import dequantize, pack, packed_width, quantize, unpack
 from kernels.backend import triton_runs_on
 
@@ -41,6 +43,9 @@ class PackedStates:
 
     def append(self, states: Tensor) -> Tensor:
         """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        if triton_runs_on(states.device):
+            self.store(states)
+            return self.read()
         first = self.length
         self._prepare(states)
         codes = self._codes(states)
@@ -55,13 +60,10 @@ class PackedStates:
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
-        from kernels.kv_attention import PackedHeads, kv_append
+        from kernels.kv_attention import kv_append
 
         self._prepare(states)
-        if self._grid is None:
-            self._grid = self.quantizer.head_grid(states.shape[1])
-        scale, zero = self._grid
-        heads = PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
+        heads = self.heads()
         if self.cursor is not None:
             kv_append(states, heads, self.cursor[0])
             return heads, self.cursor[1]
@@ -69,9 +71,19 @@ class PackedStates:
         self.length += states.shape[2]
         return heads, self.length
 
-    def read(self) -> Tensor:
-        """All states, dequantised: [B, Hkv, S, E] float32."""
-        return self._decode(unpack(self.packed[:, :, : self.length], self.quantizer.bits, self.dim))
+    def heads(self) -> PackedHeads:
+        """What is stored, as kernels take it."""
+        from kernels.kv_attention import PackedHeads
+
+        if self._grid is None:
+            self._grid = self.quantizer.head_grid(self.packed.shape[1])
+        scale, zero = self._grid
+        return PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
+
+    def read(self, slots: int | None = None) -> Tensor:
+        """States of the first `slots` slots, filled or not (None: the filled ones), dequantised: [B, Hkv, S, E] float32."""
+        used = self.packed[:, :, : self.length if slots is None else slots]
+        return self._decode(unpack(used, self.quantizer.bits, self.dim))
 
     @property
     def nbytes(self) -> int:
@@ -147,24 +159,50 @@ class QuantizedKVLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E].
 
-        Raises: RuntimeError while the cache is pinned, when nothing may be read back.
+        Raises: RuntimeError while the cache is pinned, when its length is on the device.
         """
-        if self.key_states.cursor is not None:
-            raise RuntimeError("a pinned cache takes single tokens that attend to packed states: unpin it first")
+        if self.pinned:
+            raise RuntimeError("a pinned cache takes single tokens: unpin it first")
         self.is_initialized = True
         return self.key_states.append(key_states), self.value_states.append(value_states)
 
-    def attends(self, q: Tensor) -> bool:
-        """Whether `attend` takes queries [B, H, T, E]: one new token on CUDA, and something to look back at."""
-        return q.shape[2] == 1 and triton_runs_on(q.device.type) and self.get_seq_length() > 0
+    @property
+    def pinned(self) -> bool:
+        """Between `QuantizedKVCache.pin` and `unpin`: one sequence without padding, a token at a time."""
+        return self.key_states.cursor is not None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one token's keys and values [B, Hkv, 1, E] and attend to all stored ones, which stay packed: q [B, H, 1, E],
-        scaled -> [B, 1, H * E]. Neither mask nor quantised softmax."""
+    def attends(self, q: Tensor, softmax_bits: int) -> bool:
+        """Whether `attend` does without dequantising for queries [B, H, T, E]: one new token, something to look back at, and a
+        softmax that stays in float."""
+        return q.shape[2] == 1 and softmax_bits >= FLOAT_BITS and self.get_seq_length() > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_bits: int) -> Tensor:
+        """Store one token's keys and values [B, Hkv, 1, E] and attend to all stored ones, without a mask.
+
+        They stay packed. Only for a quantised softmax, whose step needs all scores before the first product, every slot of a
+        pinned cache is dequantised and the empty ones are masked.
+
+        Args:
+            q: [B, H, 1, E], scaled.
+        Returns: [B, 1, H * E].
+        Raises: RuntimeError for more than one token of a pinned cache.
+        """
         from kernels import decode_attention
 
+        if q.shape[2] != 1:
+            raise RuntimeError("a pinned cache takes single tokens: unpin it first")
         (keys, slots), (values, _) = self.key_states.store(k), self.value_states.store(v)
-        return decode_attention(q[:, :, 0], keys, values, slots, scaling=1.0).flatten(1).unsqueeze(1)
+        if softmax_bits >= FLOAT_BITS:
+            return decode_attention(q[:, :, 0], keys, values, slots, scaling=1.0).flatten(1).unsqueeze(1)
+        k, v = (states.read(keys.packed.shape[2]) for states in (self.key_states, self.value_states))
+        filled = torch.arange(k.shape[2], device=k.device) < slots
+        return attend(q, k, v, filled.view(1, 1, 1, -1), scaling=1.0, softmax_bits=softmax_bits)
+
+    def obstacle(self, softmax_bits: int) -> str | None:
+        """Why the attention of a pinned layer that stores something cannot be captured, None if it can."""
+        from kernels.kv_attention import obstacle
+
+        return obstacle(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
 
     def get_seq_length(self) -> int:
         """Stored positions."""

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from core.checks import FLOAT_BITS
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from kernels import pack, packed_width, unpack
+from kernels import pack, packed_width, quantize_rows, unpack
+from kernels.backend import triton_runs_on
 
 if TYPE_CHECKING:
     from kernels.kv_attention import PackedHeads
 
 SCALE_BYTES = 2
-_SMALLEST, _LARGEST = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,14 @@ class AttentionBits:
         return q if self.q >= FLOAT_BITS else fake_heads(q, self.q)
 
 
-def head_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes 1 … 2**bits - 1 of x [..., E] uint8, and their scale [..., 1] float16."""
-    largest = 2 ** (bits - 1) - 1
-    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(_SMALLEST, _LARGEST).to(torch.float16)
-    codes = (x / scale.to(torch.float32)).round_().clamp_(-largest, largest).add_(largest + 1)
-    return codes.to(torch.uint8), scale
-
-
 def head_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Inverse of `head_codes`: [..., E] float32."""
+    """Inverse of `kernels.quantize_rows`: [..., E] float32."""
     return (codes.to(torch.float32) - 2 ** (bits - 1)).mul_(scale.to(torch.float32))
 
 
 def fake_heads(x: Tensor, bits: int) -> Tensor:
     """x [..., E] as its codes say; a copy at 16 bits."""
-    return x.clone() if bits >= FLOAT_BITS else head_values(*head_codes(x, bits), bits)
+    return x.clone() if bits >= FLOAT_BITS else head_values(*quantize_rows(x, bits), bits)
 
 
 class DynamicStates:
@@ -94,11 +86,15 @@ class DynamicStates:
         if self.length == 0:
             self.first = self._first(states[:, :, :1])
             states = states[:, :, 1:]
-        codes, scale = head_codes(states, self.bits.kv)
         start = stop - 1 - states.shape[2]
         self._reserve(states, stop - 1)
-        self.packed[:, :, start : stop - 1] = pack(codes, self.bits.kv)
-        self.scale[:, :, start : stop - 1] = scale
+        if triton_runs_on(states.device):
+            from kernels.kv_attention import kv_append
+
+            kv_append(states, self.heads(), start)
+        else:
+            codes, self.scale[:, :, start : stop - 1] = quantize_rows(states, self.bits.kv)
+            self.packed[:, :, start : stop - 1] = pack(codes, self.bits.kv)
         self.length = stop
         return self.read()
 
@@ -110,19 +106,25 @@ class DynamicStates:
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] behind the first token without reading anything back; returns the store and its
         filled slots."""
-        from kernels.kv_attention import PackedHeads, kv_append
+        from kernels.kv_attention import kv_append
 
         start, stop = self.length - 1, self.length + states.shape[2]
         self._reserve(states, stop - 1)
-        if self._first_values is None:
-            self._first_values = self._read_first()
-        heads = PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
+        heads = self.heads()
         if self.cursor is not None:
             kv_append(states, heads, self.cursor[0])
             return heads, self.cursor[1]
         kv_append(states, heads, start)
         self.length = stop
         return heads, stop - 1
+
+    def heads(self) -> PackedHeads:
+        """What is stored, as kernels take it."""
+        from kernels.kv_attention import PackedHeads
+
+        if self._first_values is None:
+            self._first_values = self._read_first()
+        return PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
 
     def read(self) -> Tensor:
         """All states, dequantised: [B, Hkv, S, E] float32."""
@@ -156,7 +158,7 @@ class DynamicStates:
     def _first(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.bits.bos >= FLOAT_BITS:
             return state.clone(), None
-        codes, scale = head_codes(state, self.bits.bos)
+        codes, scale = quantize_rows(state, self.bits.bos)
         return pack(codes, self.bits.bos), scale
 
     def _read_first(self) -> Tensor:
@@ -183,6 +185,10 @@ class DynamicKVLayer(QuantizedKVLayer):
         super(QuantizedKVLayer, self).__init__()
         self.bits = bits
         self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
+
+    def obstacle(self, softmax_bits: int) -> str | None:
+        """As `QuantizedKVLayer.obstacle`. The scales of empty slots are no numbers: no slot can be read before it is filled."""
+        return super().obstacle(softmax_bits) if softmax_bits >= FLOAT_BITS else "the softmax over scales per token is quantised"
 
     def reset(self) -> None:
         """Forget everything."""

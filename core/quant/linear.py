@@ -12,7 +12,7 @@ from core.errors import BackendError
 from core.quant.activation import ActivationQuantizer, Codes, Exempt, exempt_rows
 from core.quant.granularity import expand
 from kernels import Backend, Choice, dequantize, int4_rows, pack, packed_width, select_linear_backend, unpack
-from kernels.int_linear import LinearOperands, float_rows, int_linear_parts, output_parts, whole_blocks
+from kernels.int_linear import LinearOperands, float_rows, int_linear_parts, kernels_take_codes, output_parts
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,15 @@ class QuantLinear(nn.Module):
         Raises: BackendError if `backend` is asked for by name and cannot run this layer.
         """
         self.requested = backend
-        activation_bits = 16 if self.quantizer is None else self.quantizer.bits
         self._segments = tuple(self.offsets.tolist())
         try:
             self.choice: Choice = select_linear_backend(
                 backend,
                 weight_bits=self.bits,
-                activation_bits=activation_bits,
+                activation_bits=self._activation_bits,
                 offsets=self._segments,
                 rows=self.out_features,
-                device=self.offsets.device.type,
+                device=self.offsets.device,
             )
         except ValueError as error:
             raise BackendError(str(error)) from error
@@ -164,6 +163,10 @@ class QuantLinear(nn.Module):
         return self
 
     @property
+    def _activation_bits(self) -> int:
+        return 16 if self.quantizer is None else self.quantizer.bits
+
+    @property
     def takes_codes(self) -> bool:
         """Whether the product is one of integers; makes the working copy to know."""
         if self._operands is None:
@@ -176,12 +179,25 @@ class QuantLinear(nn.Module):
         return sum(o.nbytes for o in (self._operands, self._few_rows) if o is not None)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is stored, scales and zero points included."""
+        return sum(t.nbytes for t in ((self.weight,) if self.bits >= 16 else (self.packed, self.weight_scale, self.weight_zero)))
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of the weight that one token reads: of the copy that its product takes where there is one."""
+        if self.choice.backend is Backend.INT4:  # few rows do not take the float copy
+            return self.stored_bytes if self._few_rows is None else self._few_rows.nbytes
+        if self._operands is None:
+            return self.stored_bytes
+        if self.choice.backend is Backend.TRITON:
+            return self.packed.nbytes + self._operands.nbytes if self.takes_codes else self.stored_bytes
+        return self._operands.nbytes
+
+    @property
     def effective_bits(self) -> float:
         """Stored bits per weight, scales and zero points included."""
-        if self.bits >= 16:
-            return float(self.weight.element_size() * 8)
-        stored = sum(t.numel() * t.element_size() for t in (self.packed, self.weight_scale, self.weight_zero))
-        return stored * 8 / (self.out_features * self.in_features)
+        return self.stored_bytes * 8 / (self.out_features * self.in_features)
 
     def dequantized_weight(self) -> Tensor:
         """Ŵ [N, K] float32, columns in cluster order."""
@@ -234,8 +250,8 @@ class QuantLinear(nn.Module):
         if self.choice.backend in (Backend.REFERENCE, Backend.INT4):
             return LinearOperands(Backend.REFERENCE, self._segments, self.bias, weight=self.dequantized_weight())
         triton = self.choice.backend is Backend.TRITON
-        held = {"packed": self.packed, "bits": self.bits} if triton else {}
-        if triton and (self.bits != 4 or self.quantizer is None or not whole_blocks(self._segments)):
+        held = {"packed": self.packed, "bits": self.bits, "by_name": self.requested is Backend.TRITON} if triton else {}
+        if triton and not kernels_take_codes(self.bits, self._activation_bits, self._segments):
             held |= {"scale": self.weight_scale, "zero_point": self.weight_zero}
             return LinearOperands(Backend.TRITON, self._segments, self.bias, **held)
         weight, quantizer = self._quantized_weight(), self.quantizer

@@ -16,7 +16,7 @@ from core.errors import BackendError
 from core.quant.activation import Codes, Exempt, exempt_rows
 from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
 from kernels import Backend, Choice, packed_width
-from kernels.backend import triton_runs_on
+from kernels.backend import triton_obstacle
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 
 
@@ -106,16 +106,18 @@ class TernaryLinear(nn.Module):
     def _automatic(self) -> Choice:
         if self.kind == "fp":
             return Choice(Backend.REFERENCE, "its input stays in float, so the product does too")
-        if triton_runs_on(self.packed.device.type):
+        obstacle = triton_obstacle(self.packed.device)
+        if obstacle is None:
             return Choice(Backend.TRITON, "its kernel multiplies the packed weight on the GPU")
         if self.packed.device.type != "cpu":
-            return Choice(Backend.REFERENCE, f"no integer path for ternary weights on {self.packed.device.type} yet")
+            return Choice(Backend.REFERENCE, f"no kernel runs this layer: {obstacle}")
         return Choice(Backend.INT8, "ternary weights and integer codes multiply exactly in int8")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
-        """Moved to another device: choose again."""
+        """Another device is another choice of backend."""
         super()._apply(fn, recurse)
-        self.set_backend(Backend.AUTO)
+        if not self.packed.is_meta:
+            self.set_backend(self.requested)
         return self
 
     def release(self) -> None:
@@ -128,10 +130,19 @@ class TernaryLinear(nn.Module):
         return sum(t.numel() * t.element_size() for t in (self._working, self._transposed) if t is not None)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is stored, scales and row bounds included."""
+        return sum(t.nbytes for t in (self.packed, self.weight_scale, self.bounds))
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of the weight that one token reads at most: of the working copy where there is one, skipping left out."""
+        return self.stored_bytes if self._working is None else self._working.nbytes
+
+    @property
     def effective_bits(self) -> float:
         """Stored bits per weight, scales and row bounds included."""
-        stored = sum(t.numel() * t.element_size() for t in (self.packed, self.weight_scale, self.bounds))
-        return stored * 8 / (self.out_features * self.in_features)
+        return self.stored_bytes * 8 / (self.out_features * self.in_features)
 
     def projections(self) -> list[tuple[Tensor, Tensor]]:
         """(codes [n, K] int8, scale 0-dim) of every fused projection."""
@@ -170,7 +181,7 @@ class TernaryLinear(nn.Module):
         """gate · (x̂ Ŵᵀ) of output rows without bias, [M, n] float32; backend TRITON leaves unread what a gate of 0 hides."""
         from kernels import gated_up
 
-        return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows])
+        return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
 
     def sparse_product(self, x: Tensor | Codes) -> Tensor:
         """The layer without bias on x [..., K] with many zero codes, whose columns backend TRITON leaves unread: [..., N]."""
@@ -179,7 +190,7 @@ class TernaryLinear(nn.Module):
         codes = x if isinstance(x, Codes) else self.quantize(x)
         if self._transposed is None:
             self._transposed = pack_ternary(unpack_ternary(self.packed, self.in_features).t().contiguous())
-        y = sparse_down(codes.codes, self.packed, self._transposed, codes.scale, self._scale_of_rows())
+        y = sparse_down(codes.codes, self.packed, self._transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:

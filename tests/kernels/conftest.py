@@ -10,7 +10,7 @@ import torch
 from kernels.backend import Backend, Choice
 
 OPS = ("cluster", "kv_attention", "norm_quant", "rope", "sparse_ffn", "ternary_packed", "topk", "weight_only")
-DOORS = ("core.models.block", "core.quant.kv_cache", "core.quant.ternary_linear")
+DOORS = ("core.models.block", "core.quant.kv_cache", "core.quant.kv_cache_dynamic")
 """Modules that ask `triton_runs_on`."""
 
 
@@ -22,10 +22,25 @@ def device() -> str:
 
 
 @pytest.fixture
+def capability(monkeypatch):
+    """Set the compute capability that CUDA devices are said to have; (9, 0) at first."""
+    pytest.importorskip("triton")
+
+    def be(*number: int) -> None:
+        monkeypatch.setattr("kernels.backend._capability", lambda device: number)
+
+    be(9, 0)
+    return be
+
+
+@pytest.fixture
 def triton_everywhere(monkeypatch, device):
     """AUTO takes the kernels on CPU tensors too, where they are interpreted."""
     if device == "cpu":
         from kernels import _triton
+
+        def choose(requested, **_):
+            return Choice(Backend.REFERENCE if requested is Backend.REFERENCE else Backend.TRITON, "test")
 
         def use(backend, x, *, obstacle=None):
             return backend is not Backend.REFERENCE and obstacle is None
@@ -34,6 +49,7 @@ def triton_everywhere(monkeypatch, device):
             monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "use_triton", use)
         for module in DOORS:
             monkeypatch.setattr(f"{module}.triton_runs_on", lambda device: True)
-        monkeypatch.setattr("core.quant.linear.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
+        monkeypatch.setattr("core.quant.ternary_linear.triton_obstacle", lambda device: None)
+        monkeypatch.setattr("core.quant.linear.select_linear_backend", choose)
         assert _triton.interpreting()
     return device

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Backend, int_linear, pack, select_linear_backend
-from kernels.int_linear import LinearOperands, exact_int8_products, whole_blocks
+from kernels import Backend, Choice, int_linear, pack, select_linear_backend
+from kernels.int_linear import LinearOperands, exact_int8_products, kernels_take_codes
 
 SHAPES = {
     "one cluster": (7, 64, 32, (0, 64)),
@@ -179,7 +179,7 @@ def test_the_triton_operands_give_the_layer(offsets):
     x = case.sx[case.run] * (case.qx - case.zx[case.run])
     assert torch.allclose(int_linear(x[None], floating)[0].double(), case.exact(), atol=1e-4)
     assert with_codes.takes_codes and not floating.takes_codes and floating.nbytes == 0
-    assert whole_blocks(offsets) == (20 not in offsets)
+    assert kernels_take_codes(4, 8, offsets) == (20 not in offsets)
 
 
 def test_working_bytes_are_counted():
@@ -187,7 +187,8 @@ def test_working_bytes_are_counted():
     assert case.int8().nbytes == 6 * 30 + 2 * 6 * 4 * 2 and case.reference().nbytes == 6 * 30 * 4
 
 
-SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 48, "device": "cpu"}
+SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 48, "device": torch.device("cpu")}
+CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -202,11 +203,12 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 4
         ({"activation_bits": 16, "rows": 20}, Backend.REFERENCE, "20 output channels"),
         ({"activation_bits": 16, "weight_bits": 16}, Backend.REFERENCE, "activations stay in float"),
         ({"weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
-        ({"device": "mps"}, Backend.REFERENCE, "mps"),
-        ({"device": "cuda"}, Backend.TRITON, "packed weights on the GPU"),
-        ({"device": "cuda", "activation_bits": 16}, Backend.TRITON, "packed weights on the GPU"),
-        ({"device": "cuda", "weight_bits": 5}, Backend.REFERENCE, "5-bit weights have no kernel"),
-        ({"device": "cuda", "weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
+        ({"device": torch.device("mps")}, Backend.REFERENCE, "mps"),
+        ({"device": CUDA}, Backend.TRITON, "packed weights and integer codes on the GPU"),
+        ({"device": CUDA, "offsets": (0, 100, 256)}, Backend.TRITON, "more than 256 rows are float products"),
+        ({"device": CUDA, "activation_bits": 16}, Backend.TRITON, "more than 256 rows are float products"),
+        ({"device": CUDA, "weight_bits": 5}, Backend.REFERENCE, "5-bit weights have no kernel"),
+        ({"device": CUDA, "weight_bits": 16}, Backend.REFERENCE, "weights stay in float"),
         ({"activation_bits": 2}, Backend.INT8, "fill"),
     ],
     ids=(
@@ -221,20 +223,21 @@ SELECT = {"weight_bits": 4, "activation_bits": 8, "offsets": (0, 256), "rows": 4
         "float weight",
         "other device",
         "cuda",
+        "cuda, odd clusters",
         "cuda, float input",
         "cuda, 5 bits",
         "cuda, float weight",
         "2 bits",
     ),
 )
-def test_auto_chooses_and_says_why(change, backend, words):
+def test_auto_chooses_and_says_why(change, backend, words, capability):
     choice = select_linear_backend(Backend.AUTO, **(SELECT | change))
     assert choice.backend is backend and words in choice.reason and len(choice.reason) < 160
 
 
 @pytest.mark.parametrize(
     "change",
-    ({"activation_bits": 16}, {"weight_bits": 16}, {"device": "cuda"}),
+    ({"activation_bits": 16}, {"weight_bits": 16}, {"device": CUDA}),
     ids=("float input", "float weight", "other device"),
 )
 def test_int8_by_name_never_falls_back(change):
@@ -242,10 +245,21 @@ def test_int8_by_name_never_falls_back(change):
         select_linear_backend(Backend.INT8, **(SELECT | change))
 
 
-def test_triton_by_name_never_falls_back():
-    pytest.importorskip("triton")
-    assert select_linear_backend(Backend.TRITON, **(SELECT | {"device": "cuda"})).reason == "asked for"
-    for change, words in (({}, "not on cpu"), ({"device": "cuda", "weight_bits": 3, "offsets": (0, 12)}, "multiple of 8")):
+def test_a_gpu_too_old_for_the_kernels_is_named(capability):
+    """A T4 would fail to compile them in the first forward pass."""
+    capability(7, 5)
+    choice = select_linear_backend(Backend.AUTO, **(SELECT | {"device": CUDA}))
+    reason = "compute capability 7.5, kernels need 8.0"
+    assert choice == Choice(Backend.REFERENCE, f"no kernel runs this layer: {reason}")
+    with pytest.raises(ValueError, match="compute capability 7.5"):
+        select_linear_backend(Backend.TRITON, **(SELECT | {"device": CUDA}))
+    capability(8, 0)
+    assert select_linear_backend(Backend.AUTO, **(SELECT | {"device": CUDA})).backend is Backend.TRITON
+
+
+def test_triton_by_name_never_falls_back(capability):
+    assert select_linear_backend(Backend.TRITON, **(SELECT | {"device": CUDA})).reason == "asked for"
+    for change, words in (({}, "not on cpu"), ({"device": CUDA, "weight_bits": 3, "offsets": (0, 12)}, "multiple of 8")):
         with pytest.raises(ValueError, match=words):
             select_linear_backend(Backend.TRITON, **(SELECT | change))
 

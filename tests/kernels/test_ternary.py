@@ -7,6 +7,7 @@ import torch
 
 from kernels.backend import Backend
 from kernels.ternary import apply_scales, pack_ternary, ternary_linear, ternary_product, unpack_ternary
+from tests.kernels.fake_cuda import on_second_gpu
 
 SHAPES = [(1, 96, 256), (5, 70, 512), (16, 64, 320), (1, 1, 7), (3, 1, 9), (2, 5, 1), (1, 3, 1), (4, 33, 130), (1, 17, 66)]
 
@@ -19,6 +20,15 @@ def operands(rows: int, out: int, width: int, seed: int = 0) -> tuple[torch.Tens
 
 def exact(codes: torch.Tensor, ternary: torch.Tensor) -> torch.Tensor:
     return (codes.to(torch.int64) @ ternary.to(torch.int64).t()).to(torch.float32)
+
+
+def test_on_a_gpu_the_whole_layer_needs_no_int_mm(monkeypatch):
+    """There `torch._int_mm` refuses up to 16 rows and widths that are not multiples of 8."""
+    codes, ternary = operands(3, 5, 9)
+    packed, s, alpha = pack_ternary(ternary), torch.rand(3, 1), torch.rand(5)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    y = ternary_linear(on_second_gpu(codes), packed, s, alpha)
+    assert torch.equal(y, exact(codes, ternary) * s * alpha)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 64, 130])

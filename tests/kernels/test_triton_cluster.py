@@ -16,6 +16,7 @@ CASES = {
     "clusters of 128": (17, 130, (0, 128, 512)),
     "clusters of 32": (3, 65, (0, 32, 96, 128)),
     "every block its own": (2, 64, (0, 64, 128, 192, 256)),
+    "shared by programs, odd shares": (3, 70, (0, 32, 96, 448)),
 }
 
 
@@ -48,6 +49,7 @@ def test_the_kernel_equals_float64(case, bits, zeros, device):
     expected = exact(codes, weight, scale, zero, bias, offsets)
     for backend in (Backend.TRITON, Backend.REFERENCE):
         y = cluster_linear(*tensors, offsets=offsets, backend=backend)
+        assert torch.equal(y, cluster_linear(*tensors, offsets=offsets, backend=backend)), "the same bits every time"
         assert (y.cpu() - expected).abs().max() <= 1e-6 * expected.abs().max()  # measured 1e-7
 
 

@@ -7,10 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from core.quant.kv_cache_dynamic import head_codes
-from kernels import Backend, packed_width
+from kernels import Backend, kv_attention, packed_width
 from kernels.kv_attention import PackedHeads, decode_attention, kv_append
-from kernels.pack_kernels import row_codes
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +48,11 @@ CASES = {  # batch, kv heads, group, tokens, dim, key bits, value bits, first to
     "three bits": (1, 2, 4, 65, 64, 3, 3, 1, 9),
     "odd head": (1, 3, 1, 40, 20, 3, 4, 2, 0),
     "many splits": (1, 1, 2, 700, 16, 4, 3, 1, 30),
+    "eight bits": (1, 2, 2, 40, 16, 8, 8, 1, 3),
+    "planes of every width": (1, 1, 1, 35, 24, 7, 5, 0, 0),
+    "more first tokens than one tile": (1, 2, 2, 60, 16, 4, 6, 37, 2),
+    "more queries than one tile": (1, 2, 19, 33, 16, 4, 4, 1, 0),
+    "wide heads": (1, 1, 2, 40, 160, 4, 3, 1, 0),
 }
 
 
@@ -73,19 +76,20 @@ def test_attention_equals_float64_on_the_stored_values(case, dynamic, device):
     assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("bits", [(4, 3), (8, 4), (3, 8), (7, 8)], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_bfloat16_queries_take_the_shifted_codes(dynamic, device):
+def test_bfloat16_queries_take_the_shifted_codes(dynamic, bits, device):
     g = torch.Generator().manual_seed(1)
     k, v = (torch.randn(1, 2, 130, 32, generator=g) for _ in range(2))
-    keys, slots = store(k, 4, dynamic=dynamic, first=1)
-    values, _ = store(v, 3, dynamic=dynamic, first=1)
+    keys, slots = store(k, bits[0], dynamic=dynamic, first=1)
+    values, _ = store(v, bits[1], dynamic=dynamic, first=1)
     q = torch.randn(1, 4, 32, generator=g).to(torch.bfloat16)
     y = decode_attention(q.to(device), to(keys, device), to(values, device), slots, scaling=0.2, backend=Backend.TRITON)
     expected = exact(q, keys, values, slots, 0.2)
     assert y.dtype is torch.bfloat16 and (y.cpu() - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_appending_stores_the_reference_s_bytes(dynamic, bits, device):
     g = torch.Generator().manual_seed(2)
@@ -104,19 +108,44 @@ def test_appending_stores_the_reference_s_bytes(dynamic, bits, device):
         assert torch.equal(other.row_scale[:, :, 6:8].cpu(), one.row_scale[:, :, 6:8])
 
 
-def test_row_codes_are_those_of_the_cache():
-    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3))
-    x[0, 0] = 0.0
-    for bits in (3, 4, 8):
-        for got, expected in zip(row_codes(x, bits), head_codes(x, bits), strict=True):
-            assert torch.equal(got, expected)
+def test_float16_queries_are_multiplied_in_float32(device):
+    g = torch.Generator().manual_seed(4)
+    keys, slots = store(torch.randn(1, 2, 40, 32, generator=g), 4, dynamic=False, first=1)
+    q = torch.randn(1, 4, 32, generator=g).to(torch.float16)
+    y = decode_attention(q.to(device), to(keys, device), to(keys, device), slots, scaling=0.2, backend=Backend.TRITON)
+    expected = exact(q, keys, keys, slots, 0.2)
+    assert y.dtype is torch.float16 and (y.cpu() - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert kv_attention._tile(128, torch.float16, (4, 4)) == kv_attention._tile(128, torch.float32, (4, 4))
+
+
+def test_growing_by_a_token_compiles_nothing(monkeypatch, device):
+    """Triton compiles a kernel for every set of constants; numbers of tokens and of shares are none."""
+    seen = {"_attend_kernel": set(), "_merge_kernel": set()}
+    for name, constants in seen.items():
+        kernel = getattr(kv_attention, name)  # interpreted or compiled
+        plain = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
+        assert "SPLITS" in plain and ("SLOTS" in plain or name == "_merge_kernel")
+
+        class Noted:
+            def __getitem__(self, grid, constants=constants):
+                return lambda *arguments, **options: constants.add(tuple(options.items()))
+
+        monkeypatch.setattr(kv_attention, name, Noted())
+    monkeypatch.setattr(kv_attention, "multiprocessors", lambda device: 132)
+    q = torch.zeros(1, 8, 16, device=device)
+    store = torch.zeros(1, 2, 4096, 8, dtype=torch.uint8, device=device)
+    heads = PackedHeads(store, 4, 16, *(torch.ones(2, 16, device=device) for _ in range(2)))
+    for slots in range(100, 4096, 50):
+        kv_attention.launch(q, heads, heads, slots, 1.0)
+    assert [len(constants) for constants in seen.values()] == [1, 1]
 
 
 def test_what_does_not_fit_is_said():
     states = torch.randn(1, 1, 4, 16)
     keys, slots = store(states, 8, dynamic=True, first=0)
-    with pytest.raises(ValueError, match="takes 2, 3 and 4"):
-        decode_attention(torch.zeros(1, 1, 16), keys, keys, slots, scaling=1.0, backend=Backend.TRITON)
+    wide, _ = store(torch.randn(1, 1, 4, 300), 4, dynamic=False, first=0)
+    with pytest.raises(ValueError, match="heads of 300 channels.* takes up to 256"):
+        decode_attention(torch.zeros(1, 1, 300), wide, wide, slots, scaling=1.0, backend=Backend.TRITON)
     with pytest.raises(ValueError, match="different ways"):
         decode_attention(torch.zeros(1, 1, 16), keys, store(states, 8, dynamic=False, first=0)[0], slots, scaling=1.0)
     with pytest.raises(ValueError, match="do not fit"):

@@ -12,7 +12,7 @@ from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
 from core.quant.linear import QuantizedWeight, QuantLinear
 from core.quant.ternary_linear import TernaryLinear
-from kernels import Backend
+from kernels import Backend, weight_only
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +61,18 @@ def test_a_ternary_layer_gives_the_same_bits(kind, triton_everywhere, monkeypatc
     monkeypatch.undo()
     expected = layer.cpu()(x)
     assert torch.equal(y, expected) and layer.working_bytes > 0
+
+
+def test_triton_by_name_takes_any_number_of_rows(triton_everywhere, monkeypatch):
+    device = triton_everywhere
+    layer = QuantLinear.from_weight(*quant_linear(3, (0, 40), quantized=False)).to(device)
+    monkeypatch.setattr(weight_only, "MAX_ROWS", 2)
+    launched = []
+    original = weight_only.launch
+    monkeypatch.setattr(weight_only, "launch", lambda x, *a, **o: launched.append(len(x)) or original(x, *a, **o))
+    for backend, expected in ((Backend.AUTO, [2]), (Backend.TRITON, [2, 3])):
+        layer.set_backend(backend)
+        launched.clear()
+        for rows in (2, 3):
+            layer(torch.zeros(rows, 40, device=device))
+        assert launched == expected, backend

@@ -7,7 +7,7 @@ import torch
 
 from core.models.block import ReorderNorm
 from core.quant.bitnet import quantize_input
-from kernels import Backend, unpack
+from kernels import Backend
 from kernels.norm_quant import KINDS, Norm, norm_quantize, norm_quantize_dynamic, normalized
 
 pytestmark = pytest.mark.gpu
@@ -43,25 +43,23 @@ def test_the_reference_is_the_norm_of_the_decoder_block():
         assert torch.allclose(normalized(x, norm), module(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_static_scales(kind, add, packed, device):
+def test_static_scales(kind, add, bits, device):
     x, r, norm, scale, zero = setup(kind=kind)
-    bits = 4 if packed else 8
-    scale = scale * (16 if packed else 1)
-    zero = zero // (6 if packed else 1)
+    if bits == 4:
+        scale, zero = scale * 16, zero // 6
     residual = r if add else None
     got = norm_quantize(
-        x.to(device), to(norm, device), scale.to(device), zero.to(device), bits=bits, packed=packed,
+        x.to(device), to(norm, device), scale.to(device), zero.to(device), bits=bits,
         residual=None if residual is None else r.to(device), backend=Backend.TRITON,
     )  # fmt: skip
-    expected = norm_quantize(x, norm, scale, zero, bits=bits, packed=packed, residual=residual, backend=Backend.REFERENCE)
+    expected = norm_quantize(x, norm, scale, zero, bits=bits, residual=residual, backend=Backend.REFERENCE)
     assert torch.equal(got.hidden.cpu(), expected.hidden) and got.scale is None
-    codes = [unpack(t.codes.cpu(), 4, 77) if packed else t.codes.cpu() for t in (got, expected)]
-    assert_codes_agree(*codes, normalized(expected.hidden.double(), norm).double() / scale, 1e-3)
-    if packed:
-        assert torch.equal(got.codes.cpu()[:, -1] >> 4, torch.zeros(4, dtype=torch.uint8))  # nothing behind an odd width
+    assert expected.codes.int().abs().max() <= 2 ** (bits - 1)
+    exact = normalized(expected.hidden.double(), norm).double() / scale
+    assert_codes_agree(got.codes.cpu(), expected.codes, exact, 1e-3)
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
@@ -96,7 +94,6 @@ def test_what_is_refused():
     x, r, norm, scale, zero = setup()
     for call, words in (
         (lambda: norm_quantize(x, Norm("batch", 1e-5), scale, zero, bits=8), "'batch' is unknown"),
-        (lambda: norm_quantize(x, norm, scale, zero, bits=8, packed=True), "use 4 packed"),
         (lambda: norm_quantize(x, norm, scale, zero, bits=9), "9 bits"),
         (lambda: norm_quantize_dynamic(x, norm, "fp4"), "'fp4' is unknown"),
         (lambda: norm_quantize_dynamic(x, norm, "int8", residual=r[:1]), "does not fit"),

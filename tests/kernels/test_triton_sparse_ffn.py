@@ -28,6 +28,9 @@ def test_gate_first_gives_the_bits_of_the_dense_layer(shape, live, device):
     y = gated_up(*(t.to(device) for t in (codes, pack_ternary(ternary), gate, s, alpha)), backend=Backend.TRITON)
     exact = (codes.long() @ ternary.long().T).float()
     assert torch.equal(y.cpu(), exact * s * alpha * gate)
+    moved = [t.to(device) for t in (codes, pack_ternary(ternary), gate, s, alpha)]
+    y = gated_up(*moved, code_sum=codes.sum(1, dtype=torch.int32).to(device), backend=Backend.TRITON)
+    assert torch.equal(y.cpu(), exact * s * alpha * gate), "sums that the caller has"
 
 
 @pytest.mark.parametrize("live", [0.0, 0.01, 0.3, 1.0])
@@ -38,6 +41,8 @@ def test_sparse_down_gives_the_bits_of_the_dense_layer(shape, live, device):
     tensors = [t.to(device) for t in (codes, pack_ternary(ternary), pack_ternary(ternary.T.contiguous()), s, alpha)]
     y = sparse_down(*tensors, backend=Backend.TRITON)
     assert torch.equal(y.cpu(), (codes.long() @ ternary.long().T).float() * s * alpha)
+    given = sparse_down(*tensors, code_sum=codes.sum(1, dtype=torch.int32).to(device), backend=Backend.TRITON)
+    assert torch.equal(given, y), "sums that the caller has"
     assert torch.equal(sparse_down(codes, tensors[1].cpu(), tensors[2].cpu(), s, alpha), y.cpu())
 
 

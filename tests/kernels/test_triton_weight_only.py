@@ -70,6 +70,27 @@ def test_the_reference_equals_float64():
     assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_the_reference_asks_the_device_for_nothing(monkeypatch):
+    """On a GPU a length that is not known, or a table that is made anew, would wait for it in every layer."""
+    case = "clusters anywhere"
+    rows, outputs, width, bits, offsets = CASES[case]
+    x, packed, scale, zero, _, weight = layer(rows, outputs, width, bits, offsets)
+    weight_only_linear(x, packed, scale, zero, bits=bits, offsets=offsets, backend=Backend.REFERENCE)
+    original = torch.Tensor.repeat_interleave
+
+    def known(tensor, lengths, dim=None, *, output_size=None):
+        assert output_size == width
+        return original(tensor, lengths, dim=dim, output_size=output_size)
+
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", known)
+    monkeypatch.setattr(torch, "tensor", None)
+    y = weight_only_linear(x, packed, scale, zero, bits=bits, offsets=offsets, backend=Backend.REFERENCE)
+    assert torch.allclose(y.double(), x.double() @ weight.T, atol=1e-4)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
+    one = weight_only_linear(x, packed, scale[:, :1], zero[:, :1], bits=bits, offsets=(0, width), backend=Backend.REFERENCE)
+    assert one.shape == y.shape
+
+
 @pytest.mark.parametrize(
     ("offsets", "parts", "block"), [((0, 5, 70, 71, 200), 2, 32), (tuple(range(17)), 8, 32), ((0, 8, 64), 4, 8)]
 )

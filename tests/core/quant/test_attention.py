@@ -8,6 +8,7 @@ from torch import Tensor
 
 from core.quant.attention import QUERY_BLOCK, attend
 from tests.core.tools import poisoned_memory
+from tests.kernels.fake_cuda import on_second_gpu
 
 BITS = (2, 4, 8, 16)
 
@@ -141,3 +142,18 @@ def test_double_stays_double(bits):
     q, k, v = states(9, 9, dtype=torch.float64)
     found = attend(q, k, v, None, scaling=0.3, softmax_bits=bits)
     assert found.dtype == torch.float64 and float((found - eager(q, k, v, None, 0.3, bits)[0]).abs().max()) < 1e-12
+
+
+def test_on_a_gpu_grouped_heads_are_repeated(monkeypatch):
+    """There no fused attention takes float32 and grouped heads at once."""
+    q, k, v = states(9, 9)
+    original, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(q, k, v, **options):
+        seen.append((k.shape[1], options["enable_gqa"]))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    there = attend(*(on_second_gpu(t) for t in (q, k, v)), None, scaling=0.3)
+    assert torch.equal(there, attend(q, k, v, None, scaling=0.3))
+    assert seen == [(6, False), (2, True)]

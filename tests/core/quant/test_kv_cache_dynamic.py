@@ -15,8 +15,8 @@ from core.quant.kv_cache_dynamic import (
     DynamicStates,
     dynamic_bytes_per_token,
     fake_heads,
-    head_codes,
 )
+from kernels import quantize_rows
 from tests.core.tools import float_blocks, in_steps, relative, tokens
 
 
@@ -34,16 +34,16 @@ def model_with(bits: AttentionBits | None):
 
 
 def test_codes_by_hand():
-    codes, scale = head_codes(torch.tensor([[0.7, -0.7, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]]), 4)
+    codes, scale = quantize_rows(torch.tensor([[0.7, -0.7, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]]), 4)
     assert codes.tolist() == [[15, 1, 9, 8], [8, 8, 8, 8]]
     assert scale.dtype == torch.float16 and scale[0].item() == pytest.approx(0.1, rel=1e-3)
-    codes, _ = head_codes(torch.tensor([[0.7, -0.7, 0.1, 0.0]]), 3)
+    codes, _ = quantize_rows(torch.tensor([[0.7, -0.7, 0.1, 0.0]]), 3)
     assert codes.tolist() == [[7, 1, 4, 4]]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_codes_stay_in_range_and_zero_never_occurs(bits):
-    codes, scale = head_codes(gaussian(200, 3, 64) * torch.logspace(-6, 5, 200)[:, None, None], bits)
+    codes, scale = quantize_rows(gaussian(200, 3, 64) * torch.logspace(-6, 5, 200)[:, None, None], bits)
     assert codes.min() == 1 and codes.max() == 2**bits - 1
     assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
 

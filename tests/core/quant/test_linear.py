@@ -11,7 +11,7 @@ from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, QParams, choose_qparams, code_limits
 from core.quant.gptq import round_to_nearest
 from core.quant.linear import QuantizedWeight, QuantLinear
-from kernels import Backend
+from kernels import Backend, Choice
 
 BACKENDS = (Backend.REFERENCE, Backend.INT8)
 
@@ -131,9 +131,10 @@ def test_the_working_copy_is_counted_apart_and_released(backend):
     layer, x = example()
     layer.set_backend(backend)
     before = set(layer.state_dict())
-    assert layer.working_bytes == 0
+    assert layer.working_bytes == 0 and layer.decode_bytes == layer.stored_bytes
     first = layer(x)
     assert layer.working_bytes == (11 * 45 * 4 if backend is Backend.REFERENCE else 11 * 45 + 3 * 11 * 4)
+    assert layer.decode_bytes == layer.working_bytes, "instead of the packed weight"
     assert set(layer.state_dict()) == before and not list(layer.parameters())
     layer.release()
     assert layer.working_bytes == 0 and torch.equal(layer(x), first)
@@ -319,8 +320,22 @@ def test_few_rows_of_float_input_use_4_bit_products(clusters, weight_bits):
     few = layer(x[:3].view(1, 3, -1))[0]
     assert 1e-6 < error(few, expected[:3]) < 8e-3  # bfloat16: 2**-9 of each rounded number
     assert layer.working_bytes > 48 * clusters[-1] * 4
+    few_bytes = layer._few_rows.nbytes
+    assert layer.decode_bytes == few_bytes < 48 * clusters[-1], "one token does not read the float copy of more rows"
     layer.release()
     assert layer.working_bytes == 0
+    layer(x)
+    assert layer.decode_bytes == layer.stored_bytes, "nor before its own copy exists"
+
+
+@pytest.mark.parametrize("input_bits", [8, None], ids=["codes", "floats"])
+def test_kernels_read_the_packed_weight(input_bits, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("core.quant.linear.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
+    layer, _ = example(128, 16, weight_bits=4, input_bits=input_bits, clusters=(0, 64, 128))
+    assert layer.takes_codes == (input_bits is not None)
+    scales = 2 * 16 * 4 * 2 if layer.takes_codes else 2 * 16 * (2 + 1)  # in the epilogue's type, or as they are stored
+    assert layer.decode_bytes == 16 * 64 + scales
 
 
 def test_one_scale_per_row_stays_exact_in_4_bit_products():

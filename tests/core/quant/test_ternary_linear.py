@@ -10,6 +10,7 @@ from core.errors import BackendError
 from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
 from core.quant.ternary_linear import TernaryLinear
 from kernels import Backend
+from tests.kernels.fake_cuda import on_second_gpu
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,13 +87,32 @@ def test_bytes_and_bits():
     assert layer.effective_bits == pytest.approx(stored * 8 / (52 * 128)) and layer.bits == 2
     assert layer.working_bytes == 0
     layer(gaussian(1, 128))
-    assert layer.working_bytes == 52 * 128
+    assert layer.working_bytes == layer.decode_bytes == 52 * 128
     layer.set_backend(Backend.REFERENCE)
+    assert layer.decode_bytes == layer.stored_bytes == stored
     layer(gaussian(1, 128))
-    assert layer.working_bytes == 4 * 52 * 128
+    assert layer.working_bytes == layer.decode_bytes == 4 * 52 * 128
     layer.release()
     assert layer.working_bytes == 0
     assert sorted(layer.state_dict()) == ["bounds", "packed", "weight_scale"]
+
+
+def test_moving_keeps_what_was_asked_for():
+    layer = fused()
+    layer.set_backend(Backend.REFERENCE)
+    assert layer.to("cpu").choice.backend is layer.requested is Backend.REFERENCE
+    layer.set_backend(Backend.AUTO)
+    assert layer.to("cpu").choice.backend is Backend.INT8
+
+
+def test_a_gpu_without_kernels_is_named(monkeypatch):
+    monkeypatch.setattr("core.quant.ternary_linear.triton_obstacle", lambda device: "compute capability 7.5, kernels need 8.0")
+    layer = fused()
+    layer.packed = on_second_gpu(layer.packed)
+    layer.set_backend(Backend.AUTO)
+    assert (
+        layer.choice.backend is Backend.REFERENCE and "no kernel runs this layer: compute capability 7.5" in layer.choice.reason
+    )
 
 
 def test_another_input_shares_the_weights():
