@@ -21,7 +21,6 @@ from torch import Tensor
 
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
-from core.calibration.observe import Progress, silent
 from core.calibration.report import ChannelDetail, RangesReport
 from core.checks import require_int
 from core.config import Calibration, QuantRecipe
@@ -36,6 +35,7 @@ from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.models.load import LoadedModel, context_of, load_model, prefix_ids
 from core.models.quantized import find_saved, load_quantized, read_description, save_quantized, weights_id
+from core.progress import Progress, silent
 from core.provenance import provenance
 from core.stages import evaluate, observe, quantize, require_float
 from core.storage import MANIFEST, cache_root
@@ -182,6 +182,7 @@ class Workbench:
             made.stopped,
             made.kv_bytes,
             made.kv_bytes_float,
+            made.decoding,
         )
 
     def sparsity(

@@ -34,6 +34,7 @@ class Continuation:
         decode_seconds: time of the tokens after the first, which the prompt's pass yields.
         stopped: "eos", "length" or "cancelled".
         kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
+        decoding: how a GPU got its kernels, as `captured_step` says; empty on a CPU.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Continuation:
     stopped: str
     kv_bytes: int
     kv_bytes_float: int
+    decoding: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,12 +89,12 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     stop_ids = _stop_ids(model, tokenizer)
     produced: list[int] = []
-    shown, stopped = "", "length"
+    shown, stopped, decoding = "", "length", ""
     start = first = time.perf_counter()
     step, token, captured = ids[None].to(model.device), 0, None
     for _ in range(max_new_tokens):
         if len(produced) == 1:
-            captured = captured_step(model, adapter, cache, max_new_tokens - 1)
+            captured, decoding = captured_step(model, adapter, cache, max_new_tokens - 1)
         logits = captured(token) if captured else model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
         token = _pick(logits.float().cpu(), temperature, generator)
         if not produced:
@@ -116,7 +118,7 @@ def generate(
     if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
         with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
             on_text(text[len(shown) :])
-    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain)
+    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain, decoding)
 
 
 def _room(model: PreTrainedModel, max_new_tokens: int) -> tuple[int, int]:

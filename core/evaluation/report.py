@@ -160,7 +160,8 @@ class EvalReport(Report):
 
 @dataclass(frozen=True)
 class GenerationReport(Report):
-    """A continuation: text, counts, decoding speed, measured cache bytes beside the same cache in float."""
+    """A continuation: text, counts, decoding speed, measured cache bytes beside the same cache in float; `decoding` as in
+    `Continuation`."""
 
     key: str
     text: str
@@ -171,6 +172,7 @@ class GenerationReport(Report):
     stopped: str
     kv_bytes: int
     kv_bytes_float: int
+    decoding: str = ""
 
 
 @dataclass(frozen=True)
