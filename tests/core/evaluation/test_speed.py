@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from core.config import Clusters
 from core.evaluation.memory import measured_parts
 from core.evaluation.report import SpeedLimit
 from core.evaluation.speed import bytes_per_token, copy_bandwidth, speed_limit
@@ -35,10 +36,32 @@ def test_a_working_copy_is_read_instead_of_the_packed_weights():
     assert bytes_per_token(made.model, made.loaded.adapter) == stored + copies - packed
 
 
-def test_the_bandwidth_is_measured_once_and_is_one_of_a_memory():
-    measured = copy_bandwidth(2**22)
+def test_decoding_with_4_bit_products_reads_those_whatever_else_has_run():
+    made = quantised("smollm", scheme="W4A16", weights="rtn", clusters=Clusters.uniform(1))
+    linears = modules_of(made.model)
+    few = [linear for linear in linears if linear.choice.backend is Backend.INT4]
+    if not few:
+        pytest.skip(linears[0].choice.reason)
+    for length in (32, 1):
+        made.model(torch.zeros(1, length, dtype=torch.long))
+    stored = sum(measured_parts(made.model, made.loaded.adapter).values())
+    copies = sum(linear._few_rows.nbytes for linear in few)
+    assert sum(linear.working_bytes for linear in few) > 4 * copies, "the prompt's float copies exist"
+    copies += sum(linear.working_bytes for linear in linears if linear not in few)
+    packed = sum(linear.stored_bytes for linear in linears)
+    assert bytes_per_token(made.model, made.loaded.adapter) == stored - packed + copies
+
+
+def test_the_bandwidth_is_measured_once_and_is_one_of_the_model_s_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    measured = copy_bandwidth(cpu)
     assert 1e8 < measured < 1e13
-    assert copy_bandwidth(2**22) == measured
+    assert copy_bandwidth(cpu) == measured
+    asked = []
+    monkeypatch.setattr("core.evaluation.speed.copy_bandwidth", lambda device: asked.append(device) or 1.0)
+    loaded = tiny("llama")
+    monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda:1"))
+    assert speed_limit(loaded.model, loaded.adapter, "m").bytes_per_second == 1.0 and asked == [torch.device("cuda:1")]
 
 
 def test_the_limit_is_bandwidth_over_bytes():
@@ -48,4 +71,4 @@ def test_the_limit_is_bandwidth_over_bytes():
     loaded = tiny("llama")
     found = speed_limit(loaded.model, loaded.adapter, "m")
     assert found.weight_bytes == bytes_per_token(loaded.model, loaded.adapter)
-    assert found.bytes_per_second == copy_bandwidth() and found.to_dict()["threads"] >= 1
+    assert found.bytes_per_second == copy_bandwidth(torch.device("cpu")) and found.to_dict()["threads"] >= 1
