@@ -9,7 +9,7 @@ from typing import Any
 from app import texts
 from app.figure import bytes_text, number
 from app.jobs import JobView
-from app.plots_runs import run_colour
+from app.plots_runs import drawable, run_colour
 from app.tables import Cell, Estimate
 from core.errors import Cancelled, QuantscopeError
 
@@ -64,22 +64,33 @@ def starting() -> str:
 def error_card(error: QuantscopeError) -> str:
     """What happened, in one sentence, with its code. A stop by the user is no error."""
     if error.code == Cancelled.code:
-        return _line("idle", "Stopped", str(error), None)
+        return stopped(None, None)
     return (
         f'<div class="qs-status qs-error" role="alert"><b>That did not work</b><span>{escape(str(error))} '
         f"<code>{escape(error.code)}</code></span></div>"
     )
 
 
+def stopped(info: Any, ranges: Any) -> str:
+    """The status line after a Stop: which model is still there."""
+    still = f"{texts.STOPPED} {info.name} · {_facts(info, ranges)}" if info and ranges else texts.STOPPED
+    return _line("idle", "Stopped", still, None)
+
+
 def idle(info: Any, ranges: Any) -> str:
     """The status line at rest: which model, how large, what its ranges were observed on."""
     if info is None or ranges is None:
         return _line("idle", "Ready", texts.NO_RANGES, None)
+    return _line("idle", info.name, _facts(info, ranges), None)
+
+
+def _facts(info: Any, ranges: Any) -> str:
     size = f"{number(info.parameters / 1e6)} M parameters"
     claim = f" · {info.claim}" if info.claim else ""
-    where = f"{info.architecture}{claim} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {info.dtype}"
+    kept = "packed" if info.claim else info.dtype  # ternary weights: the type is that of the activations
+    where = f"{info.architecture}{claim} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}"
     how = f"ranges from {ranges.tokens:,} tokens of {ranges.text_name}, {seconds_text(ranges.seconds)} on {ranges.device}"
-    return _line("idle", info.name, f"{where} · {how}", None)
+    return f"{where} · {how}"
 
 
 def table(
@@ -153,15 +164,18 @@ def extremes(detail: Any) -> str:
 def run_summary(report: Any, title: str, place: int) -> str:
     """The result of a quantisation in a few figures, under the run's name."""
     saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
+    before = f"{number(saved)} × smaller than {bytes_text(report.float_bytes)}" if saved > 1.01 else "no smaller than before"
+    calibrated = "errors compared on" if report.recipe["method"] == "bitnet" else "calibrated on"
     figures = [
         (f"{report.effective_weight_bits:.2f}", "bits per decoder weight, scales included"),
         (
             bytes_text(report.weight_bytes),
-            f"whole model, measured: {number(saved)} × smaller than {bytes_text(report.float_bytes)}",
+            f"whole model, measured: {before}",
         ),
-        (seconds_text(report.seconds), f"calibrated on {report.calibration}"),
+        (seconds_text(report.seconds), f"{calibrated} {report.calibration}"),
     ]
-    return headed(title, place, _figures(figures))
+    exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
+    return headed(title, place, _figures(figures) + caution(texts.EXACT if exact else ""))
 
 
 def headed(title: str, place: int, content: str) -> str:
@@ -202,9 +216,9 @@ def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
 
 def protocol(text: str) -> str:
     """How the numbers above were measured."""
-    return f'<p class="qs-protocol">How it was measured: {escape(text)}</p>'
+    return caution(f"How it was measured: {text}")
 
 
 def caution(text: str) -> str:
     """What must be known to read the numbers above; nothing for an empty text."""
-    return f'<p class="qs-protocol qs-caution">{escape(text)}</p>' if text else ""
+    return f'<p class="qs-protocol">{escape(text)}</p>' if text else ""

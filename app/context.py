@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from app import cards, texts
@@ -16,12 +18,16 @@ from app.jobs import PUBLIC, JobRunner, JobView, Step
 from app.session import Session, SessionStore, SharedReports, is_public
 from app.settings import Settings
 from core.config import Calibration
-from core.errors import QuantscopeError
+from core.errors import Cancelled, QuantscopeError
 
 Updates = dict[Any, Any]
 POLL_SECONDS = 0.15
 UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
+LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of events that only redraw."""
+HEAVY = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None, "trigger_mode": "multiple"}
+"""Of events that follow a job."""
 log = logging.getLogger("quantscope.page")
 
 
@@ -84,7 +90,7 @@ class Context:
                     pass
                 except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
                     silent = False
-                    yield self.failed(error)
+                    yield self.failed(error, *arguments[:1])
                 if silent:  # Gradio clears every output of a generator that never yields
                     yield {self.status: UNCHANGED}
 
@@ -95,12 +101,19 @@ class Context:
             try:
                 return handler(*arguments, **named) or {self.status: UNCHANGED}
             except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
-                return self.failed(error)
+                return self.failed(error, *arguments[:1])
 
         return plain
 
-    def failed(self, error: BaseException) -> Updates:
-        """The status line's card for an error; an unexpected one is logged and named by an id."""
+    def failed(self, error: BaseException, values: object = None) -> Updates:
+        """The status line's card for an error; an unexpected one is logged and named by an id.
+
+        Args:
+            values: inputs of the failed event: after a Stop, the line says which model is still there.
+        """
+        if isinstance(error, Cancelled) and isinstance(values, dict) and values.get(self.key):
+            session = self.session(values)
+            return {self.status: cards.stopped(session.info, session.ranges), self.stop: hidden()}
         known = error if isinstance(error, QuantscopeError) else self.bug(error)
         return {self.status: cards.error_card(known), self.stop: hidden()}
 
@@ -175,7 +188,17 @@ def start(settings: Settings) -> Context:
 
 def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple:
     """What ranges are decided by."""
-    return ("ranges", model, revision, calibration)
+    return ("ranges", model, revision, state_of(model), calibration)
+
+
+def state_of(model: str) -> int | None:
+    """When a local model was last written, in nanoseconds; None for a name. A folder written anew is another model."""
+    place = Path(model)
+    times = []
+    for path in (place, place / "config.json", place / "manifest.json"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or no path at all
+            times.append(path.stat().st_mtime_ns)
+    return max(times, default=None)
 
 
 def observe_steps(model: str, revision: str | None, calibration: Calibration) -> list[Step]:

@@ -46,8 +46,13 @@ def launch(argv: Sequence[str] | None = None) -> None:
     chosen = arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     from app.settings import Settings
+    from core.errors import InputError
 
-    settings = Settings.read(model=chosen.model)
+    try:
+        settings = Settings.read(model=chosen.model)
+    except InputError as error:
+        sys.stderr.write(f"error {error.code}: {error}\n")
+        raise SystemExit(2) from None
     check_address(chosen.host, chosen.port)
     os.environ.update(QUIET | ONE_THREAD)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end cleans up like Ctrl-C

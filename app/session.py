@@ -45,6 +45,7 @@ class Run:
     Attributes:
         key: what the workbench knows it by: a model name, or the hash of its recipe.
         evaluation: None until measured. ternary: what the BitNet tab has read of it.
+        state: of a local model's files, see `app.context.state_of`.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Run:
     quantize: Any = None
     evaluation: Any = None
     ternary: TernaryReports = field(default_factory=TernaryReports)
+    state: int | None = None
 
     @property
     def model(self) -> str:
@@ -103,6 +105,13 @@ class Session:
             self.runs.remove(next((r for r in self.runs if not r.is_base), self.runs[0]))
         return run
 
+    def base_run(self, model: str, state: int | None) -> Run:
+        """The run of an unquantised model; what was measured before its files changed is forgotten."""
+        run = self.add_run(Run(model, model, state=state))
+        if run.state != state:
+            run.state, run.evaluation, run.ternary = state, None, TernaryReports()
+        return run
+
     def run(self, key: object) -> Run | None:
         """The run of that key, if this session has it."""
         return next((r for r in self.runs if r.key == key), None)
@@ -116,6 +125,11 @@ class Session:
     def claim(self, run: Run) -> str | None:
         """The claim of a base model that is a BitNet model itself."""
         return getattr(self.models.get(run.key), "claim", None) if run.is_base else None
+
+    @property
+    def opening(self) -> bool:
+        """Whether ranges are on their way."""
+        return "observe" in self.jobs
 
     @property
     def ternary_runs(self) -> list[Run]:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL_WORKBENCH = "core.pipeline:Workbench"
 GIB = 1024**3
@@ -46,32 +48,38 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:
-        """Settings of this process; `model` from the command line wins over the environment."""
+        """Settings of this process; `model` from the command line wins over the environment.
+
+        Raises: InputError naming a variable that is no number.
+        """
         from app.engine import first_model
 
         return cls(
             model=model or environment.get("QUANTSCOPE_MODEL") or first_model(),
             on_space=bool(environment.get("SPACE_ID")),
             workbench=environment.get("QUANTSCOPE_WORKBENCH") or REAL_WORKBENCH,
-            memory_bytes=_worker_memory(environment.get("QUANTSCOPE_WORKER_GB")),
-            job_seconds=60.0 * _number(environment.get("QUANTSCOPE_JOB_MINUTES"), 60.0),
+            memory_bytes=_worker_memory(environment),
+            job_seconds=60.0 * _number(environment, "QUANTSCOPE_JOB_MINUTES", 60.0),
             worker_threads=environment.get("OMP_NUM_THREADS"),
-            session_seconds=60.0 * _number(environment.get("QUANTSCOPE_SESSION_MINUTES"), 30.0),
+            session_seconds=60.0 * _number(environment, "QUANTSCOPE_SESSION_MINUTES", 30.0),
         )
 
 
-def _number(text: str | None, default: float) -> float:
+def _number(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name)
     try:
         value = float(text) if text else default
     except ValueError:
-        return default
-    return value if 0 <= value < 1e9 else default
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise InputError(f"{name} is {str(text)[:40]!r}: give a number of at least 0, without a unit.", code="E-PARAM-SETTING")
+    return value
 
 
-def _worker_memory(text: str | None) -> int | None:
+def _worker_memory(environment: Mapping[str, str]) -> int | None:
     """Bytes the worker may map. Without a wish: most of the machine's, none where a GPU driver maps far more than it uses."""
-    if text:
-        return int(_number(text, 0.0) * GIB) or None
+    if environment.get("QUANTSCOPE_WORKER_GB"):
+        return int(_number(environment, "QUANTSCOPE_WORKER_GB", 0.0) * GIB) or None
     if Path("/dev/nvidiactl").exists():
         return None
     return int(0.85 * machine_memory()) or None

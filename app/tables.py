@@ -55,11 +55,11 @@ NUMBER_HEADERS = [
 
 
 def number_rows(runs: Sequence[tuple[str, Any, float | None]]) -> Rows:
-    """Rows of the comparison: one per run (name, EvalReport, estimated weight bytes or None)."""
+    """Rows of the comparison: one per run (name, EvalReport, estimated weight bytes or None). One window has no error."""
     return [
         [
             name,
-            f"{number(e.perplexity, 4)} ± {number(e.perplexity_stderr, 2)}",
+            f"{number(e.perplexity, 4)} ± {number(e.perplexity_stderr, 2) if e.perplexity_stderr else '–'}",
             "–" if e.kld_mean is None else f"{number(e.kld_mean)} nats",
             "–" if e.same_top_token is None else f"{100 * e.same_top_token:.1f} %",
             bytes_text(e.weight_bytes),

@@ -40,13 +40,13 @@ TEXT_PASTE = "Paste my own…"
 TEXT_NAMES = {"sotu": "State of the Union speeches", "wikitext2": "WikiText-2"}
 PASTE_LABEL = "Your text"
 PASTE_INFO = "Used for your session only, never stored or shared. At least 512 tokens, about 2,500 characters."
-TOKENS = "Calibration tokens"
+TOKENS = "Tokens to observe"
 OBSERVE = "Observe ranges"
 METHOD = "Method"
 METHODS = {"rptq": "RPTQ: grouped channels", "rtn": "RTN: plain rounding", "bitnet": "BitNet a4.8: ternary models"}
 SCHEME = "Bits"
-SCHEME_INFO = "W = weights, A = activations, KV = key/value cache only."
-SCHEME_CUSTOM = "own bits, set in the Quantise tab"
+SCHEME_INFO = "W weights, A activations, KV only the cache. W4A4 keeps norm outputs and softmax at 8 bits."
+SCHEME_CUSTOM = "custom: see tab 3"
 CLUSTERS = "Clusters g"
 BITNET_MODE = "Inputs of the projections"
 BITNET_MODE_INFO = "Weights are ternary, 2 bits; this decides what they are multiplied with."
@@ -169,6 +169,7 @@ SEGMENTS = {
     "pow2": "Power of two: one, scales rounded up",
 }
 SEGMENTS_INFO = "Fewer are faster and cost perplexity: measure both and compare."
+EXACT = "Every layer gives exactly what it gave before: there is no rounding noise to draw."
 SQNR_LABEL = "Signal-to-noise of each layer's output"
 SITES_LABEL = "Signal-to-noise by layer and site"
 RUN_EMPTY = "No run yet. Press Quantise: every layer is calibrated, reordered and rounded, then measured beside the original."
@@ -218,7 +219,12 @@ SPEED_HEADERS = ["run", "measured", "limit of the memory", "reached", "read per 
 SPEED_CAPTION = "writing one text, token by token"
 SPEED_NOTE = (
     "a token reads all weights once and the KV cache; the limit is the speed of a copy of 64 MiB on {threads}, divided by these "
-    "bytes. A model smaller than the processor's cache can be faster than it."
+    "bytes. A model smaller than the processor's cache can be faster than it. Bytes read are those of the kernels that run here: "
+    "without a kernel for packed weights a quantised model is read as a float copy, and fewer bits save memory but no time."
+)
+FORMULA_NOTE = (
+    "By formula: every parameter at the bits of the weights, without scales. Measured: the tensors as they are kept, with "
+    "scales, and with embeddings and norms in float."
 )
 SEVERAL_MODELS = (
     "Runs of several models: KLD and same top token compare each run with its own unquantised model, never across models."
@@ -238,7 +244,8 @@ more tokens.
 compare between models of one tokenizer only; KLD is always against the run's own unquantised model.
 
 **The limit of the memory.** Writing one token reads every weight once, so bytes divided by the memory's speed bound
-the tokens per second. Fewer bits raise the bound; how near a run comes to it is up to the kernels.
+the tokens per second. Fewer bits raise the bound where a kernel reads the packed weights; the table's bytes say whether
+one does.
 
 **Measured and estimated.** Bytes in upright figures were counted on the tensors in memory. Figures with ≈ in italics
 come from a formula.
@@ -303,5 +310,6 @@ other rules or bits than in training. *Simulated*: a full-precision model rounde
 
 # states
 STARTING = "Starting: the model is being loaded and observed for the first time."
+STOPPED = "Earlier results are still there."
 NO_RANGES = "No ranges yet. Choose a model and a text at the side, then press “Observe ranges”."
 BUG = "Something broke on our side; your inputs are kept. Try again or report id {}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -13,9 +13,9 @@ import gradio as gr
 
 from app import cards, tables, texts
 from app.chart import serve_script
-from app.context import Context, Updates, observe_steps
+from app.context import HEAVY, LIGHT, Context, Updates, observe_steps, state_of
 from app.figure import THEMES
-from app.session import Run, Session
+from app.session import Session
 from app.tabs import bitnet, compare, explore, quantize, reorder, sidebar
 from core.config import Calibration, Clusters, QuantRecipe
 from core.errors import InputError, QuantscopeError
@@ -73,27 +73,8 @@ class Page:
     @property
     def range_outputs(self) -> list:
         """Targets of `show_ranges`."""
-        e, r = self.explore, self.reorder
-        return [
-            e.layer,
-            e.kind,
-            e.linear,
-            e.same_axes,
-            e.averaged,
-            e.scatter,
-            e.heatmap,
-            e.outliers,
-            e.channel,
-            e.facts,
-            e.histogram,
-            e.tokens,
-            r.layer,
-            r.kind,
-            r.clusters,
-            self.compare.runs,
-            self.ctx.status,
-            self.ctx.stop,
-        ]
+        selectors = [self.reorder.layer, self.reorder.kind, self.reorder.clusters]
+        return [*self.explore.outputs, *selectors, self.compare.runs, self.ctx.status, self.ctx.stop]
 
 
 def theme() -> gr.themes.Base:
@@ -163,19 +144,19 @@ def build_app(ctx: Context) -> gr.Blocks:
 
 def _wire(page: Page, demo: gr.Blocks, saved: gr.JSON) -> None:
     ctx, side = page.ctx, page.side
-    explore.wire(ctx, page.explore)
-    quantize.wire(ctx, page.quantize, side, _AfterRun(page))
+    _wire_steps(page)  # first: of one click's listeners, Gradio runs those after a stream only when it has ended
+    quantize.wire(ctx, page.quantize, side, page.compare.choices, [page.compare.runs])
     compare.wire(ctx, page.compare)
     bitnet.wire(ctx, page.bitnet)
     observed = _wire_side(page)
     _wire_saving(page, saved)
-    _wire_steps(page)
     demo.load(None, None, None, js=f"() => {{{CLOSE_JS}}}", api_visibility="private")
     filled = [*side.fill(_default_recipe(ctx)), *page.quantize.fill(_default_recipe(ctx))]
     outputs = list(dict.fromkeys([ctx.key, *filled, *page.range_outputs]))
     opened = demo.load(
         ctx.guard(_opener(page)), None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
     )
+    explore.wire(ctx, page.explore, [opened, observed])
     reorder.wire(ctx, page.reorder, [side.clusters, *page.quantize.clusters.values()], [opened, observed])
 
     def close(request: gr.Request) -> None:
@@ -184,17 +165,6 @@ def _wire(page: Page, demo: gr.Blocks, saved: gr.JSON) -> None:
             ctx.runner.cancel_all(session.key)
 
     demo.unload(close)
-
-
-class _AfterRun:
-    """What other tabs show once a run is there."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.outputs = [page.compare.runs]
-
-    def __call__(self, session: Session) -> Updates:
-        return self.page.compare.choices(session)
 
 
 def _default_recipe(ctx: Context) -> QuantRecipe:
@@ -212,6 +182,8 @@ def _opener(page: Page) -> Callable:
         recipe, refused = _default_recipe(ctx), None
         if query := urlencode(dict(request.query_params)):
             try:
+                if request.query_params.get("method") == "rtn":
+                    recipe = replace(recipe, weights="rtn")  # as the method's name says, unless the link says otherwise
                 recipe = QuantRecipe.from_query(query, default=recipe)
                 yield {**page.side.fill(recipe), **page.quantize.fill(recipe)}
             except QuantscopeError as error:
@@ -239,18 +211,23 @@ async def observe(
             jobs = ctx.watch(session, "observe", ctx.prefetch)
         else:
             jobs = ctx.follow(session, "observe", observe_steps(model, revision, calibration))
-        async for job in jobs:
-            if job.finished:
-                results = job.results
-            else:
-                yield ctx.busy(job, f"Opening {model}", stoppable=not public)
+        try:
+            async for job in jobs:
+                if job.finished:
+                    results = job.results
+                else:
+                    yield ctx.busy(job, f"Opening {model}", stoppable=not public)
+        except QuantscopeError:
+            if session.ranges is None:
+                yield page.explore.render(session)  # not “starting” any more
+            raise
         ctx.share_ranges(model, revision, calibration, results)
     elif older := session.jobs.pop("observe", None):
         ctx.runner.cancel(session.key, older)
     session.info, session.ranges = results
     session.models[model] = session.info
     session.calibration, session.channel = calibration, None
-    session.add_run(Run(model, model))
+    session.base_run(model, state_of(model))
     widest = session.ranges.outliers(1)[0]
     chosen = session.selection
     chosen.layer, chosen.kind, chosen.channel = widest.layer, widest.kind, widest.channel
@@ -272,26 +249,21 @@ def _wire_side(page: Page) -> Any:
         count = ctx.runner.cancel_all(session.key)
         return {ctx.stop: gr.update(visible=False)} if count else {**ctx.rest(session)}
 
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    side.observe.click(None, None, None, js=f"() => {{{CLOSE_JS}}}", show_progress="hidden", api_visibility="private")
     observed = side.observe.click(
         ctx.guard(observe_clicked),
         {ctx.key, *side.source},
         page.range_outputs,
-        show_progress="hidden",
-        concurrency_limit=None,
-        trigger_mode="multiple",
-        api_visibility="private",
+        **HEAVY,
     )
-    side.observe.click(None, None, None, js=f"() => {{{CLOSE_JS}}}", show_progress="hidden", api_visibility="private")
-    side.text.input(lambda choice: gr.update(visible=choice == sidebar.PASTE), side.text, side.pasted, **light)
-    gr.on([ctx.stop.click, page.quantize.stop.click], ctx.guard(stop), {ctx.key}, [ctx.status, ctx.stop], **light)
+    side.text.input(lambda choice: gr.update(visible=choice == sidebar.PASTE), side.text, side.pasted, **LIGHT)
+    ctx.stop.click(ctx.guard(stop), {ctx.key}, [ctx.status, ctx.stop], **LIGHT)
     return observed
 
 
 def _wire_saving(page: Page, saved: gr.JSON) -> None:
     ctx, side = page.ctx, page.side
     inputs = {ctx.key, *side.source, *side.recipe, *page.quantize.inputs}
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     outputs = [saved, ctx.status, ctx.stop]
 
     def recipe_file(values: dict) -> Updates:
@@ -312,8 +284,8 @@ def _wire_saving(page: Page, saved: gr.JSON) -> None:
         return {side.link_text: gr.update(value=query, visible=True)}
 
     for button, handler in ((side.save_recipe, recipe_file), (side.save_ranges, ranges_file), (side.save_report, report_file)):
-        button.click(ctx.guard(handler), inputs, outputs, **light).then(None, saved, None, js=SAVE_JS, api_visibility="private")
-    side.link.click(ctx.guard(link), inputs, [side.link_text, ctx.status, ctx.stop], **light).success(
+        button.click(ctx.guard(handler), inputs, outputs, **LIGHT).then(None, saved, None, js=SAVE_JS, api_visibility="private")
+    side.link.click(ctx.guard(link), inputs, [side.link_text, ctx.status, ctx.stop], **LIGHT).success(
         None, side.link_text, side.link_text, js=LINK_JS, api_visibility="private"
     )
 

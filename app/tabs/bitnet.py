@@ -9,7 +9,7 @@ import gradio as gr
 
 from app import cards, engine, plots_bitnet, tables, texts
 from app.chart import Chart
-from app.context import Context, Updates
+from app.context import HEAVY, LIGHT, Context, Updates
 from app.figure import note
 from app.jobs import Step
 from app.session import Run, Session, TernaryReports
@@ -130,7 +130,18 @@ def build() -> BitNet:
             _curves()
         with gr.Accordion(texts.LEARN_BITNET_TITLE, open=False):
             gr.Markdown(texts.LEARN_BITNET)
-    return BitNet(tab, run, layer, tokens, read, facts, sparsity, weights, inputs, layers)
+    return BitNet(
+        tab=tab,
+        run=run,
+        layer=layer,
+        tokens=tokens,
+        read=read,
+        facts=facts,
+        sparsity=sparsity,
+        weights=weights,
+        inputs=inputs,
+        layers=layers,
+    )
 
 
 def _curves() -> None:
@@ -150,8 +161,6 @@ def _curves() -> None:
 
 def wire(ctx: Context, view: BitNet) -> None:
     """Connect the tab's events."""
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    heavy = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None, "trigger_mode": "multiple"}
     inputs, status = {ctx.key, *view.selectors}, [ctx.status, ctx.stop]
 
     def opened(values: dict) -> Updates:
@@ -175,12 +184,12 @@ def wire(ctx: Context, view: BitNet) -> None:
         async for updates in read(ctx, view, session, run, values, again=True):
             yield updates
 
-    first = view.tab.select(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **light)
-    first.then(ctx.guard(shown), inputs, [*view.results, *status], **heavy)
+    first = view.tab.select(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **LIGHT)
+    first.then(ctx.guard(shown), inputs, [*view.results, *status], **HEAVY)
     for control in (view.run, view.layer):
-        changed = control.input(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **light)
-        changed.then(ctx.guard(shown), inputs, [*view.results, *status], **heavy)
-    view.read.click(ctx.guard(again), inputs, [*view.results, *status], **heavy)
+        changed = control.input(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **LIGHT)
+        changed.then(ctx.guard(shown), inputs, [*view.results, *status], **HEAVY)
+    view.read.click(ctx.guard(again), inputs, [*view.results, *status], **HEAVY)
 
 
 def layer_of(value: object) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gradio as gr
 
 from app import cards, engine, plots_runs, tables, texts
 from app.chart import Chart
-from app.context import Context, Updates
+from app.context import HEAVY, LIGHT, Context, Updates
 from app.figure import axis_name, number
 from app.jobs import JobView, Step
 from app.session import Run, Session
-from app.tabs.quantize import WINDOW, estimated_bytes, numbers_table
+from app.tabs.measured import estimated_bytes, numbers_table
+from app.tabs.quantize import WINDOW
 from core.config import require_choice, require_int
-from core.errors import InputError
+from core.errors import InputError, QuantscopeError
 
 MAX_SHOWN = 4
 MAX_NEW_TOKENS = 256
@@ -48,7 +49,7 @@ class Compare:
     memory_note: gr.HTML
 
     def choices(self, session: Session) -> Updates:
-        """The runs to tick: the newest two or more ticked."""
+        """The runs to tick. Ticked are the first model, the one at hand and the newest quantised runs, `MAX_SHOWN` at most."""
         pairs = [(session.title(run), run.key) for run in session.runs]
         bases = [run.key for run in session.runs if run.is_base]
         current = [key for key in bases[1:] if session.info is not None and key == session.info.name]
@@ -88,7 +89,7 @@ def build(model: str) -> Compare:
     """The tab's widgets, in place; `model` is the one the page opens on."""
     with gr.Tab(texts.COMPARE, id="compare") as tab:
         with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", elem_classes="qs-runs", scale=8, min_width=280)
+            runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", scale=8, min_width=280)
             eval_tokens = gr.Dropdown(
                 [2048, 8192, 32768], value=2048, label=texts.EVAL_TOKENS, min_width=110, filterable=False, elem_id="eval-tokens"
             )
@@ -138,31 +139,29 @@ def build(model: str) -> Compare:
         with gr.Accordion(texts.LEARN_COMPARE_TITLE, open=False):
             gr.Markdown(texts.LEARN_COMPARE)
     return Compare(
-        tab,
-        runs,
-        prompt,
-        new_tokens,
-        temperature,
-        chat,
-        write,
-        streams,
-        speed,
-        eval_tokens,
-        measure,
-        numbers,
-        bars,
-        shape,
-        batch,
-        sequence,
-        memory,
-        memory_note,
+        tab=tab,
+        runs=runs,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        chat=chat,
+        write=write,
+        streams=streams,
+        speed=speed,
+        eval_tokens=eval_tokens,
+        measure=measure,
+        numbers=numbers,
+        bars=bars,
+        shape=shape,
+        batch=batch,
+        sequence=sequence,
+        memory=memory,
+        memory_note=memory_note,
     )
 
 
 def wire(ctx: Context, view: Compare) -> None:
     """Connect the tab's events."""
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    heavy = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None, "trigger_mode": "multiple"}
 
     def opened(values: dict) -> Updates:
         session = ctx.session(values)
@@ -187,14 +186,14 @@ def wire(ctx: Context, view: Compare) -> None:
     status = [ctx.status, ctx.stop]
     sizes = {ctx.key, view.shape, view.batch, view.sequence}
     shown = [view.runs, view.prompt, view.numbers, view.bars, view.memory, view.memory_note]
-    view.tab.select(ctx.guard(opened), {*sizes, view.prompt}, [*shown, *status], **light)
-    view.runs.input(ctx.guard(ticked), {ctx.key, view.runs}, [view.numbers, view.bars, *status], **light)
+    view.tab.select(ctx.guard(opened), {*sizes, view.prompt}, [*shown, *status], **LIGHT)
+    view.runs.input(ctx.guard(ticked), {ctx.key, view.runs}, [view.numbers, view.bars, *status], **LIGHT)
     for control in (view.shape, view.batch, view.sequence):
-        control.input(ctx.guard(projected), sizes, [view.memory, view.memory_note, *status], trigger_mode="always_last", **light)
+        control.input(ctx.guard(projected), sizes, [view.memory, view.memory_note, *status], trigger_mode="always_last", **LIGHT)
     wishes = {ctx.key, view.runs, view.prompt, view.new_tokens, view.temperature, view.chat}
     for event in (view.write.click, view.prompt.submit):
-        event(ctx.guard(write), wishes, [view.streams, view.speed, *status], **heavy)
-    view.measure.click(ctx.guard(measure), {ctx.key, view.runs, view.eval_tokens}, [view.numbers, view.bars, *status], **heavy)
+        event(ctx.guard(write), wishes, [view.streams, view.speed, *status], **HEAVY)
+    view.measure.click(ctx.guard(measure), {ctx.key, view.runs, view.eval_tokens}, [view.numbers, view.bars, *status], **HEAVY)
 
 
 def memory(ctx: Context, view: Compare, values: dict) -> Updates:
@@ -215,7 +214,7 @@ def memory(ctx: Context, view: Compare, values: dict) -> Updates:
         )
         for name, bits in engine.projected_schemes().items()
     ]
-    return {view.memory: plots_runs.memory_bars(estimates), view.memory_note: cards.protocol(estimates[0][1].assumptions)}
+    return {view.memory: plots_runs.memory_bars(estimates), view.memory_note: cards.caution(estimates[0][1].assumptions)}
 
 
 async def generate(ctx: Context, view: Compare, session: Session, values: dict) -> AsyncIterator[Updates]:
@@ -244,8 +243,14 @@ async def generate(ctx: Context, view: Compare, session: Session, values: dict) 
         for run in runs
     ]
     steps += [Step("speed_limit", {"key": run.key}, "Measuring the memory's speed", 0.1) for run in runs]
-    async for job in ctx.follow(session, "generate", steps):
-        yield {view.streams: panels(session, runs, prompt, job), **ctx.busy(job, "Writing")}
+    job = None
+    try:
+        async for job in ctx.follow(session, "generate", steps):
+            yield {view.streams: panels(session, runs, prompt, job), **ctx.busy(job, "Writing")}
+    except QuantscopeError:
+        if job is not None:
+            yield {view.streams: panels(session, runs, prompt, replace(job, state="cancelled"))}
+        raise
     yield {view.speed: gr.update(value=speeds(session, runs, job), visible=True), **ctx.rest(session)}
 
 
@@ -261,14 +266,14 @@ def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
     """The texts so far, one panel per run."""
     shown = []
     for index, run in enumerate(runs):
-        footer = "waiting"
+        footer = "not finished" if job.finished else "waiting…"
         if index < len(job.results):
             done = job.results[index]
             footer = (
                 f"{done.new_tokens} tokens in {cards.seconds_text(done.seconds)}, {number(done.tokens_per_second)} tokens/s · "
                 f"KV cache {number(done.kv_bytes / 1e3)} kB measured"
             )
-        elif index == len(job.results):
+        elif index == len(job.results) and job.state == "running":
             footer = "writing…"
         shown.append((session.runs.index(run), session.title(run), prompt, job.texts[index], footer))
     return cards.streams(shown)

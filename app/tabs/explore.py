@@ -10,7 +10,7 @@ import gradio as gr
 
 from app import cards, engine, plots, plots_clusters, tables, texts
 from app.chart import Chart, PickTable, picked_row
-from app.context import Context, Updates
+from app.context import HEAVY, LIGHT, Context, Updates, ranges_key
 from app.figure import note
 from app.jobs import Step
 from app.session import Session, is_public
@@ -18,7 +18,7 @@ from core.config import SITES, Clusters, require_int
 from core.errors import InputError, QuantscopeError
 
 MARKED = 60
-LISTED = 12
+LISTED = 8
 SITE_CHOICES = [(texts.site_label(kind), kind) for kind in SITES]
 
 
@@ -46,6 +46,12 @@ class Explore:
         """Inputs that say where in the model to look."""
         return {self.layer, self.kind, self.linear, self.same_axes, self.averaged}
 
+    @property
+    def outputs(self) -> list:
+        """What a new selection changes."""
+        charts = [self.scatter, self.heatmap, self.histogram]
+        return [*self.selectors, *charts, self.outliers, self.channel, self.facts, self.tokens]
+
     def take(self, session: Session, values: Updates) -> None:
         """Read the selectors into the session. Raises InputError if one is out of range."""
         chosen = session.selection
@@ -64,8 +70,8 @@ class Explore:
         """Everything but the channel's detail, for the session's selection."""
         report, chosen = session.ranges, session.selection
         if report is None:
-            return {self.scatter: note(texts.NO_RANGES), self.heatmap: note(""), self.outliers: ""}
-        site = site_of(session)
+            return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: gr.update(visible=False)}
+        outliers = tables.outlier_rows(report.outliers(LISTED))
         return {
             **self.controls(session),
             self.scatter: scatter(session),
@@ -76,18 +82,14 @@ class Explore:
                 channel=chosen.channel,
                 revision=f"{report.model}/{chosen.kind}",
             ),
-            self.outliers: cards.table(
-                texts.OUTLIER_HEADERS, tables.outlier_rows(report.outliers(LISTED)), pick=True, caption=texts.OUTLIERS
-            ),
-            self.channel: gr.update(
-                value=chosen.channel,
-                label=f"{texts.CHANNEL}: click a point, or type 0 to {len(site.low) - 1}",
+            self.outliers: gr.update(
+                value=cards.table(texts.OUTLIER_HEADERS, outliers, pick=True, caption=texts.OUTLIERS), visible=True
             ),
         }
 
     def controls(self, session: Session) -> Updates:
-        """The selectors, set to the session's selection."""
-        chosen = session.selection
+        """The selectors and the channel's field, set to the session's selection."""
+        last, chosen = len(site_of(session).low) - 1, session.selection
         top = max(s.layer for s in session.ranges.sites.values())
         return {
             self.layer: gr.update(value=chosen.layer, maximum=top),
@@ -95,6 +97,7 @@ class Explore:
             self.linear: chosen.linear,
             self.same_axes: chosen.same_axes,
             self.averaged: chosen.averaged,
+            self.channel: gr.update(value=chosen.channel, label=f"{texts.CHANNEL}: click a point, or type 0 to {last}"),
         }
 
     def glance(self, session: Session) -> Updates:
@@ -111,6 +114,11 @@ class Explore:
     def forget_channel(self) -> Updates:
         """The detail panel without a channel."""
         return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
+
+
+def no_ranges(session: Session) -> dict:
+    """The chart while there are no ranges: that they come, or what to do."""
+    return note(texts.STARTING if session.opening else texts.NO_RANGES)
 
 
 def median_width(site: object) -> float:
@@ -174,56 +182,38 @@ def build() -> Explore:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 scatter_chart = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
-                heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=270, elem_id="heatmap")
+                heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=380, elem_id="heatmap")
             with gr.Column(scale=3, min_width=300):
                 with gr.Column(elem_classes="qs-card"):
                     channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                     facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
                     histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
                     tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
-                with gr.Column(elem_classes="qs-card"):
-                    outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers")
+                outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card", visible=False)
         forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
         with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
             gr.Markdown(texts.LEARN_EXPLORE)
     return Explore(
-        tab,
-        layer,
-        kind,
-        linear,
-        same_axes,
-        averaged,
-        scatter_chart,
-        heatmap,
-        channel,
-        facts,
-        histogram,
-        tokens,
-        outliers,
-        forward,
+        tab=tab,
+        layer=layer,
+        kind=kind,
+        linear=linear,
+        same_axes=same_axes,
+        averaged=averaged,
+        scatter=scatter_chart,
+        heatmap=heatmap,
+        channel=channel,
+        facts=facts,
+        histogram=histogram,
+        tokens=tokens,
+        outliers=outliers,
+        forward=forward,
     )
 
 
-def wire(ctx: Context, view: Explore) -> None:
-    """Connect the tab's events."""
-    outputs = [
-        view.layer,
-        view.kind,
-        view.linear,
-        view.same_axes,
-        view.averaged,
-        view.scatter,
-        view.heatmap,
-        view.outliers,
-        view.channel,
-        view.facts,
-        view.histogram,
-        view.tokens,
-        ctx.status,
-        ctx.stop,
-    ]
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "outputs": outputs}
-    heavy = {"show_progress": "hidden", "api_visibility": "private", "outputs": outputs, "concurrency_limit": None}
+def wire(ctx: Context, view: Explore, renewed: list) -> None:
+    """Connect the tab's events. `renewed`: events after which other ranges are there."""
+    outputs = [*view.outputs, ctx.status, ctx.stop]
 
     def moved(values: dict) -> Updates:
         session = ctx.session(values)
@@ -245,7 +235,12 @@ def wire(ctx: Context, view: Explore) -> None:
                 yield updates
 
     def opened(values: dict) -> Updates:
-        return view.render(ctx.session(values))
+        session = ctx.session(values)
+        return view.render(session) if session.ranges is not None else {}
+
+    def selected(values: dict) -> Updates:
+        session = ctx.session(values)
+        return view.controls(session) if session.ranges is not None else {}
 
     async def clicked_point(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
         custom = event._data.get("custom") if isinstance(event._data, dict) else None
@@ -273,16 +268,19 @@ def wire(ctx: Context, view: Explore) -> None:
             async for updates in show_channel(ctx, view, ctx.session(values), values[view.channel]):
                 yield updates
 
+    light, heavy = {**LIGHT, "outputs": outputs}, {**HEAVY, "outputs": outputs}
     inputs = {ctx.key, *view.selectors}
     view.layer.input(ctx.guard(moved), inputs, trigger_mode="always_last", **light)
     for control in (view.kind, view.linear, view.same_axes, view.averaged):
         control.input(ctx.guard(moved), inputs, **light)
     view.layer.release(ctx.guard(released), {ctx.key}, **heavy)
     view.tab.select(ctx.guard(opened), {ctx.key}, **light)
-    view.scatter.select(ctx.guard(clicked_point), {ctx.key}, trigger_mode="multiple", **heavy)
-    view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, trigger_mode="multiple", **heavy)
-    view.outliers.select(ctx.guard(clicked_row), {ctx.key}, trigger_mode="multiple", **heavy)
+    view.scatter.select(ctx.guard(clicked_point), {ctx.key}, **heavy)
+    view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, **heavy)
+    view.outliers.select(ctx.guard(clicked_row), {ctx.key}, **heavy)
     view.channel.submit(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
+    for event in renewed:  # while the page is being built, Gradio may lose what a first stream sets
+        event.then(ctx.guard(selected), {ctx.key}, [*view.selectors, view.channel, ctx.status], **LIGHT)
     view.channel.blur(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
 
 
@@ -297,7 +295,7 @@ async def show_channel(ctx: Context, view: Explore, session: Session, channel: o
         return
     session.selection.channel = number
     median = median_width(site)
-    key = ("channel", session.ranges.model, session.ranges.revision, session.calibration, site.site, number)
+    key = ("channel", ranges_key(session.ranges.model, session.ranges.revision, session.calibration), site.site, number)
     detail = ctx.shared.get(key)
     waiting = {} if detail else {view.histogram: note(""), view.tokens: cards.hint(texts.CHANNEL_WAIT)}
     yield {**view.render(session), view.facts: cards.channel_facts(site, number, median), **waiting}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
 
-from app import cards, engine, plots_runs, tables, texts
+from app import cards, plots_runs, tables, texts
 from app.chart import Chart
-from app.context import Context, Updates
+from app.context import HEAVY, LIGHT, Context, Updates, state_of
 from app.figure import axis_name
 from app.jobs import Step
-from app.session import Run, Session, is_public
+from app.session import Run, Session
+from app.tabs.measured import numbers_table
 from app.tabs.sidebar import Sidebar
 from core.config import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
 from core.errors import InputError
@@ -26,7 +27,7 @@ ATTENTION_BITS = (16, 8, 4, 3)
 
 @dataclass
 class Quantize:
-    """The tab's widgets."""
+    """The tab's widgets. `window` and `seed` are never shown: they keep what a link says of the recipe."""
 
     tab: gr.Tab
     variant: gr.Dropdown
@@ -36,13 +37,15 @@ class Quantize:
     grid: gr.Column
     ternary: gr.Column
     folds: gr.Row
+    cluster_fold: gr.Accordion
     tokens: gr.Slider
+    window: gr.Number
+    seed: gr.Number
     measure: gr.Checkbox
     bits: dict[str, gr.Dropdown]
     clusters: dict[str, gr.Number]
     segments: gr.Dropdown
     start: gr.Button
-    stop: gr.Button
     summary: gr.HTML
     numbers: gr.HTML
     sqnr: Chart
@@ -60,6 +63,8 @@ class Quantize:
             self.segments,
             self.keep,
             self.tokens,
+            self.window,
+            self.seed,
             self.measure,
             *(f for group in fields for f in group.values()),
         }
@@ -73,11 +78,12 @@ class Quantize:
         """The recipe the page shows. Raises InputError naming what is out of range."""
         model, revision = side.chosen_model(values)
         tokens = require_int("calibration tokens", values[self.tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
-        calibration = Calibration(side.chosen_text(values), tokens, WINDOW)
+        calibration = Calibration(side.chosen_text(values), tokens, values[self.window])
+        seed = values[self.seed]
         if values[side.method] == "bitnet":
             attention = {name: _whole(values[field]) for name, field in self.attention.items()}
             options = BitNetOptions(values[side.mode], values[self.keep], **attention)
-            return QuantRecipe(model, revision, "bitnet", calibration=calibration, bitnet=options)
+            return QuantRecipe(model, revision, "bitnet", calibration=calibration, seed=seed, bitnet=options)
         custom = values[side.scheme] == "custom"
         bits = Bits(**{name: _whole(values[field]) for name, field in self.bits.items()}) if custom else None
         counts = {
@@ -94,6 +100,7 @@ class Quantize:
             values[self.weights],
             values[self.variant],
             calibration,
+            seed,
             segments=values[self.segments] if values[side.method] == "rptq" else "exact",
         )
 
@@ -107,15 +114,24 @@ class Quantize:
             self.variant: recipe.variant,
             self.weights: recipe.weights,
             self.segments: recipe.segments,
-            self.tokens: recipe.calibration.tokens,
+            self.tokens: gr.update(value=recipe.calibration.tokens, visible=recipe.method != "bitnet"),
+            self.window: recipe.calibration.window,
+            self.seed: recipe.seed,
             **{field: getattr(recipe.tensor_bits, name) for name, field in self.bits.items()},
             **{field: getattr(recipe.clusters, name) for name, field in self.clusters.items()},
         }
 
     def show(self, method: object) -> Updates:
         """Only the controls that concern a method."""
-        ternary = method == "bitnet"
-        return {part: gr.update(visible=ternary == (part is self.ternary)) for part in (self.grid, self.ternary, self.folds)}
+        grid = method != "bitnet"
+        shown = {
+            self.grid: grid,
+            self.ternary: not grid,
+            self.folds: grid,
+            self.tokens: grid,
+            self.cluster_fold: method == "rptq",
+        }
+        return {part: gr.update(visible=visible) for part, visible in shown.items()}
 
     def render(self, session: Session) -> Updates:
         """Results of the session's last run, beside the others'."""
@@ -123,7 +139,7 @@ class Quantize:
         if not runs:
             return {
                 self.summary: cards.hint(texts.RUN_EMPTY),
-                self.numbers: "",
+                self.numbers: gr.update(visible=False),
                 self.sqnr: gr.update(visible=False),
                 self.sites: gr.update(visible=False),
                 self.details: "",
@@ -131,40 +147,21 @@ class Quantize:
         place, last = runs[-1]
         lines = [(p, axis_name(session.title(run), 48), run.quantize) for p, run in runs[-5:]]
         kinds = [(kind, texts.SITE_LABELS[kind]) for kind in SITES]
-        quantized_sites = any(entry.sites for entry in last.quantize.layers)
+        curve = any(plots_runs.drawable(entry.output_sqnr_db) is not None for _, _, report in lines for entry in report.layers)
+        numbers = numbers_table(session, session.runs)
         return {
             self.summary: cards.run_summary(last.quantize, session.title(last), place),
-            self.numbers: numbers_table(session, session.runs),
-            self.sqnr: gr.update(value=plots_runs.layer_sqnr(lines, revision=last.key), visible=True),
-            self.sites: gr.update(value=plots_runs.site_sqnr(last.quantize, kinds), visible=True)
-            if quantized_sites
-            else gr.update(visible=False),
+            self.numbers: gr.update(value=numbers, visible=bool(numbers)),
+            self.sqnr: gr.update(value=plots_runs.layer_sqnr(lines, revision=last.key), visible=curve),
+            self.sites: gr.update(
+                value=plots_runs.site_sqnr(last.quantize, kinds), visible=any(entry.sites for entry in last.quantize.layers)
+            ),
             self.details: details(last.quantize),
         }
 
 
 def _whole(value: object) -> int:
     return require_int("bits", value, 2, 16, "use 2 to 8, or 16 for not quantised")
-
-
-def numbers_table(session: Session, runs: list[Run]) -> str:
-    """Measured runs as a table with the protocol under it; empty text if none is measured."""
-    measured = [(session.runs.index(run), run) for run in runs if run.evaluation is not None]
-    if not measured:
-        return ""
-    rows = tables.number_rows([(session.title(run), run.evaluation, estimated_bytes(session, run)) for _, run in measured])
-    protocol = " ".join(dict.fromkeys(str(run.evaluation.protocol) for _, run in measured))
-    table = cards.table(tables.NUMBER_HEADERS, rows, colours=[place for place, _ in measured])
-    models = [session.models.get(name) for name in dict.fromkeys(run.model for _, run in measured)]
-    return table + cards.protocol(protocol) + cards.caution(tables.several_models(models))
-
-
-def estimated_bytes(session: Session, run: Run) -> float | None:
-    """The formula's weight bytes of a quantised run."""
-    info = session.models.get(run.model)
-    if run.recipe is None or info is None:
-        return None
-    return float(engine.project_model(info, run.recipe.tensor_bits, batch=1, sequence=1).weights)
 
 
 def details(report: Any) -> str:
@@ -182,7 +179,7 @@ def build() -> Quantize:
     """The tab's widgets, in place."""
     with gr.Tab(texts.QUANTIZE_TAB, id="quantize") as tab:
         with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            with gr.Column(scale=6, min_width=240, elem_classes="qs-plain") as grid, gr.Row():
+            with gr.Column(scale=6, min_width=240) as grid, gr.Row():
                 variant = gr.Dropdown(
                     [(label, name) for name, label in texts.VARIANTS.items()],
                     value="default",
@@ -199,7 +196,7 @@ def build() -> Quantize:
                     filterable=False,
                     elem_id="weights",
                 )
-            with gr.Column(scale=6, min_width=240, elem_classes="qs-plain", visible=False) as ternary:
+            with gr.Column(scale=6, min_width=240, visible=False) as ternary:
                 keep, attention = _ternary_options()
             tokens = gr.Slider(
                 512,
@@ -214,8 +211,8 @@ def build() -> Quantize:
             )
             with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                 start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
-                stop = gr.Button(texts.STOP, elem_id="quantize-stop", size="sm")
-        folds, bits, clusters, segments = _folds()
+            window, seed = gr.Number(WINDOW, precision=0, visible=False), gr.Number(0, precision=0, visible=False)
+        folds = _folds()
         measure = gr.Checkbox(
             True,
             label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -223,7 +220,7 @@ def build() -> Quantize:
             elem_id="measure",
         )
         summary = gr.HTML(cards.hint(texts.RUN_EMPTY), elem_id="summary", apply_default_css=False)
-        numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False)
+        numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False, visible=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 sqnr = Chart(None, label=texts.SQNR_LABEL, height=300, elem_id="sqnr", visible=False)
@@ -235,32 +232,30 @@ def build() -> Quantize:
         with gr.Accordion(texts.LEARN_QUANTIZE_TITLE, open=False):
             gr.Markdown(texts.LEARN_QUANTIZE)
     return Quantize(
-        tab,
-        variant,
-        weights,
-        keep,
-        attention,
-        grid,
-        ternary,
-        folds,
-        tokens,
-        measure,
-        bits,
-        clusters,
-        segments,
-        start,
-        stop,
-        summary,
-        numbers,
-        sqnr,
-        sites,
-        details_html,
-        forward,
+        tab=tab,
+        variant=variant,
+        weights=weights,
+        keep=keep,
+        attention=attention,
+        grid=grid,
+        ternary=ternary,
+        tokens=tokens,
+        window=window,
+        seed=seed,
+        measure=measure,
+        start=start,
+        summary=summary,
+        numbers=numbers,
+        sqnr=sqnr,
+        sites=sites,
+        details=details_html,
+        forward=forward,
+        **folds,
     )
 
 
-def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number], gr.Dropdown]:
-    """Bits of every tensor, clusters of every reordering and what integers make of them, in place."""
+def _folds() -> dict[str, Any]:
+    """Bits of every tensor, clusters of every reordering and what integers make of them, in place, by name of their field."""
     names = [entry.name for entry in fields(Bits)]
     with gr.Row(elem_classes="qs-folds") as folds:
         with gr.Accordion(texts.BITS_PANEL, open=False):
@@ -277,7 +272,7 @@ def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number], gr.D
                     )
                     for name in names
                 }
-        with gr.Accordion(texts.CLUSTER_PANEL, open=False):
+        with gr.Accordion(texts.CLUSTER_PANEL, open=False) as cluster_fold:
             with gr.Row():
                 defaults = Clusters.uniform(32)
                 clusters = {
@@ -298,7 +293,7 @@ def _folds() -> tuple[gr.Row, dict[str, gr.Dropdown], dict[str, gr.Number], gr.D
                 filterable=False,
                 elem_id="segments",
             )
-    return folds, bits, clusters, segments
+    return {"folds": folds, "cluster_fold": cluster_fold, "bits": bits, "clusters": clusters, "segments": segments}
 
 
 def _ternary_options() -> tuple[gr.Slider, dict[str, gr.Dropdown]]:
@@ -321,16 +316,16 @@ def _ternary_options() -> tuple[gr.Slider, dict[str, gr.Dropdown]]:
     return keep, attention
 
 
-def wire(ctx: Context, view: Quantize, side: Sidebar, after: Any) -> None:
-    """Connect the tab's events. `after(session)`: updates of other tabs once a run is there; `after.outputs` are its targets."""
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+def wire(ctx: Context, view: Quantize, side: Sidebar, after: Callable[[Session], Updates], targets: list) -> None:
+    """Connect the tab's events. `after(session)`: updates of other tabs' `targets` once a run is there."""
 
     def scheme_chosen(values: dict) -> Updates:
         bits = SCHEMES.get(values[side.scheme])
         return {field: getattr(bits, name) for name, field in view.bits.items()} if bits else {}
 
     def method_chosen(values: dict) -> Updates:
-        return {**side.show(values[side.method]), **view.show(values[side.method])}
+        method = values[side.method]
+        return {**side.show(method), **view.show(method), view.weights: "rtn" if method == "rtn" else "gptq"}
 
     def own_bits() -> Updates:
         return {side.scheme: "custom"}
@@ -344,21 +339,19 @@ def wire(ctx: Context, view: Quantize, side: Sidebar, after: Any) -> None:
             yield updates
         yield {**view.render(session), **after(session), **ctx.rest(session)}
 
-    side.scheme.input(ctx.guard(scheme_chosen), {side.scheme}, [*view.bits.values(), ctx.status, ctx.stop], **light)
-    parts = [side.grid, side.ternary, view.grid, view.ternary, view.folds]
-    side.method.input(ctx.guard(method_chosen), {side.method}, [*parts, ctx.status, ctx.stop], **light)
+    status = [ctx.status, ctx.stop]
+    side.scheme.input(ctx.guard(scheme_chosen), {side.scheme}, [*view.bits.values(), *status], **LIGHT)
+    parts = [*side.show("rptq"), *view.show("rptq"), view.weights]
+    side.method.input(ctx.guard(method_chosen), {side.method}, [*parts, *status], **LIGHT)
     for field in view.bits.values():
-        field.input(own_bits, None, [side.scheme], **light)
-    view.tab.select(ctx.guard(opened), {ctx.key}, [*view.results, ctx.status, ctx.stop], **light)
+        field.input(own_bits, None, [side.scheme], **LIGHT)
+    view.tab.select(ctx.guard(opened), {ctx.key}, [*view.results, *status], **LIGHT)
     gr.on(
         [view.start.click, side.quantize.click],
         ctx.guard(run),
         {ctx.key, *side.source, *side.recipe, *view.inputs},
-        [*view.results, *after.outputs, ctx.status, ctx.stop],
-        show_progress="hidden",
-        concurrency_limit=None,
-        trigger_mode="multiple",
-        api_visibility="private",
+        [*view.results, *targets, *status],
+        **HEAVY,
     )
 
 
@@ -368,8 +361,9 @@ async def quantize(
     """Follow one quantisation and its measurements; finished parts appear as they come."""
     load = Step("load", {"model": recipe.model, "revision": recipe.revision}, "Loading the model", 1.0)
     steps = [load, Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
-    base_key = ("evaluation", recipe.model, recipe.revision, "sotu", QUICK_TOKENS, WINDOW)
-    base = session.add_run(Run(recipe.model, recipe.model))
+    state = state_of(recipe.model)
+    base_key = ("evaluation", recipe.model, recipe.revision, state, QUICK_TOKENS, WINDOW)
+    base = session.base_run(recipe.model, state)
     base.evaluation = base.evaluation or ctx.shared.get(base_key)
     if measure:
         common = {"text": "sotu", "tokens": QUICK_TOKENS, "window": WINDOW}
@@ -387,15 +381,19 @@ async def quantize(
             if seen == 1:
                 session.models[recipe.model] = report
             elif seen == 2:
-                run = session.add_run(Run(report.key, report.label, recipe))
+                run = session.add_run(Run(report.key, run_label(report.label, recipe), recipe))
                 run.quantize = report
             elif seen == 3:
                 run.evaluation = report
             else:
                 base.evaluation = report
-                if is_public(recipe.model.replace("/", "")):
-                    ctx.shared.put(base_key, report)
+                ctx.shared.put(base_key, report)
             yield view.render(session)
         yield ctx.busy(job, recipe.label())
     if run is None:
         raise InputError("The run gave no result: try again.", code="E-PARAM-RECIPE")
+
+
+def run_label(label: str, recipe: QuantRecipe) -> str:
+    """A run's name; the claim at the end of a BitNet run's names the mode again."""
+    return label.replace(f" · {recipe.bitnet.mode} ·", " ·", 1) if recipe.bitnet else label

@@ -8,10 +8,10 @@ import gradio as gr
 
 from app import cards, engine, plots, plots_clusters, tables, texts
 from app.chart import Chart
-from app.context import Context, Updates
+from app.context import LIGHT, Context, Updates
 from app.figure import note
 from app.session import Session
-from app.tabs.explore import SITE_CHOICES, revision, scatter, site_of
+from app.tabs.explore import SITE_CHOICES, no_ranges, revision, scatter, site_of
 from core.config import SITES, Clusters, require_int
 from core.errors import InputError
 
@@ -58,7 +58,7 @@ class Reorder:
     def render(self, session: Session, bits: int) -> Updates:
         """The charts that follow the slider: all but the curve's line cost a few milliseconds per thousand channels."""
         if session.ranges is None:
-            return {self.scatter: note(texts.NO_RANGES), self.strips: note(""), self.curve: note("")}
+            return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
         site, chosen = site_of(session), session.selection
         view = engine.recluster(session.ranges, site.site, Clusters.uniform(chosen.clusters), bits=bits)
         scale = plots.scale_of([site], linear=chosen.linear)
@@ -128,7 +128,19 @@ def build() -> Reorder:
             table = gr.HTML("", elem_id="clusters", apply_default_css=False)
         with gr.Accordion(texts.LEARN_REORDER_TITLE, open=False):
             gr.Markdown(texts.LEARN_REORDER)
-    return Reorder(tab, layer, kind, clusters, bits, headline_html, scatter_chart, curve, strips, table, forward)
+    return Reorder(
+        tab=tab,
+        layer=layer,
+        kind=kind,
+        clusters=clusters,
+        bits=bits,
+        headline=headline_html,
+        scatter=scatter_chart,
+        curve=curve,
+        strips=strips,
+        table=table,
+        forward=forward,
+    )
 
 
 def wire(ctx: Context, view: Reorder, mirrored: list, renewed: list) -> None:
@@ -139,7 +151,6 @@ def wire(ctx: Context, view: Reorder, mirrored: list, renewed: list) -> None:
         renewed: events after which other ranges are there.
     """
     charts = [view.scatter, view.curve, view.strips, view.headline, view.table, ctx.status, ctx.stop]
-    light = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
     inputs = {ctx.key, view.layer, view.kind, view.clusters, view.bits}
     side, *fields = mirrored
 
@@ -159,17 +170,11 @@ def wire(ctx: Context, view: Reorder, mirrored: list, renewed: list) -> None:
         return view.render(session, values[view.bits])
 
     for control in (view.clusters, view.layer, view.kind, view.bits):
-        control.input(ctx.guard(redraw), inputs, charts, **light)
-    view.tab.select(ctx.guard(opened), {ctx.key, view.bits}, [view.layer, view.kind, view.clusters, *charts], **light)
+        control.input(ctx.guard(redraw), inputs, charts, trigger_mode="always_last", **LIGHT)
+    everything = [view.layer, view.kind, view.clusters, *charts]
+    view.tab.select(ctx.guard(opened), {ctx.key, view.bits}, everything, trigger_mode="always_last", **LIGHT)
     for event in renewed:
-        event.then(
-            ctx.guard(opened),
-            {ctx.key, view.bits},
-            [view.layer, view.kind, view.clusters, *charts],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        event.then(ctx.guard(opened), {ctx.key, view.bits}, everything, **LIGHT)
     spread = "const h = Math.max(1, Math.round(g / 8)); return [g, g, h, h, g, g];"
     view.clusters.input(
         None, view.clusters, [side, *fields], js=f"(g) => {{ {spread} }}", show_progress="hidden", api_visibility="private"
@@ -177,4 +182,4 @@ def wire(ctx: Context, view: Reorder, mirrored: list, renewed: list) -> None:
     side.input(
         None, side, [view.clusters, *fields], js=f"(g) => {{ {spread} }}", show_progress="hidden", api_visibility="private"
     )
-    side.input(ctx.guard(from_side), {ctx.key, side, view.bits}, charts, **light)
+    side.input(ctx.guard(from_side), {ctx.key, side, view.bits}, charts, trigger_mode="always_last", **LIGHT)

@@ -91,20 +91,22 @@ class Sidebar:
             self.method: recipe.method,
             self.scheme: recipe.scheme,
             self.text: recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else "sotu",
-            self.clusters: require_clusters(min(recipe.clusters.R1, MAX_CLUSTERS)),
             self.mode: (recipe.bitnet or BitNetOptions()).mode,
             **self.show(recipe.method),
+            self.clusters: gr.update(
+                value=require_clusters(min(recipe.clusters.R1, MAX_CLUSTERS)), visible=recipe.method == "rptq"
+            ),
         }
 
     def show(self, method: object) -> dict[Any, Any]:
         """Only the controls that concern a method."""
-        return {self.grid: gr.update(visible=method != "bitnet"), self.ternary: gr.update(visible=method == "bitnet")}
+        shown = {self.grid: method != "bitnet", self.ternary: method == "bitnet", self.clusters: method == "rptq"}
+        return {part: gr.update(visible=visible) for part, visible in shown.items()}
 
 
 def scheme_choices() -> list[tuple[str, str]]:
-    """Scheme names with what stays at more bits than the name says."""
-    named = [(QuantRecipe("model", scheme=name).describe_bits(), name) for name in SCHEMES]
-    return [*named, (f"custom ({texts.SCHEME_CUSTOM})", "custom")]
+    """Schemes by name; what stays at more bits than a name says is told under the field."""
+    return [*((name, name) for name in SCHEMES), (texts.SCHEME_CUSTOM, "custom")]
 
 
 def build(model: str, *, on_space: bool) -> Sidebar:
@@ -142,12 +144,12 @@ def build(model: str, *, on_space: bool) -> Sidebar:
             elem_id="method",
             filterable=False,
         )
-        with gr.Column(elem_id="grid-recipe", elem_classes="qs-side") as grid:
+        with gr.Column(elem_id="grid-recipe") as grid:
             scheme = gr.Dropdown(
                 scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
             )
             clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
-        with gr.Column(elem_id="ternary-recipe", elem_classes="qs-side", visible=False) as ternary:
+        with gr.Column(elem_id="ternary-recipe", visible=False) as ternary:
             mode = gr.Dropdown(
                 [(label, name) for name, label in texts.BITNET_MODES.items()],
                 value="a4.8",
@@ -166,21 +168,21 @@ def build(model: str, *, on_space: bool) -> Sidebar:
             save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
             save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
     return Sidebar(
-        model_field,
-        text,
-        pasted,
-        tokens,
-        observe,
-        method,
-        scheme,
-        clusters,
-        mode,
-        grid,
-        ternary,
-        quantize,
-        link,
-        link_text,
-        save_recipe,
-        save_ranges,
-        save_report,
+        model=model_field,
+        text=text,
+        pasted=pasted,
+        tokens=tokens,
+        observe=observe,
+        method=method,
+        scheme=scheme,
+        clusters=clusters,
+        mode=mode,
+        grid=grid,
+        ternary=ternary,
+        quantize=quantize,
+        link=link,
+        link_text=link_text,
+        save_recipe=save_recipe,
+        save_ranges=save_ranges,
+        save_report=save_report,
     )

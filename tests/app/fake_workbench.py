@@ -321,7 +321,8 @@ def misbehave(model: str, progress: Progress) -> None:
 
 def site_ranges(info: ModelInfo, layer: int, kind: str) -> SiteRanges:
     """Log-normal widths, one channel in two hundred an outlier."""
-    widths = {"q": info.hidden, "k": 192, "v": 192, "down_in": info.ffn}
+    attention = info.heads * info.head_dim
+    widths = {"q": attention, "k": 192, "v": 192, "o_in": attention, "down_in": info.ffn}
     width = widths.get(kind, info.hidden)
     draw = np.random.default_rng(layer * 10 + SITES.index(kind))
     scale = np.exp(draw.normal(0, 0.6, width)) * (1 + 0.2 * layer)

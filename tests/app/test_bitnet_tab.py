@@ -225,4 +225,8 @@ def test_a_quantised_ternary_run_carries_its_claim_and_the_models_facts(ctx):
     native = QuantRecipe(TERNARY, method="bitnet")
     asyncio.run(collect(quantize.quantize(ctx, tab, session, native, measure=False)))
     valid(tab.render(session)[tab.sqnr]["value"])  # an exact run has infinite decibels
-    assert session.title(session.run(native.hash)) == f"{TERNARY} · BITNET · a4.8 · trained a4.8"
+    assert session.title(session.run(native.hash)) == f"{TERNARY} · BITNET · trained a4.8"
+    alone = ctx.sessions.open()
+    asyncio.run(collect(quantize.quantize(ctx, tab, alone, native, measure=False)))
+    shown = tab.render(alone)
+    assert not shown[tab.sqnr]["visible"] and texts.EXACT in shown[tab.summary] and not shown[tab.numbers]["visible"]

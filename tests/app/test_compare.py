@@ -10,11 +10,13 @@ import pytest
 
 from app import tables, texts
 from app.context import Context
+from app.jobs import JobView
 from app.session import Run, SessionStore
 from app.settings import Settings
 from app.tables import Estimate
 from app.tabs import compare
 from core.config import QuantRecipe
+from core.errors import Cancelled
 from core.evaluation.report import SpeedLimit
 from tests.app.fake_workbench import TERNARY
 
@@ -94,6 +96,27 @@ def test_writing_shows_the_limit_of_the_memory(view, ctx, session):
     table = last[view.speed]["value"]
     assert last[view.speed]["visible"] and "100 tokens/s" in table and "≈ 400 tokens/s" in table and "25 %" in table
     assert "2 threads" in table
+
+
+def test_a_stopped_text_is_not_said_to_be_written(view, ctx, session):
+    values = {view.runs: ["fake"], view.prompt: "Once", view.new_tokens: 200, view.temperature: 0.0, view.chat: False}
+
+    async def stopped():
+        seen = []
+        with pytest.raises(Cancelled):
+            async for updates in compare.generate(ctx, view, session, values):
+                seen.append(updates[view.streams])
+                if "writing…" in seen[-1]:
+                    ctx.runner.cancel_all(session.key)
+        return seen
+
+    seen = asyncio.run(stopped())
+    assert "writing…" in seen[-2] and "writing…" not in seen[-1] and "not finished" in seen[-1]
+
+
+def test_a_text_in_the_queue_is_not_said_to_be_written(session):
+    job = JobView("waiting", "", None, 0.0, None, 1, (), ("",), None)
+    assert "waiting…" in compare.panels(session, session.runs[:1], "Once", job)
 
 
 def test_speed_rows_divide_the_bandwidth_by_the_bytes(bench):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 import pytest
 
-from app.context import UNCHANGED, Context, Superseded, observe_steps
+from app.context import UNCHANGED, Context, Superseded, observe_steps, state_of
 from app.jobs import Step
 from app.session import SessionStore
 from app.settings import Settings
@@ -50,6 +51,33 @@ def test_expected_errors_show_their_sentence(ctx):
 
     card = ctx.guard(handler)()["status"]
     assert "g is 0: use 1 or more." in card and "E-PARAM-G" in card
+
+
+def test_after_a_stop_the_line_says_which_model_is_there(ctx, bench, ranges):
+    def handler(values):
+        raise Cancelled
+
+    session = ctx.sessions.open()
+    ctx.key = "key"
+    assert ctx.guard(handler)({"key": session.key})["status"].count("Stopped") == 1
+    session.info, session.ranges = bench.load("fake", progress=lambda *_: None), ranges
+    line = ctx.guard(handler)({"key": session.key})["status"]
+    assert "Stopped" in line and "fake · llama · 6 layers" in line
+
+
+def test_a_folder_written_anew_is_another_model(ctx, tmp_path):
+    calibration, folder = Calibration("sotu", 1024), tmp_path / "made"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    ctx.share_ranges(str(folder), None, calibration, ("info", "ranges"))
+    session = ctx.sessions.open()
+    session.base_run(str(folder), state_of(str(folder))).evaluation = "measured"
+    assert ctx.known_ranges(str(folder), None, calibration) == ("info", "ranges")
+    assert session.base_run(str(folder), state_of(str(folder))).evaluation == "measured"
+    os.utime(folder / "config.json", (2e9, 2e9))
+    assert ctx.known_ranges(str(folder), None, calibration) is None
+    assert session.base_run(str(folder), state_of(str(folder))).evaluation is None
+    assert [state_of(name) for name in ("owner/name", "x" * 5000, "a\0b")] == [None] * 3
 
 
 def test_no_update_is_said_so(ctx):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.tabs import quantize, sidebar
-from core.config import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Clusters, QuantRecipe
+from core.config import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
 from core.errors import QuantscopeError
 
 
@@ -22,6 +22,11 @@ def form():
     return side, tab, {field: field.value for field in fields}
 
 
+def plain(updates):
+    """What the fields then hold."""
+    return {field: u.get("value") if isinstance(u, dict) else u for field, u in updates.items()}
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -31,18 +36,19 @@ def form():
         ),
         QuantRecipe("fake", scheme="W4A8", segments="aligned"),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
+        QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
+        QuantRecipe("fake", method="bitnet", calibration=Calibration("sotu", 1024, 256), seed=5),
         *(QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions(mode, 0.25, 3, 8, 4)) for mode in BITNET_MODES),
     ],
 )
 def test_a_recipe_survives_the_form(form, recipe):
     side, tab, values = form
-    filled = values | side.fill(recipe) | tab.fill(recipe)
-    assert tab.recipe(side, filled) == recipe
+    assert tab.recipe(side, values | plain(side.fill(recipe) | tab.fill(recipe))) == recipe
 
 
 def test_hidden_controls_do_not_change_a_ternary_recipe(form):
     side, tab, values = form
-    filled = values | side.fill(QuantRecipe("fake", method="bitnet"))
+    filled = values | plain(side.fill(QuantRecipe("fake", method="bitnet")))
     moved = filled | {side.scheme: "custom", tab.variant: "official", tab.clusters["R1"]: 7, tab.bits["k"]: 2}
     assert tab.recipe(side, moved).hash == tab.recipe(side, filled).hash
     assert QuantRecipe.from_query(tab.recipe(side, filled).to_query(), default=QuantRecipe("x")).bitnet == BitNetOptions()
@@ -60,7 +66,10 @@ def test_only_the_controls_of_the_method_are_shown(form):
     for method in ("rptq", "rtn", "bitnet"):
         shown = side.show(method) | tab.show(method)
         visible = {part for part, update in shown.items() if update["visible"]}
-        assert visible == ({side.ternary, tab.ternary} if method == "bitnet" else {side.grid, tab.grid, tab.folds})
+        grid = {side.grid, tab.grid, tab.folds, tab.tokens}
+        assert visible == {"bitnet": {side.ternary, tab.ternary}, "rtn": grid}.get(
+            method, grid | {side.clusters, tab.cluster_fold}
+        )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -57,6 +57,13 @@ def test_missing_comparisons_are_dashes(bench):
     assert row[2] == row[3] == row[5] == "–"
 
 
+def test_a_single_window_has_no_standard_error(bench):
+    from dataclasses import replace
+
+    report = replace(bench.evaluate("fake", progress=quiet), perplexity_stderr=0.0)
+    assert tables.number_rows([("base", report, None)])[0][1] == "17.60 ± –"
+
+
 def test_fallbacks_stages_and_backends(run):
     assert [row[0] for row in tables.fallback_rows(run.quantize)] == ["2"]
     assert tables.stage_rows(run.quantize)[0] == ["calibration", "1.20 s"]
@@ -93,6 +100,7 @@ def test_foreign_text_is_escaped_everywhere(ranges, bench, run):
     info = bench.load("fake", progress=quiet)
     pieces = [
         cards.error_card(ModelError(EVIL)),
+        cards.stopped(replace(info, name=EVIL), replace(ranges, text_name=EVIL)),
         cards.progress(job(stage=EVIL), EVIL),
         cards.idle(replace(info, name=EVIL, architecture=EVIL), replace(ranges, text_name=EVIL)),
         cards.table([EVIL], [[EVIL], [Estimate(EVIL)]], caption=EVIL),

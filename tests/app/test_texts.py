@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 from app import texts
 from app.settings import REAL_WORKBENCH, Settings, machine_memory
 from app.tabs.sidebar import scheme_choices
-from core.config import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits
+from core.config import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
+from core.errors import InputError
 from core.evaluation.report import Sparsity
 from core.quant.bitnet import INPUT_KINDS
 
@@ -27,10 +30,11 @@ def test_every_choice_has_words():
     assert set(texts.CLUSTER_LABELS) == set(REORDERS)
 
 
-def test_schemes_say_what_stays_wider():
+def test_schemes_fit_their_field_and_say_below_it_what_stays_wider():
     labels = {name: label for label, name in scheme_choices()}
-    assert set(labels) == {*SCHEMES, "custom"}
-    assert "norm outputs 8" in labels["W4A4"] and "16" in labels["W4A16"]
+    assert set(labels) == {*SCHEMES, "custom"} and max(map(len, labels.values())) <= 20
+    wider = [name for name in SCHEMES if "norm outputs" in QuantRecipe("model", scheme=name).describe_bits()]
+    assert wider == ["W4A4"] and "W4A4 keeps norm outputs and softmax at 8 bits" in texts.SCHEME_INFO
 
 
 def test_every_text_is_used():
@@ -49,7 +53,14 @@ def test_settings_come_from_the_environment():
     assert Settings.read({}).workbench == REAL_WORKBENCH
 
 
-def test_unreadable_settings_fall_back():
-    chosen = Settings.read({"QUANTSCOPE_WORKER_GB": "0", "QUANTSCOPE_JOB_MINUTES": "soon", "QUANTSCOPE_SESSION_MINUTES": "-3"})
+def test_settings_left_out_have_defaults():
+    chosen = Settings.read({"QUANTSCOPE_WORKER_GB": "0", "QUANTSCOPE_JOB_MINUTES": ""})
     assert (chosen.memory_bytes, chosen.job_seconds, chosen.session_seconds) == (None, 3600.0, 1800.0)
     assert machine_memory() > 0
+
+
+@pytest.mark.parametrize("name", ["QUANTSCOPE_WORKER_GB", "QUANTSCOPE_JOB_MINUTES", "QUANTSCOPE_SESSION_MINUTES"])
+@pytest.mark.parametrize("value", ["4GB", "-3", "nan", "inf"])
+def test_a_setting_that_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=name):
+        Settings.read({name: value})

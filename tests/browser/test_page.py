@@ -66,7 +66,7 @@ def test_opens_on_a_drawn_chart_with_its_widest_channel(visit):
     page.wait_for_selector("#tokens mark")
     assert "135 M parameters" in page.locator("#status").inner_text()
     assert "× the median channel" in page.locator("#facts").inner_text()
-    assert page.locator("#outliers tr[data-index]").count() == 12
+    assert page.locator("#outliers tr[data-index]").count() == 8
     assert page.locator("#tokens mark b").count() == 0  # a token that looks like markup stays text
 
 
@@ -238,15 +238,34 @@ def test_stop_ends_the_reading_of_a_ternary_model(visit):
 
 
 def test_a_link_restores_model_and_recipe(visit, address):
-    page = visit("?model=fake-wide&method=rtn&scheme=W4A8&clusters=16&weights=rtn")
+    page = visit("?model=fake-wide&method=rtn&scheme=W4A8&clusters=16&weights=rtn&seed=5&window=256")
     assert page.locator("#model input").input_value() == "fake-wide"
     assert page.locator("#scheme input").input_value().startswith("W4A8")
-    assert "fake-wide" in status(page, ["fake-wide", "llama"][0])
+    assert "fake-wide" in status(page, "fake-wide") and not page.locator("#side-g").is_visible()
+    page.wait_for_selector("#tokens mark")
+    page.wait_for_function("() => document.querySelector('#layer').innerText.trim().endsWith('5')")
+    assert page.locator("#facts h4").inner_text().endswith(f"channel {page.locator('#channel input').input_value()}")
     page.get_by_text("Share and save").click()
     page.locator("#copy-link").click()
     page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.startsWith('http')")
     link = page.locator("#link textarea, #link input").first.input_value()
     assert link.startswith(address + "?model=fake-wide") and "scheme=W4A8" in link and "R1%3D16" in link
+    assert "seed=5" in link and "window=256" in link
+
+
+def test_on_a_phone_the_side_leaves_when_its_run_starts_and_stop_stays_on_the_tab(visit):
+    page = visit("?model=fake-slow", width=390, height=844)
+    page.wait_for_selector("#tokens mark")
+    page.locator("#side .toggle-button").click()
+    page.locator("#side-quantize").click()
+    status(page, "GPTQ")
+    page.wait_for_selector("#side:not(.open)", state="attached")
+    page.wait_for_selector("#summary", state="visible")
+    open_tab(page, "Compare")
+    page.locator("#stop").click()
+    status(page, "Stopped")
+    page.wait_for_timeout(500)
+    assert page.locator("#write").is_visible()
 
 
 def test_stop_ends_a_running_job_and_the_page_lives_on(visit):
