@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.calibration.data import TextSource, calibration_tokens
-from core.calibration.observe import Progress, observe_layers, silent
+from core.calibration.observe import observe_layers
 from core.calibration.ranges import channel_ema
 from core.calibration.report import RangesReport, SiteRanges
 from core.config import Calibration, QuantRecipe
@@ -22,6 +22,7 @@ from core.methods import METHODS
 from core.methods.sequential import quantize_layers
 from core.models.load import LoadedModel
 from core.models.quantized import already_quantized, modules_of
+from core.progress import Progress, silent
 
 
 def observe(

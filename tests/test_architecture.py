@@ -20,7 +20,7 @@ BANNED = {
     "app": {"kernels", "torch", "numpy", "triton", "sklearn", "transformers"},
 }
 STAGES = (
-    {"errors", "registry", "checks", "folders", "storage", "provenance"},
+    {"errors", "registry", "checks", "folders", "storage", "progress", "provenance"},
     {"config"},
     {"quant"},
     {"models"},

@@ -7,12 +7,13 @@ import re
 import torch
 from torch import Tensor
 
-from core.calibration.observe import Progress, embed, silent
+from core.calibration.observe import embed
 from core.calibration.report import ChannelDetail, TokenExtreme
 from core.config import SITES
 from core.errors import InputError
 from core.models.block import DecoderBlock
 from core.models.load import LoadedModel
+from core.progress import Progress, silent
 
 EXTREMES = 5
 CONTEXT = 12

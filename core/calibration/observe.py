@@ -6,7 +6,7 @@ No hook and no state outlives a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,15 +19,11 @@ from core.errors import NumericError
 from core.models.adapter import ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, block_inputs
+from core.progress import Progress, silent
 
-Progress = Callable[[str, float | None], None]
 BATCH_TOKENS = 2048
 SAMPLED_ROWS = 512
 LINEAR_SITES = ("attn_in", "o_in", "mlp_in", "down_in")
-
-
-def silent(stage: str, fraction: float | None = None) -> None:
-    """A progress callback that shows nothing."""
 
 
 @dataclass

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.calibration.observe import Progress, silent
 from core.errors import NumericError
 from core.models.shell import final_hidden
+from core.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from core.calibration.observe import Progress, embed, silent
+from core.calibration.observe import embed
 from core.config import SITES
 from core.errors import InputError, ModelError
 from core.evaluation.report import InputHistogram, Sparsity, SparsityReport, TernaryShares, WeightHistogram
@@ -22,6 +22,7 @@ from core.methods.build import INPUT_SITE
 from core.models.block import DecoderBlock
 from core.models.load import LoadedModel
 from core.models.shell import quantized_blocks
+from core.progress import Progress, silent
 from core.quant.ternary_linear import TernaryLinear
 
 BINS = 101

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.calibration.observe import Progress, Recorder, embed, silent
+from core.calibration.observe import Recorder, embed
 from core.config import FLOAT_BITS, QuantRecipe
 from core.errors import NumericError
 from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
@@ -27,6 +27,7 @@ from core.methods.rptq.activations import decibels
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, with_layers
+from core.progress import Progress, silent
 
 
 @dataclass(frozen=True)

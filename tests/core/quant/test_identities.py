@@ -1,4 +1,4 @@
-"""The identities behind integer products and reordering as pure tensor arithmetic in float64 and int64: what may be folded, and what may not."""
+"""What integer products and reordering rest on, as arithmetic in float64 and int64: what may be folded, and what may not."""
 
 from __future__ import annotations
 
