@@ -54,7 +54,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of a device."""
-    return triton_obstacle(device) is None
+    return device.type == "cuda" and triton_obstacle(device) is None
 
 
 @functools.cache
