@@ -23,7 +23,7 @@ from core.models.shell import block_inputs
 from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, QParams, choose_qparams, code_limits, round_scale
 from core.quant.granularity import expand, segment_max, segment_min
-from kernels import fake_quantize
+from kernels import Backend, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, Quantised, float_blocks, quantised, relative, spec_of, tiny, tokens
 
@@ -44,6 +44,8 @@ def site_order(plan: LayerPlan, site: str, spec: BlockSpec) -> Tensor:
 
 class Labelled(nn.Module):
     """x̂ Ŵᵀ + b in float64."""
+
+    requested = Backend.REFERENCE
 
     def __init__(self, weight: Tensor, bias: Tensor | None, quantizer: ActivationQuantizer | None) -> None:
         super().__init__()
