@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels._triton import INTERPRET, matrix_operand, next_power, on_its_device, tl, triton, use_triton
 from kernels.backend import Backend
 from kernels.configs import multiprocessors
+from kernels.kv_folded import folded_attention
 from kernels.pack_kernels import launch_pack, unpacked
 from kernels.packing import pack, packed_width, unpack
 from kernels.quantize import quantize, quantize_rows
@@ -292,7 +293,7 @@ def decode_attention(
         q: [B, H, E] floating, H a multiple of Hkv; head h reads key head h // (H / Hkv).
         keys, values: stored states of the same kind and the same first tokens.
         slots: filled slots of `packed`, or a [1] int32 tensor with them (for captured graphs; Triton only).
-        backend: AUTO takes Triton for CUDA tensors.
+        backend: AUTO takes Triton for CUDA tensors, else `folded_attention`; REFERENCE dequantises everything.
     Returns: [B, H, E] in q's type.
     Raises: ValueError if the arguments do not fit each other, or TRITON is asked for where it cannot run.
     """
@@ -303,4 +304,5 @@ def decode_attention(
         raise ValueError("keys and values are stored in different ways")
     if use_triton(backend, q, obstacle=obstacle(keys, values)):
         return launch(q, keys, values, slots, scaling)
-    return reference(q, keys, values, int(slots), scaling).to(q.dtype)
+    attend = reference if backend is Backend.REFERENCE else folded_attention
+    return attend(q, keys, values, int(slots), scaling).to(q.dtype)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from app import cli, main, texts
-from app.cli_verbs import recipe_of
+from app.cli_recipe import recipe_of
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

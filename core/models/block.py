@@ -313,11 +313,15 @@ class DecoderBlock(nn.Module):
             if self.rules is not None:
                 past = 0 if cache is None else cache.get_seq_length(self.layer_index)
                 k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
-        elif packed.pinned or mask is None and packed.attends(q, self.softmax_bits) and self._runs_kernels(q.device):
+        elif packed.pinned or mask is None and self._attends_packed(packed, q):
             return packed.attend(q, k, v, self.softmax_bits)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
+
+    def _attends_packed(self, packed: QuantizedKVLayer, q: Tensor) -> bool:
+        """Whether the cache stays packed: where it can, unless the reference was asked for by name."""
+        return self.qkv.requested is not Backend.REFERENCE and packed.attends(q, self.softmax_bits)
 
     def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""

@@ -2,7 +2,7 @@
 
 Keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
 R3); the first `sink_tokens` positions stay in float. Slots grow by doubling, so appending a token copies nothing else.
-Reading dequantises what the attention needs; on CUDA a single new token attends to the codes as they are. With left-padded
+Reading dequantises what the attention needs; a single new token attends to the codes as they are. With left-padded
 batches the float slots are the first slots, padding included; single sequences and right padding are exact.
 """
 
