@@ -49,7 +49,7 @@ THEMES: dict[str, dict[str, Any]] = {
         "run5": "#b34700",
         "alert": "#d55e00",
         "points": "#35506e",
-        "heat": [[0, "#f4f6f9"], [0.35, "#a9c6de"], [0.7, "#2f77ad"], [1, "#08306b"]],
+        "heat": [[0, "#dde6ef"], [0.35, "#a9c6de"], [0.7, "#2f77ad"], [1, "#08306b"]],
         "ordered": [[i / 9, c] for i, c in enumerate(_CIVIDIS)],
     },
     "dark": {
@@ -66,7 +66,7 @@ THEMES: dict[str, dict[str, Any]] = {
         "run5": "#f0803c",
         "alert": "#ff8a4c",
         "points": "#9cc4ea",
-        "heat": [[0, "#161b22"], [0.35, "#1f4e79"], [0.7, "#4aa8e0"], [1, "#e3f3ff"]],
+        "heat": [[0, "#26323f"], [0.35, "#1f4e79"], [0.7, "#4aa8e0"], [1, "#e3f3ff"]],
         "ordered": [[0, "#3b5c9e"], *[[i / 9, c] for i, c in enumerate(_CIVIDIS) if i > 1]],
     },
 }
@@ -158,7 +158,7 @@ class Scale:
         return axis
 
     def ticks(self, low: float, high: float) -> list[float]:
-        """Zero and decades on both sides, at most about nine of them."""
+        """Zero and decades on both sides, at most about nine of them; where fewer than three fit, 2 and 5 times them too."""
         decades = []
         top = max(abs(low), abs(high))
         while self.threshold and self.threshold * 10 ** len(decades) <= top * 1.0001:
@@ -169,7 +169,30 @@ class Scale:
         if len(signed) > 9:
             decades = decades[len(decades) % 2 - 1 :: 2]
             signed = [-d for d in decades if -d >= low] + [d for d in decades if d <= high]
-        return sorted({*signed, 0.0} if low <= 0 <= high else signed)
+        found = sorted({*signed, 0.0} if low <= 0 <= high else signed)
+        if self.threshold and sum(low <= t <= high for t in found) < 3:
+            steps = [d * m for d in (self.threshold / 10, *decades, self.threshold) for m in (1, 2, 5)]
+            found = sorted({*found, *(t for d in steps for t in (-d, d) if low <= t <= high)})
+        return found
+
+
+def layer_map(
+    rows: dict[str, list[float | None]], *, unit: str, hover: str, caption: str, revision: str, left: int, **trace: Any
+) -> Figure:
+    """A heat map with a named row per quantity and a column per layer; `left` is the margin for the names."""
+    layers = list(range(max(map(len, rows.values()), default=0)))
+    cells = {"type": "heatmap", "z": list(rows.values()), "y": list(rows), "x": layers, "colorscale": "@heat"}
+    bar = {"title": {"text": unit, "side": "right"}, "thickness": 8, "outlinewidth": 0}
+    return {
+        "data": [cells | {"hovertemplate": f"<b>%{{y}}</b>, layer %{{x}}<br>{hover}<extra></extra>", "colorbar": bar} | trace],
+        "layout": layout(
+            uirevision=revision,
+            caption=caption,
+            margin=(left, 10, 34, 42),
+            xaxis={"title": {"text": "layer"}, "showgrid": False, "zeroline": False, "dtick": 5 if len(layers) > 12 else 1},
+            yaxis={"autorange": "reversed", "showgrid": False},
+        ),
+    }
 
 
 def cluster_colour(index: int, count: int) -> str:
@@ -207,7 +230,8 @@ def layout(
         "hovermode": "closest",
         "showlegend": False,
         "annotations": notes,
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}},
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}}
+        | {"traceorder": "normal"},
     } | more
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app import texts
-from app.figure import Figure, layout, number, pack
+from app.figure import Figure, layer_map, layout, number, pack
 from app.plots_runs import BELOW, DASHES
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -16,28 +16,16 @@ MODE_COLOURS = {"fp": "@base", "w1.58a8": "@run1", "a4.8": "@run2", "a4.8-fp4": 
 
 def sparsity_map(report: Any) -> Figure:
     """Share of zero codes by layer and projection."""
-    shares = [[100 * getattr(layer, name) for layer in report.layers] for name in texts.PROJECTION_LABELS]
-    trace = {
-        "type": "heatmap",
-        "z": shares,
-        "y": list(texts.PROJECTION_LABELS.values()),
-        "x": list(range(len(report.layers))),
-        "colorscale": "@heat",
-        "zmin": 0,
-        "zmax": 100,
-        "hovertemplate": "<b>%{y}</b>, layer %{x}<br>%{z:.1f} % zeros<extra></extra>",
-        "colorbar": {"title": {"text": "%", "side": "right"}, "thickness": 8, "outlinewidth": 0},
-    }
-    return {
-        "data": [trace],
-        "layout": layout(
-            uirevision=f"sparsity/{report.key}",
-            caption="zero codes at the input of every projection",
-            margin=(50, 10, 34, 42),
-            xaxis={"title": {"text": "layer"}, "showgrid": False, "dtick": 5 if len(report.layers) > 12 else 1},
-            yaxis={"autorange": "reversed", "showgrid": False},
-        ),
-    }
+    return layer_map(
+        {label: [100 * getattr(layer, name) for layer in report.layers] for name, label in texts.PROJECTION_LABELS.items()},
+        unit="%",
+        hover="%{z:.1f} % zeros",
+        caption="zero codes at the input of every projection",
+        revision=f"sparsity/{report.key}",
+        left=50,
+        zmin=0,
+        zmax=100,
+    )
 
 
 def weight_bars(report: Any) -> Figure:
@@ -72,7 +60,7 @@ def weight_bars(report: Any) -> Figure:
             uirevision=f"weights/{report.key}",
             caption="weights of each projection, mean over layers",
             margin=(42, 12, 34, 62),
-            legend=BELOW | {"traceorder": "normal"},
+            legend=BELOW,
             barmode="stack",
             bargap=0.25,
             showlegend=True,
@@ -221,6 +209,13 @@ def loss_chart(
             shapes=shapes,
             annotations=notes,
             xaxis={"title": {"text": "million training tokens"}, "rangemode": "tozero"},
-            yaxis={"title": {"text": "loss, nats per token"}},
+            yaxis={"title": {"text": "loss, nats per token"}} | _after_the_start([curve for _, curve, _, _ in lines]),
         ),
     }
+
+
+def _after_the_start(curves: Sequence[list[dict[str, Any]]]) -> Figure:
+    """The axis of what follows the first tenth of each training: the steep start would press the curves into one line."""
+    late = [p["loss"] for curve in curves for p in curve if p["tokens"] >= 0.1 * curve[-1]["tokens"]]
+    margin = 0.05 * (max(late, default=0.0) - min(late, default=0.0))
+    return {"range": [min(late) - margin, max(late) + margin]} if margin else {}

@@ -6,12 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from app.figure import Figure, bytes_text, layout
+from app.figure import Figure, bytes_text, layer_map, layout
 
-BELOW = {"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}}
+BELOW = {"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}, "traceorder": "normal"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKS = ("circle", "square", "diamond", "triangle-up", "x")
-PATTERNS = ("", "/", ".", "x", "\\", "-")
+PARTS = {
+    "decoder weights (float)": ("@part0", ""),
+    "packed weights": ("@part3", "x"),
+    "scales and zero points": ("@part4", "\\"),
+    "embeddings and head (float)": ("@part1", "/"),
+    "norms, biases and orders": ("@part2", "."),
+}
+"""Colour and pattern of every part that `core.evaluation.memory` counts: the same in all charts."""
 
 
 def run_colour(index: int) -> str:
@@ -66,7 +73,7 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
             legend=BELOW,
             showlegend=True,
             xaxis={"title": {"text": "layer"}, "dtick": 5 if traces and len(traces[0]["x"]) > 12 else 1},
-            yaxis={"title": {"text": "output SQNR (dB), higher is better"}},
+            yaxis={"title": {"text": "SQNR (dB)"}},
         ),
     }
 
@@ -77,28 +84,20 @@ def site_sqnr(report: Any, kinds: Sequence[tuple[str, str]]) -> Figure:
     Args:
         kinds: (site kind, label) in display order.
     """
-    shown = [(k, label) for k, label in kinds if any(k in entry.sites for entry in report.layers)]
-    z = [[drawable(entry.sites[k].sqnr_db) if k in entry.sites else None for entry in report.layers] for k, _ in shown]
-    trace = {
-        "type": "heatmap",
-        "z": z,
-        "y": [label for _, label in shown],
-        "x": [entry.layer for entry in report.layers],
-        "colorscale": "@heat",
-        "reversescale": True,
-        "hovertemplate": "<b>%{y}</b>, layer %{x}<br>%{z:.1f} dB<extra></extra>",
-        "colorbar": {"title": {"text": "dB", "side": "right"}, "thickness": 8, "outlinewidth": 0},
+    rows = {
+        label: [drawable(entry.sites[k].sqnr_db) if k in entry.sites else None for entry in report.layers]
+        for k, label in kinds
+        if any(k in entry.sites for entry in report.layers)
     }
-    return {
-        "data": [trace],
-        "layout": layout(
-            uirevision="sites",
-            caption="activations of each layer: signal to rounding noise",
-            margin=(110, 10, 34, 40),
-            xaxis={"title": {"text": "layer"}, "showgrid": False},
-            yaxis={"autorange": "reversed", "showgrid": False},
-        ),
-    }
+    return layer_map(
+        rows,
+        unit="dB",
+        hover="%{z:.1f} dB",
+        caption="activations of each layer: signal to rounding noise",
+        revision="sites",
+        left=110,
+        reversescale=True,
+    )
 
 
 def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figure:
@@ -108,12 +107,14 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
         runs: (name, bytes by part, estimated bytes or None), in display order.
     """
     names = [name for name, _, _ in runs]
-    parts = list(dict.fromkeys(part for _, by_part, _ in runs for part in by_part))
+    given = dict.fromkeys(part for _, by_part, _ in runs for part in by_part)
+    parts = sorted(given, key=lambda part: [*PARTS, part].index(part))
     most = max((sum(by_part.values()) for _, by_part, _ in runs), default=1)
     traces: list[Figure] = []
-    for index, part in enumerate(parts):
+    for part in parts:
+        colour, shape = PARTS.get(part, ("@part5", "-"))
         sizes = [by_part.get(part, 0) for _, by_part, _ in runs]
-        pattern = {"shape": PATTERNS[index % len(PATTERNS)], "size": 5, "solidity": 0.2, "fillmode": "overlay"}
+        pattern = {"shape": shape, "size": 5, "solidity": 0.2, "fillmode": "overlay"}
         traces.append(
             {
                 "type": "bar",
@@ -122,13 +123,14 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
                 "y": names,
                 "x": [s / 1e6 for s in sizes],
                 "marker": {
-                    "color": f"@part{index % len(PATTERNS)}",
+                    "color": colour,
                     "line": {"color": "@panel", "width": 1},
                     "pattern": pattern,
                 },
                 "text": [bytes_text(s) if s > 0.07 * most else "" for s in sizes],
                 "textposition": "inside",
-                "insidetextanchor": "middle",
+                "insidetextanchor": "start",
+                "textangle": 0,
                 "customdata": [bytes_text(s) for s in sizes],
                 "hovertemplate": "%{fullData.name}: %{customdata}, measured<extra>%{y}</extra>",
             }
@@ -156,6 +158,7 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
             legend=BELOW,
             barmode="stack",
             bargap=0.35,
+            uniformtext={"minsize": 11, "mode": "hide"},
             showlegend=True,
             xaxis={"title": {"text": "MB"}, "rangemode": "tozero"},
             yaxis={"automargin": True, "autorange": "reversed"},
@@ -218,7 +221,7 @@ def memory_bars(estimates: Sequence[tuple[str, Any]]) -> Figure:
             barmode="stack",
             bargap=0.3,
             showlegend=True,
-            xaxis={"title": {"text": "GB, by formula"}, "range": [0, top * 1.22]},
+            xaxis={"title": {"text": "GB, by formula"}, "range": [0, top * 1.35]},
             yaxis={"automargin": True, "autorange": "reversed"},
         ),
     }

@@ -72,7 +72,7 @@ LAYER = "Layer"
 SITE = "Site"
 LINEAR = "Linear axes"
 SAME_AXES = "One scale for all layers"
-AVERAGED = "Moving average over windows"
+AVERAGED = "Moving average"
 SCATTER_LABEL = "Scatter of channels: minimum against maximum. The channel number below selects the same points by keyboard."
 HEATMAP_LABEL = "Heat map of the largest absolute value by layer and channel"
 HISTOGRAM_LABEL = "Histogram of the chosen channel's values"
@@ -169,7 +169,7 @@ SEGMENTS = {
     "pow2": "Power of two: one, scales rounded up",
 }
 SEGMENTS_INFO = "Fewer are faster and cost perplexity: measure both and compare."
-EXACT = "Every layer gives exactly what it gave before: there is no rounding noise to draw."
+EXACT = "The output of every layer is exactly the original's: there is no curve to draw."
 SQNR_LABEL = "Signal-to-noise of each layer's output"
 SITES_LABEL = "Signal-to-noise by layer and site"
 RUN_EMPTY = "No run yet. Press Quantise: every layer is calibrated, reordered and rounded, then measured beside the original."

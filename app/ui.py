@@ -64,7 +64,7 @@ class Page:
         """Explore for new ranges, the selectors of Reorder, and the base model among the runs."""
         return {
             **self.explore.render(session),
-            **self.explore.forget_channel(),
+            **self.explore.glance(session),
             **self.reorder.controls(session),
             **self.compare.choices(session),
             **self.ctx.rest(session),
@@ -110,7 +110,11 @@ def theme() -> gr.themes.Base:
         button_primary_text_color_hover_dark="#12171d",
         slider_color="*neutral_700",
         slider_color_dark="*neutral_300",
-        block_info_text_size="*text_xs",
+        block_info_text_size="12px",
+        block_info_text_color=THEMES["light"]["muted"],
+        block_info_text_color_dark=THEMES["dark"]["muted"],
+        body_text_color_subdued=THEMES["light"]["muted"],
+        body_text_color_subdued_dark=THEMES["dark"]["muted"],
         block_label_background_fill="transparent",
         block_title_text_weight="600",
     )
@@ -232,8 +236,6 @@ async def observe(
     chosen = session.selection
     chosen.layer, chosen.kind, chosen.channel = widest.layer, widest.kind, widest.channel
     yield await asyncio.to_thread(page.show_ranges, session)
-    async for updates in explore.show_channel(ctx, page.explore, session, widest.channel):
-        yield updates
 
 
 def _wire_side(page: Page) -> Any:
@@ -266,22 +268,31 @@ def _wire_saving(page: Page, saved: gr.JSON) -> None:
     inputs = {ctx.key, *side.source, *side.recipe, *page.quantize.inputs}
     outputs = [saved, ctx.status, ctx.stop]
 
+    def calm(values: dict) -> Updates:
+        """An earlier error's card goes; a running job's line stays."""
+        session = ctx.session(values)
+        return {} if session.jobs else ctx.rest(session)
+
     def recipe_file(values: dict) -> Updates:
         recipe = page.quantize.recipe(side, values)
-        return {saved: {"name": f"recipe-{recipe.hash}.json", "type": "application/json", "text": recipe.to_json()}}
+        return calm(values) | {
+            saved: {"name": f"recipe-{recipe.hash}.json", "type": "application/json", "text": recipe.to_json()}
+        }
 
     def ranges_file(values: dict) -> Updates:
         report = ctx.session(values).ranges
         if report is None:
             raise InputError(texts.NO_RANGES, code="E-PARAM-RANGES")
-        return {saved: {"name": f"ranges-{report.tokens}-tokens.csv", "type": "text/csv", "text": tables.ranges_csv(report)}}
+        text = tables.ranges_csv(report)
+        return calm(values) | {saved: {"name": f"ranges-{report.tokens}-tokens.csv", "type": "text/csv", "text": text}}
 
     def report_file(values: dict) -> Updates:
-        return {saved: {"name": "report.json", "type": "application/json", "text": tables.report_json(ctx.session(values).runs)}}
+        text = tables.report_json(ctx.session(values).runs)
+        return calm(values) | {saved: {"name": "report.json", "type": "application/json", "text": text}}
 
     def link(values: dict) -> Updates:
         query = page.quantize.recipe(side, values).to_query()
-        return {side.link_text: gr.update(value=query, visible=True)}
+        return calm(values) | {side.link_text: gr.update(value=query, visible=True)}
 
     for button, handler in ((side.save_recipe, recipe_file), (side.save_ranges, ranges_file), (side.save_report, report_file)):
         button.click(ctx.guard(handler), inputs, outputs, **LIGHT).then(None, saved, None, js=SAVE_JS, api_visibility="private")

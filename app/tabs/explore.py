@@ -70,7 +70,7 @@ class Explore:
         """Everything but the channel's detail, for the session's selection."""
         report, chosen = session.ranges, session.selection
         if report is None:
-            return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: gr.update(visible=False)}
+            return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: ""}
         outliers = tables.outlier_rows(report.outliers(LISTED))
         return {
             **self.controls(session),
@@ -82,9 +82,7 @@ class Explore:
                 channel=chosen.channel,
                 revision=f"{report.model}/{chosen.kind}",
             ),
-            self.outliers: gr.update(
-                value=cards.table(texts.OUTLIER_HEADERS, outliers, pick=True, caption=texts.OUTLIERS), visible=True
-            ),
+            self.outliers: cards.table(texts.OUTLIER_HEADERS, outliers, pick=True, caption=texts.OUTLIERS),
         }
 
     def controls(self, session: Session) -> Updates:
@@ -189,7 +187,7 @@ def build() -> Explore:
                     facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
                     histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
                     tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
-                outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card", visible=False)
+                outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
         forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
         with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
             gr.Markdown(texts.LEARN_EXPLORE)
@@ -279,8 +277,9 @@ def wire(ctx: Context, view: Explore, renewed: list) -> None:
     view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, **heavy)
     view.outliers.select(ctx.guard(clicked_row), {ctx.key}, **heavy)
     view.channel.submit(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
-    for event in renewed:  # while the page is being built, Gradio may lose what a first stream sets
-        event.then(ctx.guard(selected), {ctx.key}, [*view.selectors, view.channel, ctx.status], **LIGHT)
+    for event in renewed:  # the selectors again: while the page is being built, Gradio loses what a stream sets
+        again = event.then(ctx.guard(selected), {ctx.key}, [*view.selectors, view.channel, ctx.status], **LIGHT)
+        again.then(ctx.guard(released), {ctx.key}, **heavy)
     view.channel.blur(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
 
 

@@ -221,7 +221,7 @@ def build() -> Quantize:
         )
         summary = gr.HTML(cards.hint(texts.RUN_EMPTY), elem_id="summary", apply_default_css=False)
         numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False, visible=False)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_classes="qs-charts"):
             with gr.Column(scale=5, min_width=320):
                 sqnr = Chart(None, label=texts.SQNR_LABEL, height=300, elem_id="sqnr", visible=False)
             with gr.Column(scale=4, min_width=300):

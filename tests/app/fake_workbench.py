@@ -183,11 +183,15 @@ class FakeWorkbench:
             {
                 "packed weights": 53_000_000 * bits // 4,
                 "scales and zero points": 1_700_000,
-                "embeddings and head (float32)": 113_000_000,
-                "norms and biases": 141_000,
+                "embeddings and head (float)": 113_000_000,
+                "norms, biases and orders": 141_000,
             }
             if recipe
-            else {"weights (float32)": 424_000_000, "embeddings and head (float32)": 113_000_000, "norms and biases": 141_000}
+            else {
+                "decoder weights (float)": 424_000_000,
+                "embeddings and head (float)": 113_000_000,
+                "norms, biases and orders": 141_000,
+            }
         )
         return EvalReport(
             key=key,

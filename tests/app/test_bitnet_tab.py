@@ -161,6 +161,7 @@ def test_training_curves_mark_the_switch():
     assert figure["layout"]["shapes"][0]["x0"] == pytest.approx(0.004)
     lines = [(t["line"]["color"], t["line"]["dash"]) for t in figure["data"]]
     assert len(set(lines)) == 4
+    assert figure["layout"]["yaxis"]["range"] == pytest.approx([3.85, 7.15])  # without the steep first tenth
 
 
 def ablation(mode, activation="relu2", finished=True, **inputs):

@@ -93,6 +93,12 @@ def test_ticks_are_few_and_inside_or_near_the_axis(limits):
     assert all(math.isfinite(v) for v in axis["range"])
 
 
+def test_an_axis_within_a_decade_has_ticks():
+    for low, high in ((-17.6, -0.3), (-9.5, -0.9), (0.4, 8.0)):
+        scale = Scale.fit([low, high])
+        assert sum(low <= t <= high for t in scale.ticks(low, high)) >= 3
+
+
 def test_scale_of_constant_and_empty_values_is_linear():
     assert Scale.fit([0.0, 0.0]).threshold is None
     assert Scale.fit([]).threshold is None
@@ -155,6 +161,10 @@ def test_run_charts(bench):
     total = sum(x for t in bars["data"] if t["type"] == "bar" for x in t["x"][1:])
     assert total == pytest.approx(quantized.weight_bytes / 1e6)
     assert bars["data"][-1]["name"] == "formula's estimate"
+    alone = valid(plots_runs.bytes_bars([("run", quantized.weight_parts, None)]))
+    colours = {t["name"]: t["marker"]["color"] for t in bars["data"]}
+    assert all(colours[t["name"]] == t["marker"]["color"] for t in alone["data"]) and len(set(colours.values())) == len(colours)
+    assert set(quantized.weight_parts) | set(base.weight_parts) == set(plots_runs.PARTS)
 
 
 def test_memory_projection():
