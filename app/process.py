@@ -68,7 +68,6 @@ class WorkerProcess:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         self.connection = Connection(ours.detach())
         self.inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.killed = False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -111,7 +110,6 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it and everything it started: politely for `TERM_SECONDS`, then for certain."""
-        self.killed = True
         for sign, seconds in ((signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, EXIT_SECONDS)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, sign)

@@ -145,7 +145,7 @@ def backend_rows(report: Any) -> Rows:
 
 
 def ranges_csv(report: Any) -> str:
-    """Every channel's range as CSV, with the provenance in the first column of a comment row."""
+    """Every channel's range as CSV; each row repeats which model, text and tokens it is from."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(["model", "text", "tokens", "window", "site", "layer", "kind", "channel", "minimum", "maximum"])

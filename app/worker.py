@@ -19,7 +19,7 @@ import uuid
 from multiprocessing.connection import Connection
 from typing import Any
 
-from app import wire
+from app import texts, wire
 from core.errors import Cancelled, QuantscopeError
 
 METHODS = {
@@ -37,7 +37,6 @@ METHODS = {
 STREAMING = {"generate"}
 EVERY_SECONDS = 0.05
 MEMORY_CODE = "E-MEM"
-BUG_SENTENCE = "Something broke on our side; your inputs are kept. Try again or report id {}."
 log = logging.getLogger("quantscope.worker")
 
 
@@ -118,7 +117,7 @@ class Worker:
             os._exit(0)  # what was half allocated is uncertain: the page starts a fresh worker
         name = uuid.uuid4().hex[:6]
         log.error("fault %s in a job\n%s", name, "".join(traceback.format_exception(error)))
-        self._send("failed", job, "E-BUG", BUG_SENTENCE.format(name))
+        self._send("failed", job, "E-BUG", texts.BUG.format(name))
 
     def _send(self, *message: object) -> None:
         with self.sending:
@@ -131,7 +130,6 @@ class _Relay:
     def __init__(self, worker: Worker, job: str, index: int) -> None:
         self.worker, self.job, self.index = worker, job, index
         self.sent_at = 0.0
-        self.last_stage = ""
         self.pending = ""
 
     def check(self) -> None:
@@ -142,7 +140,7 @@ class _Relay:
         self.check()
         now = time.monotonic()
         if now - self.sent_at >= EVERY_SECONDS or fraction == 1.0:
-            self.sent_at, self.last_stage = now, stage
+            self.sent_at = now
             self.worker._send("progress", self.job, self.index, str(stage)[:200], fraction)
 
     def text(self, chunk: str) -> None:

@@ -78,7 +78,7 @@ def quantize(
         bits_description=recipe.describe_bits(),
         seconds=time.perf_counter() - start,
         stages=stages,
-        calibration=f"{tokens.numel():,} tokens of {source.name} in {len(tokens)} windows of {tokens.shape[1]}, "
+        calibration=f"{tokens.numel():,} tokens of {source.name} in {_windows(len(tokens))} of {tokens.shape[1]}, "
         f"seed {recipe.seed}",
         effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
         weight_bytes=sum(measured_parts(model, base.adapter).values()),
@@ -128,7 +128,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"transformers {dtype}",
-        protocol=f"{count} non-overlapping windows of {window} tokens of {source.name}; mean next-token loss over "
+        protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens of {source.name}; mean next-token loss over "
         f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
         f"{dtype} on {device}, one window at a time",
     )
@@ -138,3 +138,7 @@ def require_float(loaded: LoadedModel, verb: str) -> None:
     """Check that a model was not quantised here. Raises: ModelError E-MODEL-QUANTIZED; `verb` says what to do with another."""
     if already_quantized(loaded.model, loaded.adapter):
         raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
+
+
+def _windows(count: int, kind: str = "") -> str:
+    return f"{count} {kind}window{'' if count == 1 else 's'}"
