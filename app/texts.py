@@ -169,7 +169,7 @@ SEGMENTS = {
     "pow2": "Power of two: one, scales rounded up",
 }
 SEGMENTS_INFO = "Fewer are faster and cost perplexity: measure both and compare."
-EXACT = "The output of every layer is exactly the original's: there is no curve to draw."
+EXACT = "The output of every layer is exactly that of the original: there is no curve to draw."
 SQNR_LABEL = "Signal-to-noise of each layer's output"
 SITES_LABEL = "Signal-to-noise by layer and site"
 RUN_EMPTY = "No run yet. Press Quantise: every layer is calibrated, reordered and rounded, then measured beside the original."
