@@ -68,3 +68,13 @@ def test_shared_reports_drop_the_least_used():
     assert shared.get("a") == 1
     shared.put("c", 3)
     assert (shared.get("a"), shared.get("b"), shared.get("c")) == (1, None, 3)
+
+
+def test_a_page_without_ranges_says_whether_they_come():
+    from app import texts
+    from app.tabs.explore import no_ranges
+
+    session = SessionStore(seconds=60, capacity=1).open()
+    assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.NO_RANGES
+    session.jobs["observe"] = "token"
+    assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.STARTING
