@@ -3,8 +3,8 @@
 Every job checks its kernel against float64 first, then times kernel and peers in turn, each as a CUDA graph over copies of its
 inputs that together exceed the L2 cache four times; medians of fifteen rounds. Limits are rates measured in the same run. Without
 a CUDA device the same jobs run once on small shapes (TRITON_INTERPRET=1 runs the kernels themselves) and say that nothing
-was measured. Peers are stock torch's: cuBLAS, its int4 and int8 products, SDPA, eager chains and `torch.compile`; for others a
-line says that they were not timed.
+was measured. Peers are stock torch's: cuBLAS, its int4 and int8 products, SDPA, eager chains and `torch.compile`; and Liger,
+bitsandbytes and GemLite where they are installed (`benchmarks/gpu_peers.py`), else a line says that they were not measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +35,7 @@ class Job:
         ours, peers: called with the number of a copy of the inputs.
         copies: how many there are.
         expected: the exact result for copy 0, or None where `ours` has no single output to compare.
-        untimed: further peers, named but not timed. captured: whether calls can be CUDA graphs.
+        packages: further peers by package, as functions that build the call. captured: whether calls can be CUDA graphs.
         bytes, operations: what the job must move, and compute in `rate` ("int8" or "bfloat16"); the slower one is the limit.
     """
 
@@ -48,7 +48,7 @@ class Job:
     operations: float = 0.0
     rate: str = "int8"
     target: str = ""
-    untimed: tuple[str, ...] = ()
+    packages: dict[str, Callable[[], Callable[[int], object]]] = field(default_factory=dict)
     captured: bool = True
 
 
@@ -131,25 +131,43 @@ def run_job(job: Job, machine: Machine) -> list[Result]:
         note = f"error {error(job.ours(0), job.expected()):.1e}"
     else:
         job.ours(0)
-    untimed = [Result(job.name, None, peer, note="not measured") for peer in job.untimed]
     if not machine.cuda:
         for peer in job.peers.values():
             peer(0)
         note = "; ".join(filter(None, ("not measured yet: no GPU", note)))
-        return [Result(job.name, None, peer, job.target, note=note) for peer in job.peers] + untimed
+        peers = [Result(job.name, None, peer, job.target, note=note) for peer in job.peers]
+        return peers + [Result(job.name, None, peer, note="not measured yet: no GPU") for peer in job.packages]
+    packages, untimed = _packages(job)
+    peers = job.peers | packages
 
     def repeated(function: Callable[[int], object]) -> Callable[[], object]:
         return lambda: [function(i) for i in range(job.copies)]
 
-    ours, *others = (
-        t / job.copies for t in measure([repeated(f) for f in (job.ours, *job.peers.values())], captured=job.captured)
-    )
+    ours, *others = (t / job.copies for t in measure([repeated(f) for f in (job.ours, *peers.values())], captured=job.captured))
     fraction = machine.limit(job) / ours if job.bytes or job.operations else None
     results = [
         Result(job.name, seconds / ours, peer, job.target if i == 0 else "", ours, note=note, limit_fraction=fraction)
-        for i, (peer, seconds) in enumerate(zip(job.peers, others, strict=True))
+        for i, (peer, seconds) in enumerate(zip(peers, others, strict=True))
     ]
     return results + untimed
+
+
+def _packages(job: Job) -> tuple[dict[str, Callable[[int], object]], list[Result]]:
+    """The further peers that run, and a line for each that does not. A package that fails does not end the run."""
+    found, missing = {}, []
+    for name, build in job.packages.items():
+        try:
+            call = build()
+            call(0)
+            if job.captured:
+                _captured(lambda call=call: call(0))
+            torch.cuda.synchronize()
+            found[name] = call
+        except ImportError:
+            missing.append(Result(job.name, None, name, note="not measured: not installed"))
+        except Exception as error:  # noqa: BLE001 - other people's code
+            missing.append(Result(job.name, None, name, note=f"not measured: {type(error).__name__} {str(error)[:80]}"))
+    return found, missing
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels
+from benchmarks import gpu_peers
 from benchmarks.bench_gptq import column_loop
 from benchmarks.gpu import Job, Machine
 from core.quant.affine import Grid
@@ -37,7 +39,8 @@ def norm_quant(m: Machine) -> Iterator[Job]:
         peers["torch.compile"] = lambda i: compiled(xs[i])
     yield Job(
         f"G1 norm + reorder + quantise {rows}×{width} to 8 bits", call(m.backend), peers, n,
-        lambda: call(Backend.REFERENCE)(0), rows * width * 3, target="≥ 75 % of copy", untimed=("liger_kernel",),
+        lambda: call(Backend.REFERENCE)(0), rows * width * 3, target="≥ 75 % of copy",
+        packages={"Liger, then quantise": functools.partial(gpu_peers.liger, xs, norm.weight, order, scale, norm.eps)},
     )  # fmt: skip
 
 
@@ -77,7 +80,11 @@ def weight_only(m: Machine) -> Iterator[Job]:
                 yield Job(
                     f"G2 W4A16 {tokens}×{width}→{rows}, {clusters} cluster{'s' * (clusters > 1)}", ours,
                     {"cuBLAS bfloat16": cublas} | tinygemm(m, x, rows, n), n, exact,
-                    rows * width / 2, target="≥ 2.3×", untimed=("gemlite", "bitsandbytes", "torchao",),
+                    rows * width / 2, target="≥ 2.3×",
+                    packages={
+                        "GemLite, g = 128": functools.partial(gpu_peers.gemlite, m, x, rows, n),
+                        "bitsandbytes NF4": functools.partial(gpu_peers.bitsandbytes, m, x, rows, n),
+                    },
                 )  # fmt: skip
 
 
@@ -115,7 +122,8 @@ def cluster_gemm(m: Machine) -> Iterator[Job]:
             yield Job(
                 f"G3 W4A8 {tokens}×{width}→{rows}, {clusters} cluster{'s' * (clusters > 1)}", ours,
                 {"cuBLAS bfloat16": lambda _, x=x, d=dense: functional.linear(x, d), "torch._int_mm + scale": separate}, 1,
-                exact, operations=2 * tokens * rows * width, target="≥ 1.25×", untimed=("gemlite",),
+                exact, operations=2 * tokens * rows * width, target="≥ 1.25×",
+                packages={"GemLite, 8-bit inputs": functools.partial(gpu_peers.gemlite, m, x, rows, 1, inputs=8)},
             )  # fmt: skip
 
 
@@ -138,7 +146,9 @@ def ternary(m: Machine) -> Iterator[Job]:
             peers = {"cuBLAS bfloat16": lambda i, x=x, d=dense: functional.linear(x, d[i % len(d)])}
             few = tokens <= 16
             yield Job(f"G4 ternary {tokens}×{width}→{rows}", ours, peers, n if few else 1, exact, rows * width / 4 if few else 0,
-                      2 * tokens * rows * width, target="≥ 3.5×" if tokens == 1 else "", untimed=("gemlite",))  # fmt: skip
+                      2 * tokens * rows * width, target="≥ 3.5×" if tokens == 1 else "", packages={
+                          "GemLite ternary, 8-bit inputs": functools.partial(gpu_peers.gemlite_ternary, m, x, rows, n if few else 1)
+                      })  # fmt: skip
 
 
 def sparse(m: Machine) -> Iterator[Job]:
