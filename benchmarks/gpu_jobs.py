@@ -145,10 +145,10 @@ def ternary(m: Machine) -> Iterator[Job]:
 
             peers = {"cuBLAS bfloat16": lambda i, x=x, d=dense: functional.linear(x, d[i % len(d)])}
             few = tokens <= 16
+            gemlite = functools.partial(gpu_peers.gemlite_ternary, m, x, rows, n if few else 1)
             yield Job(f"G4 ternary {tokens}×{width}→{rows}", ours, peers, n if few else 1, exact, rows * width / 4 if few else 0,
-                      2 * tokens * rows * width, target="≥ 3.5×" if tokens == 1 else "", packages={
-                          "GemLite ternary, 8-bit inputs": functools.partial(gpu_peers.gemlite_ternary, m, x, rows, n if few else 1)
-                      })  # fmt: skip
+                      2 * tokens * rows * width, target="≥ 3.5×" if tokens == 1 else "",
+                      packages={"GemLite ternary, 8-bit inputs": gemlite})  # fmt: skip
 
 
 def sparse(m: Machine) -> Iterator[Job]:

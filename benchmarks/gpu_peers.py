@@ -1,5 +1,6 @@
-"""Packages a user would pick instead on a GPU. Each function builds the callable that `benchmarks.gpu` times, where the package is
-installed; weights are random, of the peer's own 4-bit or ternary format at the job's shape, one copy per copy of the job.
+"""Packages a user would pick instead on a GPU: each function builds the callable that `benchmarks.gpu` times where it is installed.
+
+Weights are random, of the peer's own 4-bit or ternary format at the job's shape, one copy per copy of the job.
 """
 
 from __future__ import annotations
