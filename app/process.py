@@ -41,6 +41,7 @@ def worker_environment(settings: Settings, environment: Mapping[str, str] = os.e
         **threads,
         "PYTHONPATH": path,
         "QUANTSCOPE_WORKBENCH": settings.workbench,
+        "QUANTSCOPE_DEVICE": settings.device,
         "QUANTSCOPE_LIMIT_BYTES": str(settings.memory_bytes or 0),
         "QUANTSCOPE_ALLOW_LOCAL": "0" if settings.on_space else "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",

@@ -1,10 +1,11 @@
 """What the server is told from outside: command line and environment, read once.
 
 QUANTSCOPE_MODEL            the model the page opens on; without it an embedded one, else the catalogue's download
+QUANTSCOPE_DEVICE           where models run: cpu (without it) or cuda
 QUANTSCOPE_WORKER_GB        memory limit of the worker process in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
-QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called as factory(allow_local=…)
+QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with allow_local and device
 SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
 """
 
@@ -35,6 +36,7 @@ class Settings:
     """
 
     model: str
+    device: str = "cpu"
     text: str = "sotu"
     first_tokens: int = 1024
     on_space: bool = False
@@ -50,12 +52,13 @@ class Settings:
     def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:
         """Settings of this process; `model` from the command line wins over the environment.
 
-        Raises: InputError naming a variable that is no number.
+        Raises: InputError naming a variable that cannot be used.
         """
         from app.engine import first_model
 
         return cls(
             model=model or environment.get("QUANTSCOPE_MODEL") or first_model(),
+            device=_device(environment),
             on_space=bool(environment.get("SPACE_ID")),
             workbench=environment.get("QUANTSCOPE_WORKBENCH") or REAL_WORKBENCH,
             memory_bytes=_worker_memory(environment),
@@ -63,6 +66,15 @@ class Settings:
             worker_threads=environment.get("OMP_NUM_THREADS"),
             session_seconds=60.0 * _number(environment, "QUANTSCOPE_SESSION_MINUTES", 30.0),
         )
+
+
+def _device(environment: Mapping[str, str]) -> str:
+    device = environment.get("QUANTSCOPE_DEVICE") or "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(
+            f"QUANTSCOPE_DEVICE is {device[:40]!r}: use cpu, cuda, or cuda:1 for the second GPU.", code="E-PARAM-SETTING"
+        )
+    return device
 
 
 def _number(environment: Mapping[str, str], name: str, default: float) -> float:

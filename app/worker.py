@@ -43,10 +43,10 @@ log = logging.getLogger("quantscope.worker")
 class Worker:
     """Reads jobs from the pipe, runs their steps on the workbench, writes progress and results back."""
 
-    def __init__(self, connection: Connection, workbench: str, *, allow_local: bool) -> None:
+    def __init__(self, connection: Connection, workbench: str, *, allow_local: bool, device: str) -> None:
         self.connection = connection
         self.workbench = workbench
-        self.allow_local = allow_local
+        self.options = {"allow_local": allow_local, "device": device}
         self.bench: Any = None
         self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.cancelled: set[str] = set()
@@ -82,7 +82,7 @@ class Worker:
     def _ensure_bench(self) -> Any:
         if self.bench is None:
             module, _, name = self.workbench.partition(":")
-            self.bench = getattr(importlib.import_module(module), name)(allow_local=self.allow_local)
+            self.bench = getattr(importlib.import_module(module), name)(**self.options)
         return self.bench
 
     def _job(self, job: str, steps: list[tuple[str, dict]]) -> None:
@@ -177,6 +177,7 @@ def main() -> None:
         Connection(int(sys.argv[1])),
         os.environ["QUANTSCOPE_WORKBENCH"],
         allow_local=os.environ.get("QUANTSCOPE_ALLOW_LOCAL") == "1",
+        device=os.environ["QUANTSCOPE_DEVICE"],
     )
     worker.run()
 

@@ -45,7 +45,7 @@ TERNARY = "fake-ternary"
 class FakeWorkbench:
     """Answers every call of the workbench with plausible numbers."""
 
-    def __init__(self, *, allow_local: bool = True, max_bytes: int = 0) -> None:
+    def __init__(self, *, allow_local: bool = True, max_bytes: int = 0, device: str = "cpu") -> None:
         self.recipes: dict[str, QuantRecipe] = {}
 
     def load(self, model: str, *, revision: str | None = None, progress: Progress) -> ModelInfo:

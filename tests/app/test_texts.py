@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import texts
+from app.process import worker_environment
 from app.settings import REAL_WORKBENCH, Settings, machine_memory
 from app.tabs.sidebar import scheme_choices
 from core.config import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
@@ -57,6 +58,13 @@ def test_settings_left_out_have_defaults():
     chosen = Settings.read({"QUANTSCOPE_WORKER_GB": "0", "QUANTSCOPE_JOB_MINUTES": ""})
     assert (chosen.memory_bytes, chosen.job_seconds, chosen.session_seconds) == (None, 3600.0, 1800.0)
     assert machine_memory() > 0
+
+
+def test_models_run_where_the_environment_says():
+    assert Settings.read({}).device == "cpu" and Settings.read({"QUANTSCOPE_DEVICE": "cuda:1"}).device == "cuda:1"
+    assert worker_environment(Settings.read({"QUANTSCOPE_DEVICE": "cuda"}), {})["QUANTSCOPE_DEVICE"] == "cuda"
+    with pytest.raises(InputError, match="QUANTSCOPE_DEVICE"):
+        Settings.read({"QUANTSCOPE_DEVICE": "gpu"})
 
 
 @pytest.mark.parametrize("name", ["QUANTSCOPE_WORKER_GB", "QUANTSCOPE_JOB_MINUTES", "QUANTSCOPE_SESSION_MINUTES"])
