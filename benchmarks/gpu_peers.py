@@ -1,4 +1,4 @@
-"""Packages a user would pick instead on a GPU: each function builds the callable that `benchmarks.gpu` times where it is installed.
+"""Packages a user would pick instead on a GPU: each function builds what `benchmarks.gpu` times, where it is installed.
 
 Weights are random, of the peer's own 4-bit or ternary format at the job's shape, one copy per copy of the job.
 """

@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, D hidden, H query heads, Hkv key/value heads, E head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,15 @@ class FloatLinear(nn.Linear):
 
     requested = Backend.AUTO
 
-    def forward(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
+    def forward(self, x: Tensor, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
         """x [..., K] -> [..., N]."""
         return functional.linear(x, self.weight, self.bias)
 
-    def parts(self, x: Tensor, sizes: tuple[int, ...], exempt: Exempt | None = None) -> tuple[Tensor, ...]:
+    def parts(
+        self, x: Tensor, sizes: tuple[int, ...], exempt: Exempt | None = None, *, overwrite: bool = False
+    ) -> Iterator[Tensor]:
         """`forward` with its output channels in tensors [..., n] of these sizes."""
-        return self(x).split(sizes, dim=-1)
+        return iter(self(x).split(sizes, dim=-1))
 
     def dequantized_weight(self) -> Tensor:
         """The weight itself, [N, K]."""
@@ -204,6 +206,7 @@ class DecoderBlock(nn.Module):
             attention_mask = None
         exempt = self._exempt(hidden_states, position_ids, past_key_values, attention_mask is not None)
         fused = exempt is None and observe is None and triton_runs_on(hidden_states.device)
+        own = {"overwrite": observe is None}  # inputs of the linear layers belong to nobody else
         _, n1 = self._norm(self.norm1, hidden_states, self.qkv, fused)
         if observe is not None:
             observe("attn_in", n1)
@@ -213,17 +216,17 @@ class DecoderBlock(nn.Module):
             _, mixed = self._norm(self.attn_sub_norm, mixed, self.o, fused)
         if observe is not None:
             observe("o_in", mixed)
-        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, exempt))
+        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, exempt, **own))
         if observe is not None:
             observe("mlp_in", n2)
-        mlp = self._mlp(n2, exempt)
+        mlp = self._mlp(n2, exempt, **own)
         if self.ffn_sub_norm is not None:
             _, mlp = self._norm(self.ffn_sub_norm, mlp, self.down, fused)
         if observe is not None:
             observe("down_in", mlp)
         skips = self._looks_at_gate(n2, exempt) and self.down.bias is None and self.down.sparse != "never"
         sparse = observe is None and skips and self.down.choice.backend is Backend.TRITON
-        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, exempt)).add_(h)
+        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, exempt, **own)).add_(h)
 
     def _packed(self, cache: Cache | None) -> QuantizedKVLayer | None:
         """This block's part of a cache, if it is packed."""
@@ -264,7 +267,9 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
-        heads = self.qkv(n1, exempt).unflatten(-1, (s.heads + 2 * s.kv_heads, s.head_dim))  # [B, T, H + 2 Hkv, E]
+        heads = self.qkv(n1, exempt, overwrite=observe is None).unflatten(
+            -1, (s.heads + 2 * s.kv_heads, s.head_dim)
+        )  # [B, T, H + 2 Hkv, E]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=2)
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
@@ -281,7 +286,9 @@ class DecoderBlock(nn.Module):
         if observe is not None:
             for site, tensor in (("q", q), ("k", k), ("v", v)):
                 observe(site, tensor.transpose(1, 2).flatten(2))
-        return q if self.q_quantizer is None else self.q_quantizer.fake_heads(q, exempt), k, v
+        if self.q_quantizer is not None:
+            q = self.q_quantizer.fake_heads(q, exempt, overwrite=observe is None)
+        return q, k, v
 
     def _rotate_and_store(self, qk: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[B, T, H + Hkv, E] -> q and k of `_project`: rotation, order R2, scaling and q's grid in one pass each, on CUDA."""
@@ -323,10 +330,10 @@ class DecoderBlock(nn.Module):
         """Whether the cache stays packed: where it can, unless the reference was asked for by name."""
         return self.qkv.requested is not Backend.REFERENCE and packed.attends(q, self.softmax_bits)
 
-    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
+    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
         if not self._looks_at_gate(n2, exempt):
-            return self._activate(n2, exempt)
+            return self._activate(n2, exempt, overwrite=overwrite)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
         if self.up.bias is None and self.up.choice.backend is Backend.TRITON:  # the host does not look
@@ -346,11 +353,11 @@ class DecoderBlock(nn.Module):
         one_large = n2.shape[:-1].numel() == 1 and self.spec.ffn * self.spec.hidden >= GATE_FIRST_WEIGHTS
         return self.gate_first == "always" or one_large
 
-    def _activate(self, n2: Tensor | Codes, exempt: Exempt | None) -> Tensor:
+    def _activate(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool) -> Tensor:
         if not self.spec.gated:
-            return self.activation(self.up(n2, exempt))
-        gate, up = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), exempt)
-        return self.activation(gate).mul_(up)
+            return self.activation(self.up(n2, exempt, overwrite=overwrite))
+        parts = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), exempt, overwrite=overwrite)
+        return self.activation(next(parts)).mul_(next(parts))  # the gate before up is computed
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -70,18 +70,23 @@ class ActivationQuantizer(nn.Module):
         """C, the number of channels."""
         return self.channel_scale.numel()
 
-    def fake(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
-        """x̂ for x [..., T, C]; exempt tokens come back unchanged."""
-        out = fake_quantize(x, self.channel_scale, self.lower, self.upper)
-        return out if exempt is None else _restore(out, x, exempt)
+    def fake(self, x: Tensor, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
+        """x̂ for x [..., T, C]; exempt tokens come back unchanged. With `overwrite` in the place of x."""
+        return self._fake(x, (-1,), exempt, overwrite)
 
-    def fake_heads(self, x: Tensor, exempt: Exempt | None = None) -> Tensor:
-        """x̂ for x [B, H, T, E], C = H * E; exempt tokens come back unchanged."""
-        shape = (x.shape[1], 1, x.shape[3])
-        out = fake_quantize(x, self.channel_scale.view(shape), self.lower.view(shape), self.upper.view(shape))
-        if exempt is None:
-            return out
-        return _restore(out, x, exempt if isinstance(exempt, int) else exempt[:, None])
+    def fake_heads(self, x: Tensor, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
+        """x̂ for x [B, H, T, E], C = H * E; exempt tokens come back unchanged. With `overwrite` in the place of x."""
+        exempt = exempt[:, None] if isinstance(exempt, Tensor) else exempt
+        return self._fake(x, (x.shape[1], 1, x.shape[3]), exempt, overwrite)
+
+    def _fake(self, x: Tensor, shape: tuple[int, ...], exempt: Exempt | None, overwrite: bool) -> Tensor:
+        rows = None if exempt is None else exempt_rows(exempt, x)
+        kept = None if exempt is None else x[rows].clone()
+        grid = (t.view(shape) for t in (self.channel_scale, self.lower, self.upper))
+        out = fake_quantize(x, *grid, overwrite=overwrite)
+        if exempt is not None:
+            out[rows] = kept
+        return out
 
     def head_grid(self, heads: int) -> tuple[Tensor, Tensor]:
         """(scale, zero point) [H, E] float32 of channels that are H heads, for codes 0 … 2**bits - 1."""
@@ -103,10 +108,3 @@ class ActivationQuantizer(nn.Module):
             return None
         factor = (2.0 ** (spare - exponent)).to(torch.int8)  # at most 2**6: bits >= 2
         return self.scale.max() * 2.0**-spare, expand(factor, self.offsets.to(torch.int64))
-
-
-def _restore(out: Tensor, x: Tensor, exempt: Exempt) -> Tensor:
-    """Put the exempt tokens of x [..., T, C] back into `out`."""
-    rows = exempt_rows(exempt, x)
-    out[rows] = x[rows]
-    return out

@@ -48,20 +48,22 @@ def _per_query_head(states: Tensor, heads: int) -> Tensor:
 def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int) -> Tensor:
     batch, heads, tokens, dim = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - tokens
-    q = q.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, T, E]
-    v = v / steps  # carries the 1 / steps of p̂
-    out = q.new_empty(batch, tokens, kv_heads, heads // kv_heads, dim)
+    lead = (batch, kv_heads, heads // kv_heads)
+    q = q.unflatten(1, lead[1:]).flatten(0, 1)  # [B Hkv, G, T, E]
+    k, v = k.flatten(0, 1).transpose(1, 2), (v / steps).flatten(0, 1)  # v carries the 1 / steps of p̂
+    out = q.new_empty(batch, tokens, *lead[1:], dim)
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)
         seen = past + stop if mask is None else k.shape[2]
-        rows = q[:, :, :, start:stop].flatten(2, 3)  # [B, Hkv, G*t, E]
-        scores = torch.matmul(rows, k[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, stop - start))
+        scores = torch.bmm(q[:, :, start:stop].flatten(1, 2), k[:, :, :seen])  # [B Hkv, G t, S]
         if mask is None:
-            scores[..., past + start :].add_(_future(stop - start, scores.dtype, scores.device))
+            later = _future(stop - start, scores.dtype, scores.device)
+            scores.view(-1, stop - start, seen)[:, :, past + start :].add_(later)
         else:
-            scores += _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B, 1, 1, t, S]
+            additive = _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B or 1, 1, 1, t, S]
+            scores.view(*lead, stop - start, seen).add_(additive)
         p = torch.softmax(scores, dim=-1).mul_(steps).round_()
-        part = torch.matmul(p.flatten(2, 3), v[:, :, :seen]).unflatten(2, (-1, stop - start))  # [B, Hkv, G, t, E]
+        part = torch.bmm(p, v[:, :seen]).view(*lead, stop - start, dim)
         out[:, start:stop] = part.permute(0, 3, 1, 2, 4)
     return out.view(batch, tokens, heads * dim)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,27 +205,34 @@ class QuantLinear(nn.Module):
             return self.weight.to(torch.float32)
         return self._quantized_weight().dequantize()
 
-    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:
-        """x [..., K] float32, or its codes where `takes_codes` -> [..., N] float32. Exempt tokens keep a float input."""
-        return self.parts(x, None, exempt)[0]
+    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
+        """x [..., K] float32, or its codes where `takes_codes` -> [..., N] float32. Exempt tokens keep a float input. With
+        `overwrite` x need not survive."""
+        return next(self.parts(x, None, exempt, overwrite=overwrite))
 
-    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, exempt: Exempt | None = None) -> tuple[Tensor, ...]:
-        """`forward` with its output channels in tensors [..., n] of these sizes, contiguous where that costs nothing."""
+    def parts(
+        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, exempt: Exempt | None = None, *, overwrite: bool = False
+    ) -> Iterator[Tensor]:
+        """`forward` with its output channels in tensors [..., n] of these sizes, each computed when it is asked for where that is
+        as cheap."""
         if self.choice.backend is Backend.INT4 and x.numel() <= int4_rows.MAX_ROWS * self.in_features:
             if self._few_rows is None:
                 self._few_rows = self._int4_operands()
             return int_linear_parts(x, self._few_rows, sizes)
         if not self.takes_codes:
-            x = x if self.quantizer is None else self.quantizer.fake(x, exempt)
+            x = x if self.quantizer is None else self.quantizer.fake(x, exempt, overwrite=overwrite)
             return int_linear_parts(x, self._operands, sizes)
-        found = int_linear_parts(self._input_codes(x).reshape(-1, self.in_features), self._operands, sizes)
-        found = tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
-        if exempt is not None:
-            rows = exempt_rows(exempt, x)
-            exact = self._float_product(x[rows])
-            for y, outputs in zip(found, output_parts(sizes), strict=True):
-                y[rows] = exact[..., outputs]
-        return found
+        codes = self._input_codes(x).reshape(-1, self.in_features)
+        found = (y.view(*x.shape[:-1], y.shape[-1]) for y in int_linear_parts(codes, self._operands, sizes))
+        return found if exempt is None else self._with_exempt(found, x, sizes, exempt_rows(exempt, x))
+
+    def _with_exempt(
+        self, found: Iterator[Tensor], x: Tensor, sizes: tuple[int, ...] | None, rows: tuple | Tensor
+    ) -> Iterator[Tensor]:
+        exact = self._float_product(x[rows])
+        for y, outputs in zip(found, output_parts(sizes), strict=True):
+            y[rows] = exact[..., outputs]
+            yield y
 
     def _input_codes(self, x: Tensor) -> Tensor:
         codes = x.codes if isinstance(x, Codes) else self.quantizer.codes(x)

@@ -7,7 +7,7 @@ input is quantised once per call, per token, and all parts share the codes. Inte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -193,8 +193,8 @@ class TernaryLinear(nn.Module):
         y = sparse_down(codes.codes, self.packed, self._transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None) -> Tensor:
-        """x [..., K] float32, or its codes -> [..., N] float32. Exempt tokens keep a float input."""
+    def forward(self, x: Tensor | Codes, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
+        """x [..., K] float32, or its codes -> [..., N] float32. Exempt tokens keep a float input; x is never overwritten."""
         if self.kind == "fp":
             weight, scale = self._operands()
             y = nn.functional.linear(x, weight).mul_(scale)
@@ -205,9 +205,11 @@ class TernaryLinear(nn.Module):
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
         return y
 
-    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...], exempt: Exempt | None = None) -> tuple[Tensor, ...]:
+    def parts(
+        self, x: Tensor | Codes, sizes: tuple[int, ...], exempt: Exempt | None = None, *, overwrite: bool = False
+    ) -> Iterator[Tensor]:
         """`forward` with its output channels in tensors [..., n] of these sizes."""
-        return self.forward(x, exempt).split(sizes, dim=-1)
+        return iter(self.forward(x, exempt).split(sizes, dim=-1))
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """(t [N, K] in the backend's type, α [N] float32)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,11 +52,13 @@ class Labelled(nn.Module):
         super().__init__()
         self.weight, self.bias, self.quantizer = weight.double(), None if bias is None else bias.double(), quantizer
 
-    def forward(self, x: Tensor, exempt: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, exempt: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         return nn.functional.linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self.weight, self.bias)
 
-    def parts(self, x: Tensor, sizes: tuple[int, ...], exempt: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self(x, exempt).split(sizes, dim=-1)
+    def parts(
+        self, x: Tensor, sizes: tuple[int, ...], exempt: Tensor | None = None, *, overwrite: bool = False
+    ) -> Iterator[Tensor]:
+        return iter(self(x, exempt).split(sizes, dim=-1))
 
 
 def by_label(plan: LayerPlan, site: str, spec: BlockSpec) -> ActivationQuantizer | None:
@@ -131,8 +134,8 @@ def recorded(block: DecoderBlock, hidden: Tensor, kwargs: dict) -> dict[str, Ten
     for site, q in hooks.items():
         if q is None:
             continue
-        q.fake = lambda x, exempt=None, s=site, f=q.fake: seen.setdefault(s, f(x, exempt))
-        q.fake_heads = lambda x, exempt=None, s=site, f=q.fake_heads: seen.setdefault(s, f(x, exempt))
+        q.fake = lambda x, exempt=None, s=site, f=q.fake, **_: seen.setdefault(s, f(x, exempt))
+        q.fake_heads = lambda x, exempt=None, s=site, f=q.fake_heads, **_: seen.setdefault(s, f(x, exempt))
     seen["out"] = block(hidden, **kwargs)
     return {s: x.transpose(1, 2).flatten(2) if x.dim() == 4 else x for s, x in seen.items()}
 

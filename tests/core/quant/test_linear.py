@@ -351,3 +351,21 @@ def test_one_scale_per_row_stays_exact_in_4_bit_products():
     x = torch.zeros(4, 32)
     x[torch.arange(4), torch.arange(4) * 5] = torch.tensor([1.0, -2.0, 0.5, 4.0])
     assert error(layer(x), exact(layer, x)) < 1e-7
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.INT8])
+@pytest.mark.parametrize("exempt", [None, 2])
+def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritten(backend, exempt):
+    g = torch.Generator().manual_seed(3)
+    offsets, bound = torch.tensor([0, 40, 64]), torch.tensor([2.0, 4.0])
+    quantizer = ActivationQuantizer(8, choose_qparams(-bound, bound, bits=8, grid=Grid.EXACT), offsets)
+    weight = round_to_nearest(torch.randn(30, 64, generator=g), offsets, bits=4, grid=Grid.EXACT).weight
+    layer = QuantLinear.from_weight(weight, torch.randn(30, generator=g), quantizer)
+    layer.set_backend(backend)
+    x = torch.randn(2, 5, 64, generator=g) * 3
+    kept, whole = x.clone(), layer(x, exempt)
+    parts = list(layer.parts(x, (7, 23), exempt))
+    assert [p.shape[-1] for p in parts] == [7, 23] and all(p.is_contiguous() for p in parts)
+    assert torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-5, atol=1e-5) and torch.equal(x, kept)
+    assert torch.equal(layer(x, exempt, overwrite=True), whole)
+    assert backend is Backend.INT8 or not torch.equal(x, kept)
