@@ -330,7 +330,7 @@ class DecoderBlock(nn.Module):
         """Whether the cache stays packed: where it can, unless the reference was asked for by name."""
         return self.qkv.requested is not Backend.REFERENCE and packed.attends(q, self.softmax_bits)
 
-    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool) -> Tensor:
+    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
         if not self._looks_at_gate(n2, exempt):
             return self._activate(n2, exempt, overwrite=overwrite)

@@ -130,11 +130,11 @@ def test_the_log_follows_the_schedule(whole):
     assert json.loads((folder / "run.json").read_text())["config"] == config.to_dict()
 
 
-def test_progress_says_loss_speed_and_time(place, tmp_path):
+def test_progress_says_loss_and_speed(place, tmp_path):
     said = []
     train(tiny(place), tmp_path / "run", progress=lambda text, fraction: said.append((text, fraction)))
     text, fraction = said[-1]
-    assert text.startswith("Training step 12 of 12: loss ") and "tokens/s" in text and "min left" in text and fraction == 1
+    assert text.startswith("Training step 12 of 12: loss ") and "tokens/s" in text and fraction == 1
 
 
 def test_a_kill_at_any_moment_changes_nothing(place, whole, tmp_path):
