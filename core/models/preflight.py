@@ -92,6 +92,8 @@ def check_files(folder: Path) -> FolderReport:
     if (folder / "adapter_config.json").exists():
         raise ModelError("This folder holds a LoRA adapter, not a whole model: merge it into its base model first.",
                          code="E-MODEL-BAD")
+    if (folder / "run.json").exists() and not (folder / "config.json").exists():
+        raise _bad("The folder is a training run, not a model. Export it with the verb train and --export.")
     config = read_json(folder, "config.json")
     check_config(config)
     _check_side_files(folder)

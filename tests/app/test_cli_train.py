@@ -9,6 +9,7 @@ import pytest
 
 from app import cli
 from core.storage import file_lock
+from tests.app.cli_tools import refused
 
 WORDS = ["river", "ran", "past", "seven", "quiet", "houses", "while", "children", "counted", "boats", "in", "rain"]
 CONFIG = {
@@ -125,3 +126,7 @@ def test_an_exported_bitnet_is_a_model(call, place):
 def test_refusals_are_one_line(call, argv, code, word):
     status, out, err = call("train", *argv)
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"error {code}") and word in err, err
+
+
+def test_a_run_is_no_model_and_says_what_to_do(call):
+    refused(call("generate", "--model", "run", "--prompt", "x"), "E-MODEL-BAD", "training run", "--export")
