@@ -82,6 +82,7 @@ def test_a_click_on_a_point_reaches_python(visit):
 
 def test_the_keyboard_reaches_every_channel(visit):
     page = visit()
+    page.wait_for_selector("#facts h4")  # the opening fills the field first
     page.locator("#channel input").fill("7")
     page.locator("#channel input").press("Enter")
     page.wait_for_function("() => document.querySelector('#facts h4')?.innerText.endsWith('channel 7')")
