@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app import cards, texts
-from app.jobs import PUBLIC, JobRunner, JobView, Step
 from app.session import Session, SessionStore, SharedReports, is_public
 from app.settings import Settings
-from core.config import Calibration
+from app.view import cards, texts
+from app.worker.jobs import PUBLIC, JobRunner, JobView, Step
 from core.errors import Cancelled, QuantscopeError
+from core.recipe import Calibration
 
 Updates = dict[Any, Any]
 POLL_SECONDS = 0.15

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core import catalogue, embedded_cards
-from core.config import SCHEMES, Bits, Clusters
+from core.recipe import SCHEMES, Bits, Clusters
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
 """Loss curves that `benchmarks/ablations.py` collects."""

@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.config import Calibration, QuantRecipe
+from core.recipe import Calibration, QuantRecipe
 
 PASTED = "text:"
 """Prefix of a calibration text typed by a visitor."""
@@ -119,12 +119,12 @@ class Session:
     def title(self, run: Run) -> str:
         """A run's name in tables: its model where the session has several, and what a BitNet model's rules are worth."""
         if run.is_base:
-            return " · ".join(filter(None, (run.label, self.claim(run))))
+            return " · ".join(filter(None, (run.label, self.fidelity(run))))
         return f"{run.model} · {run.label}" if len({r.model for r in self.runs}) > 1 else run.label
 
-    def claim(self, run: Run) -> str | None:
-        """The claim of a base model that is a BitNet model itself."""
-        return getattr(self.models.get(run.key), "claim", None) if run.is_base else None
+    def fidelity(self, run: Run) -> str | None:
+        """The fidelity of a base model that is a BitNet model itself."""
+        return getattr(self.models.get(run.key), "fidelity", None) if run.is_base else None
 
     @property
     def opening(self) -> bool:
@@ -134,7 +134,7 @@ class Session:
     @property
     def ternary_runs(self) -> list[Run]:
         """Runs with ternary weights, the newest first."""
-        return [r for r in reversed(self.runs) if self.claim(r) or (r.recipe is not None and r.recipe.method == "bitnet")]
+        return [r for r in reversed(self.runs) if self.fidelity(r) or (r.recipe is not None and r.recipe.method == "bitnet")]
 
 
 class SessionStore:

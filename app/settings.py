@@ -19,7 +19,7 @@ from pathlib import Path
 from core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_WORKBENCH = "core.pipeline:Workbench"
+REAL_WORKBENCH = "core.workbench:Workbench"
 GIB = 1024**3
 
 

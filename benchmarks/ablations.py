@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.methods.bitnet.export import thin
-from core.methods.bitnet.train import LOG, read_log
+from training.export import thin
+from training.loop import LOG, read_log
 
 POINTS = 100
 LAST = 0.05

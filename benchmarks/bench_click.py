@@ -18,7 +18,7 @@ import torch
 from core import Calibration, QuantRecipe
 from core.calibration.data import calibration_windows, resolve_text
 from core.models.shell import final_hidden
-from core.pipeline import Workbench
+from core.workbench import Workbench
 model = sys.argv[1]
 bench = Workbench()
 loaded = bench.model(model)

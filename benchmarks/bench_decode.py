@@ -14,9 +14,9 @@ from benchmarks.common import Result, absent, interleave, limits
 from benchmarks.peers import LlamaCpp, torchao
 from core import Calibration, QuantRecipe
 from core.models.adapter import ModelAdapter
-from core.models.quantized import modules_of
+from core.models.io.quantized import modules_of
 from core.models.shell import new_cache
-from core.pipeline import Workbench
+from core.workbench import Workbench
 
 CONTEXT, NEW = 64, 16
 TARGETS = {"float32": "≥ 1.7× (stretch 2.2×)", "bfloat16": "≥ 2×"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.common import Result, interleave, limits
 from core.quant.affine import Grid
 from core.quant.gptq import quantize_weight, round_to_nearest
-from core.quant.linear import QuantizedWeight
+from core.quant.linear.quant import QuantizedWeight
 
 LAYER = {"q, k, v": ((576, 192, 192), 576), "o": ((576,), 576), "gate, up": ((1536, 1536), 576), "down": ((576,), 1536)}
 """Matrices of a SmolLM2-135M layer by shared input: the published loop takes them one by one, ours fused."""

@@ -12,11 +12,11 @@ from core import Calibration, Clusters, QuantRecipe
 from core.evaluation.perplexity import score
 from core.methods.rptq.cluster import cluster_channels
 from core.models.shell import with_layers
-from core.pipeline import Workbench, evaluation_windows
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, choose_qparams
 from core.quant.gptq import quantize_weight, round_to_nearest
-from core.quant.linear import QuantLinear
+from core.quant.linear.quant import QuantLinear
+from core.quant.static import ActivationQuantizer
+from core.workbench import Workbench, evaluation_windows
 from kernels import Backend
 
 

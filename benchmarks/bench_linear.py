@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 
 from benchmarks.common import Result, interleave
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, choose_qparams
 from core.quant.gptq import round_to_nearest
-from core.quant.linear import QuantLinear
+from core.quant.linear.quant import QuantLinear
+from core.quant.static import ActivationQuantizer
 from kernels import Backend
 
 CASES = [(512, 576, 1536), (512, 1536, 576), (512, 4096, 4096), (1, 4096, 4096)]

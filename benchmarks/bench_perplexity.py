@@ -11,7 +11,7 @@ from benchmarks.common import Result, absent, interleave, limits
 from benchmarks.peers import LlamaCpp, torchao
 from core import Calibration, QuantRecipe
 from core.evaluation.perplexity import score
-from core.pipeline import Workbench, evaluation_windows
+from core.workbench import Workbench, evaluation_windows
 
 
 def run(model: str) -> list[Result]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.common import Result, interleave
 from core import Calibration, QuantRecipe
 from core.evaluation.perplexity import score
-from core.pipeline import Workbench, evaluation_windows
+from core.workbench import Workbench, evaluation_windows
 
 CASES = (("W4A8", "default", ("exact", "aligned")), ("W4A4", "strict", ("exact", "aligned", "pow2")))
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.common import Result, interleave, limits
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.ternary import TernaryLinear
 
 SHAPES = [(512, 2560, 2560), (512, 2560, 6912), (512, 576, 1536), (1, 2560, 6912)]
 

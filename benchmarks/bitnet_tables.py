@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.config import BITNET_MODES, BitNetOptions, Calibration, QuantRecipe
-from core.models.catalog import EMBEDDED
-from core.pipeline import Workbench
+from core.models.io.catalog import EMBEDDED
 from core.provenance import provenance
+from core.recipe import BITNET_MODES, BitNetOptions, Calibration, QuantRecipe
+from core.workbench import Workbench
 
 ATTENTION = {
     "KV 4 bits": {"kv_bits": 4},

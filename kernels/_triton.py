@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, triton_obstacle
+from kernels.backend import Backend, triton_unsupported_reason
 
 try:
     import triton
@@ -60,23 +60,23 @@ def interpreting() -> bool:
 INTERPRET = tl.constexpr(interpreting())
 
 
-def use_triton(backend: Backend, x: Tensor, *, obstacle: str | None = None) -> bool:
+def use_triton(backend: Backend, x: Tensor, *, unsupported_reason: str | None = None) -> bool:
     """Whether an op runs its Triton kernel (True) or its reference.
 
     Args:
-        backend: AUTO takes Triton for CUDA tensors without obstacle; TRITON and REFERENCE are taken at their word.
+        backend: AUTO takes Triton for CUDA tensors without unsupported_reason; TRITON and REFERENCE are taken at their word.
         x: one tensor of the call; its device counts.
-        obstacle: why the kernel cannot take this call, None if it can.
+        unsupported_reason: why the kernel cannot take this call, None if it can.
     Raises: ValueError if TRITON is asked for where it cannot run, saying why.
     """
-    if obstacle is None and not (x.device.type == "cpu" and interpreting()):
-        obstacle = triton_obstacle(x.device)
+    if unsupported_reason is None and not (x.device.type == "cpu" and interpreting()):
+        unsupported_reason = triton_unsupported_reason(x.device)
     if backend is Backend.TRITON:
-        if obstacle is not None:
-            raise ValueError(f"triton cannot run this call ({obstacle}): use reference")
+        if unsupported_reason is not None:
+            raise ValueError(f"triton cannot run this call ({unsupported_reason}): use reference")
         return True
     if backend is Backend.AUTO:
-        return obstacle is None and x.is_cuda
+        return unsupported_reason is None and x.is_cuda
     if backend is Backend.REFERENCE:
         return False
     raise ValueError(f"this op has no {backend} path: use auto, triton or reference")

@@ -38,7 +38,7 @@ LEAST_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs whose instructions the kernels need (bfloat16, int8 products): Ampere."""
 
 
-def triton_obstacle(device: torch.device) -> str | None:
+def triton_unsupported_reason(device: torch.device) -> str | None:
     """Why Triton kernels do not run on tensors of a device, None if they do; loads Triton only if they could."""
     if device.type != "cuda":
         return f"kernels run on cuda, not on {device.type}"
@@ -54,7 +54,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of a device."""
-    return device.type == "cuda" and triton_obstacle(device) is None
+    return device.type == "cuda" and triton_unsupported_reason(device) is None
 
 
 @functools.cache

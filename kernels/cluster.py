@@ -11,7 +11,7 @@ Weights stay packed (layout of `kernels.packing`): byte ^ 0x88 makes both nibble
 times the code, (p << 4) and (p & 0xF0), so that no nibble has to be moved down and sign-extended; 1/16 is part of the scale.
 They are the left operand of the product (see `kernels.weight_only`). With few tokens several programs share the blocks of a tile:
 each applies the scales and zero points of its own, and their sums are added in a fixed order. Clusters at other boundaries, or
-widths that do not split into two halves of whole blocks, are not taken: `obstacle` says so and AUTO runs the reference.
+widths that do not split into two halves of whole blocks, are not taken: `unsupported_reason` says so and AUTO runs the reference.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _block_clusters(offsets: tuple[int, ...], size: int, device: torch.device) -
     return torch.tensor(clusters, dtype=torch.int32, device=device)
 
 
-def obstacle(offsets: tuple[int, ...]) -> str | None:
+def unsupported_reason(offsets: tuple[int, ...]) -> str | None:
     """Why the kernel cannot take clusters, None if it can."""
     if block_size(offsets) is None:
         return f"clusters of {offsets[-1]} columns must begin at multiples of {BLOCKS[-1]}, and so must half the width"
@@ -180,5 +180,5 @@ def cluster_linear(
     width = offsets[-1]
     if codes.shape[1] != width or packed.shape[1] != -(-width // 2) or output_scale.shape != (len(offsets) - 1, len(packed)):
         raise ValueError(f"codes of {codes.shape[1]} columns and weights of {width} columns do not fit each other")
-    run = use_triton(backend, codes, obstacle=obstacle(offsets)) and len(codes)
+    run = use_triton(backend, codes, unsupported_reason=unsupported_reason(offsets)) and len(codes)
     return (launch if run else reference)(codes, packed, output_scale, zero_rows, bias, offsets)

@@ -42,7 +42,7 @@ class Int4Weight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def obstacle(weight_bits: int, offsets: tuple[int, ...], rows: int) -> str | None:
+def unsupported_reason(weight_bits: int, offsets: tuple[int, ...], rows: int) -> str | None:
     """Why a weight of `rows` rows with clusters `offsets` [G + 1] cannot take this path, None if it can."""
     if weight_bits > 4:
         return f"{weight_bits}-bit weights do not fit 4-bit products"

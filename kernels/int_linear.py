@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels import int4_rows
-from kernels.backend import Backend, Choice, triton_obstacle
+from kernels.backend import Backend, Choice, triton_unsupported_reason
 
 TILE = (128, 1024)
 """Rows and output channels that INT8 takes at a time, so that the accumulator is still in cache when the epilogue reads it. One
@@ -138,15 +138,15 @@ def select_linear_backend(
 def _int4_choice(
     requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: torch.device
 ) -> Choice:
-    obstacle = "its input is quantised" if activation_bits <= 8 else int4_rows.obstacle(weight_bits, offsets, rows)
+    reason = "its input is quantised" if activation_bits <= 8 else int4_rows.unsupported_reason(weight_bits, offsets, rows)
     if device.type != "cpu":
-        obstacle = f"it runs on cpu, not on {device}"
+        reason = f"it runs on cpu, not on {device}"
     if requested is Backend.INT4:
-        if obstacle is not None:
-            raise ValueError(f"int4 cannot run this layer ({obstacle}): use reference")
+        if reason is not None:
+            raise ValueError(f"int4 cannot run this layer ({reason}): use reference")
         return Choice(Backend.INT4, "asked for")
-    if obstacle is not None:
-        return Choice(Backend.REFERENCE, f"activations stay in float, so the product does too; no 4-bit products: {obstacle}")
+    if reason is not None:
+        return Choice(Backend.REFERENCE, f"activations stay in float, so the product does too; no 4-bit products: {reason}")
     few = f"up to {int4_rows.MAX_ROWS} rows (decoding) are 4-bit products in bfloat16"
     return Choice(Backend.INT4, f"{few}, more rows float32 products of dequantised weights")
 
@@ -155,21 +155,21 @@ def kernels_take_codes(weight_bits: int, activation_bits: int, offsets: tuple[in
     """Whether TRITON multiplies integer codes of a layer's input (True), or x̂ in floating point."""
     from kernels import cluster
 
-    return weight_bits == 4 and activation_bits <= 8 and cluster.obstacle(offsets) is None
+    return weight_bits == 4 and activation_bits <= 8 and cluster.unsupported_reason(offsets) is None
 
 
 def _triton_choice(
     requested: Backend, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], device: torch.device
 ) -> Choice:
-    obstacle = triton_obstacle(device)
-    if obstacle is None:
+    unsupported_reason = triton_unsupported_reason(device)
+    if unsupported_reason is None:
         from kernels import weight_only
 
-        obstacle = weight_only.obstacle(weight_bits, offsets[-1])
-    if obstacle is not None and requested is Backend.TRITON:
-        raise ValueError(f"triton cannot run this layer ({obstacle}): use reference")
-    if obstacle is not None:
-        return Choice(Backend.REFERENCE, f"no kernel runs this layer: {obstacle}")
+        unsupported_reason = weight_only.unsupported_reason(weight_bits, offsets[-1])
+    if unsupported_reason is not None and requested is Backend.TRITON:
+        raise ValueError(f"triton cannot run this layer ({unsupported_reason}): use reference")
+    if unsupported_reason is not None:
+        return Choice(Backend.REFERENCE, f"no kernel runs this layer: {unsupported_reason}")
     if requested is Backend.TRITON:
         return Choice(Backend.TRITON, "asked for")
     if kernels_take_codes(weight_bits, activation_bits, offsets):

@@ -275,7 +275,7 @@ def _tile(dim: int, dtype: torch.dtype, bits: tuple[int, int]) -> tuple[int, int
     return (64, 4, 3) if set(bits) <= {2, 4} else (32, 4, 3)
 
 
-def obstacle(keys: PackedHeads, values: PackedHeads) -> str | None:
+def unsupported_reason(keys: PackedHeads, values: PackedHeads) -> str | None:
     """Why the kernel cannot take a cache, None if it can."""
     if keys.dim > MAX_DIM:
         return f"heads of {keys.dim} channels: attention over packed keys takes up to {MAX_DIM}"
@@ -302,7 +302,7 @@ def decode_attention(
         raise ValueError(f"queries of {tuple(q.shape)} do not fit keys of {keys.packed.shape[1]} heads of {keys.dim} channels")
     if (keys.row_scale is None) != (values.row_scale is None) or keys.first_tokens != values.first_tokens:
         raise ValueError("keys and values are stored in different ways")
-    if use_triton(backend, q, obstacle=obstacle(keys, values)):
+    if use_triton(backend, q, unsupported_reason=unsupported_reason(keys, values)):
         return launch(q, keys, values, slots, scaling)
     attend = reference if backend is Backend.REFERENCE else folded_attention
     return attend(q, keys, values, int(slots), scaling).to(q.dtype)

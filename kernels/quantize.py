@@ -46,17 +46,17 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - zero_point).mul_(scale)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, *, overwrite: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, *, inplace: bool = False) -> Tensor:
     """dequantize(quantize(x)) without forming codes.
 
     Args:
         x: [..., C] float32.
         scale: broadcastable to x, > 0.
         lower, upper: qmin - zero_point and qmax - zero_point, broadcastable, float32.
-        overwrite: put the result into x, which saves a pass through memory.
-    Returns: a tensor like x, new unless `overwrite`.
+        inplace: put the result into x, which saves a pass through memory.
+    Returns: a tensor like x, new unless `inplace`.
     """
-    return (x.div_(scale) if overwrite else x / scale).round_().clamp_(lower, upper).mul_(scale)
+    return (x.div_(scale) if inplace else x / scale).round_().clamp_(lower, upper).mul_(scale)
 
 
 def _code_dtype(qmin: int, qmax: int) -> torch.dtype:

@@ -86,6 +86,6 @@ def topk_quant(x: Tensor, *, keep: float = 0.5, backend: Backend = Backend.AUTO)
     if not 0 < keep <= 1:
         raise ValueError(f"a share of {keep} cannot be kept: use a number above 0, at most 1")
     count = max(1, int(x.shape[1] * keep))
-    obstacle = None if x.dtype in _ZERO_BITS else f"inputs of {x.dtype} are not taken"
-    run = use_triton(backend, x, obstacle=obstacle) and x.numel()
+    unsupported_reason = None if x.dtype in _ZERO_BITS else f"inputs of {x.dtype} are not taken"
+    run = use_triton(backend, x, unsupported_reason=unsupported_reason) and x.numel()
     return (launch if run else reference)(x, count)

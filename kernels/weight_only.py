@@ -188,7 +188,7 @@ def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.devi
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-def obstacle(bits: int, width: int) -> str | None:
+def unsupported_reason(bits: int, width: int) -> str | None:
     """Why the kernel cannot take packed weights of `width` columns, None if it can."""
     if bits not in PARTS:
         return f"{bits}-bit weights have no kernel"
@@ -225,7 +225,8 @@ def weight_only_linear(
     if x.shape[1] != width or packed.shape[1] != packed_width(width, bits) or scale.shape != (len(packed), len(offsets) - 1):
         raise ValueError(f"an input of {x.shape[1]} columns and weights of {width} columns at {bits} bits do not fit each other")
     taken = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    run = use_triton(backend, x, obstacle=obstacle(bits, width) if taken else f"inputs of {x.dtype} are not taken")
+    reason = unsupported_reason(bits, width) if taken else f"inputs of {x.dtype} are not taken"
+    run = use_triton(backend, x, unsupported_reason=reason)
     if backend is Backend.AUTO and len(x) > MAX_ROWS:
         run = False
     function = launch if run and len(x) else reference

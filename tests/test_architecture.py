@@ -13,22 +13,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("app", "core", "kernels", "benchmarks")
+PACKAGES = ("app", "core", "kernels", "training", "benchmarks")
 BANNED = {
     "kernels": {"core", "app", "transformers", "gradio"},
-    "core": {"app", "gradio", "plotly", "triton"},
+    "core": {"app", "training", "gradio", "plotly", "triton"},
+    "training": {"app", "gradio", "plotly", "triton"},
     "app": {"kernels", "torch", "numpy", "triton", "sklearn", "transformers"},
 }
 STAGES = (
     {"errors", "registry", "checks", "folders", "storage", "progress", "provenance"},
-    {"config"},
+    {"recipe"},
     {"quant"},
     {"models"},
     {"calibration"},
     {"methods"},
+    {"report"},
     {"evaluation"},
     {"stages"},
-    {"pipeline"},
+    {"workbench"},
 )
 """Parts of core from bottom to top: a part imports from its own row and the rows before it."""
 
@@ -104,10 +106,10 @@ def test_kernels_and_tests_are_not_imported_by_the_app():
 
 @pytest.mark.parametrize(("statement", "absent"), [
     ("import core", {"torch", "transformers", "gradio", "numpy"}),
-    ("import core.config, core.errors", {"torch", "transformers", "gradio"}),
+    ("import core.recipe, core.errors", {"torch", "transformers", "gradio"}),
     ("import core.evaluation.memory", {"torch", "transformers"}),
     ("import kernels; assert kernels.__version__ == '0.0.0'", {"transformers", "gradio", "core", "app"}),
-    ("import app.cli", {"torch", "transformers", "gradio", "plotly"}),
+    ("import app.cli.__main__", {"torch", "transformers", "gradio", "plotly"}),
     ("import app.main", {"torch", "transformers", "gradio"}),
 ])
 def test_importing_is_cheap(statement, absent):
@@ -204,7 +206,7 @@ def test_no_code_is_run_that_a_model_brings():
     assert not found
 
 
-PICKLE_OF_OUR_OWN = {"app/wire.py", "app/process.py"}
+PICKLE_OF_OUR_OWN = {"app/worker/wire.py", "app/worker/process.py"}
 """The page talks to the worker it started over a private socket pair; what crosses is checked there."""
 
 
@@ -213,7 +215,7 @@ def test_pickle_stays_at_the_private_pipe():
     assert set(found) <= PICKLE_OF_OUR_OWN
 
 
-LEAVES = {"app/cli.py", "app/__main__.py", "app/main.py", "app/worker.py"}
+LEAVES = {"app/cli/__main__.py", "app/__main__.py", "app/main.py", "app/worker/server.py"}
 """Entry points: the only files that may end their process."""
 
 

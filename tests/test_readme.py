@@ -1,8 +1,7 @@
-"""The README is checked like code: front matter, commands, file tree, and every path it names."""
+"""The README is checked like code: front matter, commands, the map of files, and every path it names."""
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app import cli, main, texts
-from app.cli_recipe import recipe_of
+from app import main
+from app.cli import __main__ as cli
+from app.cli.recipe import recipe_of
+from app.view import texts
+from tests import make_map
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
-PRODUCT = ("app", "core", "kernels", "benchmarks", "docs")
-LISTED = {".py", ".js", ".css", ".md"}
 EMOJI_COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 
 
@@ -30,20 +29,6 @@ def commands(start: str) -> list[list[str]]:
     """Command lines of all code blocks that begin so, as words."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith(start)]
-
-
-def listed() -> list[str]:
-    """Paths of the file tree; folders end in a slash."""
-    paths, folders = [], []
-    for line in BLOCKS["text"].splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        entry, _, what = line.strip().partition(" ")
-        assert what.strip(), f"{entry} has no line that says what it is"
-        folders = folders[:depth]
-        assert len(folders) == depth, f"{entry} is indented below nothing"
-        paths.append("".join(folders) + entry)
-        folders.append(entry)
-    return paths
 
 
 # front matter
@@ -100,32 +85,15 @@ def test_options_that_the_text_names_exist():
 # files
 
 
-def test_every_listed_file_is_there():
-    assert not [path for path in listed() if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
+def test_the_map_is_up_to_date():
+    assert (ROOT / "docs" / "map.md").read_text(encoding="utf-8") == make_map.text(), "run python -m tests.make_map"
 
 
-def test_every_product_file_is_listed():
-    there = []
-    for package in PRODUCT:
-        for path in sorted((ROOT / package).rglob("*")):
-            empty = path.name == "__init__.py"  # says what its folder's line says
-            if path.suffix in LISTED and not empty and "__pycache__" not in path.parts and "embedded" not in path.parts:
-                there.append(path)
-    missing = [path for path in there if path.relative_to(ROOT).as_posix() not in listed()]
-    assert not missing, "\n" + "\n".join(f"{path.relative_to(ROOT)}: {_first_line(path)}" for path in missing)
-
-
-def _first_line(path: Path) -> str:
-    if path.suffix != ".py":
-        return path.read_text(encoding="utf-8").partition("\n")[0]
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/rptq.md", "docs/bitnet.md", "docs/log.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/rptq.md", "docs/bitnet.md", "docs/log.md", "docs/map.md"])
 def test_paths_in_backticks_exist(page):
     """A path is anything in backticks that begins with one of the repository's folders."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:app|core|kernels|benchmarks|docs|tests|\.ci)/[^`\s<>*{}]*)`", text)
+    named = re.findall(r"`((?:app|core|kernels|training|benchmarks|docs|tests|\.ci)/[^`\s<>*{}]*)`", text)
     assert not [path for path in named if not (ROOT / path).exists()]
 
 

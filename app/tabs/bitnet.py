@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from app import cards, engine, plots_bitnet, tables, texts
-from app.chart import Chart
+from app import engine
 from app.context import HEAVY, LIGHT, Context, Updates
-from app.figure import note
-from app.jobs import Step
 from app.session import Run, Session, TernaryReports
-from core.config import require_int
+from app.view import cards, plots_bitnet, tables, texts
+from app.view.chart import Chart
+from app.view.figure import note
+from app.worker.jobs import Step
 from core.errors import InputError
+from core.recipe import require_int
 
 TOKENS = (512, 2048, 8192)
 
@@ -79,7 +80,7 @@ class BitNet:
 
 
 def facts_of(session: Session, run: Run) -> str:
-    """The run's name and claim, the table of zeros and how they were counted."""
+    """The run's name and fidelity, the table of zeros and how they were counted."""
     report = run.ternary.sparsity
     table = cards.table(
         texts.SPARSITY_HEADERS,

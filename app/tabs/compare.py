@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 
 import gradio as gr
 
-from app import cards, engine, plots_runs, tables, texts
-from app.chart import Chart
+from app import engine
 from app.context import HEAVY, LIGHT, Context, Updates
-from app.figure import axis_name, number
-from app.jobs import JobView, Step
 from app.session import Run, Session
 from app.tabs.measured import estimated_bytes, numbers_table
 from app.tabs.quantize import WINDOW
-from core.config import require_choice, require_int
+from app.view import cards, plots_runs, tables, texts
+from app.view.chart import Chart
+from app.view.figure import axis_name, number
+from app.worker.jobs import JobView, Step
 from core.errors import InputError, QuantscopeError
+from core.recipe import require_choice, require_int
 
 MAX_SHOWN = 4
 MAX_NEW_TOKENS = 256

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from app import cards, engine, plots, plots_clusters, tables, texts
-from app.chart import Chart, PickTable, picked_row
+from app import engine
 from app.context import HEAVY, LIGHT, Context, Updates, ranges_key
-from app.figure import note
-from app.jobs import Step
 from app.session import Session, is_public
-from core.config import SITES, Clusters, require_int
+from app.view import cards, plots_clusters, tables, texts
+from app.view import plots_ranges as plots
+from app.view.chart import Chart, PickTable, picked_row
+from app.view.figure import note
+from app.worker.jobs import Step
 from core.errors import InputError, QuantscopeError
+from core.recipe import SITES, Clusters, require_int
 
 MARKED = 60
 LISTED = 8

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from app import cards, engine, tables, texts
+from app import engine
 from app.session import Run, Session
+from app.view import cards, tables, texts
 
 
 def numbers_table(session: Session, runs: list[Run]) -> str:

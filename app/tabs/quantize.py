@@ -8,16 +8,16 @@ from typing import Any
 
 import gradio as gr
 
-from app import cards, plots_runs, tables, texts
-from app.chart import Chart
 from app.context import HEAVY, LIGHT, Context, Updates, state_of
-from app.figure import axis_name
-from app.jobs import Step
 from app.session import Run, Session
 from app.tabs.measured import numbers_table
 from app.tabs.sidebar import Sidebar
-from core.config import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
+from app.view import cards, plots_runs, tables, texts
+from app.view.chart import Chart
+from app.view.figure import axis_name
+from app.worker.jobs import Step
 from core.errors import InputError
+from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
 
 QUICK_TOKENS = 2048
 WINDOW = 512
@@ -395,5 +395,5 @@ async def quantize(
 
 
 def run_label(label: str, recipe: QuantRecipe) -> str:
-    """A run's name; the claim at the end of a BitNet run's names the mode again."""
+    """A run's name; the fidelity at the end of a BitNet run's names the mode again."""
     return label.replace(f" · {recipe.bitnet.mode} ·", " ·", 1) if recipe.bitnet else label

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from app import cards, engine, plots, plots_clusters, tables, texts
-from app.chart import Chart
+from app import engine
 from app.context import LIGHT, Context, Updates
-from app.figure import note
 from app.session import Session
 from app.tabs.explore import SITE_CHOICES, no_ranges, revision, scatter, site_of
-from core.config import SITES, Clusters, require_int
+from app.view import cards, plots_clusters, tables, texts
+from app.view import plots_ranges as plots
+from app.view.chart import Chart
+from app.view.figure import note
 from core.errors import InputError
+from core.recipe import SITES, Clusters, require_int
 
 MAX_CLUSTERS = 64
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from app import engine, texts
+from app import engine
 from app.session import PASTED
 from app.tabs.reorder import MAX_CLUSTERS, require_clusters
-from core.config import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
+from app.view import texts
 from core.errors import InputError, TextError
+from core.recipe import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
 
 PASTE = "paste"
 MAX_TEXT = 2_000_000

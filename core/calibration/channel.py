@@ -9,11 +9,11 @@ from torch import Tensor
 
 from core.calibration.observe import embed
 from core.calibration.report import ChannelDetail, TokenExtreme
-from core.config import SITES
 from core.errors import InputError
 from core.models.block import DecoderBlock
-from core.models.load import LoadedModel
+from core.models.io.load import LoadedModel
 from core.progress import Progress, silent
+from core.recipe import SITES
 
 EXTREMES = 5
 CONTEXT = 12

@@ -30,10 +30,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.calibration.wikitext import FILES, wikitext_file
-from core.config import Calibration
 from core.errors import InputError, TextError
-from core.models.foreign import tokenizer_errors
-from core.models.load import LoadedModel, context_of, prefix_ids
+from core.models.io.foreign import tokenizer_errors
+from core.models.io.load import LoadedModel, context_of, prefix_ids
+from core.recipe import Calibration
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.calibration.ranges import ChannelRanges
-from core.config import SITES
 from core.errors import NumericError
 from core.models.adapter import ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, block_inputs
 from core.progress import Progress, silent
+from core.quant.ranges import ChannelRanges
+from core.recipe import SITES
 
 BATCH_TOKENS = 2048
 SAMPLED_ROWS = 512

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from core.config import SITES
+from core.recipe import SITES
 
 
 @dataclass(frozen=True)

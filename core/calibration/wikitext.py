@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from core.errors import ModelError, TextError
-from core.models.hub import fetch_dataset_file, is_offline
+from core.models.io.hub import fetch_dataset_file, is_offline
 from core.storage import atomic_dir, cache_root, disk_errors, file_lock, is_whole
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
-from core.evaluation.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from core.methods.sequential import LayerOutcome
 from core.models.adapter import ModelAdapter
-from core.models.load import LoadedModel, context_of
-from core.models.quantized import modules_of, parameters_of
+from core.models.io.load import LoadedModel, context_of
+from core.models.io.quantized import modules_of, parameters_of
 from core.models.shell import quantized_blocks
+from core.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from kernels import Backend
 
 
@@ -38,7 +38,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         sum(parts.values()),
         dtype_of(loaded.model),
         seconds,
-        claim_of(loaded.model, loaded.adapter),
+        fidelity_of(loaded.model, loaded.adapter),
     )
 
 
@@ -66,15 +66,15 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
     return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
 
 
-def claim_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
-    """What a BitNet model's rules are worth for it (`BitNetRules.claim`); None for every other model."""
+def fidelity_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
+    """What a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
     blocks = quantized_blocks(model, adapter)
-    return blocks[0].rules.claim if blocks and blocks[0].rules is not None else None
+    return blocks[0].rules.fidelity if blocks and blocks[0].rules is not None else None
 
 
 def label_of(loaded: LoadedModel) -> str:
     """One line for tables: what a model quantised here was made by, else its name and what its rules are worth."""
-    return loaded.label or " · ".join(filter(None, (loaded.name, claim_of(loaded.model, loaded.adapter))))
+    return loaded.label or " · ".join(filter(None, (loaded.name, fidelity_of(loaded.model, loaded.adapter))))
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:

@@ -16,8 +16,8 @@ from core.checks import require_int
 from core.errors import Cancelled, InputError, NumericError
 from core.evaluation.graph import captured_step
 from core.models.adapter import ModelAdapter
-from core.models.foreign import tokenizer_errors
-from core.models.load import context_of
+from core.models.io.foreign import tokenizer_errors
+from core.models.io.load import context_of
 from core.models.shell import new_cache
 from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
 

@@ -21,7 +21,7 @@ from core.models.adapter import ModelAdapter
 from core.models.shell import quantized_blocks
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from kernels import Backend
-from kernels.backend import triton_obstacle
+from kernels.backend import triton_unsupported_reason
 
 WARM_UPS = 3
 FEWEST_TOKENS = 16
@@ -83,9 +83,9 @@ class DecodeStep:
         return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
 
 
-def obstacle(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, room: int) -> str | None:
+def unsupported_reason(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, room: int) -> str | None:
     """Why a model's step cannot be captured, None if nothing is known against it."""
-    reason = triton_obstacle(model.device)
+    reason = triton_unsupported_reason(model.device)
     if reason is not None:
         return reason
     if room < FEWEST_TOKENS:
@@ -100,7 +100,7 @@ def obstacle(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, room: 
         return f"{length + room} tokens leave the window of {window}"
     if any(block.qkv.requested is Backend.REFERENCE for block in blocks):
         return "the reference was asked for by name"
-    reasons = (layer.obstacle(block.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))
+    reasons = (layer.unsupported_reason(block.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))
     return next(filter(None, reasons), None)
 
 
@@ -114,7 +114,7 @@ def captured_step(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, r
     """
     if model.device.type == "cpu":
         return None, ""
-    reason = obstacle(model, adapter, cache, room)
+    reason = unsupported_reason(model, adapter, cache, room)
     if reason is not None:
         return None, f"one by one: {reason}"
     from kernels._triton import ERRORS

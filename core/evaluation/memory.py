@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from core.config import SCHEMES, Bits
 from core.errors import InputError
+from core.recipe import SCHEMES, Bits
 
 if TYPE_CHECKING:  # the formula needs neither: a page or a command that only projects stays light
     from torch import Tensor, nn
@@ -115,11 +115,11 @@ def model_shape(name: str) -> Shape:
     try:
         return find_shape(name)
     except InputError:
-        from core.models.catalog import is_here
+        from core.models.io.catalog import is_here
 
         if not is_here(name):
             raise
-        from core.models.load import read_config
+        from core.models.io.load import read_config
 
         config, adapter = read_config(name)
         spec = adapter.spec(config)
@@ -224,7 +224,7 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
 
 def working_bytes(model: PreTrainedModel) -> int:
     """Bytes of the backends' working copies that exist right now."""
-    from core.models.quantized import modules_of
+    from core.models.io.quantized import modules_of
 
     return sum(m.working_bytes for m in modules_of(model))
 

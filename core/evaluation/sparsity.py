@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from core.calibration.observe import embed
-from core.config import SITES
 from core.errors import InputError, ModelError
-from core.evaluation.report import InputHistogram, Sparsity, SparsityReport, TernaryShares, WeightHistogram
-from core.methods.build import INPUT_SITE
+from core.methods.apply import INPUT_SITE
 from core.models.block import DecoderBlock
-from core.models.load import LoadedModel
+from core.models.io.load import LoadedModel
 from core.models.shell import quantized_blocks
 from core.progress import Progress, silent
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.recipe import SITES
+from core.report import InputHistogram, Sparsity, SparsityReport, TernaryShares, WeightHistogram
 
 BINS = 101
 TAIL = 0.999
@@ -56,7 +56,7 @@ def measure_sparsity(loaded: LoadedModel, windows: Tensor, text_name: str, *, pr
     parameters = sum(sizes.values()) * len(blocks)
     active = round(sum(account(sizes, vars(layer))[1] for layer in layers))
     rules = blocks[0].rules
-    return SparsityReport(loaded.name, rules.mode, rules.claim, text_name, windows.numel(), parameters, active, total, layers)
+    return SparsityReport(loaded.name, rules.mode, rules.fidelity, text_name, windows.numel(), parameters, active, total, layers)
 
 
 def weight_histogram(loaded: LoadedModel) -> WeightHistogram:

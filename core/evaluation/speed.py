@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from core.evaluation.memory import measured_parts
-from core.evaluation.report import SpeedLimit
 from core.models.adapter import ModelAdapter
-from core.models.quantized import modules_of
+from core.models.io.quantized import modules_of
+from core.report import SpeedLimit
 
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """More than the caches hold: of the processor, of the GPU."""

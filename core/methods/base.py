@@ -7,31 +7,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from core.calibration.ranges import ChannelRanges
-from core.config import FLOAT_BITS, QuantRecipe
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
-from core.quant.affine import QParams
+from core.quant.observer import SitePlan
+from core.quant.ranges import ChannelRanges
+from core.recipe import FLOAT_BITS, QuantRecipe
 from core.registry import Registry
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """How one activation site is quantised.
-
-    Attributes:
-        bits: 2 to 8, or 16 for not at all.
-        offsets: [G + 1] int64 cluster boundaries in the planned order (16-bit sites keep them: weights are grouped by them).
-        params: scale and zero point per cluster [G]; None at 16 bits.
-        sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
-        weight_offsets: clusters of the weight columns that read the site where they are not `offsets`.
-    """
-
-    bits: int
-    offsets: Tensor
-    params: QParams | None
-    sqnr_db: float | None
-    weight_offsets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +21,7 @@ class LayerPlan:
 
     Attributes:
         orders: R1 … R5 -> new = old[order]; [D], [Hkv, E] for R2 and R3, [F]. Left out: the order stays.
-        sites: every site of `core.config.SITES`.
+        sites: every site of `core.recipe.SITES`.
         softmax_bits, weight_bits: 2 to 8 or 16.
         sink_tokens: first positions whose activations stay in float.
     """

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from core.config import SITES, QuantRecipe
+from core.methods.apply import build_block
 from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
-from core.methods.build import build_block
-from core.methods.rptq.activations import RangeRules, plan_site
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.observer import RangeRules, plan_site
+from core.recipe import SITES, QuantRecipe
 
 RULES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 

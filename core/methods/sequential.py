@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.calibration.observe import Recorder, embed
-from core.config import FLOAT_BITS, QuantRecipe
 from core.errors import NumericError
+from core.methods.apply import INPUT_SITE
 from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
-from core.methods.build import INPUT_SITE
-from core.methods.rptq.activations import decibels
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, with_layers
 from core.progress import Progress, silent
+from core.quant.observer import decibels
+from core.recipe import FLOAT_BITS, QuantRecipe
 
 
 @dataclass(frozen=True)

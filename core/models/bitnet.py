@@ -1,6 +1,6 @@
 """BitNet: Llama's layer with a squared ReLU gate and an RMSNorm before o and before down (arXiv:2504.12285).
 
-The weights are trained to be ternary; how such checkpoints are stored is `core/models/bitnet_io.py`. As a plain float model
+The weights are trained to be ternary; how such checkpoints are stored is `core/models/io/bitnet.py`. As a plain float model
 this adapter describes what transformers computes without a quantisation configuration.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from core.checks import FLOAT_BITS
-from core.config import BITNET_MODES
 from core.models.adapter import ADAPTERS, ModelAdapter
-from core.quant.bitnet import MODES
+from core.quant.dynamic import MODES
 from core.quant.kv_cache_dynamic import AttentionBits
+from core.recipe import BITNET_MODES
 
 BITNET = ADAPTERS.register(
     "bitnet",
@@ -54,7 +54,7 @@ class BitNetRules:
         return MODES[self.mode][site]
 
     @property
-    def claim(self) -> str:
+    def fidelity(self) -> str:
         """What may be expected of the result, for people: trained, approximate with all that differs from the training, or
         simulated."""
         if self.trained is None:

@@ -23,11 +23,11 @@ from transformers.cache_utils import Cache
 
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
-from core.quant.activation import ActivationQuantizer, Codes, Exempt
 from core.quant.attention import attend
 from core.quant.fused import norm_codes
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import ActivationQuantizer, Codes, KeepFloat
 from kernels import Backend
 from kernels.backend import triton_runs_on
 from kernels.ternary import ROW_DENSITY
@@ -44,12 +44,12 @@ class FloatLinear(nn.Linear):
 
     requested = Backend.AUTO
 
-    def forward(self, x: Tensor, exempt: Exempt | None = None, *, overwrite: bool = False) -> Tensor:
+    def forward(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
         """x [..., K] -> [..., N]."""
         return functional.linear(x, self.weight, self.bias)
 
     def parts(
-        self, x: Tensor, sizes: tuple[int, ...], exempt: Exempt | None = None, *, overwrite: bool = False
+        self, x: Tensor, sizes: tuple[int, ...], keep_float: KeepFloat | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
         """`forward` with its output channels in tensors [..., n] of these sizes."""
         return iter(self(x).split(sizes, dim=-1))
@@ -204,29 +204,29 @@ class DecoderBlock(nn.Module):
         packed = self._packed(past_key_values)
         if packed is not None and packed.pinned:  # one token that sees all of its sequence: a mask says nothing
             attention_mask = None
-        exempt = self._exempt(hidden_states, position_ids, past_key_values, attention_mask is not None)
-        fused = exempt is None and observe is None and triton_runs_on(hidden_states.device)
-        own = {"overwrite": observe is None}  # inputs of the linear layers belong to nobody else
+        keep_float = self._keep_float(hidden_states, position_ids, past_key_values, attention_mask is not None)
+        fused = keep_float is None and observe is None and triton_runs_on(hidden_states.device)
+        own = {"inplace": observe is None}  # inputs of the linear layers belong to nobody else
         _, n1 = self._norm(self.norm1, hidden_states, self.qkv, fused)
         if observe is not None:
             observe("attn_in", n1)
-        q, k, v = self._project(n1, exempt, position_embeddings, observe)
-        mixed = self._attend(q, k, v, attention_mask, past_key_values, exempt)
+        q, k, v = self._project(n1, keep_float, position_embeddings, observe)
+        mixed = self._attend(q, k, v, attention_mask, past_key_values, keep_float)
         if self.attn_sub_norm is not None:
             _, mixed = self._norm(self.attn_sub_norm, mixed, self.o, fused)
         if observe is not None:
             observe("o_in", mixed)
-        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, exempt, **own))
+        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, keep_float, **own))
         if observe is not None:
             observe("mlp_in", n2)
-        mlp = self._mlp(n2, exempt, **own)
+        mlp = self._mlp(n2, keep_float, **own)
         if self.ffn_sub_norm is not None:
             _, mlp = self._norm(self.ffn_sub_norm, mlp, self.down, fused)
         if observe is not None:
             observe("down_in", mlp)
-        skips = self._looks_at_gate(n2, exempt) and self.down.bias is None and self.down.sparse != "never"
+        skips = self._looks_at_gate(n2, keep_float) and self.down.bias is None and self.down.sparse != "never"
         sparse = observe is None and skips and self.down.choice.backend is Backend.TRITON
-        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, exempt, **own)).add_(h)
+        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, keep_float, **own)).add_(h)
 
     def _packed(self, cache: Cache | None) -> QuantizedKVLayer | None:
         """This block's part of a cache, if it is packed."""
@@ -247,7 +247,7 @@ class DecoderBlock(nn.Module):
         h = x if residual is None else x + residual
         return h, norm(h)
 
-    def _exempt(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None, padded: bool) -> Exempt | None:
+    def _keep_float(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None, padded: bool) -> KeepFloat | None:
         """Which tokens are sinks; None when there are none. Looking at positions on a GPU would wait for it: there the slots
         count where nothing is padded."""
         if self.sink_tokens == 0:
@@ -263,11 +263,11 @@ class DecoderBlock(nn.Module):
         return mask
 
     def _project(
-        self, n1: Tensor | Codes, exempt: Exempt | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
+        self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
-        heads = self.qkv(n1, exempt, overwrite=observe is None).unflatten(
+        heads = self.qkv(n1, keep_float, inplace=observe is None).unflatten(
             -1, (s.heads + 2 * s.kv_heads, s.head_dim)
         )  # [B, T, H + 2 Hkv, E]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=2)
@@ -275,7 +275,7 @@ class DecoderBlock(nn.Module):
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
             qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
         if s.rope and observe is None and self._runs_kernels(qk.device):
-            return *self._rotate_and_store(qk, exempt, rotary), v.transpose(1, 2)
+            return *self._rotate_and_store(qk, keep_float, rotary), v.transpose(1, 2)
         if s.rope:
             cos, sin = (t.unsqueeze(2) for t in rotary)
             qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
@@ -287,20 +287,20 @@ class DecoderBlock(nn.Module):
             for site, tensor in (("q", q), ("k", k), ("v", v)):
                 observe(site, tensor.transpose(1, 2).flatten(2))
         if self.q_quantizer is not None:
-            q = self.q_quantizer.fake_heads(q, exempt, overwrite=observe is None)
+            q = self.q_quantizer.fake_heads(q, keep_float, inplace=observe is None)
         return q, k, v
 
-    def _rotate_and_store(self, qk: Tensor, exempt: Exempt | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotate_and_store(self, qk: Tensor, keep_float: KeepFloat | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[B, T, H + Hkv, E] -> q and k of `_project`: rotation, order R2, scaling and q's grid in one pass each, on CUDA."""
         from kernels.rope import HeadGrid, rope_store
 
         s, grid = self.spec, None
         q, k = (t.transpose(1, 2) for t in qk.split((s.heads, s.kv_heads), dim=2))
-        if self.q_quantizer is not None and exempt is None:
+        if self.q_quantizer is not None and keep_float is None:
             grid = HeadGrid(self.q_quantizer.bits, *self.q_quantizer.head_grid(s.heads))
         q = rope_store(q, *rotary, order=self.rope_order, scaling=s.head_dim**-0.5, grid=grid)
-        if self.q_quantizer is not None and exempt is not None:
-            q = self.q_quantizer.fake_heads(q, exempt)
+        if self.q_quantizer is not None and keep_float is not None:
+            q = self.q_quantizer.fake_heads(q, keep_float)
         return q, rope_store(k, *rotary, order=self.rope_order)
 
     def _store_r2(self, qk: Tensor) -> Tensor:
@@ -310,13 +310,15 @@ class DecoderBlock(nn.Module):
         order = order + torch.arange(0, heads * dim, dim, dtype=order.dtype, device=order.device)[:, None]
         return qk.flatten(2).flatten(0, 1).index_select(1, order.flatten()).view(qk.shape)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, exempt: Exempt | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, keep_float: KeepFloat | None
+    ) -> Tensor:
         if self.rules is not None:
             q = self.rules.attention.fake_query(q)
         packed = self._packed(cache)
         if packed is None:
-            k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, exempt)
-            v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, exempt)
+            k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, keep_float)
+            v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, keep_float)
             if self.rules is not None:
                 past = 0 if cache is None else cache.get_seq_length(self.layer_index)
                 k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
@@ -330,10 +332,10 @@ class DecoderBlock(nn.Module):
         """Whether the cache stays packed: where it can, unless the reference was asked for by name."""
         return self.qkv.requested is not Backend.REFERENCE and packed.attends(q, self.softmax_bits)
 
-    def _mlp(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool = False) -> Tensor:
+    def _mlp(self, n2: Tensor | Codes, keep_float: KeepFloat | None, *, inplace: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, F]: activation(gate) * up."""
-        if not self._looks_at_gate(n2, exempt):
-            return self._activate(n2, exempt, overwrite=overwrite)
+        if not self._looks_at_gate(n2, keep_float):
+            return self._activate(n2, keep_float, inplace=inplace)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
         if self.up.bias is None and self.up.choice.backend is Backend.TRITON:  # the host does not look
@@ -346,17 +348,17 @@ class DecoderBlock(nn.Module):
             out[:, live] = gate[:, live] * self.up.product(codes, ffn + live)
         return out.view(*n2.shape[:-1], ffn)
 
-    def _looks_at_gate(self, n2: Tensor | Codes, exempt: Exempt | None) -> bool:
-        possible = self.spec.gated and self.spec.activation in ZERO_GATES and exempt is None
+    def _looks_at_gate(self, n2: Tensor | Codes, keep_float: KeepFloat | None) -> bool:
+        possible = self.spec.gated and self.spec.activation in ZERO_GATES and keep_float is None
         if self.gate_first == "never" or not possible or not isinstance(self.up, TernaryLinear) or self.up.kind == "fp":
             return False
         one_large = n2.shape[:-1].numel() == 1 and self.spec.ffn * self.spec.hidden >= GATE_FIRST_WEIGHTS
         return self.gate_first == "always" or one_large
 
-    def _activate(self, n2: Tensor | Codes, exempt: Exempt | None, *, overwrite: bool) -> Tensor:
+    def _activate(self, n2: Tensor | Codes, keep_float: KeepFloat | None, *, inplace: bool) -> Tensor:
         if not self.spec.gated:
-            return self.activation(self.up(n2, exempt, overwrite=overwrite))
-        parts = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), exempt, overwrite=overwrite)
+            return self.activation(self.up(n2, keep_float, inplace=inplace))
+        parts = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), keep_float, inplace=inplace)
         return self.activation(next(parts)).mul_(next(parts))  # the gate before up is computed
 
 

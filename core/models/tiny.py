@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from core.errors import InputError
-from core.models.foreign import quiet
-from core.models.load import LoadedModel
+from core.models.io.foreign import quiet
+from core.models.io.load import LoadedModel
 from core.storage import atomic_dir
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")

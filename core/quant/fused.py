@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from core.quant.activation import Codes
-from core.quant.linear import QuantLinear
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.quant import QuantLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import Codes
 from kernels import Backend
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import NumericError
 from core.quant.affine import Grid, choose_qparams, code_limits, round_scale
-from core.quant.linear import QuantizedWeight
+from core.quant.linear.quant import QuantizedWeight
 
 BLOCK = 128
 INNER = 16

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from core.checks import FLOAT_BITS
-from core.quant.activation import ActivationQuantizer
 from core.quant.attention import attend
+from core.quant.static import ActivationQuantizer
 from kernels import dequantize, pack, packed_width, quantize, unpack
 from kernels.backend import triton_runs_on
 
@@ -198,11 +198,11 @@ class QuantizedKVLayer(CacheLayerMixin):
         filled = torch.arange(k.shape[2], device=k.device) < slots
         return attend(q, k, v, filled.view(1, 1, 1, -1), scaling=1.0, softmax_bits=softmax_bits)
 
-    def obstacle(self, softmax_bits: int) -> str | None:
+    def unsupported_reason(self, softmax_bits: int) -> str | None:
         """Why the attention of a pinned layer that stores something cannot be captured, None if it can."""
-        from kernels.kv_attention import obstacle
+        from kernels.kv_attention import unsupported_reason
 
-        return obstacle(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
+        return unsupported_reason(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
 
     def get_seq_length(self) -> int:
         """Stored positions."""

@@ -186,9 +186,11 @@ class DynamicKVLayer(QuantizedKVLayer):
         self.bits = bits
         self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
 
-    def obstacle(self, softmax_bits: int) -> str | None:
-        """As `QuantizedKVLayer.obstacle`. The scales of empty slots are no numbers: no slot can be read before it is filled."""
-        return super().obstacle(softmax_bits) if softmax_bits >= FLOAT_BITS else "the softmax over scales per token is quantised"
+    def unsupported_reason(self, softmax_bits: int) -> str | None:
+        """Name what `QuantizedKVLayer.unsupported_reason` names, and a quantised softmax: empty slots have no scale."""
+        if softmax_bits < FLOAT_BITS:
+            return "the softmax over scales per token is quantised"
+        return super().unsupported_reason(softmax_bits)
 
     def reset(self) -> None:
         """Forget everything."""

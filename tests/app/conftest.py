@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from app import cli  # noqa: E402 - the path fix comes first
-from app.jobs import JobRunner  # noqa: E402
+from app.cli import __main__ as cli  # noqa: E402 - the path fix comes first
 from app.settings import Settings  # noqa: E402
-from core.config import Calibration  # noqa: E402
+from app.worker.jobs import JobRunner  # noqa: E402
+from core.recipe import Calibration  # noqa: E402
 from tests.app.cli_tools import CALIBRATION, SENTENCES  # noqa: E402
 
 FAKE = "tests.app.fake_workbench:FakeWorkbench"

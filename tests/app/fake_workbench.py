@@ -18,9 +18,9 @@ from dataclasses import asdict
 import numpy as np
 
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
-from core.config import SITES, Calibration, QuantRecipe
 from core.errors import ModelError, TextError
-from core.evaluation.report import (
+from core.recipe import SITES, Calibration, QuantRecipe
+from core.report import (
     BackendUse,
     EvalReport,
     GenerationReport,
@@ -148,7 +148,7 @@ class FakeWorkbench:
         return QuantizeReport(
             recipe.hash,
             recipe.to_dict(),
-            recipe.label() + claim_of(recipe),
+            recipe.label() + fidelity_of(recipe),
             recipe.describe_bits(),
             4.2,
             {"calibration": 1.2, "weights": 2.5, "activations": 0.5},
@@ -288,7 +288,7 @@ class FakeWorkbench:
         return key in self.recipes and self.recipes[key].model == "fake-slow"
 
 
-def claim_of(recipe: QuantRecipe) -> str:
+def fidelity_of(recipe: QuantRecipe) -> str:
     """What a BitNet run is worth."""
     if recipe.method != "bitnet":
         return ""

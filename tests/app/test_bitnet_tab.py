@@ -8,13 +8,14 @@ import json
 import gradio as gr
 import pytest
 
-from app import engine, plots_bitnet, tables, texts
+from app import engine
 from app.context import Context
 from app.session import Run, SessionStore
 from app.settings import Settings
 from app.tabs import bitnet, quantize
-from core.config import BITNET_MODES, BitNetOptions, QuantRecipe
+from app.view import plots_bitnet, tables, texts
 from core.errors import InputError
+from core.recipe import BITNET_MODES, BitNetOptions, QuantRecipe
 from tests.app.fake_workbench import TERNARY
 from tests.app.test_plots import valid
 
@@ -197,7 +198,7 @@ def test_ablations_are_read_or_left_out(tmp_path):
 
 def test_the_page_opens_on_an_embedded_float_model(tmp_path, monkeypatch):
     from app.tabs.compare import prompt_for
-    from core.models import catalog
+    from core.models.io import catalog
 
     monkeypatch.setattr(catalog, "EMBEDDED", tmp_path)
     assert Settings.read({}).model == "smollm2-135m" and prompt_for("smollm2-135m") == texts.PROMPT_DEFAULT

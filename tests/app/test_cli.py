@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app import cli
+from app.cli import __main__ as cli
 from core.errors import InputError
 from core.evaluation.memory import find_shape
 from tests.app.cli_tools import CALIBRATION, SCORING, document
@@ -148,7 +148,7 @@ def test_a_recipe_file_makes_the_same_model(call, place):
 )
 def test_own_bits_change_a_scheme(options, expected):
     args = cli.parse(["quantize", "--model", "m", "--out", "o", *options])
-    from app.cli_recipe import recipe_of
+    from app.cli.recipe import recipe_of
 
     recipe = recipe_of(args)
     assert recipe.scheme == "custom" and {name: getattr(recipe.bits, name) for name in expected} == expected

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from app import cli, cli_output
+from app.cli import __main__ as cli
+from app.cli import output as cli_output
 from tests.app.cli_tools import CALIBRATION, refused
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_an_interrupted_save_leaves_nothing(call, place, monkeypatch, fault, status):
-    module = importlib.import_module("core.models.quantized")
+    module = importlib.import_module("core.models.io.quantized")
 
     def torn(tensors, path):
         Path(path).write_bytes(b"half")
@@ -44,7 +45,7 @@ def test_an_interrupted_save_leaves_nothing(call, place, monkeypatch, fault, sta
 
 
 def test_an_interrupted_replacement_keeps_the_old_model(call, place, monkeypatch):
-    module = importlib.import_module("core.models.quantized")
+    module = importlib.import_module("core.models.io.quantized")
     old = (place / "made" / "model.safetensors").read_bytes()
 
     def torn(tensors, path):

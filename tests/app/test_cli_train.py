@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from app import cli
+from app.cli import __main__ as cli
 from core.storage import file_lock
 from tests.app.cli_tools import refused
 

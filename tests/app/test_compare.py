@@ -8,16 +8,16 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 
-from app import tables, texts
 from app.context import Context
-from app.jobs import JobView
 from app.session import Run, SessionStore
 from app.settings import Settings
-from app.tables import Estimate
 from app.tabs import compare
-from core.config import QuantRecipe
+from app.view import tables, texts
+from app.view.tables import Estimate
+from app.worker.jobs import JobView
 from core.errors import Cancelled
-from core.evaluation.report import SpeedLimit
+from core.recipe import QuantRecipe
+from core.report import SpeedLimit
 from tests.app.fake_workbench import TERNARY
 
 

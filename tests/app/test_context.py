@@ -9,11 +9,11 @@ import os
 import pytest
 
 from app.context import UNCHANGED, Context, Superseded, observe_steps, state_of
-from app.jobs import Step
 from app.session import SessionStore
 from app.settings import Settings
-from core.config import Calibration
+from app.worker.jobs import Step
 from core.errors import Cancelled, InputError
+from core.recipe import Calibration
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import PUBLIC, JobRunner, JobView, Step
-from app.process import worker_environment
 from app.settings import Settings
-from core.config import Calibration
+from app.worker.jobs import PUBLIC, JobRunner, JobView, Step
+from app.worker.process import worker_environment
 from core.errors import ResourceError
+from core.recipe import Calibration
 from tests.app.conftest import FAKE, ROOT
 
 
@@ -185,7 +185,7 @@ def test_a_job_over_its_time_is_ended():
 
 def test_the_worker_leaves_with_the_server():
     script = (
-        "import os, time; from app.jobs import *; from app.settings import Settings;"
+        "import os, time; from app.worker.jobs import *; from app.settings import Settings;"
         f"r = JobRunner(Settings(model='fake', workbench='{FAKE}'))\n"
         "t = r.submit('a', [Step('load', {'model': 'fake-endless'})])\n"
         "while r.view('a', t).stage != 'Loading': time.sleep(0.01)\n"

@@ -12,10 +12,12 @@ import plotly.graph_objects as go
 import pytest
 from threadpoolctl import threadpool_limits
 
-from app import engine, plots, plots_clusters, plots_runs
-from app.chart import Chart
-from app.figure import THEMES, Scale, bytes_text, note, number
-from core.config import SITES, Bits, Clusters, QuantRecipe
+from app import engine
+from app.view import plots_clusters, plots_runs
+from app.view import plots_ranges as plots
+from app.view.chart import Chart
+from app.view.figure import THEMES, Scale, bytes_text, note, number
+from core.recipe import SITES, Bits, Clusters, QuantRecipe
 
 
 def quiet(*_):
@@ -112,7 +114,7 @@ def test_heatmap_bins_wide_sites_by_their_maximum(wide_ranges):
 
 
 def test_channel_histogram(bench):
-    from core.config import Calibration
+    from core.recipe import Calibration
 
     detail = bench.channel("fake", Calibration("sotu", 1024), "layers.1.v", 5, progress=quiet)
     figure = valid(plots.channel_histogram(detail))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.tabs import quantize, sidebar
-from core.config import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
 from core.errors import QuantscopeError
+from core.recipe import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
 
 
 @pytest.fixture(scope="module")

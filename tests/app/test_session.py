@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.session import MAX_RUNS, Run, SessionStore, SharedReports, is_public
-from core.config import QuantRecipe
+from core.recipe import QuantRecipe
 
 
 def test_keys_are_long_random_and_separate():
@@ -71,8 +71,8 @@ def test_shared_reports_drop_the_least_used():
 
 
 def test_a_page_without_ranges_says_whether_they_come():
-    from app import texts
     from app.tabs.explore import no_ranges
+    from app.view import texts
 
     session = SessionStore(seconds=60, capacity=1).open()
     assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.NO_RANGES

@@ -8,12 +8,12 @@ import json
 
 import pytest
 
-from app import cards, tables
-from app.jobs import JobView
 from app.session import Run
-from app.tables import Estimate
-from core.config import QuantRecipe
+from app.view import cards, tables
+from app.view.tables import Estimate
+from app.worker.jobs import JobView
 from core.errors import Cancelled, InputError, ModelError
+from core.recipe import QuantRecipe
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -94,7 +94,7 @@ def test_report_file_is_json_with_recipes(run):
 def test_foreign_text_is_escaped_everywhere(ranges, bench, run):
     from dataclasses import replace
 
-    from core.config import Calibration
+    from core.recipe import Calibration
 
     detail = bench.channel("fake", Calibration("sotu", 1024), "layers.1.v", 5, progress=quiet)
     info = bench.load("fake", progress=quiet)

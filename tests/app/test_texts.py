@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from app import texts
-from app.process import worker_environment
 from app.settings import REAL_WORKBENCH, Settings, machine_memory
 from app.tabs.sidebar import scheme_choices
-from core.config import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
+from app.view import texts
+from app.worker.process import worker_environment
 from core.errors import InputError
-from core.evaluation.report import Sparsity
-from core.quant.bitnet import INPUT_KINDS
+from core.quant.dynamic import INPUT_KINDS
+from core.recipe import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
+from core.report import Sparsity
 
 
 def test_every_choice_has_words():

@@ -8,9 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-from app import wire
-from core.config import Bits, Calibration, QuantRecipe
+from app.worker import wire
 from core.errors import ModelError
+from core.recipe import Bits, Calibration, QuantRecipe
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_calls_do_not(call):
 
 
 def test_functions_of_core_do_not_either():
-    from core.models.catalog import catalogue
+    from core.models.io.catalog import catalogue
 
     with pytest.raises(pickle.UnpicklingError):
         wire.loads(pickle.dumps(catalogue))

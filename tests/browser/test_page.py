@@ -362,7 +362,7 @@ def test_a_closed_tab_stops_its_jobs(visit):
     other.wait_for_function("() => document.querySelector('#status').innerText.includes('135 M parameters')")
 
 
-@pytest.mark.parametrize("path", ["app/main.py", "core/config.py", "/etc/passwd", "/proc/self/environ"])
+@pytest.mark.parametrize("path", ["app/main.py", "core/recipe.py", "/etc/passwd", "/proc/self/environ"])
 def test_files_are_not_served(address, path):
     from tests.browser.conftest import ROOT
 

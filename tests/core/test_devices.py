@@ -7,14 +7,14 @@ import torch
 
 from core.calibration.channel import channel_detail
 from core.calibration.data import calibration_tokens
-from core.config import Bits, Calibration, QuantRecipe
 from core.evaluation.generate import generate
 from core.evaluation.perplexity import hidden_windows
 from core.evaluation.sparsity import input_histogram
 from core.evaluation.windows import evaluation_windows
-from core.models.load import load_model
-from core.models.quantized import save_quantized
+from core.models.io.load import load_model
+from core.models.io.quantized import save_quantized
 from core.models.tiny import save_tiny
+from core.recipe import Bits, Calibration, QuantRecipe
 from core.stages import evaluate, observe, quantize
 from tests.core.elsewhere import AWAY, elsewhere
 
@@ -32,7 +32,7 @@ RECIPES = {
 @pytest.fixture
 def anywhere(monkeypatch):
     """`load_model` takes the pretended device."""
-    monkeypatch.setattr("core.models.load._check_device", lambda device, dtype: None)
+    monkeypatch.setattr("core.models.io.load._check_device", lambda device, dtype: None)
 
 
 def everything(folder: str, recipe: QuantRecipe, out, device: str) -> dict[str, object]:

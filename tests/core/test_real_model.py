@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from core.calibration.data import calibration_windows, read_text_file, resolve_text, tokenize
-from core.config import Bits, Calibration, QuantRecipe
 from core.evaluation.perplexity import hidden_windows, score
 from core.methods import METHODS
 from core.methods.rptq.reorder import Orders, reorder_block
 from core.methods.sequential import LayerOutcome, quantize_layers
-from core.models.load import LoadedModel, load_model
+from core.models.io.load import LoadedModel, load_model
 from core.models.shell import new_cache, with_layers
 from core.quant.kv_cache import QuantizedKVLayer
+from core.recipe import Bits, Calibration, QuantRecipe
 from kernels import unpack
 from tests.core.tools import float_blocks, in_steps, relative, spec_of
 

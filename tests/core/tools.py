@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from core.config import Calibration, QuantRecipe
 from core.methods import METHODS
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
-from core.models.load import LoadedModel
+from core.models.io.load import LoadedModel
 from core.models.tiny import tiny_architectures, tiny_model
+from core.recipe import Calibration, QuantRecipe
 
 ARCHITECTURES = tiny_architectures()
 

@@ -42,14 +42,14 @@ def triton_everywhere(monkeypatch, device):
         def choose(requested, **_):
             return Choice(Backend.REFERENCE if requested is Backend.REFERENCE else Backend.TRITON, "test")
 
-        def use(backend, x, *, obstacle=None):
-            return backend is not Backend.REFERENCE and obstacle is None
+        def use(backend, x, *, unsupported_reason=None):
+            return backend is not Backend.REFERENCE and unsupported_reason is None
 
         for op in OPS:
             monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "use_triton", use)
         for module in DOORS:
             monkeypatch.setattr(f"{module}.triton_runs_on", lambda device: True)
-        monkeypatch.setattr("core.quant.ternary_linear.triton_obstacle", lambda device: None)
-        monkeypatch.setattr("core.quant.linear.select_linear_backend", choose)
+        monkeypatch.setattr("core.quant.linear.ternary.triton_unsupported_reason", lambda device: None)
+        monkeypatch.setattr("core.quant.linear.quant.select_linear_backend", choose)
         assert _triton.interpreting()
     return device

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Backend, pack
-from kernels.cluster import block_size, cluster_linear, obstacle
+from kernels.cluster import block_size, cluster_linear, unsupported_reason
 
 pytestmark = pytest.mark.gpu
 
@@ -73,7 +73,7 @@ def test_strided_codes(device):
     ((0, 96), None),
 ])  # fmt: skip
 def test_clusters_are_taken_in_whole_blocks(offsets, size):
-    assert block_size(offsets) == size and (obstacle(offsets) is None) == (size is not None)
+    assert block_size(offsets) == size and (unsupported_reason(offsets) is None) == (size is not None)
 
 
 def test_other_clusters_run_the_reference_and_are_refused_by_name():

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from kernels import Backend
-from kernels.backend import triton_obstacle, triton_runs_on
+from kernels.backend import triton_runs_on, triton_unsupported_reason
 from tests.kernels.fake_cuda import SECOND, on_second_gpu
 
 FOLDER = Path(kernels.__file__).parent
@@ -25,13 +25,13 @@ def test_kernels_need_ampere(number, words, capability):
     from kernels._triton import use_triton
 
     capability(*number)
-    assert triton_obstacle(SECOND) == words and triton_runs_on(SECOND) == (words is None)
+    assert triton_unsupported_reason(SECOND) == words and triton_runs_on(SECOND) == (words is None)
     x = on_second_gpu(torch.empty(1))
     assert use_triton(Backend.AUTO, x) == (words is None) and not use_triton(Backend.REFERENCE, x)
     if words is not None:
         with pytest.raises(ValueError, match=words):
             use_triton(Backend.TRITON, x)
-    assert triton_obstacle(torch.device("cpu")) == "kernels run on cuda, not on cpu"
+    assert triton_unsupported_reason(torch.device("cpu")) == "kernels run on cuda, not on cpu"
 
 
 def test_a_launch_makes_the_device_of_its_tensors_the_current_one(monkeypatch):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
-from core.quant.linear import QuantizedWeight, QuantLinear
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.quant import QuantizedWeight, QuantLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import ActivationQuantizer
 from kernels import Backend, weight_only
 
 pytestmark = pytest.mark.gpu

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from core.config import BitNetOptions, Clusters
-from core.evaluation.graph import DecodeStep, obstacle
+from core.evaluation.graph import DecodeStep, unsupported_reason
 from core.models.shell import new_cache
+from core.recipe import BitNetOptions, Clusters
 from kernels import Backend
 from tests.core.tools import in_steps, quantised, relative, tokens
 
@@ -133,7 +133,7 @@ def test_a_step_with_static_inputs(method, request):
     expected, plain = logits(made, device, rows=1)
     cache, ids = new_cache(made.model, made.loaded.adapter), tokens(1, PROMPT + NEW).to(device)
     in_steps(made.model, ids[:, :PROMPT], cache, steps=(PROMPT,))
-    reason = obstacle(made.model, made.loaded.adapter, cache, 32)
+    reason = unsupported_reason(made.model, made.loaded.adapter, cache, 32)
     assert reason == (None if device == "cuda" else "kernels run on cuda, not on cpu")
     step = DecodeStep(made.model, cache, NEW)
     if device == "cuda":

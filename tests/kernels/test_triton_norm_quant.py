@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.models.block import ReorderNorm
-from core.quant.bitnet import quantize_input
+from core.quant.dynamic import quantize_input
 from kernels import Backend
 from kernels.norm_quant import KINDS, Norm, norm_quantize, norm_quantize_dynamic, normalized
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.quant.bitnet import topk_int8
+from core.quant.dynamic import topk_int8
 from kernels import Backend
 from kernels.topk import topk_quant
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import Backend, pack
-from kernels.weight_only import _pieces, obstacle, weight_only_linear
+from kernels.weight_only import _pieces, unsupported_reason, weight_only_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -109,7 +109,8 @@ def test_pieces_cover_every_column_once_with_its_cluster(offsets, parts, block):
 
 def test_what_the_kernel_does_not_take_is_said():
     x = torch.zeros(1, 12)
-    assert "multiple of 8" in obstacle(3, 12) and "5-bit" in obstacle(5, 12) and obstacle(4, 13) is None
+    assert "multiple of 8" in unsupported_reason(3, 12) and "5-bit" in unsupported_reason(5, 12)
+    assert unsupported_reason(4, 13) is None
     packed, scale = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1)
     with pytest.raises(ValueError, match="5-bit weights have no kernel"):
         weight_only_linear(x, packed, scale, scale.int(), bits=5, offsets=(0, 12), backend=Backend.TRITON)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from core.calibration.ranges import ChannelRanges
 from core.calibration.report import RangesReport, SiteRanges
-from core.config import REORDERS, Clusters, QuantRecipe
 from core.errors import InputError
 from core.methods.rptq.cluster import ChannelClusters
 from core.methods.rptq.method import reorder_clusters, site_clusters
 from core.quant.affine import Grid, choose_qparams
+from core.quant.ranges import ChannelRanges
+from core.recipe import REORDERS, Clusters, QuantRecipe
 
 REFINED = 2**17
 """Points times clusters up to which KMeans' answer is improved: 4,096 channels in 32 clusters, 45 ms on one thread."""

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.calibration.ranges import ChannelRanges
-from core.config import FLOAT_BITS, REORDERS, QuantRecipe
+from core.methods.apply import INPUT_SITE, build_block
 from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
-from core.methods.build import INPUT_SITE, build_block
-from core.methods.rptq.activations import RangeRules, plan_site
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import query_channels
 from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.observer import RangeRules, plan_site
+from core.quant.ranges import ChannelRanges
+from core.recipe import FLOAT_BITS, REORDERS, QuantRecipe
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.calibration.ranges import ChannelRanges
-from core.methods.base import SitePlan
-from core.methods.rptq.activations import fake_rows, sqnr_db
 from core.quant.affine import QParams, code_limits
+from core.quant.observer import SitePlan, fake_rows, sqnr_db
+from core.quant.ranges import ChannelRanges
 from kernels.int_linear import MIN_COLUMNS_PER_SEGMENT
 
 ALIGN = 32

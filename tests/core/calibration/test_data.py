@@ -25,7 +25,7 @@ from core.calibration.data import (
 from core.calibration.wikitext import ARCHIVE, REPOSITORY, _fetch
 from core.errors import InputError, QuantscopeError, TextError
 from core.models.tiny import tiny_tokenizer
-from tests.core.models.fake_hub import FakeHub, serve
+from tests.core.models.io.fake_hub import FakeHub, serve
 
 
 @pytest.fixture(scope="module")

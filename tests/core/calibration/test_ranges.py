@@ -10,11 +10,11 @@ import torch
 
 from core.calibration.channel import channel_detail
 from core.calibration.observe import BATCH_TOKENS, SAMPLED_ROWS, Recorder, batches, observe_layers
-from core.calibration.ranges import ChannelRanges, cluster_bounds, ema_bounds
 from core.calibration.report import RangesReport, SiteRanges
-from core.config import SITES
 from core.errors import InputError, NumericError
 from core.models.shell import block_inputs
+from core.quant.ranges import ChannelRanges, cluster_bounds, ema_bounds
+from core.recipe import SITES
 from tests.core.tools import ARCHITECTURES, float_blocks, spec_of, tiny, tokens
 
 

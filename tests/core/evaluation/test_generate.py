@@ -10,11 +10,11 @@ import torch
 from tokenizers import processors
 
 from core.calibration.data import calibration_tokens
-from core.config import Calibration
 from core.errors import Cancelled, InputError, NumericError, TextError
 from core.evaluation.generate import MAX_NEW_TOKENS, Continuation, generate
 from core.evaluation.windows import evaluation_windows
 from core.models.tiny import tiny_model, tiny_tokenizer
+from core.recipe import Calibration
 from kernels import packed_width
 from tests.core.tools import ARCHITECTURES, Quantised, quantised, spec_of, tiny
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.config import BitNetOptions, Clusters
 from core.evaluation import graph
 from core.evaluation.generate import generate
-from core.evaluation.graph import DecodeStep, captured_step, obstacle
+from core.evaluation.graph import DecodeStep, captured_step, unsupported_reason
 from core.models.shell import new_cache
+from core.recipe import BitNetOptions, Clusters
 from kernels import Backend
 from tests.core.tools import quantised, relative, tokens
 
@@ -29,43 +29,43 @@ def prompted(scheme="W4A4KV", *, prompt=6, **options):
 def on_a_gpu(monkeypatch):
     """Nothing is known against the device."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(graph, "triton_obstacle", lambda device: None)
+    monkeypatch.setattr(graph, "triton_unsupported_reason", lambda device: None)
 
 
 @pytest.mark.parametrize("scheme", ["W4A4KV", "W4A4", "W4A8", "bitnet"])
 def test_every_packed_cache_can_be_captured(scheme, on_a_gpu):
     made, cache = prompted(scheme)
-    assert obstacle(made.model, made.loaded.adapter, cache, 32) is None
+    assert unsupported_reason(made.model, made.loaded.adapter, cache, 32) is None
 
 
 def test_the_reason_is_named(on_a_gpu):
     made, cache = prompted()
     adapter = made.loaded.adapter
-    assert "15 new tokens" in obstacle(made.model, adapter, cache, 15)
-    assert "not packed" in obstacle(made.model, adapter, None, 32)
+    assert "15 new tokens" in unsupported_reason(made.model, adapter, cache, 15)
+    assert "not packed" in unsupported_reason(made.model, adapter, None, 32)
     made.blocks[0].sink_tokens = 7
-    assert "stay in float" in obstacle(made.model, adapter, cache, 32)
+    assert "stay in float" in unsupported_reason(made.model, adapter, cache, 32)
     made.blocks[0].sink_tokens = 1
     made.model.config.sliding_window = 30
-    assert "38 tokens leave the window of 30" in obstacle(made.model, adapter, cache, 32)
+    assert "38 tokens leave the window of 30" in unsupported_reason(made.model, adapter, cache, 32)
     made.model.config.sliding_window = None
     made.blocks[0].qkv.set_backend(Backend.REFERENCE)
-    assert "by name" in obstacle(made.model, adapter, cache, 32)
+    assert "by name" in unsupported_reason(made.model, adapter, cache, 32)
 
 
 def test_a_cache_that_kernels_cannot_take_is_named(on_a_gpu):
     made, cache = prompted()
     for states in (cache.layers[0].key_states, cache.layers[0].value_states):
         states.dim = 320
-    assert "heads of 320 channels" in obstacle(made.model, made.loaded.adapter, cache, 32)
+    assert "heads of 320 channels" in unsupported_reason(made.model, made.loaded.adapter, cache, 32)
     made, cache = prompted("bitnet")
     made.blocks[0].softmax_bits = 8
-    assert "softmax" in obstacle(made.model, made.loaded.adapter, cache, 32)
+    assert "softmax" in unsupported_reason(made.model, made.loaded.adapter, cache, 32)
 
 
 def test_without_a_gpu_nothing_is_captured():
     made, cache = prompted()
-    assert obstacle(made.model, made.loaded.adapter, cache, 32) == "kernels run on cuda, not on cpu"
+    assert unsupported_reason(made.model, made.loaded.adapter, cache, 32) == "kernels run on cuda, not on cpu"
     assert captured_step(made.model, made.loaded.adapter, cache, 32) == (None, "")
 
 

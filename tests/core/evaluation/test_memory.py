@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.config import SCHEMES, Bits
 from core.errors import InputError
 from core.evaluation.memory import (
     SHAPES,
@@ -17,8 +16,9 @@ from core.evaluation.memory import (
     shape_of,
     working_bytes,
 )
-from core.models.quantized import parameters_of
+from core.models.io.quantized import parameters_of
 from core.models.tiny import tiny_model
+from core.recipe import SCHEMES, Bits
 from kernels import Backend, packed_width
 from tests.core.tools import ARCHITECTURES, quantised, spec_of, tiny, tokens
 

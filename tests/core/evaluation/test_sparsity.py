@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 
-from core.config import BitNetOptions
 from core.errors import InputError, ModelError
 from core.evaluation.sparsity import BINS, account, input_histogram, measure_sparsity, weight_histogram
-from core.models.bitnet_io import save_bitnet
-from core.models.load import LoadedModel, load_model
+from core.models.io.bitnet import save_bitnet
+from core.models.io.load import LoadedModel, load_model
 from core.models.shell import block_inputs, quantized_blocks
 from core.models.tiny import tiny_model
-from core.pipeline import Workbench
-from core.quant.bitnet import quantize_input
+from core.quant.dynamic import quantize_input
+from core.recipe import BitNetOptions
+from core.workbench import Workbench
 from tests.core.tools import quantised, tokens
 
 WINDOWS = tokens(3, 24, seed=2)
@@ -80,7 +80,7 @@ def test_counts_are_those_of_the_codes(native):
     assert report.parameters == 2 * sum(sizes.values())
     assert report.active_parameters == round(sum(account(sizes, vars(layer))[1] for layer in report.layers))
     assert report.total.overall == pytest.approx(1 - report.active_parameters / report.parameters, abs=1e-4)
-    assert (report.mode, report.claim, report.tokens) == ("a4.8", "trained a4.8", WINDOWS.numel())
+    assert (report.mode, report.fidelity, report.tokens) == ("a4.8", "trained a4.8", WINDOWS.numel())
     assert json.loads(json.dumps(report.to_dict()))["total"]["out"] == report.total.out
 
 
@@ -93,7 +93,7 @@ def test_measuring_leaves_no_hook_behind(native):
 def test_simulated_models_are_counted_too(architecture):
     made = quantised(architecture, method="bitnet", bitnet=BitNetOptions())
     report = measure_sparsity(made.loaded, WINDOWS, "random")
-    assert "simulated" in report.claim and report.total.out >= 0.5
+    assert "simulated" in report.fidelity and report.total.out >= 0.5
     if architecture == "llama":
         assert report.total.gates < 0.05, "SiLU is zero only where the integer product is"
     else:

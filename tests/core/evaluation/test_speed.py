@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.config import Clusters
 from core.evaluation.memory import measured_parts
-from core.evaluation.report import SpeedLimit
 from core.evaluation.speed import bytes_per_token, copy_bandwidth, speed_limit
-from core.models.quantized import modules_of
+from core.models.io.quantized import modules_of
+from core.recipe import Clusters
+from core.report import SpeedLimit
 from kernels import Backend
 from tests.core.tools import quantised, tiny
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.calibration.ranges import ChannelRanges
 from core.models.shell import block_inputs
+from core.quant.ranges import ChannelRanges
 from tests.core.tools import Quantised, float_blocks, quantised, tiny, tokens
 
 _DONE: dict[tuple, Quantised] = {}

@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.config import BITNET_MODES, SITES, BitNetOptions, Calibration, QuantRecipe
 from core.errors import ModelError
-from core.evaluation.describe import backend_use, claim_of, label_of, report_from_dict
+from core.evaluation.describe import backend_use, fidelity_of, label_of, report_from_dict
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.windows import evaluation_windows
-from core.methods.build import INPUT_SITE
-from core.models.bitnet_io import save_bitnet
-from core.models.load import LoadedModel, load_model
-from core.models.quantized import already_quantized, load_quantized, read_description, save_quantized
+from core.methods.apply import INPUT_SITE
+from core.models.io.bitnet import save_bitnet
+from core.models.io.load import LoadedModel, load_model
+from core.models.io.quantized import already_quantized, load_quantized, read_description, save_quantized
 from core.models.shell import block_inputs, new_cache, quantized_blocks
 from core.models.tiny import tiny_model
-from core.pipeline import Workbench
-from core.quant.bitnet import MODES, ternary_absmean
+from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVCache
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.recipe import BITNET_MODES, SITES, BitNetOptions, Calibration, QuantRecipe
 from core.stages import evaluate, quantize
+from core.workbench import Workbench
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, tokens
 
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
@@ -60,7 +60,7 @@ def test_float_models_are_rounded_projection_by_projection(architecture):
         assert len(block.up.projections()) == (2 if spec.gated else 1) and len(block.down.projections()) == 1
         assert (block.up.bias is None) == (old.up.bias is None)
         assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES["a4.8"]
-    assert "simulated" in claim_of(made.model, made.loaded.adapter)
+    assert "simulated" in fidelity_of(made.model, made.loaded.adapter)
     expected, found = made.model(IDS).logits, in_steps(made.model, IDS)
     assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 1e-5
 
@@ -82,15 +82,15 @@ def test_another_mode_changes_no_weight(folder, mode):
 def test_the_claim_follows_the_training(folder, tmp_path):
     b158, a48 = load_model(str(folder)), load_model(str(trained(tmp_path / "a48", "a4.8")))
 
-    def claim(base, **options):
+    def fidelity(base, **options):
         made = apply(base, **options)
-        return claim_of(made.model, made.loaded.adapter)
+        return fidelity_of(made.model, made.loaded.adapter)
 
-    assert claim(a48) == "trained a4.8" and claim(b158, mode="w1.58a8") == "trained w1.58a8"
-    assert claim(b158) == "a4.8 rules applied training-free to a w1.58a8 model: approximate"
-    assert claim(apply(b158).loaded) == claim(b158), "twice is no more"
-    assert "expect noise" in claim(tiny_model("llama")) and "expect noise" in claim(tiny_model("bitnet"))
-    assert claim_of(tiny_model("llama").model, tiny_model("llama").adapter) is None
+    assert fidelity(a48) == "trained a4.8" and fidelity(b158, mode="w1.58a8") == "trained w1.58a8"
+    assert fidelity(b158) == "a4.8 rules applied training-free to a w1.58a8 model: approximate"
+    assert fidelity(apply(b158).loaded) == fidelity(b158), "twice is no more"
+    assert "expect noise" in fidelity(tiny_model("llama")) and "expect noise" in fidelity(tiny_model("bitnet"))
+    assert fidelity_of(tiny_model("llama").model, tiny_model("llama").adapter) is None
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_whatever_differs_from_the_training_is_named(tmp_path, trained_by, optio
     """TopK's share counts where there is TopK; bits of the cache and of queries never were part of a training."""
     mode, keep = trained_by
     base = load_model(str(trained(tmp_path / "m", mode, keep=keep)))
-    assert claim_of(base.model, base.adapter) == f"trained {mode}"
+    assert fidelity_of(base.model, base.adapter) == f"trained {mode}"
     made = apply(base, **options)
-    assert claim_of(made.model, made.loaded.adapter) == expected
+    assert fidelity_of(made.model, made.loaded.adapter) == expected
     back = apply(made.loaded, mode=mode, keep=keep)
-    assert claim_of(back.model, back.loaded.adapter) == f"trained {mode}", "what it was trained for is not forgotten"
+    assert fidelity_of(back.model, back.loaded.adapter) == f"trained {mode}", "what it was trained for is not forgotten"
 
 
 def test_the_outcome_is_plain_numbers(folder):

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.calibration.ranges import ChannelRanges
 from core.calibration.report import RangesReport, SiteRanges
-from core.config import PER_CHANNEL, SITES, Calibration, Clusters, QuantRecipe
 from core.errors import InputError
 from core.methods import METHODS
 from core.methods.base import LayerStatistics
@@ -19,6 +17,8 @@ from core.methods.rptq import cluster, explore
 from core.methods.rptq.explore import error_curve, recluster
 from core.methods.rptq.reorder import head_channels, query_channels
 from core.quant.affine import Grid, choose_qparams
+from core.quant.ranges import ChannelRanges
+from core.recipe import PER_CHANNEL, SITES, Calibration, Clusters, QuantRecipe
 from core.stages import observe
 from tests.core.tools import spec_of, tiny
 

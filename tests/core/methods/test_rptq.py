@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from core.calibration.observe import Recorder
-from core.config import SCHEMES, SITES, Bits
 from core.errors import Cancelled, NumericError
 from core.methods import METHODS
+from core.methods.apply import INPUT_SITE, build_block
 from core.methods.base import LayerStatistics
-from core.methods.build import INPUT_SITE, build_block
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
-from core.quant.linear import QuantLinear
+from core.quant.linear.quant import QuantLinear
+from core.recipe import SCHEMES, SITES, Bits
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, float_blocks, quantised, relative, spec_of, tiny, tokens
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.methods.build as build
-from core.config import PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
+import core.methods.apply as build
+from core.methods.apply import INPUT_SITE
 from core.methods.base import LayerPlan
-from core.methods.build import INPUT_SITE
-from core.methods.rptq.activations import RangeRules, decibels, plan_site, sqnr_db
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.shell import block_inputs
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, QParams, choose_qparams, code_limits, round_scale
-from core.quant.granularity import expand, segment_max, segment_min
+from core.quant.observer import RangeRules, decibels, plan_site, sqnr_db
+from core.quant.segments import expand, segment_max, segment_min
+from core.quant.static import ActivationQuantizer
+from core.recipe import PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
 from kernels import Backend, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, Quantised, float_blocks, quantised, relative, spec_of, tiny, tokens
@@ -52,13 +52,13 @@ class Labelled(nn.Module):
         super().__init__()
         self.weight, self.bias, self.quantizer = weight.double(), None if bias is None else bias.double(), quantizer
 
-    def forward(self, x: Tensor, exempt: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
-        return nn.functional.linear(x if self.quantizer is None else self.quantizer.fake(x, exempt), self.weight, self.bias)
+    def forward(self, x: Tensor, keep_float: Tensor | None = None, *, inplace: bool = False) -> Tensor:
+        return nn.functional.linear(x if self.quantizer is None else self.quantizer.fake(x, keep_float), self.weight, self.bias)
 
     def parts(
-        self, x: Tensor, sizes: tuple[int, ...], exempt: Tensor | None = None, *, overwrite: bool = False
+        self, x: Tensor, sizes: tuple[int, ...], keep_float: Tensor | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
-        return iter(self(x, exempt).split(sizes, dim=-1))
+        return iter(self(x, keep_float).split(sizes, dim=-1))
 
 
 def by_label(plan: LayerPlan, site: str, spec: BlockSpec) -> ActivationQuantizer | None:
@@ -134,8 +134,8 @@ def recorded(block: DecoderBlock, hidden: Tensor, kwargs: dict) -> dict[str, Ten
     for site, q in hooks.items():
         if q is None:
             continue
-        q.fake = lambda x, exempt=None, s=site, f=q.fake, **_: seen.setdefault(s, f(x, exempt))
-        q.fake_heads = lambda x, exempt=None, s=site, f=q.fake_heads, **_: seen.setdefault(s, f(x, exempt))
+        q.fake = lambda x, keep_float=None, s=site, f=q.fake, **_: seen.setdefault(s, f(x, keep_float))
+        q.fake_heads = lambda x, keep_float=None, s=site, f=q.fake_heads, **_: seen.setdefault(s, f(x, keep_float))
     seen["out"] = block(hidden, **kwargs)
     return {s: x.transpose(1, 2).flatten(2) if x.dim() == 4 else x for s, x in seen.items()}
 

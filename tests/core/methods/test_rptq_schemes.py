@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.config import PER_CHANNEL, SCHEMES, SITES, Clusters
-from core.methods.build import INPUT_SITE
-from core.quant.activation import ActivationQuantizer
+from core.methods.apply import INPUT_SITE
+from core.quant.static import ActivationQuantizer
+from core.recipe import PER_CHANNEL, SCHEMES, SITES, Clusters
 from tests.core.methods.rptq_tools import made
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 

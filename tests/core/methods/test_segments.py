@@ -7,14 +7,14 @@ from itertools import combinations
 import pytest
 import torch
 
-from core.calibration.ranges import ChannelRanges
-from core.config import QuantRecipe
 from core.errors import InputError
-from core.methods.base import SitePlan
 from core.methods.rptq.segments import ALIGN, aligned_offsets, power_of_two
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, choose_qparams
-from core.quant.granularity import segment_max, segment_min, segment_sum
+from core.quant.observer import SitePlan
+from core.quant.ranges import ChannelRanges
+from core.quant.segments import segment_max, segment_min, segment_sum
+from core.quant.static import ActivationQuantizer
+from core.recipe import QuantRecipe
 from kernels import Backend
 from tests.core.tools import quantised
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from core.config import SITES
 from core.errors import ModelError
 from core.models.adapter import ADAPTERS, adapter_for, supported_model_types
 from core.models.tiny import tiny_model
+from core.recipe import SITES
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from core.models.block import DecoderBlock, FloatLinear, ReorderNorm
-from core.models.load import LoadedModel
+from core.models.io.load import LoadedModel
 from core.models.shell import block_inputs, final_hidden, quantized_blocks, with_layers
 from core.models.tiny import tiny_model
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import QParams
+from core.quant.static import ActivationQuantizer
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, spec_of, tokens
 
 BOUND = 1e-5
@@ -223,13 +223,17 @@ def test_float_linear_ignores_the_exemption():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
-    """The first position of a sequence is exempt at every site; with a cache, later pieces have none."""
+    """The first position of a sequence is keep_float at every site; with a cache, later pieces have none."""
     q = quantised(architecture, scheme="W4A4")
     block, inputs = q.blocks[0], block_inputs(q.model, q.loaded.adapter, tokens(2, 6))
     calls = []
     for name in ("qkv", "o", "up", "down"):
         linear = getattr(block, name)
-        linear.parts = lambda x, sizes, exempt=None, old=linear.parts, **own: calls.append(exempt) or old(x, sizes, exempt, **own)
+        def parts(x, sizes, keep_float=None, old=linear.parts, **own):
+            calls.append(keep_float)
+            return old(x, sizes, keep_float, **own)
+
+        linear.parts = parts
     block(inputs.hidden, **inputs.kwargs[0])
     assert calls == [1, 1, 1, 1]  # the first token of every sequence
     calls.clear()

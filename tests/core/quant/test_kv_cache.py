@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from core.config import Bits
 from core.evaluation.memory import kv_bytes_per_token
 from core.models.shell import new_cache
 from core.models.tiny import tiny_model
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, choose_qparams
 from core.quant.kv_cache import PackedStates, QuantizedKVCache, QuantizedKVLayer, bytes_per_token, cache_layer_bytes
+from core.quant.static import ActivationQuantizer
+from core.recipe import Bits
 from kernels import packed_width
 from tests.core.tools import ARCHITECTURES, Quantised, in_steps, poisoned_memory, quantised, relative, spec_of, tokens
 

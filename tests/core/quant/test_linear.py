@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from core.errors import BackendError
-from core.quant.activation import ActivationQuantizer
 from core.quant.affine import Grid, QParams, choose_qparams, code_limits
 from core.quant.gptq import round_to_nearest
-from core.quant.linear import QuantizedWeight, QuantLinear
+from core.quant.linear.quant import QuantizedWeight, QuantLinear
+from core.quant.static import ActivationQuantizer
 from kernels import Backend, Choice
 
 BACKENDS = (Backend.REFERENCE, Backend.INT8)
@@ -147,13 +147,13 @@ def test_exempt_rows_keep_a_float_input(backend):
     layer, x = example(rows=12)
     layer.set_backend(backend)
     x = x.view(3, 4, 45)
-    exempt = torch.zeros(3, 4, dtype=torch.bool)
-    exempt[0, 0] = exempt[2, 3] = True
-    found, plain = layer(x, exempt), layer(x)
+    keep_float = torch.zeros(3, 4, dtype=torch.bool)
+    keep_float[0, 0] = keep_float[2, 3] = True
+    found, plain = layer(x, keep_float), layer(x)
     weight = layer.dequantized_weight().double()
     expected = x.double() @ weight.t() + layer.bias.double()
-    assert error(found[exempt], expected[exempt]) < 1e-6 < error(plain[exempt], expected[exempt])
-    assert torch.equal(found[~exempt], plain[~exempt])
+    assert error(found[keep_float], expected[keep_float]) < 1e-6 < error(plain[keep_float], expected[keep_float])
+    assert torch.equal(found[~keep_float], plain[~keep_float])
     row = torch.tensor([[True, False, False, False]])  # [1, T] covers every batch row
     assert torch.equal(layer(x, row)[:, 0], layer(x, row.expand(3, 4))[:, 0])
     assert error(layer(x, row)[:, 0], expected[:, 0]) < 1e-6
@@ -252,10 +252,10 @@ def test_codes_and_fakes_of_a_quantiser_agree(bits):
     assert torch.equal(q.fake(x), q.scale[run] * (codes.float() - q.zero_point.float()[run]))
     heads = x.view(4, 6, 2, 5).transpose(1, 2)  # [B, H, T, E]
     assert torch.equal(q.fake_heads(heads).transpose(1, 2).reshape(x.shape), q.fake(x))
-    exempt = torch.zeros(1, 6, dtype=torch.bool)
-    exempt[0, 0] = True
-    assert torch.equal(q.fake_heads(heads, exempt).transpose(1, 2).reshape(x.shape), q.fake(x, exempt.expand(4, 6)))
-    assert torch.equal(q.fake(x, exempt)[:, 0], x[:, 0]) and torch.equal(q.fake(x, exempt)[:, 1:], q.fake(x)[:, 1:])
+    keep_float = torch.zeros(1, 6, dtype=torch.bool)
+    keep_float[0, 0] = True
+    assert torch.equal(q.fake_heads(heads, keep_float).transpose(1, 2).reshape(x.shape), q.fake(x, keep_float.expand(4, 6)))
+    assert torch.equal(q.fake(x, keep_float)[:, 0], x[:, 0]) and torch.equal(q.fake(x, keep_float)[:, 1:], q.fake(x)[:, 1:])
     assert q.width == 10 and set(q.state_dict()) == {"scale", "zero_point", "offsets"}
 
 
@@ -331,7 +331,7 @@ def test_few_rows_of_float_input_use_4_bit_products(clusters, weight_bits):
 @pytest.mark.parametrize("input_bits", [8, None], ids=["codes", "floats"])
 def test_kernels_read_the_packed_weight(input_bits, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("core.quant.linear.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
+    monkeypatch.setattr("core.quant.linear.quant.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
     layer, _ = example(128, 16, weight_bits=4, input_bits=input_bits, clusters=(0, 64, 128))
     assert layer.takes_codes == (input_bits is not None)
     scales = 2 * 16 * 4 * 2 if layer.takes_codes else 2 * 16 * (2 + 1)  # in the epilogue's type, or as they are stored
@@ -354,8 +354,8 @@ def test_one_scale_per_row_stays_exact_in_4_bit_products():
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.INT8])
-@pytest.mark.parametrize("exempt", [None, 2])
-def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritten(backend, exempt):
+@pytest.mark.parametrize("keep_float", [None, 2])
+def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritten(backend, keep_float):
     g = torch.Generator().manual_seed(3)
     offsets, bound = torch.tensor([0, 40, 64]), torch.tensor([2.0, 4.0])
     quantizer = ActivationQuantizer(8, choose_qparams(-bound, bound, bits=8, grid=Grid.EXACT), offsets)
@@ -363,9 +363,9 @@ def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritt
     layer = QuantLinear.from_weight(weight, torch.randn(30, generator=g), quantizer)
     layer.set_backend(backend)
     x = torch.randn(2, 5, 64, generator=g) * 3
-    kept, whole = x.clone(), layer(x, exempt)
-    parts = list(layer.parts(x, (7, 23), exempt))
+    kept, whole = x.clone(), layer(x, keep_float)
+    parts = list(layer.parts(x, (7, 23), keep_float))
     assert [p.shape[-1] for p in parts] == [7, 23] and all(p.is_contiguous() for p in parts)
     assert torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-5, atol=1e-5) and torch.equal(x, kept)
-    assert torch.equal(layer(x, exempt, overwrite=True), whole)
+    assert torch.equal(layer(x, keep_float, inplace=True), whole)
     assert backend is Backend.INT8 or not torch.equal(x, kept)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from core.errors import BackendError
-from core.quant.bitnet import INPUT_KINDS, quantize_input, ternary_absmean
-from core.quant.ternary_linear import TernaryLinear
+from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
+from core.quant.linear.ternary import TernaryLinear
 from kernels import Backend
 from tests.kernels.fake_cuda import on_second_gpu
 
@@ -75,8 +75,8 @@ def test_a_float_input_is_multiplied_in_float():
 
 def test_exempt_rows_keep_a_float_input():
     layer, x = fused("int4"), gaussian(2, 5, 96)
-    exempt = torch.tensor([[True, False, False, False, False]])
-    y = layer(x, exempt)
+    keep_float = torch.tensor([[True, False, False, False, False]])
+    y = layer(x, keep_float)
     assert torch.equal(y[:, 1:], layer(x)[:, 1:])
     assert torch.allclose(y[:, 0], x[:, 0] @ layer.dequantized_weight().t(), rtol=1e-5, atol=1e-4)
 
@@ -106,7 +106,8 @@ def test_moving_keeps_what_was_asked_for():
 
 
 def test_a_gpu_without_kernels_is_named(monkeypatch):
-    monkeypatch.setattr("core.quant.ternary_linear.triton_obstacle", lambda device: "compute capability 7.5, kernels need 8.0")
+    reason = "compute capability 7.5, kernels need 8.0"
+    monkeypatch.setattr("core.quant.linear.ternary.triton_unsupported_reason", lambda device: reason)
     layer = fused()
     layer.packed = on_second_gpu(layer.packed)
     layer.set_backend(Backend.AUTO)

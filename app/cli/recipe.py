@@ -1,0 +1,99 @@
+"""The recipe that the options of `quantize` describe, alone or on top of a recipe from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import asdict, replace
+from typing import Any
+
+from core.checks import parse_int
+from core.errors import InputError
+from core.recipe import Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, parse_bits
+
+FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights")}
+"""Options that a method would not look at."""
+MAX_BYTES = 2**24
+
+
+def recipe_of(args: Namespace) -> QuantRecipe:
+    """The recipe that `quantize`'s options describe. Raises: InputError."""
+    base = _read_recipe(args.recipe) if args.recipe is not None else {}
+    chosen = ("model", "method", "variant", "segments", "weights")
+    given = {name: value for name in chosen if (value := getattr(args, name)) is not None}
+    if "model" in given:
+        base.pop("revision", None)
+    if given.get("method", "bitnet") != "bitnet":
+        base.pop("bitnet", None)
+    method = given.get("method") or base.get("method", "rptq")
+    for name in FOREIGN.get(method, ()):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
+    if method != "rptq":
+        base.pop("segments", None)
+    if method == "rtn" and "weights" not in base:
+        given.setdefault("weights", "rtn")  # as the method's name says
+    options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
+    own = {name: value for name in options if (value := getattr(args, name)) is not None}
+    if own:
+        text = ",".join(f"{name}={value}" for name, value in ((base.get("bitnet") or {}) | own).items())
+        given["bitnet"] = asdict(parse_bitnet(text))
+    if args.clusters is not None:
+        base.pop("clusters", None)
+    recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()
+    if args.clusters is not None:
+        recipe = replace(recipe, clusters=Clusters.parse(args.clusters))
+    if args.scheme is not None or args.bits is not None:
+        recipe = _with_bits(recipe, args.scheme, args.bits)
+    seed = recipe.seed if args.seed is None else parse_int("seed", args.seed)
+    return replace(recipe, calibration=calibration_of(args, recipe.calibration), seed=seed)
+
+
+def _no_model() -> QuantRecipe:
+    raise InputError("No model was named: give --model, or a --recipe that names one.", code="E-PARAM-MODEL")
+
+
+def _with_bits(recipe: QuantRecipe, scheme: str | None, bits: str | None) -> QuantRecipe:
+    """The recipe with another scheme, or with own bits on top of one (of 16 everywhere for `custom`)."""
+    if bits is None:
+        return replace(recipe, scheme=scheme, bits=None)
+    start = (
+        recipe.tensor_bits
+        if scheme is None
+        else Bits()
+        if scheme == "custom"
+        else replace(recipe, scheme=scheme, bits=None).tensor_bits
+    )
+    wanted = parse_bits(bits)
+    names = [part.partition("=")[0].strip() for part in bits.split(",") if part.strip()]
+    if not names:
+        raise InputError("No bits are given: write name=bits, for example k=3,v=3.", code="E-PARAM-BITS")
+    return replace(recipe, scheme="custom", bits=replace(start, **{name: getattr(wanted, name) for name in names}))
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    """A recipe's fields from a file that holds one, or an object with one under "recipe" (as `--json` writes it)."""
+    try:
+        if os.path.getsize(path) > MAX_BYTES:
+            raise InputError(f"The recipe {path[-60:]!r} is larger than 16 MB: is it a recipe?", code="E-PARAM-RECIPE")
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise InputError(
+            f"The recipe {path[-60:]!r} cannot be read: {error.strerror}. Name a JSON file.", code="E-PARAM-RECIPE"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"The recipe {path[-60:]!r} is not valid JSON: export one from the page, or take --json of quantize.",
+            code="E-PARAM-RECIPE",
+        ) from error
+    data = data.get("recipe", data) if isinstance(data, dict) else data
+    return QuantRecipe.from_dict(data).to_dict()
+
+
+def calibration_of(args: Namespace, base: Calibration) -> Calibration:
+    """`base` with the calibration options that are given."""
+    window = base.window if args.window is None else parse_int("window", args.window)
+    tokens = base.tokens if args.calibration_tokens is None else parse_int("calibration tokens", args.calibration_tokens)
+    return Calibration(base.text if args.calibration is None else args.calibration, tokens, window)

@@ -1,0 +1,315 @@
+"""What each verb of the command line does: read its options, call core, hand the report to the console.
+
+Everything cheap to check is checked before a model is loaded. core's heavy parts are imported by the verbs that need them.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from app.cli.output import Console, facts, table
+from app.cli.recipe import calibration_of, recipe_of
+from app.view.figure import bytes_text, number
+from core.checks import parse_int, require_choice, require_int
+from core.errors import InputError
+from core.recipe import SITES, Calibration, QuantRecipe
+
+BACKENDS = ("auto", "reference", "int8", "int4", "triton")
+MAX_TOKENS = 1_048_576
+OUTLIERS_SHOWN = 10
+
+
+def models(args: Namespace, console: Console) -> None:
+    """`models`: the catalogue."""
+    from core import catalogue
+
+    entries = catalogue()
+    document = {
+        "models": [
+            {
+                "name": e.name,
+                "title": e.title,
+                "description": e.description,
+                "licence": e.licence,
+                "size_bytes": e.size_bytes,
+                "source": e.source,
+            }
+            for e in entries
+        ]
+    }
+    rows = [[e.name, e.title, e.licence, bytes_text(e.size_bytes)] for e in entries]
+    sources = facts([(e.name, e.source) for e in entries])
+    also = "Also: owner/name of the Hugging Face Hub, a local folder, a .gguf file.\n"
+    console.finish(document, f"{table(['name', 'title', 'licence', 'size'], rows, left=3)}\nSources\n{sources}\n{also}")
+
+
+def inspect(args: Namespace, console: Console) -> None:
+    """`inspect`: ranges of every channel."""
+    calibration = calibration_of(args, Calibration())
+    seed = parse_int("seed", args.seed or "0")
+    QuantRecipe(args.model, seed=seed)  # its rules for seed and name
+    _require_text(calibration.text, "calibration")
+    from core import load_model, observe
+    from core.provenance import provenance
+
+    loaded = load_model(args.model, device=args.device, progress=console.progress)
+    report = observe(loaded, calibration, seed=seed, progress=console.progress)
+    rows = []
+    for kind in SITES:
+        sites = [s for s in report.sites.values() if s.kind == kind]
+        low, high = min(float(s.low.min()) for s in sites), max(float(s.high.max()) for s in sites)
+        rows.append([kind, str(len(sites)), str(len(sites[0].low)), number(low), number(high)])
+    widest = [[o.site, str(o.channel), number(o.low), number(o.high), number(o.ratio)] for o in report.outliers(OUTLIERS_SHOWN)]
+    text = facts(
+        [
+            ("model", report.model),
+            (
+                "observed",
+                f"{report.tokens:,} tokens of {report.text_name} in windows of "
+                f"{report.window}, {number(report.seconds)} s on {report.device}",
+            ),
+        ]
+    )
+    text += "\n" + table(["site", "layers", "channels", "smallest", "largest"], rows)
+    text += "\nWidest channels, relative to their site's median width\n"
+    text += table(["site", "channel", "min", "max", "× median"], widest)
+    console.finish(report.to_dict() | {"provenance": provenance()}, text)
+
+
+def quantize(args: Namespace, console: Console) -> None:
+    """`quantize`: a folder that every other verb takes as `--model`."""
+    recipe = recipe_of(args)
+    from core import load_model
+    from core.methods import METHODS
+    from core.models.io.quantized import check_output, save_quantized
+    from core.provenance import provenance
+    from core.workbench import quantize as run
+
+    METHODS.get(recipe.method)
+    check_output(args.out)
+    _require_text(recipe.calibration.text, "calibration")
+    base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
+    made, report = run(base, recipe, progress=console.progress)
+    report = replace(report, folder=args.out)
+    console.progress("Saving the quantised model", None)
+    save_quantized(args.out, made, {"recipe": recipe.to_dict(), "report": report.to_dict()})
+    console.finish(report.to_dict() | {"out": args.out, "provenance": provenance()}, _quantize_text(report, args.out))
+
+
+def evaluate(args: Namespace, console: Console) -> None:
+    """`evaluate`: the numbers of one model, with a reference when one is given."""
+    protocol = _protocol(args)
+    from core import Workbench
+    from core.provenance import provenance
+
+    report = Workbench(device=args.device).evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
+    document = report.to_dict() | {"model": args.model, "reference": args.reference, "provenance": provenance()}
+    console.finish(document, _evaluation_text(report, args.reference))
+
+
+def generate(args: Namespace, console: Console) -> None:
+    """`generate`: the continuation, piece by piece as it is made."""
+    writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": _backend(args)}
+    from core import Workbench
+
+    report = _stream(Workbench(device=args.device), args.model, args.prompt, writing, console)
+    document = report.to_dict() | {"model": args.model, "prompt": args.prompt}
+    console.finish(document, "\n")
+    console.note(_speed(report))
+
+
+def compare(args: Namespace, console: Console) -> None:
+    """`compare`: one row per model; the first is the reference of the others."""
+    if len(args.models) < 2:
+        raise InputError("Only one model is given: name two or more, the first being the reference.", code="E-PARAM-MODELS")
+    protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": _backend(args)}
+    from core import Workbench
+    from core.models.io.catalog import resolve
+    from core.provenance import provenance
+
+    bench, first = Workbench(device=args.device), args.models[0]
+    for name in args.models:
+        resolve(name, progress=console.progress)  # a name that cannot be found is said before the first is measured
+    reports = [
+        bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
+        for i, name in enumerate(args.models)
+    ]
+    headers = ["model", "perplexity", "KLD", "same top", "weights", "KV / token", "tokens/s"]
+    rows = [
+        [
+            name,
+            f"{number(r.perplexity, 4)} ± {number(r.perplexity_stderr, 2)}",
+            _nats(r.kld_mean),
+            _share(r.same_top_token),
+            bytes_text(r.weight_bytes),
+            bytes_text(r.kv_bytes_per_token),
+            number(r.tokens_per_second),
+        ]
+        for name, r in zip(args.models, reports, strict=True)
+    ]
+    console.write(table(headers, rows) + f"\nKLD and same top token are against the first. {reports[0].protocol}.\n")
+    written = []
+    for name in args.models if args.prompt is not None else ():
+        console.write(f"\n── {name}\n")
+        written.append(_stream(bench, name, args.prompt, writing, console))
+        console.write(f"\n[{_speed(written[-1])}]\n")
+    measured = [{"model": name, **r.to_dict()} for name, r in zip(args.models, reports, strict=True)]
+    continued = [{"model": w.key, **w.to_dict()} for w in written]
+    console.finish(
+        {"reference": first, "models": measured, "prompt": args.prompt, "continuations": continued, "provenance": provenance()},
+        "",
+    )
+
+
+def sparsity(args: Namespace, console: Console) -> None:
+    """`sparsity`: zero codes at every projection's input, layer by layer."""
+    tokens = parse_int("tokens", args.tokens)
+    require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
+    _require_text(args.text, "evaluation")
+    from core import Workbench
+    from core.provenance import provenance
+
+    report = Workbench(device=args.device).sparsity(args.model, text=args.text, tokens=tokens, progress=console.progress)
+    names = ("qkv", "out", "up", "gate", "down", "gates", "overall")
+    named = [*((str(i), layer) for i, layer in enumerate(report.layers)), ("all", report.total)]
+    rows = [[title, *(_share(getattr(layer, name)) for name in names)] for title, layer in named]
+    text = f"{args.model}: {report.fidelity}\n{report.tokens:,} tokens of {report.text_name}\n\n"
+    text += table(["layer", *names], rows)
+    text += f"\n{report.active_parameters:,} of {report.parameters:,} decoder weights meet a code that is not zero.\n"
+    console.finish(report.to_dict() | {"model": args.model, "provenance": provenance()}, text)
+
+
+def memory(args: Namespace, console: Console) -> None:
+    """`memory`: bytes by formula."""
+    from core import memory_estimate
+
+    batch, sequence = parse_int("batch", args.batch), parse_int("sequence", args.seq)
+    made = memory_estimate(args.model, args.scheme, batch=batch, sequence=sequence)
+    parts = {"weights": made.weights, "kv_cache": made.kv_cache, "activations": made.activations, "total": made.total}
+    rows = [[name.replace("_", " "), f"{size:,}", f"{size / 1e9:,.2f}", f"{size / 2**30:,.2f}"] for name, size in parts.items()]
+    text = f"{args.model}, {args.scheme}, batch {batch:,}, sequence {sequence:,} (estimate)\n\n"
+    text += table(["part", "bytes", "GB", "GiB"], rows) + f"\n{made.assumptions} 1 GB = 10^9, 1 GiB = 2^30 bytes.\n"
+    console.finish(
+        parts
+        | {"model": args.model, "scheme": args.scheme, "batch": batch, "sequence": sequence, "assumptions": made.assumptions},
+        text,
+    )
+
+
+def _protocol(args: Namespace) -> dict[str, Any]:
+    """Text, window, tokens and backend of a measurement."""
+    window = require_int("window", parse_int("window", args.window), 8, 8192, "use 8 to 8192 tokens")
+    rule = f"use at least one window ({window}) and at most {MAX_TOKENS}"
+    tokens = require_int("tokens", parse_int("tokens", args.tokens), window, MAX_TOKENS, rule)
+    _require_text(args.text, "evaluation")
+    return {"text": args.text, "window": window, "tokens": tokens, "backend": _backend(args)}
+
+
+def _writing(args: Namespace, prompt: str | None) -> dict[str, Any]:
+    """Options of a continuation."""
+    if prompt is not None and not prompt.strip():
+        raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
+    try:
+        temperature = float(args.temperature)
+    except ValueError:
+        temperature = float("nan")
+    if not 0 <= temperature <= 5:
+        raise InputError(f"temperature is {args.temperature[:40]!r}: use 0 (greedy) to 5.", code="E-PARAM-TEMPERATURE")
+    new_tokens = require_int("new tokens", parse_int("new tokens", args.max_new_tokens), 1, MAX_TOKENS, "use 1 or more")
+    return {"max_new_tokens": new_tokens, "temperature": temperature, "chat": args.chat}
+
+
+def _backend(args: Namespace) -> str:
+    require_choice("backend", args.backend, BACKENDS)
+    return args.backend
+
+
+def _seed(args: Namespace) -> int:
+    return require_int("seed", parse_int("seed", args.seed), 0, 2**31 - 1, "use 0 to 2147483647")
+
+
+def _require_text(text: str, split: str) -> None:
+    """Find out now, not after the model is loaded, whether a text is there and readable."""
+    from core.calibration.data import resolve_text
+
+    resolve_text(text, split=split)
+
+
+def _stream(bench: Any, model: str, prompt: str, writing: dict[str, Any], console: Console) -> Any:
+    """Generate, showing each piece when it comes. Returns: GenerationReport."""
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        console.write(piece)
+
+    report = bench.generate(model, prompt, on_text=show, progress=console.progress, **writing)
+    console.write(report.text[len("".join(pieces)) :])
+    return report
+
+
+def _speed(report: Any) -> str:
+    speed = f"{report.new_tokens} new tokens at {number(report.tokens_per_second)} tokens/s, stopped by {report.stopped}"
+    return f"{speed}; KV cache {bytes_text(report.kv_bytes)}, as float {bytes_text(report.kv_bytes_float)}"
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _decibels(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def _evaluation_text(report: Any, reference: str | None) -> str:
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in report.weight_parts.items())
+    against = [("KLD", f"{_nats(report.kld_mean)} nats, from {reference}"), ("same top token", _share(report.same_top_token))]
+    return facts(
+        [
+            ("model", report.label),
+            ("perplexity", f"{number(report.perplexity, 4)} ± {number(report.perplexity_stderr, 2)}"),
+            ("loss", f"{number(report.nll, 4)} nats per token"),
+            *(against if reference is not None else []),
+            ("weights", f"{bytes_text(report.weight_bytes)} ({parts})"),
+            ("KV cache", f"{bytes_text(report.kv_bytes_per_token)} per token"),
+            ("speed", f"{number(report.tokens_per_second)} tokens/s"),
+            ("measured", f"{report.tokens:,} tokens: {report.protocol}"),
+            ("backend", report.backend),
+        ]
+    )
+
+
+def _quantize_text(report: Any, out: str) -> str:
+    rows = [
+        [str(entry.layer), _decibels(entry.output_sqnr_db), *_worst(entry.sites), *_worst(entry.weights)]
+        for entry in report.layers
+    ]
+    saved = f"{bytes_text(report.weight_bytes)} of {bytes_text(report.float_bytes)} as float"
+    text = facts(
+        [
+            ("recipe", f"{report.label} ({report.key})"),
+            ("calibration", report.calibration),
+            ("weights", f"{saved}, {number(report.effective_weight_bits)} bits per decoder weight with scales"),
+            ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
+            ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
+        ]
+    )
+    text += "\nSignal to quantisation noise, dB\n"
+    text += table(["layer", "output", "worst site", "dB", "worst weight", "dB"], rows, left=0)
+    text += "".join(f"{note}\n" for note in report.fallbacks)
+    return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
+
+
+def _worst(errors: dict[str, Any]) -> list[str]:
+    """Name and decibels of the noisiest entry; dashes when nothing is quantised."""
+    known = {name: entry.sqnr_db for name, entry in errors.items() if entry.sqnr_db is not None}
+    if not known:
+        return ["–", "–"]
+    name = min(known, key=known.__getitem__)
+    return [f"{name} ({errors[name].bits} bits)", _decibels(known[name])]

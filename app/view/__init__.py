@@ -1,0 +1,1 @@
+"""What the page shows: words, HTML, tables, charts."""

@@ -1,0 +1,224 @@
+"""Small pieces of HTML: the status line, cards, tables, streamed texts. Every foreign text is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from app.view import texts
+from app.view.figure import bytes_text, number
+from app.view.plots_runs import drawable, run_colour
+from app.view.tables import Cell, Estimate
+from app.worker.jobs import JobView
+from core.errors import Cancelled, QuantscopeError
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def counted(count: int, thing: str) -> str:
+    """A count with its noun: "1 channel", "1,536 channels"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def css_colour(place: int) -> str:
+    """The CSS variable of a run's colour."""
+    return f"var(--qs-{run_colour(place)[1:]})"
+
+
+def progress(view: JobView, what: str) -> str:
+    """The status line of a running or waiting job."""
+    if view.state == "waiting":
+        ahead = "next in line" if view.ahead == 0 else f"{counted(view.ahead, 'job')} ahead"
+        return _line("wait", what, f"waiting, {ahead}", None)
+    left = f", about {seconds_text(view.remaining_s)} left" if view.remaining_s is not None else ""
+    detail = f"{view.stage} · {seconds_text(view.elapsed_s)}{left}" if view.stage else seconds_text(view.elapsed_s)
+    return _line("run", what, detail, view.fraction)
+
+
+def _line(kind: str, title: str, detail: str, fraction: float | None) -> str:
+    width = f"{100 * fraction:.1f}%" if fraction is not None else "30%"
+    bar = (
+        f'<div class="qs-bar{"" if fraction is not None else " qs-busy"}"><i style="width:{width}"></i></div>'
+        if kind != "idle"
+        else ""
+    )
+    return (
+        f'<div class="qs-status qs-{kind}" role="status" aria-live="polite"><b>{escape(title)}</b>'
+        f"<span>{escape(detail)}</span>{bar}</div>"
+    )
+
+
+def starting() -> str:
+    """The status line before anything is known."""
+    return _line("run", texts.TITLE, texts.STARTING, None)
+
+
+def error_card(error: QuantscopeError) -> str:
+    """What happened, in one sentence, with its code. A stop by the user is no error."""
+    if error.code == Cancelled.code:
+        return stopped(None, None)
+    return (
+        f'<div class="qs-status qs-error" role="alert"><b>That did not work</b><span>{escape(str(error))} '
+        f"<code>{escape(error.code)}</code></span></div>"
+    )
+
+
+def stopped(info: Any, ranges: Any) -> str:
+    """The status line after a Stop: which model is still there."""
+    still = f"{texts.STOPPED} {info.name} · {_facts(info, ranges)}" if info and ranges else texts.STOPPED
+    return _line("idle", "Stopped", still, None)
+
+
+def idle(info: Any, ranges: Any) -> str:
+    """The status line at rest: which model, how large, what its ranges were observed on."""
+    if info is None or ranges is None:
+        return _line("idle", "Ready", texts.NO_RANGES, None)
+    return _line("idle", info.name, _facts(info, ranges), None)
+
+
+def _facts(info: Any, ranges: Any) -> str:
+    size = f"{number(info.parameters / 1e6)} M parameters"
+    fidelity = f" · {info.fidelity}" if info.fidelity else ""
+    kept = "packed" if info.fidelity else info.dtype  # ternary weights: the type is that of the activations
+    where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}"
+    how = f"ranges from {ranges.tokens:,} tokens of {ranges.text_name}, {seconds_text(ranges.seconds)} on {ranges.device}"
+    return f"{where} · {how}"
+
+
+def table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    caption: str = "",
+    colours: Sequence[int] | None = None,
+    pick: bool = False,
+) -> str:
+    """A table; `colours` gives the colour place of each row's run, `pick` makes rows for a `PickTable`."""
+    head = "".join(f"<th scope='col'>{escape(h)}</th>" for h in headers)
+    body = []
+    for index, row in enumerate(rows):
+        dot = f'<i class="qs-dot" style="background:{css_colour(colours[index])}"></i>' if colours else ""
+        cells = "".join(f"<td>{dot if not place else ''}{_cell(cell)}</td>" for place, cell in enumerate(row))
+        chosen = f' data-index="{index}" tabindex="0" role="button"' if pick else ""
+        body.append(f"<tr{chosen}>{cells}</tr>")
+    note = f"<caption>{escape(caption)}</caption>" if caption else ""
+    kind = "qs-table qs-pick" if pick else "qs-table"
+    return (
+        f'<div class="qs-scroll"><table class="{kind}">{note}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, Estimate):
+        return f'<span class="qs-estimate" title="by formula, not measured">≈ {escape(cell.text)}</span>'
+    return escape(str(cell))
+
+
+def hint(text: str) -> str:
+    """An empty state: what to do first."""
+    return f'<div class="qs-hint">{escape(text)}</div>'
+
+
+def channel_facts(site: Any, channel: int, median_width: float, cluster: Any = None, bits: int = 4) -> str:
+    """What is known about a channel at once: range, width against its site, and its cluster if one is given."""
+    low, high = float(site.low[channel]), float(site.high[channel])
+    facts = [
+        ("range", f"{number(low)} to {number(high)}"),
+        ("width", f"{number((high - low) / median_width if median_width else 0)} × the median channel"),
+    ]
+    if cluster is not None:
+        facts += [
+            ("cluster", f"{counted(cluster.size, 'channel')}, {number(cluster.low)} to {number(cluster.high)}"),
+            ("one step", f"{number(cluster.scale)} at {bits} bits"),
+        ]
+    rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+    title = f"Layer {site.layer} · {escape(texts.site_label(site.kind))} · channel {channel}"
+    return f'<div class="qs-facts"><h4>{title}</h4><dl>{rows}</dl></div>'
+
+
+def extremes(detail: Any) -> str:
+    """The tokens behind a channel's extreme values, with their neighbours."""
+    ordered = sorted(detail.extremes, key=lambda e: -e.value)
+    rows = "".join(
+        f'<tr><td class="qs-num">{escape(number(e.value))}</td><td class="qs-token">…{escape(e.context_before)}'
+        f"<mark>{escape(e.token_text)}</mark>{escape(e.context_after)}…</td></tr>"
+        for e in ordered
+    )
+    facts = f"mean {number(detail.mean)}, standard deviation {number(detail.std)}"
+    return (
+        f'<div class="qs-scroll qs-tokens"><table class="qs-table">'
+        f"<caption>tokens behind the extremes ({escape(facts)})</caption>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def run_summary(report: Any, title: str, place: int) -> str:
+    """The result of a quantisation in a few figures, under the run's name."""
+    saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
+    before = f"{number(saved)} × smaller than {bytes_text(report.float_bytes)}" if saved > 1.01 else "no smaller than before"
+    calibrated = "errors compared on" if report.recipe["method"] == "bitnet" else "calibrated on"
+    figures = [
+        (f"{report.effective_weight_bits:.2f}", "bits per decoder weight, scales included"),
+        (
+            bytes_text(report.weight_bytes),
+            f"whole model, measured: {before}",
+        ),
+        (seconds_text(report.seconds), f"{calibrated} {report.calibration}"),
+    ]
+    exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
+    return headed(title, place, _figures(figures) + caution(texts.EXACT if exact else ""))
+
+
+def headed(title: str, place: int, content: str) -> str:
+    """A panel about a run: its name and colour over content that is HTML already."""
+    dot = f'<i class="qs-dot" style="background:{css_colour(place)}"></i>'
+    return f'<div class="qs-summary"><h4>{dot}{escape(title)}</h4>{content}</div>'
+
+
+def cluster_figures(view: Any, heads: int) -> str:
+    """The predicted error of a clustering in words."""
+    times = 1 / view.predicted_error if view.predicted_error > 0 else float("inf")
+    where = f"clusters in each of {heads} heads" if heads > 1 else "clusters"
+    return _figures(
+        [
+            (f"{number(times)}×", f"less rounding error than one scale, predicted at {view.bits} bits"),
+            (f"{1 + int(view.labels.max())}", f"{where} over {len(view.labels):,} channels"),
+        ]
+    )
+
+
+def _figures(pairs: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<div><b>{escape(figure)}</b><span>{escape(words)}</span></div>" for figure, words in pairs)
+    return f'<div class="qs-figures">{cells}</div>'
+
+
+def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
+    """Texts side by side.
+
+    Args:
+        panels: (colour place, name, prompt, text so far, footer) of each run.
+    """
+    cards = []
+    for place, name, prompt, text, footer in panels:
+        body = f"<h4>{escape(name)}</h4><p><span>{escape(prompt)}</span>{escape(text)}</p><footer>{escape(footer)}</footer>"
+        cards.append(f'<section class="qs-stream" style="border-top-color:{css_colour(place)}">{body}</section>')
+    return f'<div class="qs-streams">{"".join(cards)}</div>'
+
+
+def protocol(text: str) -> str:
+    """How the numbers above were measured."""
+    return caution(f"How it was measured: {text}")
+
+
+def caution(text: str) -> str:
+    """What must be known to read the numbers above; nothing for an empty text."""
+    return f'<p class="qs-protocol">{escape(text)}</p>' if text else ""

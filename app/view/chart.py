@@ -1,0 +1,88 @@
+"""The page's own components: a chart drawn by plotly's script, served from here, and a table whose rows can be chosen.
+
+Gradio's own plot component remounts at every update, which loses zoom, and reports no clicks. This one keeps its element: zoom
+survives updates that keep `uirevision`, a click on a point arrives as a `select` event whose data hold x, y and the
+point's customdata, and light or dark follows the page.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio import component_meta
+
+from app.view.figure import THEMES, Figure
+
+component_meta.create_or_modify_pyi = lambda *_: None  # Gradio would write an interface file beside this one
+
+SCRIPT = Path(find_spec("plotly").submodule_search_locations[0]) / "package_data" / "plotly.min.js"
+_JS = (Path(__file__).parent / "chart.js").read_text(encoding="utf-8").replace("__THEMES__", json.dumps(THEMES))
+
+
+_PICK_JS = """
+const pick = (event) => {
+  const row = event.target.closest('tr[data-index]');
+  if (row) trigger('select', { index: Number(row.dataset.index) });
+};
+element.addEventListener('click', pick);
+element.addEventListener('keydown', (event) => {
+  if (event.key !== 'Enter' && event.key !== ' ') return;
+  event.preventDefault();
+  pick(event);
+});
+"""
+
+
+def serve_script() -> None:
+    """Let the server hand out plotly's script, and nothing else of that folder."""
+    gr.set_static_paths([SCRIPT])
+
+
+class Chart(gr.HTML):
+    """A chart. Its value is a figure dict; `label` is read aloud by screen readers; `height` is in CSS pixels."""
+
+    def __init__(
+        self, value: Figure | None = None, *, label: str, height: int = 380, elem_id: str | None = None, **more: Any
+    ) -> None:
+        super().__init__(
+            value=value,
+            label=label,
+            elem_id=elem_id,
+            apply_default_css=False,
+            html_template=f'<div class="qs-chart" role="img" aria-label="${{label}}" style="height:{int(height)}px"></div>',
+            js_on_load=_JS,
+            head=f'<script src="/gradio_api/file={SCRIPT}"></script>',
+            **more,
+        )
+
+    def postprocess(self, value: Figure | str | None) -> str | None:
+        """A figure dict as JSON text; text and None as they are."""
+        if isinstance(value, dict):
+            return json.dumps(value, separators=(",", ":"), allow_nan=False)
+        return value
+
+    def api_info(self) -> dict[str, Any]:
+        """Type of the value for Gradio's schema."""
+        return {"type": "string"}
+
+
+class PickTable(gr.HTML):
+    """Shows what `cards.table(..., pick=True)` makes."""
+
+    def __init__(self, value: str = "", *, label: str, elem_id: str | None = None, **more: Any) -> None:
+        super().__init__(value=value, label=label, elem_id=elem_id, js_on_load=_PICK_JS, apply_default_css=False, **more)
+
+    def api_info(self) -> dict[str, Any]:
+        """Type of the value for Gradio's schema."""
+        return {"type": "string"}
+
+
+def picked_row(event: gr.EventData) -> int:
+    """The chosen row's index, -1 if the event carries none."""
+    data = event._data if isinstance(event._data, dict) else {}
+    index = data.get("index")
+    return index if isinstance(index, int) and not isinstance(index, bool) else -1

@@ -1,0 +1,167 @@
+"""Clusterings as charts: strips before and after reordering, error by cluster count. Pure, as `app.view.plots_ranges`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from app.view.figure import CLUSTER_COUNT, Figure, Scale, cluster_colour, layout, pack
+
+STRIP_COLUMNS = 512
+
+
+def groups_of(view: Any) -> list[tuple[int, Any, list[int]]]:
+    """(label, cluster, its channels) of every cluster. Labels count inside a head, so several clusters may share one."""
+    order, offsets, labels = view.order.tolist(), view.offsets.tolist(), view.labels.tolist()
+    members = [order[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [(labels[channels[0]], cluster, channels) for cluster, channels in zip(view.clusters, members, strict=True)]
+
+
+def label_count(view: Any) -> int:
+    """How many clusters a head, or the whole site, is divided into: the number of colours."""
+    return 1 + int(view.labels.max())
+
+
+def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
+    """Two strips of bars from minimum to maximum: channels as the model has them, and in the order of their clusters.
+
+    Over the lower strip, the outline of each cluster is the one range all its channels are quantised with.
+    """
+    low, high, labels, count = view.low.tolist(), view.high.tolist(), view.labels.tolist(), label_count(view)
+    order, width = view.order.tolist(), len(view.low)
+    before = _strip(range(width), low, high, labels, count, scale, axis="y2")
+    after = _strip(order, low, high, labels, count, scale, axis="y")
+    offsets = view.offsets.tolist()
+    xs, tops, bottoms = [], [], []
+    for cluster, start, end in zip(view.clusters, offsets, offsets[1:], strict=False):
+        xs += [start - 0.5, end - 0.5]
+        tops += [scale(cluster.high)] * 2
+        bottoms += [scale(cluster.low)] * 2
+    outline = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": pack(xs),
+            "y": pack(ys),
+            "line": {"color": "@ink", "width": 1.4},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+        for ys in (tops, bottoms)
+    ]
+    y = scale.axis(float(view.low.min()), float(view.high.max()), title="")
+    captions = [
+        {
+            "text": text,
+            "xref": "paper",
+            "yref": "paper",
+            "x": 0,
+            "xanchor": "left",
+            "y": place,
+            "yanchor": "bottom",
+            "showarrow": False,
+            "font": {"size": 12, "color": "@muted"},
+        }
+        for text, place in (
+            ("before: in the model's order", 1.0),
+            ("after: sorted by cluster; the line is a cluster's one range", 0.46),
+        )
+    ]
+    frame = layout(
+        uirevision=revision,
+        margin=(56, 10, 26, 42),
+        barmode="overlay",
+        bargap=0,
+        annotations=captions,
+        xaxis={"title": {"text": "position of the channel"}, "range": [-0.5, width - 0.5], "anchor": "y", "showgrid": False},
+        yaxis=y | {"domain": [0, 0.45]},
+        yaxis2=y | {"domain": [0.55, 1.0], "anchor": "x", "matches": "y"},
+    )
+    return {"data": [before, after, *outline], "layout": frame}
+
+
+def _strip(
+    order: Iterable[int], low: list[float], high: list[float], labels: list[int], count: int, scale: Scale, *, axis: str
+) -> Figure:
+    """Bars of one strip; where channels outnumber pixels, neighbours share a bar and the widest gives the colour."""
+    order = list(order)
+    step = -(-len(order) // STRIP_COLUMNS)
+    x, base, length, colour, data = [], [], [], [], []
+    for start in range(0, len(order), step):
+        group = order[start : start + step]
+        widest = max(group, key=lambda c: high[c] - low[c])
+        a, b = scale(min(low[c] for c in group)), scale(max(high[c] for c in group))
+        x.append(start + (len(group) - 1) / 2)
+        base.append(a)
+        length.append(b - a)
+        colour.append(labels[widest])
+        data += [widest, low[widest], high[widest], labels[widest]]
+    marker: Figure = {"line": {"width": 0}}
+    if count <= CLUSTER_COUNT:
+        marker["color"] = [cluster_colour(c, count) for c in colour]
+    else:
+        marker |= {"color": pack(colour), "colorscale": "@ordered", "cmin": 0, "cmax": count - 1}
+    return {
+        "type": "bar",
+        "x": pack(x),
+        "base": pack(base),
+        "y": pack(length),
+        "width": step,
+        "marker": marker,
+        "yaxis": axis,
+        "showlegend": False,
+        "customdata": pack(data, columns=4),
+        "hovertemplate": "<b>channel %{customdata[0]}</b> · cluster %{customdata[3]}"
+        "<br>%{customdata[1]:.4~g} to %{customdata[2]:.4~g}<extra></extra>",
+    }
+
+
+def error_curve(curve: Any, *, current: int, error: float, revision: str = "") -> Figure:
+    """Rounding error relative to one scale for the whole tensor, by cluster count; the marker is the count chosen now."""
+    line = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": list(curve.g),
+        "y": list(curve.relative_error),
+        "line": {"color": "@run1", "width": 2},
+        "marker": {"size": 6},
+        "name": "predicted",
+        "hovertemplate": "g = %{x}: %{y:.3~g} of the error<extra></extra>",
+    }
+    here = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [current],
+        "y": [error],
+        "name": f"now, g = {current}",
+        "marker": {"size": 14, "symbol": "diamond", "color": "@alert", "line": {"color": "@panel", "width": 1.5}},
+        "hovertemplate": "now: g = %{x}, %{y:.3~g}<extra></extra>",
+    }
+    floor = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [curve.g[0], curve.g[-1]],
+        "y": [curve.per_channel] * 2,
+        "name": "one scale per channel",
+        "line": {"color": "@muted", "dash": "dot", "width": 1.5},
+        "hoverinfo": "skip",
+    }
+    counts = [g for g in curve.g if g in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)]
+    return {
+        "data": [floor, line, here],
+        "layout": layout(
+            uirevision=revision,
+            caption="error by number of clusters",
+            margin=(60, 12, 34, 44),
+            showlegend=True,
+            legend={"x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "font": {"size": 11}},
+            xaxis={
+                "type": "log",
+                "title": {"text": "clusters g"},
+                "tickmode": "array",
+                "tickvals": counts,
+                "ticktext": [str(c) for c in counts],
+            },
+            yaxis={"type": "log", "title": {"text": "error, one scale = 1"}, "exponentformat": "power", "dtick": 1},
+        ),
+    }

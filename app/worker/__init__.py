@@ -1,0 +1,1 @@
+"""The worker process and how the page talks to it."""

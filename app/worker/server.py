@@ -1,0 +1,187 @@
+"""The worker process: owns core's workbench and every model, does one job at a time.
+
+Started as `python -m app.worker.server FD` by `app.worker.process`; FD is its end of a socket pair. When the other end closes, it
+exits. Whatever a job raises, `SystemExit` included, becomes a reply: only the kernel or native code can end it early.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+import traceback
+import uuid
+from multiprocessing.connection import Connection
+from typing import Any
+
+from app.view import texts
+from app.worker import wire
+from core.errors import Cancelled, QuantscopeError
+
+METHODS = {
+    "load",
+    "observe",
+    "channel",
+    "quantize",
+    "evaluate",
+    "generate",
+    "speed_limit",
+    "sparsity",
+    "weight_histogram",
+    "input_histogram",
+}
+STREAMING = {"generate"}
+EVERY_SECONDS = 0.05
+MEMORY_CODE = "E-MEM"
+log = logging.getLogger("quantscope.worker")
+
+
+class Worker:
+    """Reads jobs from the pipe, runs their steps on the workbench, writes progress and results back."""
+
+    def __init__(self, connection: Connection, workbench: str, *, allow_local: bool, device: str) -> None:
+        self.connection = connection
+        self.workbench = workbench
+        self.options = {"allow_local": allow_local, "device": device}
+        self.bench: Any = None
+        self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+        self.cancelled: set[str] = set()
+        self.sending = threading.Lock()
+
+    def run(self) -> None:
+        """Serve until the page's end closes."""
+        threading.Thread(target=self._read, daemon=True).start()
+        self._warm()
+        self._send("ready")
+        while True:
+            _, job, steps = self.jobs.get()
+            self._job(job, steps)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = wire.receive(self.connection)
+            except (EOFError, OSError):
+                os._exit(0)  # the server is gone: leave at once, whatever native code is running
+            if message[0] == "cancel":
+                self.cancelled.add(message[1])
+            else:
+                self.jobs.put(message)
+
+    def _warm(self) -> None:
+        """Import the heavy libraries before the first job needs them; a failure is told by that job."""
+        try:
+            self._ensure_bench()
+        except BaseException:  # noqa: BLE001 - process boundary: nothing may end the worker but the page
+            log.exception("the workbench could not be built")
+
+    def _ensure_bench(self) -> Any:
+        if self.bench is None:
+            module, _, name = self.workbench.partition(":")
+            self.bench = getattr(importlib.import_module(module), name)(**self.options)
+        return self.bench
+
+    def _job(self, job: str, steps: list[tuple[str, dict]]) -> None:
+        try:
+            for index, (method, arguments) in enumerate(steps):
+                self._send("result", job, index, self._step(job, index, method, arguments))
+            self._send("done", job)
+        except QuantscopeError as error:
+            self._send("failed", job, error.code, str(error))
+        except BaseException as error:  # noqa: BLE001 - process boundary: every fault becomes a reply
+            self._fault(job, error)
+        finally:
+            self.cancelled.discard(job)
+
+    def _step(self, job: str, index: int, method: str, arguments: dict) -> Any:
+        if method not in METHODS:
+            raise QuantscopeError("This job is not known to the worker; reload the page.")
+        relay = _Relay(self, job, index)
+        relay.check()
+        if method in STREAMING:
+            arguments = {**arguments, "on_text": relay.text}
+        result = getattr(self._ensure_bench(), method)(**arguments, progress=relay.progress)
+        relay.flush()
+        return result
+
+    def _fault(self, job: str, error: BaseException) -> None:
+        out_of_memory = (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        )
+        if out_of_memory:
+            self._send("failed", job, MEMORY_CODE, "")
+            os._exit(0)  # what was half allocated is uncertain: the page starts a fresh worker
+        name = uuid.uuid4().hex[:6]
+        log.error("fault %s in a job\n%s", name, "".join(traceback.format_exception(error)))
+        self._send("failed", job, "E-BUG", texts.BUG.format(name))
+
+    def _send(self, *message: object) -> None:
+        with self.sending:
+            wire.send(self.connection, message)
+
+
+class _Relay:
+    """Progress and text of one step on their way to the page: at most one message per `EVERY_SECONDS`, cancel on the way back."""
+
+    def __init__(self, worker: Worker, job: str, index: int) -> None:
+        self.worker, self.job, self.index = worker, job, index
+        self.sent_at = 0.0
+        self.pending = ""
+
+    def check(self) -> None:
+        if self.job in self.worker.cancelled:
+            raise Cancelled()
+
+    def progress(self, stage: str, fraction: float | None = None) -> None:
+        self.check()
+        now = time.monotonic()
+        if now - self.sent_at >= EVERY_SECONDS or fraction == 1.0:
+            self.sent_at = now
+            self.worker._send("progress", self.job, self.index, str(stage)[:200], fraction)
+
+    def text(self, chunk: str) -> None:
+        self.pending += chunk
+        if time.monotonic() - self.sent_at >= EVERY_SECONDS:
+            self.flush()
+        self.check()
+
+    def flush(self) -> None:
+        if self.pending:
+            self.sent_at = time.monotonic()
+            self.worker._send("text", self.job, self.index, self.pending)
+            self.pending = ""
+
+
+def limit(memory_bytes: int | None) -> None:
+    """Lower this process's rank and rights: nice, first victim of the kernel's memory killer, address space, core dumps."""
+    os.nice(10)
+    try:
+        with open("/proc/self/oom_score_adj", "w") as handle:
+            handle.write("900")
+    except OSError:
+        log.info("the memory killer's preference could not be set here")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def main() -> None:
+    """Entry of `python -m app.worker.server FD`; choices come by environment from `app.worker.process`."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    limit(int(os.environ.get("QUANTSCOPE_LIMIT_BYTES", "0")) or None)
+    worker = Worker(
+        Connection(int(sys.argv[1])),
+        os.environ["QUANTSCOPE_WORKBENCH"],
+        allow_local=os.environ.get("QUANTSCOPE_ALLOW_LOCAL") == "1",
+        device=os.environ["QUANTSCOPE_DEVICE"],
+    )
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()

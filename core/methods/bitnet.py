@@ -1,0 +1,110 @@
+"""The method "bitnet": run any model by BitNet's rules, ternary weights and dynamic activation quantisers.
+
+What the result is worth depends on what the model was trained for, and `BitNetRules.fidelity` says it:
+
+    trained by the same rules       nothing is approximated
+    trained as BitNet, other rules  the same ternary weights, another mode, share of TopK, bits of attention: approximate
+    trained in full precision       weights rounded to ternary, no sub-norms, its own activation: simulated, expect noise
+
+The squared ReLU's skipped products are exact in every case. Nothing is calibrated: the text only serves to measure noise.
+Source: BitNet a4.8 (arXiv:2411.04965), section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from core.methods.apply import INPUT_SITE
+from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
+from core.models.adapter import BlockSpec
+from core.models.bitnet import BitNetRules
+from core.models.block import DecoderBlock
+from core.quant.dynamic import MODES, quantize_input
+from core.quant.kv_cache_dynamic import AttentionBits, fake_heads
+from core.quant.linear.ternary import TernaryLinear
+from core.quant.observer import SitePlan, sqnr_db
+from core.recipe import SITES, BitNetOptions, QuantRecipe
+
+
+class BitNet:
+    """The method object: see the module's text."""
+
+    keeps_ternary = True
+
+    def sink_tokens(self, recipe: QuantRecipe) -> int:
+        """None: every token is quantised by its own scale."""
+        return 0
+
+    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
+        """The softmax output stays in float."""
+        return 16
+
+    def uses_hessians(self, recipe: QuantRecipe) -> bool:
+        """No: ternary weights are rounded by their mean."""
+        return False
+
+    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
+        """Bits of every site and the noise its dynamic quantiser makes on sampled rows."""
+        bits = recipe.tensor_bits
+        sites = {}
+        for site in SITES:
+            whole = torch.tensor([0, spec.width(site)])
+            rows = stats.ranges[site].rows
+            found = _approximation(site, rows, recipe.bitnet, spec)
+            sites[site] = SitePlan(bits.site(site), whole, None, None if found is None else sqnr_db(rows, found))
+        return LayerPlan({}, sites, softmax_bits=16, weight_bits=2, sink_tokens=0)
+
+    def apply_layer(
+        self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
+    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
+        """The same norms around ternary layers: the block's own ternary weights, or float ones rounded."""
+        options, notes = recipe.bitnet, {}
+        rules = replace(
+            block.rules or BitNetRules(options.mode),
+            mode=options.mode,
+            keep=options.keep,
+            attention=AttentionBits(options.kv_bits, options.bos_bits, options.q_bits),
+        )
+        new = DecoderBlock(block.spec, block.layer_index)
+        for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm"):
+            setattr(new, name, getattr(block, name))
+        for name, linear in block.linears().items():
+            kind = rules.kind(INPUT_SITE[name])
+            if isinstance(linear, TernaryLinear):
+                layer = linear.with_input(kind, rules.keep)
+                notes[name] = WeightNote(2, "ternary", float("inf"), None, layer.effective_bits)
+            else:
+                weight, bias = linear.weight.detach().to(torch.float32), linear.bias
+                parts = list(weight.split(_rows(name, block.spec)))
+                layer = TernaryLinear.from_weights(parts, None if bias is None else bias.detach(), kind=kind, keep=rules.keep)
+                noise = sqnr_db(weight, layer.dequantized_weight())
+                notes[name] = WeightNote(2, "ternary", noise, None, layer.effective_bits)
+            setattr(new, name, layer)
+        new.rules = rules
+        return new.eval(), notes
+
+
+def _rows(name: str, spec: BlockSpec) -> list[int]:
+    """Output rows of the projections that a fused linear layer holds."""
+    if name == "qkv":
+        return [spec.width(site) for site in ("q", "k", "v")]
+    if name == "up":
+        return [spec.ffn] * (2 if spec.gated else 1)
+    return [spec.hidden]
+
+
+def _approximation(site: str, rows: Tensor, options: BitNetOptions, spec: BlockSpec) -> Tensor | None:
+    """What the quantiser of a site makes of rows [R, C]; None where it is not quantised. The first token's bits are left out."""
+    if site in MODES[options.mode]:
+        codes, scale = quantize_input(rows, MODES[options.mode][site], keep=options.keep)
+        return codes * scale
+    bits = options.q_bits if site == "q" else options.kv_bits
+    if bits >= 16:
+        return None
+    return fake_heads(rows.unflatten(-1, (-1, spec.head_dim)), bits).flatten(-2)
+
+
+METHODS.register("bitnet", BitNet())

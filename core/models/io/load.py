@@ -1,0 +1,227 @@
+"""From a name to a checked model in memory: resolve, preflight, load, and compare what was loaded with what was asked.
+
+transformers fills a missing tensor with random numbers and says so only in a log; here a tensor that is missing, left
+over or of another shape refuses the model, and so does a NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from core.errors import BackendError, InputError, ModelError, NumericError
+from core.models.io.catalog import resolve
+from core.models.io.foreign import library_errors, quiet, tokenizer_errors
+from core.models.io.limits import check_memory
+from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
+from core.models.io.preflight.folder import FolderReport, check_files, check_folder
+from core.progress import Progress, silent
+from core.storage import verify
+
+if TYPE_CHECKING:
+    from core.models.adapter import ModelAdapter
+
+logger = logging.getLogger(__name__)
+
+QUANTSCOPE_FILE = "quantscope.json"
+"""Present in a folder that Quantscope saved itself."""
+
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
+"""Buffers that old checkpoints store and current code computes."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be observed and run.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient.
+        adapter: where its sites are.
+        name, revision: what `resolve` accepts to get the same weights again.
+        source: a sentence for reports on where the weights came from.
+        path: the folder it was loaded from; None for a model made in memory.
+        label: what a model quantised here was made by, one line for tables; None for every other model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: ModelAdapter
+    name: str
+    revision: str | None
+    source: str
+    path: Path | None
+    label: str | None = None
+
+
+def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+               progress: Progress = silent, allow_local: bool = True) -> LoadedModel:
+    """Load the model called `name` (see `catalog.resolve`), whatever its stored type, as `dtype` on `device`.
+
+    Args:
+        dtype: a floating-point type; float32 on a CPU. Ternary models and folders that Quantscope quantised stay as stored, what
+            is float in them float32.
+        progress: called with a stage's text and a fraction (None: unknown).
+    Raises:
+        ModelError: cannot be found or is refused; E-MODEL-ARCH for an architecture without adapter, E-MODEL-MISSING
+            naming up to three tensors, E-MODEL-TOKENIZER; E-NUM-NAN naming a tensor with NaN or infinity in a ternary model.
+        NumericError E-NUM-NAN: the same of a float model. ArtifactError: a quantised folder that is damaged, NaN included.
+        InputError, BackendError: `device` is unknown or not there.
+    """
+    _check_device(device, dtype)
+    resolved = resolve(name, revision=revision, progress=progress, allow_local=allow_local)
+    if (resolved.path / QUANTSCOPE_FILE).exists():
+        from core.models.io.quantized import load_quantized
+
+        verify(resolved.path)
+        loaded = load_quantized(resolved.path, progress=progress)
+        loaded.model.to(device)
+        return loaded
+    progress("Checking the model's files", None)
+    report = check_folder(resolved.path)
+    check_architecture(report.config)
+    outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
+    needed = weight_bytes(report.config, report.parameters, outside, itemsize=dtype.itemsize)
+    check_memory(needed, bytes_per_parameter=1)
+    config, adapter = _configuration(resolved.path, report)
+    progress("Loading the tokenizer", 0.1)
+    tokenizer = load_tokenizer(resolved.path)
+    progress("Loading the weights", 0.2)
+    if bitnet_format(report.config) is None:
+        model = _load_weights(resolved.path, report, dtype)
+    else:
+        from core.models.io.bitnet import load_bitnet
+
+        model = load_bitnet(resolved.path, report, config)
+    _check_vocabulary(model, tokenizer)
+    progress("Checking the weights", 0.9)
+    require_finite(model.state_dict().items())
+    model = model.to(device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
+
+
+def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
+    """Configuration and adapter of a model (see `catalog.resolve`), checked as `load_model` does; no weight is read.
+
+    Raises: as `load_model`.
+    """
+    from core.models.adapter import adapter_for
+
+    path = resolve(name).path
+    if not (path / QUANTSCOPE_FILE).exists():
+        report = check_folder(path)
+        check_architecture(report.config)
+        return _configuration(path, report)
+    verify(path)
+    check_files(path)
+    with quiet(), library_errors("config.json cannot be read: quantise the model again."):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return config, adapter_for(config)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a checked model folder. Raises: ModelError E-MODEL-TOKENIZER."""
+    with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+
+
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Check every floating-point tensor of (name, tensor) pairs.
+
+    Raises: NumericError E-NUM-NAN naming the first tensor with NaN or infinity and how many values it holds.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            continue
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise NumericError(f"{name} has {bad:,} NaN or infinite values: the weights are damaged, or too large for "
+                               f"{str(tensor.dtype).removeprefix('torch.')}. Download the model again.",
+                               code="E-NUM-NAN")
+
+
+def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
+    """The folder's configuration, checked with transformers' defaults filled in, and its adapter."""
+    from core.models.adapter import adapter_for
+
+    with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        complete = json.loads(config.to_json_string(use_diff=False))
+        check_config(complete)
+        check_layers(complete, report.tensors)
+    return config, adapter_for(config)
+
+
+def _load_weights(folder: Path, report: FolderReport, dtype: torch.dtype) -> PreTrainedModel:
+    with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True)
+    _check_loading(info, report, tied=bool(getattr(model.config, "tie_word_embeddings", False)))
+    return model
+
+
+def _check_loading(info: dict[str, Any], report: FolderReport, *, tied: bool) -> None:
+    """Refuse a model that is not exactly its files. A tied output weight may be stored or not."""
+    def names(key: str) -> list[str]:
+        found = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
+        return [n for n in found if not _HARMLESS.search(n) and not (tied and n == "lm_head.weight")]
+
+    for key, fault in (("missing_keys", "are missing from the weights"),
+                       ("mismatched_keys", "have another shape than config.json says"),
+                       ("unexpected_keys", "do not belong to this architecture")):
+        if found := names(key):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ModelError(f"{len(found)} of {len(report.tensors)} tensors {fault}; download the model again: "
+                             f"{', '.join(name[:50] for name in found[:3])}{more}.", code="E-MODEL-MISSING")
+    if info.get("error_msgs"):
+        raise ModelError("The weights cannot be read as this architecture. Download the model again.", code="E-MODEL-BAD")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token beyond the embedding would end the first forward pass with an index error."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model embeds {rows:,}: they do not "
+                         "belong together. Download the model again.", code="E-MODEL-TOKENIZER")
+
+
+def _check_device(device: str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"The type {str(dtype)[:30]} is not a floating-point type: use float32.", code="E-PARAM-DTYPE")
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise InputError(f"Device {str(device)[:30]!r} is unknown: use cpu or cuda.", code="E-PARAM-DEVICE") from None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"Device {kind!r} is not supported: use cpu or cuda.", code="E-PARAM-DEVICE")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError("No CUDA device is available here: use the device cpu.")
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that a model can look back on, None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
+    for source in (loaded.model.generation_config, loaded.model.config):
+        ids = getattr(source, "prefix_token_ids", None)
+        if ids:
+            return tuple(int(i) for i in ids)
+    return ()

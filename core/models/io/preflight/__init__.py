@@ -1,0 +1,1 @@
+"""Bounded checks of model files before any library reads them."""

@@ -1,0 +1,189 @@
+"""Bounds of a model's `config.json`: sizes that a small file of weights could not have, code that it wants to run.
+
+A configuration is read by transformers before any weight is: `num_hidden_layers: 200000` beside an 8 kB file keeps it
+busy for minutes, `num_labels: 10**9` fills the memory, `auto_map` asks for the repository's own Python. The caps are
+generous for every published dense model of the architectures that are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from core.errors import ModelError
+from core.recipe import BITNET_MODES
+
+if TYPE_CHECKING:
+    from core.models.io.preflight.folder import TensorInfo
+
+MAX_LAYERS = 256
+MAX_HIDDEN = 32_768
+MAX_VOCAB = 1_000_000
+MAX_DEPTH = 8
+MAX_LIST = 20_000
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_CAPS = (
+    dict.fromkeys(_LAYERS, MAX_LAYERS) | dict.fromkeys(_HIDDEN, MAX_HIDDEN) | dict.fromkeys(_HEADS, 1_024)
+    | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "head_dim": 4_096, "intermediate_size": 8 * MAX_HIDDEN,
+       "ffn_dim": 8 * MAX_HIDDEN, "max_position_embeddings": 2**24, "num_labels": 10_000}
+)
+"""Largest accepted value of each size; the smallest is 1."""
+
+ONLINE_MASTERS = "masters"
+_OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
+_LINEAR_CLASSES = ("autobitlinear", "bitlinear")
+
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check a raw `config.json` at any depth: caps, types, divisibility, no code, not quantised except as BitNet.
+
+    Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
+    """
+    named_only = config.get("model_type") == "bitnet"  # the published repositories name code that transformers has itself
+    refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
+    for table in _tables(config):
+        for key, cap in _CAPS.items():
+            _check_size(table, key, cap)
+        _check_heads(table)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
+    if bitnet_format(config) is None and config.get("quantization_config"):
+        raise ModelError("These weights are quantised already. Choose the original model, so that Quantscope can "
+                         "quantise it.", code="E-MODEL-BAD")
+
+
+def bitnet_format(config: Mapping[str, Any]) -> str | None:
+    """How a raw `config.json` says ternary weights are stored, None where it does not speak of any.
+
+    Returns: ONLINE_MASTERS (floating, to be rounded), "autobitlinear" (packed, weight_scale multiplies) or "bitlinear" (packed,
+        weight_scale divides).
+    Raises: ModelError E-MODEL-BAD for a BitNet configuration that is not one of these.
+    """
+    stored, own = config.get("quantization_config"), config.get("quantscope")
+    mode = own.get("mode") if isinstance(own, Mapping) else None
+    if own is not None and not (mode in ("fp", *BITNET_MODES) and _is_share(own.get("keep", 0.5))):
+        raise ModelError('config.json has a "quantscope" entry that is not understood: it needs a known mode, and keep above '
+                         "0 and up to 1.", code="E-MODEL-BAD")
+    if not stored:
+        return None if mode in (None, "fp") else ONLINE_MASTERS
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != "bitnet":
+        return None
+    kept = stored.get("modules_to_not_convert") or ["lm_head"]
+    kind, when = stored.get("linear_class", "bitlinear"), stored.get("quantization_mode", "offline")
+    outside = isinstance(kept, list) and all(name in _OUTSIDE for name in kept)
+    if mode == "fp" or stored.get("use_rms_norm") or not outside or kind not in _LINEAR_CLASSES or (
+            when not in ("offline", "online")) or (kind == "bitlinear" and when == "online"):
+        raise ModelError("config.json describes a BitNet variant that is not read: use linear_class autobitlinear or "
+                         "bitlinear, all decoder linears ternary, no extra norm inside them.", code="E-MODEL-BAD")
+    return ONLINE_MASTERS if when == "online" else kind
+
+
+def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, itemsize: int = 4) -> int:
+    """Bytes of a model's weights in memory.
+
+    Masters of ternary weights are packed while they are read and take one byte each, the working copy included; packed ones
+    take four for their four weights; what is not ternary is float32.
+
+    Args: parameters: stored elements, of which `outside` lie outside the decoder layers. itemsize: of a float model's type.
+    """
+    found = bitnet_format(config)
+    if found is None:
+        return parameters * itemsize
+    return parameters + 3 * outside if found == ONLINE_MASTERS else 4 * parameters
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
+    from core.models.adapter import supported_model_types  # heavy: it imports torch and transformers
+
+    known = supported_model_types()
+    if config.get("model_type") not in known:
+        raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: use one of "
+                         f"{', '.join(known)}.", code="E-MODEL-ARCH")
+
+
+def refuse_code(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that asks for the repository's own Python or for a downloaded kernel, at any depth.
+
+    Raises: ModelError E-MODEL-CODE; E-MODEL-BAD for absurd nesting.
+    """
+    for table in _tables(config):
+        attention = [value for key, value in table.items() if key.endswith(("attn_implementation", "_internal"))]
+        downloaded = any("/" in str(value) for value in attention)  # transformers reads owner/name as a Hub kernel
+        if table.get("auto_map") or table.get("trust_remote_code") or table.get("custom_generate") or downloaded:
+            raise ModelError("This model needs its own code to run; Quantscope never runs a model's code. "
+                             "Choose a model of a built-in architecture.", code="E-MODEL-CODE")
+
+
+def check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that the weights hold the layers and the vocabulary that the configuration promises.
+
+    Args:
+        config: raw `config.json`; a size it does not state is not checked.
+        tensors: name → shape, as stored.
+    Raises: ModelError E-MODEL-MISSING (layers absent) or E-MODEL-BAD (more layers, another embedding shape).
+    """
+    layers = next((config[key] for key in _LAYERS if key in config), None)
+    found = {int(match[1]) for name in tensors if (match := _LAYER_INDEX.search(name))}
+    if layers is not None and found != set(range(layers)):
+        code = "E-MODEL-MISSING" if len(found) < layers else "E-MODEL-BAD"
+        raise ModelError(f"config.json promises {layers} layers, the weights hold {len(found)}. "
+                         "Download the model again.", code=code)
+    width = config.get("word_embed_proj_dim") or config.get("hidden_size")
+    for name, tensor in tensors.items():
+        if not name.endswith("embed_tokens.weight") or width is None or "vocab_size" not in config:
+            continue
+        if tensor.shape != (config["vocab_size"], width):
+            raise ModelError(f"{name} has shape {list(tensor.shape)[:4]}, config.json says "
+                             f"[{config['vocab_size']}, {width}]. Download the model again.", code="E-MODEL-BAD")
+
+
+def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every JSON object in `config`, itself first. Bounded in depth and list length."""
+    pending: list[tuple[Any, int]] = [(config, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > MAX_DEPTH or (isinstance(value, (list, Mapping)) and len(value) > MAX_LIST):
+            raise ModelError("config.json is nested too deeply or holds an endless list. Choose another model.",
+                             code="E-MODEL-BAD")
+        if isinstance(value, Mapping):
+            yield value
+            pending += [(child, depth + 1) for child in value.values() if isinstance(child, (list, Mapping))]
+        elif isinstance(value, list):
+            pending += [(child, depth + 1) for child in value if isinstance(child, (list, Mapping))]
+
+
+def _check_size(table: Mapping[str, Any], key: str, cap: int) -> None:
+    if key not in table or (table[key] is None and key in _MAY_BE_NULL):
+        return
+    value = table[key]
+    if type(value) is not int or value < 1:
+        raise ModelError(f"config.json says {key} = {str(value)[:30]}: it must be a whole number from 1 to {cap:,}. "
+                         "Download the model again.", code="E-MODEL-BAD")
+    if value > cap:
+        raise ModelError(f"config.json says {key} = {str(value)[:30]}; the limit is {cap:,}. Choose a smaller model.",
+                         code="E-MODEL-SIZE")
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _check_heads(table: Mapping[str, Any]) -> None:
+    """Heads must divide the width (unless head_dim is stated), key/value heads must divide heads."""
+    heads = next((table[key] for key in _HEADS if key in table), None)
+    hidden = next((table[key] for key in _HIDDEN[:3] if key in table), None)
+    groups = table.get("num_key_value_heads")
+    if heads and hidden and not table.get("head_dim") and hidden % heads:
+        raise ModelError(f"config.json says {hidden} channels for {heads} heads: they must divide evenly. "
+                         "Download the model again.", code="E-MODEL-BAD")
+    if heads and groups and heads % groups:
+        raise ModelError(f"config.json says {heads} heads for {groups} key/value heads: they must divide evenly. "
+                         "Download the model again.", code="E-MODEL-BAD")

@@ -1,0 +1,225 @@
+"""A bounded walk over a GGUF file's header, made before the `gguf` library sees the file.
+
+Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic "GGUF", uint32 version, uint64 tensor count,
+uint64 key count; per key: string key, uint32 type, value; per tensor: string name, uint32 dimensions, uint64 each,
+uint32 type, uint64 offset; padding to `general.alignment`; data. A string is a uint64 length and its bytes. The
+library's Python reader follows any stated length, so a 49-byte file can keep it busy for hours.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from core.errors import ModelError
+from core.models.io.preflight.config import MAX_HIDDEN, MAX_LAYERS, MAX_VOCAB
+
+MAX_KEYS = 10_000
+MAX_TENSORS = 20_000
+MAX_STRING = 2**20
+MAX_ARRAY = 1_000_000
+MAX_ELEMENTS = 3_000_000
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_ALIGNMENT = 4_096
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
+          10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
+          16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
+          23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
+          34: (256, 54), 35: (256, 66), 39: (32, 17)}
+"""ggml type number → (elements per block, bytes per block)."""
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+_LAYER = re.compile(r"blk\.(\d{1,6})\.")
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What the header says: architecture (`llama`, …), elements over all tensors, and the pre-tokenizer's name."""
+
+    architecture: str
+    parameters: int
+    pre_tokenizer: str
+
+
+def check_gguf(path: Path) -> GgufReport:
+    """Walk the header of a GGUF file within fixed bounds; tensor data is not read.
+
+    Raises: ModelError E-MODEL-BAD (malformed, beyond a bound), -CUT (ends early), -SIZE (config caps),
+        -MISSING (layers absent); never another exception for anything the file contains.
+    """
+    size = path.stat().st_size
+    if size < 32:
+        raise ModelError(f"{path.name[:60]} is cut: it has {size} bytes. Download it again.", code="E-MODEL-CUT")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        walk = _Walk(data, path.name[:60])
+        keys, tensors = walk.counts()
+        values = walk.keys(keys)
+        infos = [walk.tensor() for _ in range(tensors)]
+        _check_places(infos, walk.position, values, size, walk)
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str) or not _NAME.fullmatch(architecture):
+        raise walk.bad("it does not name its architecture")
+    _check_sizes(architecture, values, infos, walk)
+    pre = values.get("tokenizer.ggml.pre")
+    return GgufReport(architecture, sum(prod(info.shape) for info in infos), pre if isinstance(pre, str) else "")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+class _Walk:
+    """A cursor over the mapped file; every read is checked against the header bound and the file's end."""
+
+    def __init__(self, data: mmap.mmap, name: str) -> None:
+        self.data, self.name, self.position, self.elements = data, name, 0, 0
+        self.limit = min(len(data), MAX_HEADER_BYTES)
+
+    def bad(self, reason: str) -> ModelError:
+        """The refusal E-MODEL-BAD with this reason."""
+        return ModelError(f"{self.name} is not a usable GGUF file: {reason}. Download it again.", code="E-MODEL-BAD")
+
+    def take(self, count: int) -> int:
+        """Advance by `count` bytes and return where they start."""
+        start, end = self.position, self.position + count
+        if end > self.limit:
+            if end > len(self.data):
+                raise ModelError(f"{self.name} is cut or damaged: it ends inside its header. Download it again.",
+                                 code="E-MODEL-CUT")
+            raise self.bad(f"its header is larger than {MAX_HEADER_BYTES // 2**20} MiB")
+        self.position = end
+        return start
+
+    def scalar(self, form: str) -> Any:
+        """The next number, in a struct format."""
+        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> bytes:
+        """The next string, at most MAX_STRING bytes."""
+        length = self.scalar("<Q")
+        if length > MAX_STRING:
+            raise self.bad(f"a text of {length:,} bytes, at most {MAX_STRING:,} are read")
+        start = self.take(length)
+        return self.data[start:start + length]
+
+    def counts(self) -> tuple[int, int]:
+        """(number of keys, number of tensors) after checking magic and version."""
+        start = self.data[self.take(8):8]
+        if start.startswith(b"version "):
+            raise ModelError(f"{self.name} is a Git LFS pointer, not the weights: run `git lfs pull`.",
+                             code="E-MODEL-CUT")
+        if start[:4] != b"GGUF" or start[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
+            raise self.bad("wrong magic or version; little-endian versions 2 and 3 are read")
+        tensors, keys = self.scalar("<Q"), self.scalar("<Q")
+        if keys > MAX_KEYS or not 1 <= tensors <= MAX_TENSORS:
+            raise self.bad(f"it states {tensors:,} tensors and {keys:,} keys")
+        return keys, tensors
+
+    def keys(self, count: int) -> dict[str, Any]:
+        """Key → value; an array is given as its length."""
+        values: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.text().decode("utf-8", "replace")
+            if not key or len(key) > 256 or key in values:
+                raise self.bad("a key is empty, endless or given twice")
+            values[key] = self.value(self.scalar("<I"))
+        return values
+
+    def value(self, kind: int) -> Any:
+        """The next value of a type number; an array is given as its length."""
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text().decode("utf-8", "replace")
+        if kind == _ARRAY:
+            return self.array()
+        raise self.bad(f"unknown value type {kind}")
+
+    def array(self) -> int:
+        """Pass over the next array; returns its length."""
+        kind, count = self.scalar("<I"), self.scalar("<Q")
+        self.elements += count
+        if count > MAX_ARRAY or self.elements > MAX_ELEMENTS:
+            raise self.bad(f"an array of {count:,} elements, at most {MAX_ARRAY:,} are read")
+        if kind in _SCALARS:
+            self.take(count * struct.calcsize(_SCALARS[kind]))
+        elif kind == _STRING:
+            self.skip_texts(count)
+        else:
+            raise self.bad("an array of arrays or of an unknown type")
+        return count
+
+    def skip_texts(self, count: int) -> None:
+        """Pass over `count` strings; written out flat, since vocabularies have hundreds of thousands."""
+        unpack, data, limit, position = struct.Struct("<Q").unpack_from, self.data, self.limit, self.position
+        for _ in range(count):
+            if position + 8 > limit:
+                self.take(limit + 1 - self.position)
+            length = unpack(data, position)[0]
+            position += 8 + length
+            if length > MAX_STRING or position > limit:
+                raise self.bad("a text reaches past the header's end")
+        self.position = position
+
+    def tensor(self) -> _Tensor:
+        """The next tensor entry."""
+        name = self.text().decode("utf-8", "replace")
+        dimensions = self.scalar("<I")
+        if not _NAME.fullmatch(name) or not 1 <= dimensions <= 4:
+            raise self.bad("a tensor has an unusable name or more than 4 dimensions")
+        shape = tuple(self.scalar("<Q") for _ in range(dimensions))
+        kind, offset = self.scalar("<I"), self.scalar("<Q")
+        if kind not in BLOCKS or min(shape) < 1 or shape[0] % BLOCKS[kind][0]:
+            raise self.bad(f"tensor {name[:60]} has an unknown type or an impossible shape")
+        elements, block_bytes = BLOCKS[kind]
+        return _Tensor(name, shape, prod(shape) // elements * block_bytes, offset)
+
+
+def _check_places(infos: list[_Tensor], header_end: int, values: dict[str, Any], size: int, walk: _Walk) -> None:
+    """Tensors must be aligned, within the file, without overlap, each named once."""
+    alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise walk.bad("its alignment is not a power of two up to 4096")
+    if len({info.name for info in infos}) != len(infos):
+        raise walk.bad("two tensors share a name")
+    start = -(-header_end // alignment) * alignment
+    end = 0
+    for info in sorted(infos, key=lambda info: info.offset):
+        if info.offset % alignment or info.offset < end:
+            raise walk.bad(f"tensor {info.name[:60]} is misplaced")
+        end = info.offset + info.nbytes
+    if start + end > size:
+        raise ModelError(f"{walk.name} is cut: {size / 1e6:,.1f} of {(start + end) / 1e6:,.1f} MB. Download it again.",
+                         code="E-MODEL-CUT")
+
+
+def _check_sizes(architecture: str, values: dict[str, Any], infos: list[_Tensor], walk: _Walk) -> None:
+    """The caps of `preflight_config` on the header's own sizes, and layers present as promised."""
+    if values.get("split.count", 1) != 1:
+        raise ModelError(f"{walk.name} is one part of several: merge them with llama-gguf-split first.",
+                         code="E-MODEL-BAD")
+    caps = {"block_count": MAX_LAYERS, "embedding_length": MAX_HIDDEN, "vocab_size": MAX_VOCAB,
+            "feed_forward_length": 8 * MAX_HIDDEN, "context_length": 2**24, "attention.head_count": 1_024}
+    for key, cap in caps.items():
+        value = values.get(f"{architecture}.{key}", 1)
+        if type(value) is not int or value < 1:
+            raise walk.bad(f"{key} is {str(value)[:20]}")
+        if value > cap:
+            raise ModelError(f"{walk.name} states {key} = {value:,}; the limit is {cap:,}. Choose a smaller model.",
+                             code="E-MODEL-SIZE")
+    layers = values.get(f"{architecture}.block_count", 0)
+    found = {int(match[1]) for info in infos if (match := _LAYER.match(info.name))}
+    if found != set(range(layers)):
+        raise ModelError(f"{walk.name} promises {layers} layers and holds {len(found)}. Download it again.",
+                         code="E-MODEL-MISSING")

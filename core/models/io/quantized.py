@@ -1,0 +1,313 @@
+"""Save and load a quantised model: one folder with everything, readable without the float model.
+
+    quantscope.json       format, recipe, report, and the structure of every layer (bits, clusters, shapes)
+    model.safetensors     shell tensors under their transformers names, block tensors under blocks.<layer>.<path>
+    config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
+
+Tensor names are looked up in the structure, never used as attribute paths; every file is checked against its checksum.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from core.checks import FLOAT_BITS
+from core.errors import ArtifactError, InputError, ModelError
+from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
+from core.models.bitnet import BitNetRules
+from core.models.block import DecoderBlock, ReorderNorm
+from core.models.io.foreign import LIBRARY_ERRORS
+from core.models.io.limits import check_memory
+from core.models.io.load import QUANTSCOPE_FILE, LoadedModel, load_tokenizer
+from core.models.io.preflight.folder import check_files
+from core.models.shell import quantized_blocks, with_layers
+from core.progress import Progress, silent
+from core.quant.affine import QParams
+from core.quant.kv_cache_dynamic import AttentionBits
+from core.quant.linear.quant import QuantLinear
+from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import ActivationQuantizer
+from core.storage import MANIFEST, atomic_dir, cache_root, check_target, verify
+
+FORMAT = 1
+_LINEARS = ("qkv", "o", "up", "down")
+_SITES = ("q", "k", "v")
+_QUANTIZER = ("scale", "zero_point", "offsets")
+_GENERATION = "generation_config.json"
+
+
+def check_output(folder: Path | str) -> None:
+    """Refuse a folder that a quantised model may not take: call it before quantising.
+
+    Raises: InputError E-PARAM-OUT if it holds anything but an earlier quantised model; ResourceError E-DISK.
+    """
+    check_target(folder)
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTSCOPE_FILE).is_file():
+        raise InputError(
+            f"The folder {folder.name[:60]!r} holds a model that was not quantised here: choose a new or empty folder.",
+            code="E-PARAM-OUT",
+        )
+
+
+def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[str, Any], *, replace: bool = False) -> None:
+    """Write a quantised model.
+
+    Args:
+        folder: created in one step, replacing an earlier quantised model; never half-written.
+        description: JSON-able facts to keep (recipe, report).
+        replace: replace whatever is there; for folders inside the cache only.
+    Raises: ArtifactError if the model has no quantised blocks; InputError as `check_output`; ResourceError if the disk refuses.
+    """
+    if not replace:
+        check_output(folder)
+    blocks = quantized_blocks(loaded.model, loaded.adapter)
+    if not blocks:
+        raise ArtifactError("This model is not quantised: run quantize first.", code="E-CKPT-KIND")
+    tensors = {f"shell.{name}": tensor for name, tensor in _shell_tensors(loaded.model, loaded.adapter).items()}
+    structure = []
+    for block in blocks:
+        prefix = f"blocks.{block.layer_index}."
+        tensors.update({prefix + name: tensor for name, tensor in block.state_dict().items()})
+        structure.append(_structure(block))
+    facts = {
+        **description,
+        "format": FORMAT,
+        "base": {"name": loaded.name, "revision": loaded.revision, "source": loaded.source},
+        "layers": structure,
+    }
+    with atomic_dir(folder, replace=replace) as stage:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
+        loaded.model.config.save_pretrained(stage)
+        (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
+        loaded.tokenizer.save_pretrained(stage)
+        (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
+
+
+def read_description(folder: Path | str) -> dict[str, Any]:
+    """The JSON facts of a saved folder. Raises: ArtifactError if they are unreadable or of another format."""
+    try:
+        facts = json.loads((Path(folder) / QUANTSCOPE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{QUANTSCOPE_FILE} cannot be read: quantise the model again.", code="E-CKPT-BAD") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ArtifactError(
+            f"The folder has format {str(facts.get('format') if isinstance(facts, dict) else None)[:20]}, this "
+            f"version reads {FORMAT}: quantise the model again.",
+            code="E-CKPT-MISMATCH",
+        )
+    return facts
+
+
+def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedModel:
+    """Load a folder written by `save_quantized`.
+
+    Raises: ArtifactError if anything is missing, damaged or does not fit; ModelError E-MODEL-SIZE if the memory is too small.
+    """
+    path = Path(path)
+    progress("Loading the quantised model", None)
+    verify(path, checksums=True)
+    facts = read_description(path)
+    try:
+        check_memory(check_files(path).nbytes, bytes_per_parameter=1)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        adapter = adapter_for(config)
+        tensors = load_file(path / "model.safetensors")
+        model = _build(config, adapter, facts["layers"], tensors)
+        model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
+        tokenizer = load_tokenizer(path)
+        source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
+    except (ModelError, *LIBRARY_ERRORS) as error:
+        if isinstance(error, ModelError) and error.code == "E-MODEL-SIZE":
+            raise
+        raise ArtifactError(
+            "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
+        ) from error
+    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label))
+
+
+def _shell_tensors(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Tensor]:
+    """Tensors outside the decoder layers, each storage once (a tied head is left out)."""
+    kept, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(adapter.layers + ".") and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor
+    return kept
+
+
+def _structure(block: DecoderBlock) -> dict[str, Any]:
+    linears = {name: _linear_facts(layer) for name, layer in block.linears().items()}
+    sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
+    return {
+        "linears": linears,
+        "sites": sites,
+        "softmax_bits": block.softmax_bits,
+        "sink_tokens": block.sink_tokens,
+        "bitnet": None if block.rules is None else asdict(block.rules),
+        "tensors": sorted(block.state_dict()),
+    }
+
+
+def _linear_facts(layer: QuantLinear | TernaryLinear) -> dict[str, Any]:
+    if isinstance(layer, TernaryLinear):
+        return {"in_features": layer.in_features, "kind": layer.kind, "keep": layer.keep}
+    bits = None if layer.quantizer is None else layer.quantizer.bits
+    return {"bits": layer.bits, "in_features": layer.in_features, "input_bits": bits}
+
+
+def _build(
+    config: PreTrainedConfig, adapter: ModelAdapter, layers: list[dict[str, Any]], tensors: dict[str, Tensor]
+) -> PreTrainedModel:
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError("layer count differs from the configuration")
+    names = {f"blocks.{i}.{name}" for i, facts in enumerate(layers) for name in facts["tensors"]}
+    if names != {n for n in tensors if not n.startswith("shell.")}:
+        raise ValueError("block tensors are missing or left over")
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+        raise ValueError("a tensor holds NaN or infinity")
+    shell = empty_shell(config)
+    blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
+    model = with_layers(shell, adapter, blocks)
+    state = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    left = [n for n in missing if not n.startswith(adapter.layers + ".")]
+    tied = getattr(config, "tie_word_embeddings", False)
+    if unexpected or [n for n in left if not (tied and n == "lm_head.weight")]:
+        raise ValueError("shell tensors are missing or left over")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of one layer per kind, to be given its own layers: everything outside the layers has full size."""
+    small = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    small.num_hidden_layers = max(1, len(kinds))
+    if kinds:
+        small.layer_types = kinds
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    for module in model.modules():
+        if getattr(module, "config", None) is small:
+            module.config = config
+    return model
+
+
+def _block(
+    config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
+) -> DecoderBlock:
+    spec, prefix = adapter.spec(config), f"blocks.{index}."
+    block = DecoderBlock(spec, index)
+
+    def get(name: str) -> Tensor | None:
+        return tensors.get(prefix + name)
+
+    for name in _norms(spec):
+        norm = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
+        norm.order = get(f"{name}.order")
+        setattr(block, name, norm)
+    for name in ("q_norm", "k_norm", "rope_order"):
+        setattr(block, name, get(name))
+    for name in _LINEARS:
+        setattr(block, name, _linear(facts["linears"][name], f"{prefix}{name}.", tensors))
+    if facts.get("bitnet") is not None:
+        block.rules = BitNetRules(**{**facts["bitnet"], "attention": AttentionBits(**facts["bitnet"]["attention"])})
+    for site in _SITES:
+        setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
+    block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    if sorted(block.state_dict()) != facts["tensors"]:
+        raise ValueError("the structure of a layer and its tensors differ")
+    _check(block)
+    return block.eval()
+
+
+def _norms(spec: BlockSpec) -> tuple[str, ...]:
+    return ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ("norm1", "norm2")
+
+
+def _linear(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> QuantLinear | TernaryLinear:
+    bias = tensors.get(f"{prefix}bias")
+    if "kind" in entry:
+        own = {n: tensors[prefix + n] for n in ("packed", "weight_scale", "bounds")}
+        return TernaryLinear(own, in_features=entry["in_features"], bias=bias, kind=entry["kind"], keep=entry["keep"])
+    quantizer = _quantizer(entry["input_bits"], f"{prefix}quantizer.", tensors)
+    own = ("weight", "offsets") if entry["bits"] >= 16 else ("packed", "weight_scale", "weight_zero", "offsets")
+    own = {n: tensors[prefix + n] for n in own}
+    return QuantLinear(own, bits=entry["bits"], in_features=entry["in_features"], bias=bias, quantizer=quantizer)
+
+
+def _check(block: DecoderBlock) -> None:
+    """Raise ValueError unless every tensor of a loaded block has its layer's size and every order is a permutation."""
+    s = block.spec
+    sizes = {
+        "qkv": (s.hidden, s.width("q") + s.width("k") + s.width("v")),
+        "o": (s.width("o_in"), s.hidden),
+        "up": (s.hidden, s.ffn * (2 if s.gated else 1)),
+        "down": (s.ffn, s.hidden),
+    }
+    fits = [(x.in_features, x.out_features) == sizes[name] for name, x in block.linears().items()]
+    vectors = [(x.bias, x.out_features) for x in block.linears().values()]
+    vectors += [(t, s.hidden) for norm in (block.norm1, block.norm2) for t in (norm.weight, norm.bias)]
+    if s.sub_norms:
+        vectors += [(block.attn_sub_norm.weight, s.width("o_in")), (block.ffn_sub_norm.weight, s.ffn)]
+    vectors += [(block.q_norm, s.head_dim), (block.k_norm, s.head_dim)]
+    fits += [t is None or t.shape == (width,) for t, width in vectors]
+    fits += [(t is not None) == s.qk_norm for t in (block.q_norm, block.k_norm)]
+    orders = [(norm.order[None], (1, s.hidden)) for norm in (block.norm1, block.norm2) if norm.order is not None]
+    if block.rope_order is not None:
+        orders.append((block.rope_order, (s.kv_heads, s.head_dim)))
+    fits += [t.shape == shape and bool((t.sort(-1).values == torch.arange(shape[1])).all()) for t, shape in orders]
+    quantizers = {site: getattr(block, f"{site}_quantizer") for site in _SITES}
+    fits += [q is None or q.width == s.width(site) for site, q in quantizers.items()]
+    if not all(fits) or block.softmax_bits not in (*range(2, 9), FLOAT_BITS) or block.sink_tokens < 0:
+        raise ValueError("a tensor does not have the size of its layer")
+
+
+def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> ActivationQuantizer | None:
+    if bits is None:
+        return None
+    scale, zero, offsets = (tensors[prefix + name] for name in _QUANTIZER)
+    return ActivationQuantizer(bits, QParams(scale, zero), offsets)
+
+
+def already_quantized(model: PreTrainedModel, adapter: ModelAdapter) -> bool:
+    """Whether a model was quantised here. A trained BitNet model was not: its ternary weights are what it is."""
+    return any(block.rules is None or block.rules.trained is None for block in quantized_blocks(model, adapter))
+
+
+def weights_id(loaded: LoadedModel) -> str:
+    """Tells checkpoints apart that share a name: a fingerprint of every tensor and of where they were read from."""
+    digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
+    return digest.hexdigest()[:8]
+
+
+def find_saved(key: str) -> Path | None:
+    """The newest complete folder saved in the cache under a recipe's hash, or None."""
+    if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
+        return None
+    found = [p for p in (cache_root() / "quantized").glob(f"{key}-*") if (p / MANIFEST).exists() and "." not in p.name]
+    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
+
+
+def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:
+    """Every low-bit linear layer of a model."""
+    return [m for m in model.modules() if isinstance(m, (QuantLinear, TernaryLinear))]
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Number of parameters, tied ones once; of blocks with low-bit layers all but norms and biases."""
+    packed = sum(m.in_features * m.out_features for m in modules_of(model))
+    return packed + sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

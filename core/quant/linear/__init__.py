@@ -1,0 +1,1 @@
+"""Low-bit linear layers."""

@@ -1,0 +1,110 @@
+"""Scale and zero point per cluster of one site, by the published rules or by the better ones.
+
+Published: moving-average ranges, official grid. Better: exact ranges without the first token, both ends on the grid, and
+each cluster's range shrunk towards its centre by the factor with the smallest squared error on sampled rows, the channels
+weighted by how much their consumer amplifies them. Why: docs/log.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.quant.affine import Grid, QParams, choose_qparams, code_limits
+from core.quant.ranges import ChannelRanges, cluster_bounds, ema_bounds
+from core.quant.segments import expand, segment_sum
+from kernels import fake_quantize
+
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+
+
+@dataclass(frozen=True)
+class RangeRules:
+    """Which rules make a grid out of observed ranges.
+
+    Attributes:
+        grid: OFFICIAL (2**bits steps) or EXACT (2**bits - 1).
+        ema: moving-average bounds instead of exact ones.
+        clip_search: shrink each cluster's range where that lowers the weighted squared error.
+    """
+
+    grid: Grid
+    ema: bool
+    clip_search: bool
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one activation site is quantised.
+
+    Attributes:
+        bits: 2 to 8, or 16 for not at all.
+        offsets: [G + 1] int64 cluster boundaries in the planned order (16-bit sites keep them: weights are grouped by them).
+        params: scale and zero point per cluster [G]; None at 16 bits.
+        sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
+        weight_offsets: clusters of the weight columns that read the site where they are not `offsets`.
+    """
+
+    bits: int
+    offsets: Tensor
+    params: QParams | None
+    sqnr_db: float | None
+    weight_offsets: Tensor | None = None
+
+
+def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRules, importance: Tensor | None = None) -> SitePlan:
+    """Quantisation of one site whose channels lie in cluster order.
+
+    Args:
+        ranges: of the site, in the planned order.
+        offsets: [G + 1] int64.
+        bits: 2 to 8, or 16 for none.
+        importance: [C] weights of the channels' squared errors; None for equal.
+    """
+    if bits >= 16:
+        return SitePlan(16, offsets, None, None)
+    low, high = (ema_bounds if rules.ema else cluster_bounds)(ranges, offsets)
+    params = choose_qparams(low, high, bits=bits, grid=rules.grid)
+    if rules.clip_search:
+        params = _search(ranges.rows, low, high, offsets, bits, rules.grid, importance)
+    return SitePlan(bits, offsets, params, sqnr_db(ranges.rows, fake_rows(ranges.rows, params, offsets, bits)))
+
+
+def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
+    """Signal to quantisation noise, 10 log10(Σ x² / Σ (x - x̂)²) in dB; infinite for an exact copy."""
+    noise = float((signal - approximation).square().sum(dtype=torch.float64))
+    return decibels(float(signal.square().sum(dtype=torch.float64)), noise)
+
+
+def decibels(power: float, noise: float) -> float:
+    """10 log10(power / noise) of two finite sums of squares; infinite without noise, -infinite for noise without a signal."""
+    if noise == 0:
+        return math.inf
+    return 10 * (math.log10(power) - math.log10(noise)) if power > 0 else -math.inf
+
+
+def _search(
+    rows: Tensor, low: Tensor, high: Tensor, offsets: Tensor, bits: int, grid: Grid, importance: Tensor | None
+) -> QParams:
+    centre, half = (high + low) / 2, (high - low) / 2
+    best_error = torch.full_like(low, math.inf)
+    best = choose_qparams(low, high, bits=bits, grid=grid)
+    scale, zero = best.scale.clone(), best.zero_point.clone()
+    for factor in SHRINK:
+        params = choose_qparams(centre - factor * half, centre + factor * half, bits=bits, grid=grid)
+        error = (rows - fake_rows(rows, params, offsets, bits)).square_().sum(dim=0)
+        error = segment_sum(error if importance is None else error * importance, offsets)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        scale, zero = torch.where(better, params.scale, scale), torch.where(better, params.zero_point, zero)
+    return QParams(scale, zero)
+
+
+def fake_rows(rows: Tensor, params: QParams, offsets: Tensor, bits: int) -> Tensor:
+    """x̂ of rows [R, C] whose clusters lie between `offsets`."""
+    qmin, qmax = code_limits(bits)
+    zero = expand(params.zero_point, offsets)
+    return fake_quantize(rows, expand(params.scale, offsets), qmin - zero, qmax - zero)

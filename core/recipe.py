@@ -1,0 +1,400 @@
+"""The recipe of a run: frozen, validated at birth, and the same object in the page, the CLI, JSON, a URL and a report.
+
+A *scheme* names the bits of every tensor as the paper's tables do. W4A4 keeps the outputs of the two norms and of
+softmax at 8 bits (published code: max(8, activation bits)); the name shown to people says so: see `describe_bits`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys, require_text
+from core.errors import InputError
+
+SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
+"""Observed tensors of one decoder layer, in the order they appear in it."""
+
+REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("mlp_in",), "R5": ("down_in",)}
+"""RPTQ's reorderings and the sites that share each order."""
+
+METHODS = ("rptq", "rtn", "bitnet")
+WEIGHT_METHODS = ("gptq", "rtn")
+VARIANTS = ("default", "official", "strict")
+SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
+_INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
+BITNET_MODES = tuple(_INPUT_BITS)
+"""Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
+
+PER_CHANNEL = 65536
+"""A cluster count at least as large as any width: one cluster per channel."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per tensor: 2 to 8, or 16 for not quantised. `weights` also allows 16."""
+
+    weights: int = 16
+    attn_in: int = 16
+    q: int = 16
+    k: int = 16
+    v: int = 16
+    softmax: int = 16
+    o_in: int = 16
+    mlp_in: int = 16
+    down_in: int = 16
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            require_bits(f"bits of {entry.name}", getattr(self, entry.name))
+
+    def site(self, name: str) -> int:
+        """Bits of one of `SITES`."""
+        return getattr(self, name)
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether any activation is below 16 bits."""
+        return any(self.site(s) < FLOAT_BITS for s in (*SITES, "softmax"))
+
+
+def _full(weights: int, activations: int, norms: int) -> Bits:
+    return Bits(weights, norms, activations, activations, activations, 8, activations, norms, activations)
+
+
+SCHEMES: dict[str, Bits] = {
+    "W4A16": Bits(weights=4),
+    "W4A8": _full(4, 8, 8),
+    "W4A4": _full(4, 4, 8),
+    "W4A4KV": Bits(weights=4, k=4, v=4),
+    "W4A3KV": Bits(weights=4, k=3, v=3),
+    "W3A3KV": Bits(weights=3, k=3, v=3),
+}
+"""The six configurations of the published results (arXiv:2304.01089, README of its code)."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Cluster counts: R1, R4, R5 over the whole width, R2 and R3 per key/value head. Defaults are the published code's."""
+
+    R1: int = 32
+    R2: int = 4
+    R3: int = 4
+    R4: int = 32
+    R5: int = 32
+
+    def __post_init__(self) -> None:
+        rule = f"use 1 to {PER_CHANNEL}; a count above the width means one per channel"
+        for entry in fields(self):
+            count = require_int(f"clusters of {entry.name}", getattr(self, entry.name), 1, PER_CHANNEL, rule)
+            object.__setattr__(self, entry.name, count)  # 4.0 becomes 4: equal recipes have equal hashes
+
+    @classmethod
+    def uniform(cls, count: int) -> Clusters:
+        """One number for the page's slider: g for R1, R4 and R5, and an eighth of it (at least 1) per head."""
+        require_int("cluster count g", count, 1, PER_CHANNEL, "use 1 or more")
+        per_head = PER_CHANNEL if count == PER_CHANNEL else max(1, round(count / 8))
+        return cls(count, per_head, per_head, count, count)
+
+    @classmethod
+    def parse(cls, text: str) -> Clusters:
+        """Read "32", "channel" or "R1=32,R2=4" (missing ones keep their default).
+
+        Raises: InputError naming the part that does not fit.
+        """
+        text = text.strip()
+        if not text:
+            return cls()
+        if text.lower() == "channel":
+            return cls.uniform(PER_CHANNEL)
+        if text.isascii() and text.isdigit() and len(text) < 7:
+            return cls.uniform(int(text))
+        chosen = {}
+        for part in text.split(","):
+            key, _, value = (p.strip() for p in part.partition("="))
+            if key not in REORDERS or not (value.isascii() and value.isdigit() and len(value) < 7):
+                raise InputError(
+                    f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32.",
+                    code="E-PARAM-CLUSTERS",
+                )
+            chosen[key] = int(value)
+        return cls(**chosen)
+
+    def describe(self) -> str:
+        """Short text: "g=32/4" or the five numbers."""
+
+        def name(count: int) -> str:
+            return "channel" if count >= PER_CHANNEL else str(count)
+
+        if self.R1 == self.R4 == self.R5 and self.R2 == self.R3:
+            return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={name(self.R1)}/{name(self.R2)}"
+        return ",".join(f"{r}={name(getattr(self, r))}" for r in REORDERS)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text ranges are observed on: `text` as `resolve_text` takes it, `tokens` in windows of `window`."""
+
+    text: str = "sotu"
+    tokens: int = 8192
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        require_text("calibration", self.text, "No readable calibration text was named: use sotu, wikitext2, a file or text:….")
+        window = require_int("calibration window", self.window, 8, 8192, "use 8 to 8192 tokens")
+        rule = f"use at least one window ({window}) and at most 1048576"
+        tokens = require_int("calibration tokens", self.tokens, window, 1_048_576, rule)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "tokens", tokens)
+
+
+@dataclass(frozen=True)
+class BitNetOptions:
+    """What the method "bitnet" is asked for: scheme, bits, clusters and weights of the recipe do not concern it.
+
+    Attributes:
+        mode: one of BITNET_MODES; keep: share of o_in that TopK keeps, above 0 and up to 1.
+        kv_bits, bos_bits, q_bits: of keys and values, of the first token's, and of queries; 2 to 8, or 16 for not quantised.
+    """
+
+    mode: str = "a4.8"
+    keep: float = 0.5
+    kv_bits: int = 16
+    bos_bits: int = 4
+    q_bits: int = 16
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, BITNET_MODES)
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise InputError(f"keep is {str(self.keep)[:40]!r}: use a share above 0 and up to 1.", code="E-PARAM-KEEP")
+        object.__setattr__(self, "keep", float(self.keep))
+        for name in ("kv_bits", "bos_bits", "q_bits"):
+            require_bits(name, getattr(self, name))
+
+    def describe(self) -> str:
+        """Short text: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
+        parts = [self.mode if self.keep == 0.5 else f"{self.mode} (keeps {self.keep:g})"]
+        if self.kv_bits < FLOAT_BITS:
+            first = "" if self.bos_bits == self.kv_bits else f", first token {self.bos_bits}"
+            parts.append(f"KV {self.kv_bits} bits{first}")
+        if self.q_bits < FLOAT_BITS:
+            parts.append(f"Q {self.q_bits} bits")
+        return " · ".join(parts)
+
+    @property
+    def tensor_bits(self) -> Bits:
+        """Bits of every tensor as they are stored or multiplied; ternary weights take 2."""
+        attn_in, o_in, mlp_in, down_in = _INPUT_BITS[self.mode]
+        return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """Everything that decides a quantised model. Equal recipes give equal models; `hash` names them.
+
+    Attributes:
+        method: "rptq", "rtn" (round-to-nearest without clusters, the baseline) or "bitnet".
+        scheme: one of SCHEMES, or "custom" with `bits` given.
+        variant: "default" (better rules), "official" (the published code's rules), "strict" (default rules with the
+            norm outputs at the scheme's activation bits).
+        bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
+        segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
+    """
+
+    model: str
+    revision: str | None = None
+    method: str = "rptq"
+    scheme: str = "W4A4"
+    bits: Bits | None = None
+    clusters: Clusters = field(default_factory=Clusters)
+    weights: str = "gptq"
+    variant: str = "default"
+    calibration: Calibration = field(default_factory=Calibration)
+    seed: int = 0
+    bitnet: BitNetOptions | None = None
+    segments: str = "exact"
+
+    def __post_init__(self) -> None:
+        require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
+        require_choice("method", self.method, METHODS)
+        require_choice("weight method", self.weights, WEIGHT_METHODS)
+        require_choice("variant", self.variant, VARIANTS)
+        require_choice("segments", self.segments, tuple(SEGMENTS) if self.method == "rptq" else ("exact",))
+        require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
+        if self.revision is not None:
+            require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647"))
+        if (self.scheme == "custom") != (self.bits is not None):
+            raise InputError(
+                "Own bits go with scheme custom, and scheme custom needs bits: give both or neither.", code="E-PARAM-BITS"
+            )
+        if self.method == "bitnet" and self.bitnet is None:
+            object.__setattr__(self, "bitnet", BitNetOptions())
+        if self.method != "bitnet" and self.bitnet is not None:
+            raise InputError(
+                f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out.",
+                code="E-PARAM-BITNET",
+            )
+
+    @property
+    def tensor_bits(self) -> Bits:
+        """Bits of every tensor, the variant applied."""
+        if self.bitnet is not None:
+            return self.bitnet.tensor_bits
+        bits = self.bits or SCHEMES[self.scheme]
+        if self.variant == "strict" and self.scheme != "custom":
+            bits = replace(bits, attn_in=bits.o_in, mlp_in=bits.o_in)
+        return bits
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse. Options that say nothing are left out, so hashes outlive them."""
+        silent = {"bitnet": None, "segments": "exact"}
+        return {name: value for name, value in asdict(self).items() if name not in silent or value != silent[name]}
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
+        """Inverse of `to_dict`. Raises InputError on an unknown or badly typed field."""
+        data = dict(require_keys("recipe", data, cls))
+        if data.get("bits") is not None:
+            data["bits"] = Bits(**require_keys("bits", data["bits"], Bits))
+        if "clusters" in data:
+            data["clusters"] = Clusters(**require_keys("clusters", data["clusters"], Clusters))
+        if "calibration" in data:
+            data["calibration"] = Calibration(**require_keys("calibration", data["calibration"], Calibration))
+        if data.get("bitnet") is not None:
+            data["bitnet"] = BitNetOptions(**require_keys("bitnet", data["bitnet"], BitNetOptions))
+        if "model" not in data:
+            raise InputError('The recipe names no model: add "model".', code="E-PARAM-MODEL")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantRecipe:
+        """Inverse of `to_json`. Raises InputError if the text is not a JSON object."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                "The recipe is not valid JSON: export one from the page or the CLI and edit that.", code="E-PARAM-RECIPE"
+            ) from error
+        return cls.from_dict(data)
+
+    def to_query(self) -> str:
+        """The recipe as a URL query string; pasted text is left out (it is private and long)."""
+        calibration = self.calibration.text if not self.calibration.text.startswith("text:") else "sotu"
+        pairs = {
+            "model": self.model,
+            "revision": self.revision or "",
+            "method": self.method,
+            "scheme": self.scheme,
+            "clusters": ",".join(f"{r}={getattr(self.clusters, r)}" for r in REORDERS),
+            "weights": self.weights,
+            "variant": self.variant,
+            "segments": "" if self.segments == "exact" else self.segments,
+            "calibration": calibration,
+            "tokens": self.calibration.tokens,
+            "window": self.calibration.window,
+            "seed": self.seed,
+            "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
+            "bitnet": ",".join(f"{k}={v}" for k, v in asdict(self.bitnet).items()) if self.bitnet else "",
+        }
+        return urlencode({k: v for k, v in pairs.items() if v != ""})
+
+    @classmethod
+    def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
+        """Inverse of `to_query`; missing keys keep the values of `default`, unknown keys are ignored.
+
+        What a key leaves unsaid is not taken from `default`: the revision goes with the model, own bits with the scheme.
+        """
+        try:
+            given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
+        except ValueError as error:
+            raise InputError("The link has too many parts: open one made by the page.", code="E-PARAM-RECIPE") from error
+        changes: dict[str, Any] = {
+            k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant", "segments") if k in given
+        }
+        if "model" in given:
+            changes.setdefault("revision", None)
+        if "scheme" in given:
+            changes["bits"] = None
+        if "method" in given:
+            changes.setdefault("segments", "exact")
+        if "method" in given or "bitnet" in given:
+            changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
+        if "clusters" in given:
+            changes["clusters"] = Clusters.parse(given["clusters"])
+        if "bits" in given:
+            changes["bits"] = parse_bits(given["bits"])
+        if "seed" in given:
+            changes["seed"] = parse_int("seed", given["seed"])
+        cal = default.calibration
+        changes["calibration"] = Calibration(
+            given.get("calibration", cal.text),
+            parse_int("calibration tokens", given.get("tokens", str(cal.tokens))),
+            parse_int("calibration window", given.get("window", str(cal.window))),
+        )
+        return replace(default, **changes)
+
+    def describe_bits(self) -> str:
+        """What a scheme's name hides: "W4A4 (norm outputs 8, softmax 8)"; "W4A8" hides nothing."""
+        bits = self.tensor_bits
+        if self.bitnet is not None:
+            return self.bitnet.describe()
+        if self.scheme == "custom":
+            return "custom (" + ", ".join(f"{k} {v}" for k, v in asdict(bits).items()) + ")"
+        if not bits.quantizes_activations:
+            return f"{self.scheme} (activations and KV cache 16)"
+        if bits.q == FLOAT_BITS:
+            return f"{self.scheme} (only the KV cache below 16)"
+        kept = []
+        if bits.attn_in != bits.o_in:
+            kept.append(f"norm outputs {bits.attn_in}")
+        if bits.softmax != bits.o_in:
+            kept.append(f"softmax {bits.softmax}")
+        return f"{self.scheme} ({', '.join(kept)})" if kept else self.scheme
+
+    def label(self) -> str:
+        """One line for tables: method, bits with what stays wider, clusters, weight method, variant."""
+        parts = [self.method.upper(), self.describe_bits()]
+        if self.method == "bitnet":
+            return " · ".join(parts)
+        if self.method == "rptq":
+            parts.append(self.clusters.describe() + SEGMENTS[self.segments])
+        parts.append(self.weights.upper() if self.tensor_bits.weights < FLOAT_BITS else "float weights")
+        if self.variant != "default":
+            parts.append(self.variant)
+        return " · ".join(parts)
+
+
+def parse_bits(text: str) -> Bits:
+    """Read "weights=4,k=3,v=3": tensors left out stay at 16. Raises InputError naming the part that does not fit."""
+    names = {entry.name for entry in fields(Bits)}
+    chosen = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, _, value = part.partition("=")
+        if key.strip() not in names:
+            raise InputError(
+                f"Bits {part[:40]!r} is not understood: write name=bits with names {', '.join(sorted(names))}.",
+                code="E-PARAM-BITS",
+            )
+        chosen[key.strip()] = parse_int(f"bits of {key.strip()}", value)
+    return Bits(**chosen)
+
+
+def parse_bitnet(text: str) -> BitNetOptions:
+    """Read "mode=a4.8,kv_bits=3": what is left out keeps its default. Raises InputError naming the part that does not fit."""
+    readers = {"mode": lambda name, value: value, "keep": parse_float}
+    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip()]
+    chosen = {key: readers.get(key, parse_int)(key[:20], "".join(value)) for key, *value in pairs}
+    return BitNetOptions(**require_keys("bitnet", chosen, BitNetOptions))

@@ -1,0 +1,277 @@
+"""Results that leave core: frozen dataclasses of plain numbers and strings, picklable, with `to_dict` for JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def jsonable(value: Any) -> Any:
+    """Nested dataclass content as JSON types; infinities and NaN become None (JSON has neither)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    return value
+
+
+class Report:
+    """Adds `to_dict` to a dataclass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return jsonable(asdict(self))
+
+
+@dataclass(frozen=True)
+class ModelInfo(Report):
+    """What was loaded.
+
+    Attributes:
+        weight_bytes: measured from the tensors. source: where the weights came from.
+        fidelity: what a BitNet model's rules are worth for it (`BitNetRules.fidelity`), None for every other model.
+    """
+
+    name: str
+    revision: str | None
+    source: str
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    weight_bytes: int
+    dtype: str
+    load_seconds: float
+    fidelity: str | None = None
+
+
+@dataclass(frozen=True)
+class SiteError(Report):
+    """One activation site: bits, number of clusters, signal to quantisation noise in dB (None at 16 bits)."""
+
+    bits: int
+    clusters: int
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class WeightError(Report):
+    """One fused weight: bits, "gptq" or "rtn", signal to noise in dB, why GPTQ was not used, stored bits per weight."""
+
+    bits: int
+    method: str
+    sqnr_db: float
+    fallback: str | None
+    effective_bits: float
+
+
+@dataclass(frozen=True)
+class LayerReport(Report):
+    """One decoder layer after quantisation; `output_sqnr_db` compares its output with the float layer's on equal inputs."""
+
+    layer: int
+    output_sqnr_db: float
+    sites: dict[str, SiteError]
+    weights: dict[str, WeightError]
+
+
+@dataclass(frozen=True)
+class BackendUse(Report):
+    """How many linear layers run on a backend, and why."""
+
+    backend: str
+    reason: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class QuantizeReport(Report):
+    """Outcome of a quantisation.
+
+    Attributes:
+        key: the recipe's hash; names the model in later calls.
+        bits_description: the scheme with what it keeps at 8 or 16 bits.
+        stages: seconds per stage. effective_weight_bits: stored bits per decoder weight with scales and zero points.
+        weight_bytes, float_bytes: measured bytes of the quantised and of the float model.
+        folder: where it is saved.
+    """
+
+    key: str
+    recipe: dict[str, Any]
+    label: str
+    bits_description: str
+    seconds: float
+    stages: dict[str, float]
+    calibration: str
+    effective_weight_bits: float
+    weight_bytes: int
+    float_bytes: int
+    layers: list[LayerReport]
+    backends: list[BackendUse]
+    folder: str
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Weights that GPTQ could not do, with the reason."""
+        return [
+            f"layers.{entry.layer}.{name}: {note.fallback}"
+            for entry in self.layers
+            for name, note in entry.weights.items()
+            if note.fallback
+        ]
+
+
+@dataclass(frozen=True)
+class EvalReport(Report):
+    """Scores with everything needed to repeat them. Attributes as in the CLI contract; `protocol` is one sentence."""
+
+    key: str
+    label: str
+    text_name: str
+    perplexity: float
+    perplexity_stderr: float
+    nll: float
+    tokens: int
+    window: int
+    kld_mean: float | None
+    same_top_token: float | None
+    weight_bytes: int
+    weight_parts: dict[str, int]
+    working_bytes: int
+    kv_bytes_per_token: int
+    tokens_per_second: float
+    seconds: float
+    device: str
+    dtype: str
+    backend: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class GenerationReport(Report):
+    """A continuation: text, counts, decoding speed, measured cache bytes beside the same cache in float; `decoding` as in
+    `Continuation`."""
+
+    key: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    tokens_per_second: float
+    stopped: str
+    kv_bytes: int
+    kv_bytes_float: int
+    decoding: str = ""
+
+
+@dataclass(frozen=True)
+class SpeedLimit(Report):
+    """What bounds a model's decoding on this machine.
+
+    Attributes:
+        weight_bytes: read for each token by the backends that run now.
+        bytes_per_second: measured; threads: of the copy, and of the model.
+    """
+
+    key: str
+    weight_bytes: int
+    bytes_per_second: float
+    threads: int
+
+    def tokens_per_second(self, kv_bytes: int = 0) -> float:
+        """The limit with a cache of that many bytes."""
+        return self.bytes_per_second / (self.weight_bytes + kv_bytes)
+
+
+@dataclass(frozen=True)
+class Sparsity(Report):
+    """Shares of zeros, 0 to 1. `gates`: zero outputs of the gate's activation; without a gate `gate` equals `up`."""
+
+    qkv: float
+    out: float
+    up: float
+    gate: float
+    down: float
+    gates: float
+    overall: float
+
+
+@dataclass(frozen=True)
+class SparsityReport(Report):
+    """Sparsity per layer and of the whole model on a text.
+
+    Attributes:
+        mode, fidelity: the rules the model ran by, and what they are worth for it.
+        parameters, active_parameters: of the decoder's linear layers.
+    """
+
+    key: str
+    mode: str
+    fidelity: str
+    text_name: str
+    tokens: int
+    parameters: int
+    active_parameters: int
+    total: Sparsity
+    layers: list[Sparsity]
+
+
+@dataclass(frozen=True)
+class TernaryShares(Report):
+    """One projection: shares of -1, 0 and 1 among its weights, and its scale."""
+
+    minus: float
+    zero: float
+    plus: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class WeightHistogram(Report):
+    """`TernaryShares` by projection name (q, k, v, o, gate, up, down), one table per layer."""
+
+    key: str
+    layers: list[dict[str, TernaryShares]]
+
+
+@dataclass(frozen=True)
+class InputHistogram(Report):
+    """Distribution of one site of one layer.
+
+    Attributes:
+        kind: its quantiser, "fp" where there is none; code_values, code_counts: its codes, empty then.
+        edges: ascending, one more than counts; counts: the first and last hold what lies beyond.
+    """
+
+    key: str
+    site: str
+    layer: int
+    kind: str
+    text_name: str
+    tokens: int
+    edges: list[float]
+    counts: list[int]
+    code_values: list[int]
+    code_counts: list[int]
+
+
+@dataclass(frozen=True)
+class Row(Report):
+    """One complete run: recipe, quantisation and evaluation, and where it was measured."""
+
+    recipe: dict[str, Any]
+    hash: str
+    report: dict[str, Any]
+    quantize: dict[str, Any]
+    provenance: dict[str, Any]

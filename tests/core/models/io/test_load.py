@@ -1,0 +1,307 @@
+"""Loading refuses what is not exactly a model's files: tensors deleted, added, reshaped, NaN; code is never run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.errors import ArtifactError, BackendError, InputError, ModelError, NumericError, QuantscopeError
+from core.models.io.foreign import library_errors, quiet, tokenizer_errors
+from core.models.io.load import LoadedModel, load_model, require_finite
+from core.models.tiny import save_tiny, tiny_architectures, tiny_model
+from core.storage import atomic_dir
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(root / name, name, seed=3) for name in tiny_architectures()}
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A private copy of a saved model with one file rewritten by `change(tensors)` or `config`."""
+    def make(architecture: str, change=None, config: dict | None = None) -> Path:
+        folder = tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for path in saved[architecture].iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        if change:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if config:
+            stated = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(stated | config))
+        return folder
+    return make
+
+
+def refused(folder: Path | str, kind: type[QuantscopeError] = ModelError, **options: object) -> QuantscopeError:
+    with pytest.raises(kind) as caught:
+        load_model(str(folder), **options)
+    assert 20 < len(str(caught.value)) <= 240 and os.path.dirname(str(folder) or "x") not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("architecture", tiny_architectures())
+def test_what_was_saved_is_loaded(saved, architecture):
+    loaded, made = load_model(str(saved[architecture])), tiny_model(architecture, seed=3)
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded.model(ids).logits, made.model(ids).logits)
+    assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.adapter is made.adapter and loaded.path == saved[architecture] and loaded.source == "local folder"
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("architecture", ["opt", "qwen2", "smollm"])
+def test_each_deleted_tensor_is_missed(copy, saved, architecture):
+    for name in sorted(load_file(saved[architecture] / "model.safetensors")):
+        error = refused(copy(architecture, lambda tensors, gone=name: tensors.pop(gone)))
+        assert error.code == "E-MODEL-MISSING" and name in str(error)
+
+
+def test_many_missing_tensors_are_counted(copy):
+    def drop_biases(tensors):
+        for name in [name for name in tensors if name.endswith("bias")]:
+            del tensors[name]
+
+    error = refused(copy("opt", drop_biases))
+    assert "and 14 more" in str(error) or "more" in str(error)
+
+
+def test_a_foreign_tensor_is_refused(copy):
+    error = refused(copy("llama", lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)})))
+    assert error.code == "E-MODEL-MISSING" and "model.extra.weight" in str(error) and "belong" in str(error)
+
+
+def test_buffers_of_old_checkpoints_are_accepted(copy):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load_model(str(copy("llama", lambda tensors: tensors.update({name: torch.ones(8)}))))
+
+
+def test_a_stored_copy_of_a_tied_weight_is_accepted(copy):
+    folder = copy("smollm", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_model(str(folder))
+
+
+def test_another_shape_is_refused(copy):
+    def reshape(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+
+    error = refused(copy("llama", reshape))
+    assert "model.layers.1.mlp.up_proj.weight" in str(error) and "shape" in str(error)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (float("inf"), torch.float16)])
+def test_a_planted_nan_is_found_and_counted(copy, value, dtype):
+    def plant(tensors):
+        weight = tensors["model.layers.1.self_attn.k_proj.weight"].to(dtype)
+        weight.view(-1)[5:8] = value
+        tensors["model.layers.1.self_attn.k_proj.weight"] = weight
+
+    error = refused(copy("llama", plant), NumericError)
+    assert error.code == "E-NUM-NAN" and "layers.1.self_attn.k_proj.weight has 3 NaN" in str(error)
+
+
+def test_every_tensor_is_checked_for_nan(saved):
+    made = tiny_model("opt")
+    for name, tensor in made.model.state_dict().items():
+        kept = tensor.view(-1)[0].item()
+        tensor.view(-1)[0] = float("nan")
+        with pytest.raises(NumericError, match="NaN"):
+            require_finite(made.model.state_dict().items())
+        tensor.view(-1)[0] = kept
+        assert name
+    require_finite(made.model.state_dict().items())
+
+
+def test_half_precision_is_widened(copy):
+    def halve(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].bfloat16()
+
+    loaded = load_model(str(copy("qwen3", halve, {"dtype": "bfloat16"})))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert torch.equal(loaded.model.lm_head.weight.bfloat16().float(), loaded.model.lm_head.weight)
+
+
+@pytest.mark.parametrize(("config", "code"), [
+    ({"model_type": "mamba"}, "ARCH"), ({"model_type": "no-such-thing"}, "ARCH"), ({"model_type": "gpt2"}, "ARCH"),
+    ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "CODE"),
+    ({"num_hidden_layers": 3}, "MISSING"), ({"num_hidden_layers": 1}, "BAD"), ({"num_hidden_layers": 10**6}, "SIZE"),
+    ({"vocab_size": 300}, "BAD"), ({"hidden_act": "no-such-act"}, "BAD"), ({"rms_norm_eps": "x"}, "BAD"),
+    ({"rope_parameters": {"rope_type": "none"}}, "BAD"), ({"intermediate_size": 4}, "MISSING"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "BAD"),
+])
+def test_a_wrong_configuration_is_one_sentence(copy, config, code, capfd):
+    folder = copy("llama", config=config)
+    canary = folder / "canary"
+    (folder / "modeling.py").write_text(f"open({str(canary)!r}, 'w')")
+    assert refused(folder).code == f"E-MODEL-{code}"
+    assert not canary.exists() and capfd.readouterr().err == ""
+
+
+def test_sizes_left_to_defaults_are_checked_too(copy):
+    folder = copy("llama")
+    stated = json.loads((folder / "config.json").read_text())
+    del stated["num_hidden_layers"]  # transformers' default is 32
+    (folder / "config.json").write_text(json.dumps(stated))
+    assert refused(folder).code == "E-MODEL-MISSING"
+
+
+def test_memory_is_checked_before_loading(saved, monkeypatch):
+    monkeypatch.setenv("QUANTSCOPE_MAX_MODEL_GB", "0.0001")
+    assert refused(saved["llama"]).code == "E-MODEL-SIZE"
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: (folder / "tokenizer.json").unlink(),
+    lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    lambda folder: (folder / "tokenizer.json").write_text("[" * 1000),
+    lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\xfe\0"),
+    lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    lambda folder: edit(folder / "tokenizer.json", lambda t: t["pre_tokenizer"].update(type="None such")),
+    lambda folder: edit(folder / "tokenizer.json", lambda t: t.update(model={"type": "BPE", "vocab": {}, "merges": 3})),
+], ids=["gone", "empty", "deep", "binary", "config a list", "unknown part", "merges"])
+def test_a_damaged_tokenizer_is_one_sentence(copy, change):
+    folder = copy("mistral")
+    change(folder)
+    assert refused(folder).code in {"E-MODEL-TOKENIZER", "E-MODEL-BAD"}
+
+
+def edit(path: Path, change) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    def more(document):
+        document["model"]["vocab"] |= {f"word{n}": 259 + n for n in range(50)}
+
+    folder = copy("llama")
+    edit(folder / "tokenizer.json", more)
+    error = refused(folder)
+    assert error.code == "E-MODEL-TOKENIZER" and "306 tokens" in str(error)
+
+
+class Panic(BaseException):
+    """What a Rust panic looks like from Python: no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_of_ours():
+    with pytest.raises(ModelError) as caught, tokenizer_errors("The tokenizer is damaged."):
+        raise Panic
+    assert caught.value.code == "E-MODEL-TOKENIZER"
+    for passing in (KeyboardInterrupt, SystemExit, MemoryError):
+        with pytest.raises(passing), tokenizer_errors("x"):
+            raise passing
+
+
+def test_library_errors_keep_our_own():
+    with pytest.raises(NumericError), library_errors("x"):
+        raise NumericError("y")
+    with pytest.raises(QuantscopeError, match="memory ran out"), library_errors("x"):
+        raise MemoryError
+    with pytest.raises(ZeroDivisionError), quiet():
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("options", "kind", "code"), [
+    ({"device": "toaster"}, InputError, "E-PARAM-DEVICE"), ({"device": "meta"}, InputError, "E-PARAM-DEVICE"),
+    ({"device": "cuda"}, BackendError, "E-BACKEND"), ({"dtype": torch.int8}, InputError, "E-PARAM-DTYPE"),
+    ({"dtype": "float32"}, InputError, "E-PARAM-DTYPE")])
+def test_options_are_checked(saved, monkeypatch, options, kind, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(saved["llama"], kind, **options).code == code
+
+
+def test_a_folder_of_our_own_goes_to_its_loader(tmp_path, monkeypatch, saved):
+    made = tiny_model("llama")
+    seen = []
+    fake = types.ModuleType("core.models.io.quantized")
+    fake.load_quantized = lambda path, progress=None: seen.append(path) or made
+    monkeypatch.setitem(sys.modules, "core.models.io.quantized", fake)
+    with atomic_dir(tmp_path / "mine") as stage:
+        (stage / "quantscope.json").write_text("{}")
+    assert load_model(str(tmp_path / "mine")) is made and seen == [tmp_path / "mine"]
+    (tmp_path / "mine" / "quantscope.json").write_text("{ }")
+    assert refused(tmp_path / "mine", ArtifactError).code == "E-CKPT-BAD" and len(seen) == 1
+
+
+def test_progress_is_told_and_nothing_is_printed(saved, capfd):
+    stages: list[tuple[str, float | None]] = []
+    loaded = load_model(str(saved["opt"]), progress=lambda text, part: stages.append((text, part)))
+    assert isinstance(loaded, LoadedModel) and len(stages) >= 3
+    assert all(isinstance(text, str) and (part is None or 0 <= part <= 1) for text, part in stages)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_connects_to_nothing(saved, monkeypatch):
+    calls: list[str] = []
+    recording = True
+
+    def hook(event: str, arguments: tuple) -> None:
+        if recording and event in ("socket.connect", "socket.getaddrinfo"):
+            calls.append(f"{event} {arguments}")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    sys.addaudithook(hook)
+    for architecture in tiny_architectures():
+        load_model(str(saved[architecture]))
+    recording = False
+    assert calls == []
+
+
+def test_a_gguf_file_is_converted_and_loaded(tmp_path, monkeypatch, saved):
+    """Written here with gguf's own writer, float32, from the tiny model: the logits must survive the journey."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("QUANTSCOPE_CACHE", str(tmp_path / "cache"))
+    made = tiny_model("llama", seed=3, head_dim=8)
+    write_gguf(gguf, tmp_path / "tiny.gguf", made)
+    loaded = load_model(str(tmp_path / "tiny.gguf"))
+    ids = torch.tensor([made.tokenizer("Numbers: 1998, äö.")["input_ids"]])
+    assert torch.allclose(loaded.model(ids).logits, made.model(ids).logits, atol=1e-4)
+    assert loaded.tokenizer("Numbers: 1998, äö.")["input_ids"] == ids[0].tolist()
+    assert loaded.source.startswith("GGUF file tiny.gguf") and loaded.revision.startswith("sha256:")
+
+
+def write_gguf(gguf, path: Path, made: LoadedModel) -> None:
+    config, state = made.model.config, made.model.state_dict()
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = [made.tokenizer.convert_ids_to_tokens(n) for n in range(config.vocab_size)]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * 3)
+    writer.add_token_scores([0.0] * config.vocab_size)  # instead of merges, of which there are none
+    for name in ("bos", "eos", "unk", "pad"):
+        getattr(writer, f"add_{name}_token_id")(256 if name == "bos" else 257 if name != "unk" else 258)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp interleaves the halves of each head
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

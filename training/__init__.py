@@ -1,0 +1,1 @@
+"""Training of BitNet models; the product loads what it exports but never imports it."""
