@@ -20,7 +20,7 @@ from app.view.figure import THEMES
 from core.errors import InputError, QuantscopeError
 from core.recipe import Calibration, Clusters, QuantRecipe
 
-CSS = Path(__file__).parent / "page.css"
+CSS = Path(__file__).parent / "view" / "page.css"
 SAVE_JS = """(file) => {
   if (!file) return;
   const link = document.createElement('a');
