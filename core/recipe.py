@@ -94,7 +94,11 @@ class Clusters:
 
     @classmethod
     def uniform(cls, count: int) -> Clusters:
-        """One number for the page's slider: g for R1, R4 and R5, and an eighth of it (at least 1) per head."""
+        """Spread one number g over the five counts: g for R1, R4 and R5; g / 8 per head for R2 and R3.
+
+        The eighth is rounded to the nearest whole number, a half to the even one (g = 20, 36, 52 give 2, 4, 6), and is at
+        least 1. This is the only place that divides: the page's slider, its fields and the command line call it.
+        """
         require_int("cluster count g", count, 1, PER_CHANNEL, "use 1 or more")
         per_head = PER_CHANNEL if count == PER_CHANNEL else max(1, round(count / 8))
         return cls(count, per_head, per_head, count, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import gradio as gr
@@ -83,6 +84,16 @@ def per_group(kind: str, clusters: int) -> int:
     """The cluster count the recipe gives a site: g over the whole width, an eighth of it within a head."""
     chosen = Clusters.uniform(clusters)
     return getattr(chosen, texts.SITE_REORDER[kind])
+
+
+def spread() -> str:
+    """Write a JavaScript function g => [g, R1, R2, R3, R4, R5]: a look-up in a table made by `Clusters.uniform`.
+
+    The browser fills the fields while the slider moves; the rule itself is in Python alone.
+    """
+    rows = [[g, *vars(Clusters.uniform(g)).values()] for g in range(1, MAX_CLUSTERS + 1)]
+    table = json.dumps(rows, separators=(",", ":"))
+    return f"(g) => {table}[Math.min(Math.max(g, 1), {MAX_CLUSTERS}) - 1]"
 
 
 def require_clusters(value: object) -> int:
@@ -177,11 +188,6 @@ def wire(ctx: Context, view: Reorder, mirrored: list, renewed: list) -> None:
     view.tab.select(ctx.guard(opened), {ctx.key, view.bits}, everything, trigger_mode="always_last", **LIGHT)
     for event in renewed:
         event.then(ctx.guard(opened), {ctx.key, view.bits}, everything, **LIGHT)
-    spread = "const h = Math.max(1, Math.round(g / 8)); return [g, g, h, h, g, g];"
-    view.clusters.input(
-        None, view.clusters, [side, *fields], js=f"(g) => {{ {spread} }}", show_progress="hidden", api_visibility="private"
-    )
-    side.input(
-        None, side, [view.clusters, *fields], js=f"(g) => {{ {spread} }}", show_progress="hidden", api_visibility="private"
-    )
+    for slider, other in ((view.clusters, side), (side, view.clusters)):
+        slider.input(None, slider, [other, *fields], js=spread(), show_progress="hidden", api_visibility="private")
     side.input(ctx.guard(from_side), {ctx.key, side, view.bits}, charts, trigger_mode="always_last", **LIGHT)

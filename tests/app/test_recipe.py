@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.tabs import quantize, sidebar
+from app.tabs import quantize, reorder, sidebar
 from core.errors import QuantscopeError
 from core.recipe import BITNET_MODES, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
 
@@ -114,3 +117,14 @@ def test_any_junk_is_refused_in_a_sentence(form, data):
         assert 0 < len(str(error)) <= 240 and error.code.startswith("E-")
     else:
         assert isinstance(recipe.hash, str)
+
+
+@pytest.mark.parametrize("g", range(1, reorder.MAX_CLUSTERS + 1))
+def test_the_slider_fills_the_fields_by_the_rule_of_the_recipe(g):
+    """What the browser writes into R1 to R5, what tab 2 counts and what `--clusters g` means are one rule."""
+    assert "round" not in reorder.spread(), "the browser divides nothing"
+    slider, *fields = json.loads(re.search(r"\[\[.*\]\]", reorder.spread())[0])[g - 1]
+    expected = Clusters.parse(str(g))
+    assert slider == g and Clusters(*fields) == expected and expected.R2 == {20: 2, 36: 4, 52: 6}.get(g, expected.R2)
+    for kind, name in reorder.texts.SITE_REORDER.items():
+        assert reorder.per_group(kind, g) == getattr(expected, name)

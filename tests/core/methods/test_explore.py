@@ -15,10 +15,11 @@ from core.methods import METHODS
 from core.methods.base import LayerStatistics
 from core.methods.rptq import cluster, explore
 from core.methods.rptq.explore import error_curve, recluster
+from core.methods.rptq.method import reorder_clusters
 from core.methods.rptq.reorder import head_channels, query_channels
 from core.quant.affine import Grid, choose_qparams
 from core.quant.ranges import ChannelRanges
-from core.recipe import PER_CHANNEL, SITES, Calibration, Clusters, QuantRecipe
+from core.recipe import PER_CHANNEL, REORDERS, SITES, Calibration, Clusters, QuantRecipe
 from core.stages import observe
 from tests.core.tools import spec_of, tiny
 
@@ -75,6 +76,17 @@ def test_the_page_shows_the_clusters_of_a_plan(clusters):
         for kind, order in orders.items():
             view = recluster(report, f"layers.{layer}.{kind}", clusters)
             assert view.order.tolist() == order.tolist() and view.offsets.tolist() == plan.sites[kind].offsets.tolist(), kind
+
+
+@pytest.mark.parametrize("g", range(1, 65))
+def test_page_and_run_take_as_many_clusters_per_head(g):
+    """Tab 2 shows for every g of its slider the partition that a run with the recipe of that g makes."""
+    report, clusters, spec = report_of(), Clusters.uniform(g), spec_of(tiny("llama"))
+    for name, kind, own in (("R2", "k", clusters.R2), ("R3", "v", clusters.R3)):
+        view = recluster(report, f"layers.0.{kind}", clusters)
+        ranges = {k: explore._ranges(report.sites[f"layers.0.{k}"]) for k in REORDERS[name]}
+        run = reorder_clusters(name, ranges, QuantRecipe("m", clusters=clusters), groups=4, head_dim=spec.head_dim)
+        assert len(view.clusters) == 2 * min(own, 16) and view.offsets.tolist() == run.offsets.tolist()
 
 
 def test_only_what_a_slider_can_wait_for_is_refined(monkeypatch):
