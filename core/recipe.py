@@ -96,8 +96,7 @@ class Clusters:
     def uniform(cls, count: int) -> Clusters:
         """Spread one number g over the five counts: g for R1, R4 and R5; g / 8 per head for R2 and R3.
 
-        The eighth is rounded to the nearest whole number, a half to the even one (g = 20, 36, 52 give 2, 4, 6), and is at
-        least 1. This is the only place that divides: the page's slider, its fields and the command line call it.
+        g / 8 is rounded, a half to the even number (g = 20, 36, 52 give 2, 4, 6), and is at least 1.
         """
         require_int("cluster count g", count, 1, PER_CHANNEL, "use 1 or more")
         per_head = PER_CHANNEL if count == PER_CHANNEL else max(1, round(count / 8))
@@ -130,12 +129,10 @@ class Clusters:
     def describe(self) -> str:
         """Short text: "g=32/4" or the five numbers."""
 
-        def name(count: int) -> str:
-            return "channel" if count >= PER_CHANNEL else str(count)
-
+        names = {r: "channel" if count >= PER_CHANNEL else str(count) for r, count in asdict(self).items()}
         if self.R1 == self.R4 == self.R5 and self.R2 == self.R3:
-            return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={name(self.R1)}/{name(self.R2)}"
-        return ",".join(f"{r}={name(getattr(self, r))}" for r in REORDERS)
+            return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={names['R1']}/{names['R2']}"
+        return ",".join(f"{r}={name}" for r, name in names.items())
 
 
 @dataclass(frozen=True)
