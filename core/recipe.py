@@ -268,14 +268,9 @@ class QuantRecipe:
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
         """Inverse of `to_dict`. Raises InputError on an unknown or badly typed field."""
         data = dict(require_keys("recipe", data, cls))
-        if data.get("bits") is not None:
-            data["bits"] = Bits(**require_keys("bits", data["bits"], Bits))
-        if "clusters" in data:
-            data["clusters"] = Clusters(**require_keys("clusters", data["clusters"], Clusters))
-        if "calibration" in data:
-            data["calibration"] = Calibration(**require_keys("calibration", data["calibration"], Calibration))
-        if data.get("bitnet") is not None:
-            data["bitnet"] = BitNetOptions(**require_keys("bitnet", data["bitnet"], BitNetOptions))
+        for name, part in (("bits", Bits), ("clusters", Clusters), ("calibration", Calibration), ("bitnet", BitNetOptions)):
+            if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
+                data[name] = part(**require_keys(name, data[name], part))
         if "model" not in data:
             raise InputError('The recipe names no model: add "model".', code="E-PARAM-MODEL")
         return cls(**data)
