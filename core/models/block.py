@@ -198,9 +198,12 @@ class DecoderBlock(nn.Module):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         observe: Observer | None = None,
-        **_: object,
+        cache: Cache | None = None,
+        use_cache: bool = True,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal)."""
+        """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal). Versions below 5.24 hand the
+        cache over as `past_key_values`, later ones as `cache`; it is None when `use_cache` is false."""
+        past_key_values = past_key_values if cache is None else cache
         packed = self._packed(past_key_values)
         if packed is not None and packed.pinned:  # one token that sees all of its sequence: a mask says nothing
             attention_mask = None
