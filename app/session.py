@@ -138,7 +138,19 @@ class Session:
 
 
 class SessionStore:
-    """Sessions by key, and by the browser tab they belong to."""
+    """Sessions by key, and by the browser tab that shows them.
+
+    A reload keeps the session: the page stores its key in the browser's `sessionStorage`, which survives a reload and
+    belongs to one browser tab, and hands it to `open` when it loads:
+
+        stored = gr.Textbox(visible=False)
+        demo.load(opened, stored, [ctx.key, stored, …], js="() => sessionStorage.getItem('quantscope')")
+        stored.change(None, stored, None, js="(key) => sessionStorage.setItem('quantscope', key)")
+
+    where `opened(key, request)` calls `open(request.session_hash, key)`, returns the session's key for `ctx.key` and
+    `stored`, and draws what the session holds (`session.ranges is None` for a new one). A key is only honoured while its
+    session lives; any other text gives a new session with a new key, so nobody can choose a key.
+    """
 
     def __init__(self, *, seconds: float, capacity: int) -> None:
         self.seconds = seconds
@@ -147,11 +159,19 @@ class SessionStore:
         self._tabs: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def open(self, tab: str | None = None) -> Session:
-        """A new, empty session; `tab` is the browser tab's own name, for `of_tab`."""
+    def open(self, tab: str | None = None, key: object = None) -> Session:
+        """The living session of `key`, which a reloaded page remembers, else a new and empty one.
+
+        Args:
+            tab: the browser tab's own name (`request.session_hash`), for `of_tab`.
+            key: what the page had stored; anything but the key of a living session is ignored.
+        """
         with self._lock:
-            session = Session()
+            session = self._sessions.get(key) if isinstance(key, str) else None
+            session = session or Session()
+            session.touched_at = time.monotonic()
             self._sessions[session.key] = session
+            self._sessions.move_to_end(session.key)
             if tab:
                 self._tabs[tab] = session.key
             self._sweep()

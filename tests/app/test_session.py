@@ -17,6 +17,24 @@ def test_keys_are_long_random_and_separate():
     assert store.of_tab("tab-a") is a and store.of_tab("unknown") is None
 
 
+def test_a_reloaded_tab_finds_its_session_and_nobody_chooses_a_key():
+    store = SessionStore(seconds=60, capacity=10)
+    first = store.open("tab-a")
+    first.add_run(Run("m", "m"))
+    assert store.open("tab-a-reloaded", first.key) is first
+    assert store.of_tab("tab-a-reloaded") is first
+    for unknown in ("x" * 43, "", None, 7, ["a"]):
+        other = store.open("tab-b", unknown)
+        assert other is not first and other.key != unknown and other.runs == []
+
+
+def test_a_reload_after_the_sessions_lifetime_starts_a_new_one():
+    store = SessionStore(seconds=0, capacity=10)
+    first = store.open()
+    store.open()
+    assert store.open("tab", first.key).key != first.key
+
+
 def test_the_oldest_goes_beyond_the_cap_and_comes_back_empty():
     store = SessionStore(seconds=60, capacity=3)
     first = store.open()
