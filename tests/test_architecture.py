@@ -27,7 +27,7 @@ STAGES = (
     {"models"},
     {"calibration"},
     {"methods"},
-    {"report"},
+    {"report", "doctor"},
     {"evaluation"},
     {"stages"},
     {"workbench"},

@@ -4,6 +4,7 @@
     inspect    ranges of every channel      generate   continue a prompt
     quantize   make a quantised folder      compare    several models side by side
     memory     project memory by formula    train      a small model from scratch
+    sparsity   zeros of a BitNet model      doctor     versions, tested ranges, backends
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -239,6 +240,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),
     "sparsity": (verbs.sparsity, _sparsity, "Count the zeros a BitNet model multiplies with, and its active parameters"),
     "memory": (verbs.memory, _memory, "Project memory by formula; nothing is loaded"),
+    "doctor": (verbs.doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }
 

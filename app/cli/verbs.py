@@ -13,7 +13,7 @@ from app.cli.output import Console, facts, table
 from app.cli.recipe import calibration_of, recipe_of
 from app.view.figure import bytes_text, number
 from core.checks import parse_int, require_choice, require_int
-from core.errors import InputError
+from core.errors import InputError, ResourceError
 from core.recipe import SITES, Calibration, QuantRecipe
 
 BACKENDS = ("auto", "reference", "int8", "int4", "triton")
@@ -43,6 +43,25 @@ def models(args: Namespace, console: Console) -> None:
     sources = facts([(e.name, e.source) for e in entries])
     also = "Also: owner/name of the Hugging Face Hub, a local folder, a .gguf file.\n"
     console.finish(document, f"{table(['name', 'title', 'licence', 'size'], rows, left=3)}\nSources\n{sources}\n{also}")
+
+
+def doctor(args: Namespace, console: Console) -> None:
+    """Print installed versions with their tested ranges, and backends. Raises: ResourceError (E-DOCTOR) on an untested one."""
+    from core.doctor import examine, untested
+
+    report = examine()
+    packages = [[p.name, p.version or "missing", p.tested, "tested" if p.ok else "NOT TESTED"] for p in report.packages]
+    backends = [[b.name, "runs" if b.runs else "no", b.reason] for b in report.backends]
+    console.finish(
+        report.to_dict(),
+        table(["package", "installed", "tested range", ""], packages, left=4)
+        + "\n"
+        + table(["backend", "", "why"], backends, left=3)
+        + f"\n{report.hardware}\n",
+    )
+    if not report.ok:
+        wrong = "; ".join(untested(p) for p in report.packages if not p.ok)
+        raise ResourceError(f"Not tested: {wrong}. Results may be wrong: run pip install -r requirements.txt.", code="E-DOCTOR")
 
 
 def inspect(args: Namespace, console: Console) -> None:

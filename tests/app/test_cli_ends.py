@@ -156,7 +156,7 @@ def test_refusal_of_a_process_and_any_locale():
 
 def test_light_verbs_load_no_heavy_library():
     code = (
-        "import sys; from app import cli; cli.main(['memory', '--model', 'opt-13b', '--scheme', 'W4A4', '--batch', '1', "
-        "'--seq', '1']); sys.exit(bool({'torch', 'transformers', 'gradio', 'plotly'} & set(sys.modules)))"
+        "import sys; from app.cli import __main__ as cli; cli.main(['memory', '--model', 'opt-13b', '--scheme', 'W4A4', "
+        "'--batch', '1', '--seq', '1']); sys.exit(bool({'torch', 'transformers', 'gradio', 'plotly'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 0
