@@ -13,11 +13,10 @@ Shapes: B batch, T tokens, D hidden, H query heads, Hkv key/value heads, E head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
@@ -26,6 +25,7 @@ from core.models.bitnet import BitNetRules
 from core.quant.attention import attend
 from core.quant.fused import norm_codes
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.quant.linear.base import FloatLinear
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer, Codes, KeepFloat
 from kernels import Backend
@@ -37,26 +37,6 @@ ZERO_GATES = ("relu", "relu2")
 """Activations that are exactly zero for negative gates: there the up projection need not be computed."""
 GATE_FIRST_WEIGHTS = 2**22
 """Smallest up projection for which "auto" looks at the gate first: below, the look costs more than it can save."""
-
-
-class FloatLinear(nn.Linear):
-    """`nn.Linear` with QuantLinear's call: the exemption mask is accepted and has nothing to do."""
-
-    requested = Backend.AUTO
-
-    def forward(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        return functional.linear(x, self.weight, self.bias)
-
-    def parts(
-        self, x: Tensor, sizes: tuple[int, ...], keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
-        """`forward` with its output channels in tensors [..., n] of these sizes."""
-        return iter(self(x).split(sizes, dim=-1))
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight itself, [N, K]."""
-        return self.weight.detach()
 
 
 class ReorderNorm(nn.Module):
@@ -146,11 +126,7 @@ class DecoderBlock(nn.Module):
         def linear(*paths: str) -> FloatLinear:
             parts = [layer.get_submodule(p) for p in paths]
             weight = torch.cat([p.weight.detach() for p in parts])
-            made = FloatLinear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None, device="meta")
-            made.weight = nn.Parameter(weight, requires_grad=False)
-            if parts[0].bias is not None:
-                made.bias = nn.Parameter(torch.cat([p.bias.detach() for p in parts]), requires_grad=False)
-            return made
+            return FloatLinear(weight, None if parts[0].bias is None else torch.cat([p.bias.detach() for p in parts]))
 
         def norm(path: str) -> ReorderNorm:
             source = layer.get_submodule(path)
@@ -179,11 +155,7 @@ class DecoderBlock(nn.Module):
         for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm", "rope_order"):
             setattr(block, name, getattr(self, name))
         for name, linear in self.linears().items():
-            made = FloatLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-            made.weight = nn.Parameter(linear.dequantized_weight(), requires_grad=False)
-            if linear.bias is not None:
-                made.bias = nn.Parameter(linear.bias, requires_grad=False)
-            setattr(block, name, made)
+            setattr(block, name, FloatLinear(linear.dequantized_weight(), linear.bias))
         return block.eval()
 
     def linears(self) -> dict[str, nn.Module]:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from core.models.adapter import BlockSpec
-from core.models.block import DecoderBlock, FloatLinear
+from core.models.block import DecoderBlock
 from core.models.shell import shallow_copy
+from core.quant.linear.base import FloatLinear
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,10 @@ def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor 
     weight, bias = linear.weight.detach(), linear.bias
     if rows is not None:
         weight = weight[rows]
-        bias = None if bias is None else bias.detach()[rows]
+        bias = None if bias is None else bias[rows]
     if columns is not None:
         weight = weight[:, columns]
-    made = FloatLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return made
+    return FloatLinear(weight.contiguous(), bias)
 
 
 def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:

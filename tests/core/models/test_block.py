@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from core.models.block import DecoderBlock, FloatLinear, ReorderNorm
+from core.models.block import DecoderBlock, ReorderNorm
 from core.models.io.load import LoadedModel
 from core.models.shell import block_inputs, final_hidden, quantized_blocks, with_layers
 from core.models.tiny import tiny_model
@@ -214,11 +214,6 @@ def test_norm_stores_in_any_order(kind, affine):
     kept = x.clone()
     norm.reorder(order)
     assert relative(norm(x), plain[:, order]) < 1e-6 and torch.equal(x, kept)
-
-
-def test_float_linear_ignores_the_exemption():
-    layer, x = FloatLinear(5, 3), torch.randn(2, 4, 5)
-    assert torch.equal(layer(x, torch.ones(2, 4, dtype=torch.bool)), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

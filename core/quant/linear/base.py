@@ -1,0 +1,208 @@
+"""The base class of a decoder block's linear layers: float, packed (`quant.py`) and ternary (`ternary.py`).
+
+A layer keeps its weight as it is saved. What its backend multiplies with instead, if anything, is a working copy: derived from
+the saved tensors on first use and never saved. All working copies of a layer live in `LinearLayer.copies` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from core.errors import BackendError
+from core.quant.static import ActivationQuantizer, Codes, KeepFloat
+from kernels import Backend, Choice
+
+if TYPE_CHECKING:
+    from kernels.norm_quant import Norm, Quantized
+
+
+class WorkingCopies:
+    """Tensors that a layer derives from its saved ones, by name: made when first asked for, dropped together.
+
+    An entry is a tensor, a tuple, or the operands of a backend (`kernels.linear.LinearOperands`).
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, object] = {}
+
+    def get(self, name: str, make: Callable[[], object]) -> object:
+        """Return the entry `name`; call `make` for it if there is none yet."""
+        if name not in self._held:
+            self._held[name] = make()
+        return self._held[name]
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        self._held.clear()
+
+    def nbytes(self, layer: nn.Module, name: str | None = None) -> int:
+        """Count the bytes of the entry `name` (0 if there is none), or of all entries.
+
+        A tensor in several entries counts once; tensors that `layer` saves do not count.
+        """
+        entries = self._held.values() if name is None else [self._held.get(name)]
+        own = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+        found = {id(t): t for entry in entries for t in _tensors(entry) if id(t) not in own}
+        return sum(t.nbytes for t in found.values())
+
+
+def _tensors(entry: object) -> Iterator[Tensor]:
+    if isinstance(entry, Tensor):
+        yield entry
+    elif isinstance(entry, tuple):
+        yield from (t for part in entry for t in _tensors(part))
+    elif entry is not None:
+        yield from (t for t in vars(entry).values() if isinstance(t, Tensor))
+
+
+class LinearLayer(nn.Module):
+    """Compute y = x̂ Ŵᵀ + b, x̂ and Ŵ being x and W or what is left of them after quantisation.
+
+    Attributes:
+        bits: bits of a stored weight; 16 for floats.
+        in_features, out_features: K and N.
+        bias: [N] float, or None.
+        quantizer: the static quantiser of the input, None where there is none.
+        requested: the backend that was asked for.
+        choice: the backend that runs, and why.
+        copies: the working copies that exist at this moment.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, bits: int, quantizer: ActivationQuantizer | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.quantizer = quantizer
+        self.requested, self.choice = Backend.AUTO, Choice(Backend.REFERENCE, "not chosen yet")
+        self.copies = WorkingCopies()
+
+    # what each kind of layer defines
+
+    def choose(self, backend: Backend) -> Choice:
+        """Decide what runs this layer where its tensors are now. Raises: ValueError if `backend`, asked for by name, cannot."""
+        raise NotImplementedError
+
+    def parts(
+        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
+    ) -> Iterator[Tensor]:
+        """Compute `forward` as tensors [..., n] whose n are `sizes` (Σ sizes = N), one after the other; None is one of N.
+
+        A layer may compute a part only when it is taken from the iterator. So x must stay as this call has left it until the last
+        part has been taken. Other arguments: see `forward`.
+        """
+        raise NotImplementedError
+
+    def dequantized_weight(self) -> Tensor:
+        """Return Ŵ [N, K] float32."""
+        raise NotImplementedError
+
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return the saved tensors that make up the weight: codes, scales and zero points, not the bias."""
+        raise NotImplementedError
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of the weight that the product of one token reads: of the working copy where it takes one."""
+        return self.stored_bytes
+
+    # what all layers share
+
+    def forward(self, x: Tensor | Codes, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: [..., K] floating, or its codes where a kernel made them (`norm_codes`).
+            keep_float: tokens of x [..., T, K] whose input is not quantised.
+            inplace: allow the layer to overwrite x. A caller may pass True only if nobody reads x afterwards. The layer
+                overwrites x where that saves it a copy and leaves it alone otherwise; the result is the same bits in both cases
+                and shares no memory with x.
+        Returns: [..., N].
+        """
+        return next(self.parts(x, None, keep_float, inplace=inplace))
+
+    def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
+        """Normalise and quantise this layer's input in one kernel, on CUDA; None where the layer multiplies floats.
+
+        Args:
+            x: [M, K] floating; residual: the same, added first, or None.
+            norm: the norm that stands before the layer.
+        """
+        return None
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose the implementation and drop the working copies.
+
+        Raises: BackendError if `backend` is asked for by name and cannot run this layer; the layer stays as it was.
+        """
+        try:
+            choice = self.choose(backend)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        self.requested, self.choice = backend, choice
+        self.release()
+
+    def release(self) -> None:
+        """Drop the working copies."""
+        self.copies.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearLayer:
+        """Move or convert the tensors; another device is another choice of backend."""
+        super()._apply(fn, recurse)
+        if not self.stored_tensors()[0].is_meta:
+            self.set_backend(self.requested)
+        return self
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of all working copies at this moment."""
+        return self.copies.nbytes(self)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is saved, scales and zero points included."""
+        return sum(t.nbytes for t in self.stored_tensors())
+
+    @property
+    def effective_bits(self) -> float:
+        """Saved bits per weight, scales and zero points included."""
+        return self.stored_bytes * 8 / (self.out_features * self.in_features)
+
+
+class FloatLinear(LinearLayer):
+    """Compute y = x Wᵀ + b in floating point: `nn.functional.linear` behind the interface of the low-bit layers.
+
+    Args:
+        weight: [N, K] floating, kept as it is.
+        bias: [N] floating, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bits=16)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.set_backend(Backend.AUTO)
+
+    def choose(self, backend: Backend) -> Choice:
+        """Take the reference: torch's product. Raises: ValueError for another backend by name."""
+        if backend not in (Backend.AUTO, Backend.REFERENCE):
+            raise ValueError(f"{backend} cannot run this layer, whose weights stay in float: use reference")
+        return Choice(Backend.REFERENCE, "weights stay in float, so the product does too")
+
+    def parts(
+        self, x: Tensor, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
+    ) -> Iterator[Tensor]:
+        """See `LinearLayer.parts`; nothing is quantised, so `keep_float` changes nothing, and x is not overwritten."""
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return iter((y,) if sizes is None else y.split(sizes, dim=-1))
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the weight itself, [N, K] in its own type."""
+        return self.weight.detach()
+
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """Return the weight."""
+        return (self.weight,)
