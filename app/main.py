@@ -80,7 +80,8 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
 
     ctx = start(settings)
     try:
-        from app.page import build_app, stylesheet, theme
+        from app.page import build_app
+        from app.view.look import stylesheet, theme
 
         demo = build_app(ctx)
         demo.queue(max_size=512, api_open=False, default_concurrency_limit=8)

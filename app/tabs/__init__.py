@@ -1,1 +1,1 @@
-"""One file per tab: `build(...)` makes its widgets, `wire(...)` connects them."""
+"""One class per tab: it makes its widgets when created, `wire` connects them, and its methods are their handlers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import gradio as gr
 
@@ -20,20 +19,49 @@ from core.recipe import require_int
 TOKENS = (512, 2048, 8192)
 
 
-@dataclass
 class BitNet:
-    """The tab's widgets. `inputs`: one chart per projection input."""
+    """The tab: its widgets, what it shows of a run, and what its events do. `inputs`: one chart per projection input."""
 
-    tab: gr.Tab
-    run: gr.Dropdown
-    layer: gr.Dropdown
-    tokens: gr.Dropdown
-    read: gr.Button
-    facts: gr.HTML
-    sparsity: Chart
-    weights: Chart
-    inputs: dict[str, Chart]
-    layers: gr.HTML
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        with gr.Tab(texts.BITNET, id="bitnet") as self.tab:
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+                self.run = gr.Dropdown(
+                    [], label=texts.TERNARY_RUN, elem_id="ternary-run", filterable=False, scale=8, min_width=260, interactive=True
+                )
+                self.layer = gr.Dropdown(
+                    [0], value=0, label=texts.LAYER, elem_id="ternary-layer", filterable=False, min_width=80, interactive=True
+                )
+                self.tokens = gr.Dropdown(
+                    list(TOKENS),
+                    value=TOKENS[0],
+                    label=texts.TERNARY_TOKENS,
+                    elem_id="ternary-tokens",
+                    filterable=False,
+                    min_width=90,
+                )
+                with gr.Column(scale=1, min_width=140, elem_classes="qs-tight"):
+                    self.read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
+            self.facts = gr.HTML(cards.hint(texts.TERNARY_EMPTY), elem_id="ternary-facts", apply_default_css=False)
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=1, min_width=300):
+                    self.sparsity = Chart(None, label=texts.SPARSITY_LABEL, height=260, elem_id="zeros", visible=False)
+                with gr.Column(scale=1, min_width=300):
+                    self.weights = Chart(None, label=texts.WEIGHTS_LABEL, height=260, elem_id="ternary-weights", visible=False)
+            with gr.Row(equal_height=False):
+                self.inputs = {}
+                for site, label in texts.PROJECTION_INPUTS.items():
+                    with gr.Column(scale=1, min_width=230):
+                        name = site.replace("_", "-")
+                        self.inputs[site] = Chart(
+                            None, label=texts.INPUT_LABEL.format(label), height=330, elem_id=f"input-{name}", visible=False
+                        )
+            with gr.Accordion(texts.SPARSITY_TABLE, open=False):
+                self.layers = gr.HTML("", elem_id="zeros-table", apply_default_css=False)
+            with gr.Accordion(texts.CURVES_TITLE, open=True, elem_id="training"):
+                _curves()
+            with gr.Accordion(texts.LEARN_BITNET_TITLE, open=False):
+                gr.Markdown(texts.LEARN_BITNET)
 
     @property
     def selectors(self) -> set:
@@ -78,6 +106,57 @@ class BitNet:
             },
         }
 
+    def wire(self) -> None:
+        """Connect the tab's events."""
+        guard, status = self.ctx.guard, [self.ctx.status, self.ctx.stop]
+        inputs, chosen = {self.ctx.key, *self.selectors}, [self.run, self.layer, *self.results, *status]
+        first = self.tab.select(guard(self.opened), inputs, chosen, **LIGHT)
+        first.then(guard(self.shown), inputs, [*self.results, *status], **HEAVY)
+        for control in (self.run, self.layer):
+            changed = control.input(guard(self.opened), inputs, chosen, **LIGHT)
+            changed.then(guard(self.shown), inputs, [*self.results, *status], **HEAVY)
+        self.read.click(guard(self.again), inputs, [*self.results, *status], **HEAVY)
+
+    def opened(self, values: Updates) -> Updates:
+        """Show what is known of the chosen run."""
+        session = self.ctx.session(values)
+        choices = self.choices(session, values[self.run], layer_of(values[self.layer]))
+        run, layer = (choices[field]["value"] for field in (self.run, self.layer))
+        return {**choices, **self.render(session, session.run(run), layer)}
+
+    async def shown(self, values: Updates) -> AsyncIterator[Updates]:
+        """Read what is not known yet of the chosen run."""
+        session = self.ctx.session(values)
+        run = session.run(values[self.run])
+        if run is not None:
+            async for updates in self.read_run(session, run, values):
+                yield updates
+
+    async def again(self, values: Updates) -> AsyncIterator[Updates]:
+        """Read everything of the chosen run anew."""
+        session = self.ctx.session(values)
+        run = session.run(values[self.run])
+        if run is None:
+            raise InputError(texts.TERNARY_EMPTY, code="E-PARAM-RUNS")
+        async for updates in self.read_run(session, run, values, again=True):
+            yield updates
+
+    async def read_run(self, session: Session, run: Run, values: Updates, *, again: bool = False) -> AsyncIterator[Updates]:
+        """Read what is not known yet of a run, everything if `again`."""
+        tokens = require_int("tokens", values[self.tokens], TOKENS[0], TOKENS[-1], f"use {TOKENS[0]} to {TOKENS[-1]}")
+        info, layer = session.models.get(run.model), layer_of(values[self.layer])
+        layer = min(layer, info.layers - 1) if info else layer
+        steps = steps_for(session, run, layer, tokens, again=again)
+        if not steps:
+            return
+        async for job in self.ctx.follow(session, "bitnet", steps):
+            yield self.ctx.busy(job, texts.TERNARY_JOB)
+        *whole, qkv, out, up, down = job.results
+        if whole:
+            run.ternary = TernaryReports(tokens, *whole)
+        run.ternary.inputs[layer] = [qkv, out, up, down]
+        yield {**self.render(session, run, layer), **self.ctx.rest(session)}
+
 
 def facts_of(session: Session, run: Run) -> str:
     """The run's name and fidelity, the table of zeros and how they were counted."""
@@ -89,60 +168,6 @@ def facts_of(session: Session, run: Run) -> str:
     )
     protocol = cards.protocol(texts.SPARSITY_PROTOCOL.format(tokens=report.tokens, text=report.text_name))
     return cards.headed(session.title(run), session.runs.index(run), table + protocol)
-
-
-def build() -> BitNet:
-    """The tab's widgets, in place."""
-    with gr.Tab(texts.BITNET, id="bitnet") as tab:
-        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            run = gr.Dropdown(
-                [], label=texts.TERNARY_RUN, elem_id="ternary-run", filterable=False, scale=8, min_width=260, interactive=True
-            )
-            layer = gr.Dropdown(
-                [0], value=0, label=texts.LAYER, elem_id="ternary-layer", filterable=False, min_width=80, interactive=True
-            )
-            tokens = gr.Dropdown(
-                list(TOKENS),
-                value=TOKENS[0],
-                label=texts.TERNARY_TOKENS,
-                elem_id="ternary-tokens",
-                filterable=False,
-                min_width=90,
-            )
-            with gr.Column(scale=1, min_width=140, elem_classes="qs-tight"):
-                read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
-        facts = gr.HTML(cards.hint(texts.TERNARY_EMPTY), elem_id="ternary-facts", apply_default_css=False)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=300):
-                sparsity = Chart(None, label=texts.SPARSITY_LABEL, height=260, elem_id="zeros", visible=False)
-            with gr.Column(scale=1, min_width=300):
-                weights = Chart(None, label=texts.WEIGHTS_LABEL, height=260, elem_id="ternary-weights", visible=False)
-        with gr.Row(equal_height=False):
-            inputs = {}
-            for site, label in texts.PROJECTION_INPUTS.items():
-                with gr.Column(scale=1, min_width=230):
-                    name = site.replace("_", "-")
-                    inputs[site] = Chart(
-                        None, label=texts.INPUT_LABEL.format(label), height=330, elem_id=f"input-{name}", visible=False
-                    )
-        with gr.Accordion(texts.SPARSITY_TABLE, open=False):
-            layers = gr.HTML("", elem_id="zeros-table", apply_default_css=False)
-        with gr.Accordion(texts.CURVES_TITLE, open=True, elem_id="training"):
-            _curves()
-        with gr.Accordion(texts.LEARN_BITNET_TITLE, open=False):
-            gr.Markdown(texts.LEARN_BITNET)
-    return BitNet(
-        tab=tab,
-        run=run,
-        layer=layer,
-        tokens=tokens,
-        read=read,
-        facts=facts,
-        sparsity=sparsity,
-        weights=weights,
-        inputs=inputs,
-        layers=layers,
-    )
 
 
 def _curves() -> None:
@@ -160,61 +185,9 @@ def _curves() -> None:
         gr.HTML(cards.hint(texts.CURVES_EMPTY), apply_default_css=False)
 
 
-def wire(ctx: Context, view: BitNet) -> None:
-    """Connect the tab's events."""
-    inputs, status = {ctx.key, *view.selectors}, [ctx.status, ctx.stop]
-
-    def opened(values: dict) -> Updates:
-        session = ctx.session(values)
-        choices = view.choices(session, values[view.run], layer_of(values[view.layer]))
-        run, layer = (choices[field]["value"] for field in (view.run, view.layer))
-        return {**choices, **view.render(session, session.run(run), layer)}
-
-    async def shown(values: dict) -> AsyncIterator[Updates]:
-        session = ctx.session(values)
-        run = session.run(values[view.run])
-        if run is not None:
-            async for updates in read(ctx, view, session, run, values):
-                yield updates
-
-    async def again(values: dict) -> AsyncIterator[Updates]:
-        session = ctx.session(values)
-        run = session.run(values[view.run])
-        if run is None:
-            raise InputError(texts.TERNARY_EMPTY, code="E-PARAM-RUNS")
-        async for updates in read(ctx, view, session, run, values, again=True):
-            yield updates
-
-    first = view.tab.select(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **LIGHT)
-    first.then(ctx.guard(shown), inputs, [*view.results, *status], **HEAVY)
-    for control in (view.run, view.layer):
-        changed = control.input(ctx.guard(opened), inputs, [view.run, view.layer, *view.results, *status], **LIGHT)
-        changed.then(ctx.guard(shown), inputs, [*view.results, *status], **HEAVY)
-    view.read.click(ctx.guard(again), inputs, [*view.results, *status], **HEAVY)
-
-
 def layer_of(value: object) -> int:
     """The chosen layer. Raises InputError if it is none."""
     return require_int("layer", value, 0, 10_000, "use a layer of the model")
-
-
-async def read(
-    ctx: Context, view: BitNet, session: Session, run: Run, values: dict, *, again: bool = False
-) -> AsyncIterator[Updates]:
-    """Read what is not known yet of a run, everything if `again`."""
-    tokens = require_int("tokens", values[view.tokens], TOKENS[0], TOKENS[-1], f"use {TOKENS[0]} to {TOKENS[-1]}")
-    info, layer = session.models.get(run.model), layer_of(values[view.layer])
-    layer = min(layer, info.layers - 1) if info else layer
-    steps = steps_for(session, run, layer, tokens, again=again)
-    if not steps:
-        return
-    async for job in ctx.follow(session, "bitnet", steps):
-        yield ctx.busy(job, texts.TERNARY_JOB)
-    *whole, qkv, out, up, down = job.results
-    if whole:
-        run.ternary = TernaryReports(tokens, *whole)
-    run.ternary.inputs[layer] = [qkv, out, up, down]
-    yield {**view.render(session, run, layer), **ctx.rest(session)}
 
 
 def steps_for(session: Session, run: Run, layer: int, tokens: int, *, again: bool = False) -> list[Step]:

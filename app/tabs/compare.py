@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import gradio as gr
 
@@ -26,28 +26,75 @@ THIS_MODEL = "this model"
 SHAPES_OFFERED = ("opt-125m", "opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-3-8b")
 
 
-@dataclass
 class Compare:
-    """The tab's widgets."""
+    """The tab: its widgets, what it shows of a session, and what its events do."""
 
-    tab: gr.Tab
-    runs: gr.CheckboxGroup
-    prompt: gr.Textbox
-    new_tokens: gr.Slider
-    temperature: gr.Slider
-    chat: gr.Checkbox
-    write: gr.Button
-    streams: gr.HTML
-    speed: gr.HTML
-    eval_tokens: gr.Dropdown
-    measure: gr.Button
-    numbers: gr.HTML
-    bars: Chart
-    shape: gr.Dropdown
-    batch: gr.Slider
-    sequence: gr.Slider
-    memory: Chart
-    memory_note: gr.HTML
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        with gr.Tab(texts.COMPARE, id="compare") as self.tab:
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+                self.runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", scale=8, min_width=280)
+                self.eval_tokens = gr.Dropdown(
+                    [2048, 8192, 32768],
+                    value=2048,
+                    label=texts.EVAL_TOKENS,
+                    min_width=110,
+                    filterable=False,
+                    elem_id="eval-tokens",
+                )
+                with gr.Column(scale=1, min_width=120, elem_classes="qs-tight"):
+                    self.measure = gr.Button(texts.MEASURE_NOW, elem_id="measure-now")
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+                self.prompt = gr.Textbox(
+                    prompt_for(ctx.settings.model),
+                    label=texts.PROMPT,
+                    scale=6,
+                    min_width=260,
+                    lines=2,
+                    max_lines=6,
+                    max_length=MAX_PROMPT,
+                    elem_id="prompt",
+                )
+                self.new_tokens = gr.Slider(
+                    8,
+                    MAX_NEW_TOKENS,
+                    48,
+                    step=8,
+                    label=texts.NEW_TOKENS,
+                    scale=2,
+                    min_width=150,
+                    elem_id="new-tokens",
+                    buttons=[],
+                )
+                self.temperature = gr.Slider(
+                    0.0, 1.5, 0.0, step=0.1, label=texts.TEMPERATURE, scale=2, min_width=150, elem_id="temperature", buttons=[]
+                )
+                with gr.Column(scale=1, min_width=130, elem_classes="qs-tight"):
+                    self.chat = gr.Checkbox(False, label=texts.CHAT, container=False, elem_id="chat")
+                    self.write = gr.Button(texts.GENERATE, variant="primary", elem_id="write")
+            self.streams = gr.HTML(cards.hint(texts.TEXTS_EMPTY), elem_id="streams", apply_default_css=False)
+            self.speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
+            self.numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
+            self.bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
+            with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
+                gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
+                with gr.Row(elem_classes="qs-controls qs-card"):
+                    self.shape = gr.Dropdown(
+                        [THIS_MODEL, *SHAPES_OFFERED],
+                        value="opt-13b",
+                        label=texts.SHAPE,
+                        elem_id="shape",
+                        filterable=False,
+                        min_width=120,
+                    )
+                    self.batch = gr.Slider(1, 128, 8, step=1, label=texts.BATCH, elem_id="batch", buttons=[], min_width=160)
+                    self.sequence = gr.Slider(
+                        256, 32768, 2048, step=256, label=texts.SEQUENCE, elem_id="sequence", buttons=[], min_width=160
+                    )
+                self.memory = Chart(None, label=texts.MEMORY_LABEL, height=320, elem_id="memory")
+                self.memory_note = gr.HTML("", apply_default_css=False)
+            with gr.Accordion(texts.LEARN_COMPARE_TITLE, open=False):
+                gr.Markdown(texts.LEARN_COMPARE)
 
     def choices(self, session: Session) -> Updates:
         """The runs to tick. Ticked are the first model, the one at hand and the newest quantised runs, `MAX_SHOWN` at most."""
@@ -70,6 +117,113 @@ class Compare:
             self.bars: gr.update(value=bars, visible=bool(measured)),
         }
 
+    def wire(self) -> None:
+        """Connect the tab's events."""
+        guard, key, status = self.ctx.guard, self.ctx.key, [self.ctx.status, self.ctx.stop]
+        sizes = {key, self.shape, self.batch, self.sequence}
+        shown = [self.runs, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
+        projection = [self.memory, self.memory_note, *status]
+        self.tab.select(guard(self.opened), {*sizes, self.prompt}, [*shown, *status], **LIGHT)
+        self.runs.input(guard(self.ticked), {key, self.runs}, [self.numbers, self.bars, *status], **LIGHT)
+        for control in (self.shape, self.batch, self.sequence):
+            control.input(guard(self.project), sizes, projection, trigger_mode="always_last", **LIGHT)
+        wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.chat}
+        for event in (self.write.click, self.prompt.submit):
+            event(guard(self.generate), wishes, [self.streams, self.speed, *status], **HEAVY)
+        self.measure.click(guard(self.evaluate), {key, self.runs, self.eval_tokens}, [self.numbers, self.bars, *status], **HEAVY)
+
+    def opened(self, values: Updates) -> Updates:
+        """Show the runs there are; a prompt not yet edited follows the model."""
+        session = self.ctx.session(values)
+        untouched = values[self.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
+        prompt = {self.prompt: prompt_for(session.info.name)} if untouched else {}
+        return {**self.choices(session), **self.render(session), **self.project(values), **prompt}
+
+    def ticked(self, values: Updates) -> Updates:
+        """Show the numbers of the ticked runs."""
+        return self.render(self.ctx.session(values), values[self.runs])
+
+    def project(self, values: Updates) -> Updates:
+        """Project memory to the chosen size."""
+        session = self.ctx.session(values)
+        shape = require_choice("size", values[self.shape], (THIS_MODEL, *SHAPES_OFFERED))
+        if shape == THIS_MODEL and session.info is None:
+            raise InputError("No model is loaded yet: wait for it, or choose one of the sizes.", code="E-PARAM-SIZE")
+        batch = require_int("batch", values[self.batch], 1, 1024, "use 1 to 1024")
+        sequence = require_int("sequence length", values[self.sequence], 1, 1_048_576, "use 1 to 1048576")
+        sizes = {"batch": batch, "sequence": sequence}
+        estimates = [
+            (
+                name,
+                engine.project_model(session.info, bits, **sizes)
+                if shape == THIS_MODEL
+                else engine.project_named(shape, bits, **sizes),
+            )
+            for name, bits in engine.projected_schemes().items()
+        ]
+        return {self.memory: plots_runs.memory_bars(estimates), self.memory_note: cards.caution(estimates[0][1].assumptions)}
+
+    async def generate(self, values: Updates) -> AsyncIterator[Updates]:
+        """Let the ticked runs continue the prompt, one after the other, streaming."""
+        session = self.ctx.session(values)
+        runs, prompt = chosen_runs(session, values[self.runs]), str(values[self.prompt] or "")
+        if not prompt.strip():
+            raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
+        if len(prompt) > MAX_PROMPT:
+            raise InputError(f"The prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT:,}.", code="E-PARAM-PROMPT")
+        count = require_int("new tokens", values[self.new_tokens], 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
+        temperature = values[self.temperature]
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+            raise InputError("The temperature is out of range: use 0 to 2.", code="E-PARAM-TEMPERATURE")
+        steps = [
+            Step(
+                "generate",
+                {
+                    "key": run.key,
+                    "prompt": prompt,
+                    "max_new_tokens": count,
+                    "temperature": float(temperature),
+                    "chat": bool(values[self.chat]),
+                },
+                f"{session.title(run)} writes",
+            )
+            for run in runs
+        ]
+        steps += [Step("speed_limit", {"key": run.key}, "Measuring the memory's speed", 0.1) for run in runs]
+        job = None
+        try:
+            async for job in self.ctx.follow(session, "generate", steps):
+                yield {self.streams: panels(session, runs, prompt, job), **self.ctx.busy(job, "Writing")}
+        except QuantscopeError:
+            if job is not None:
+                yield {self.streams: panels(session, runs, prompt, replace(job, state="cancelled"))}
+            raise
+        yield {self.speed: gr.update(value=speeds(session, runs, job), visible=True), **self.ctx.rest(session)}
+
+    async def evaluate(self, values: Updates) -> AsyncIterator[Updates]:
+        """Measure the ticked runs on the same tokens; each row appears when it is there."""
+        session = self.ctx.session(values)
+        runs = chosen_runs(session, values[self.runs])
+        tokens = require_int("tokens", values[self.eval_tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
+        contexts = [
+            info.context for info in map(session.models.get, {run.model for run in runs}) if info is not None and info.context
+        ]
+        window = min([WINDOW, *contexts])
+        steps = [
+            Step(
+                "evaluate",
+                {"key": run.key, "tokens": tokens, "window": window, "reference": run.recipe.model if run.recipe else None},
+                f"Measuring {session.title(run)}",
+            )
+            for run in runs
+        ]
+        seen = 0
+        async for job in self.ctx.follow(session, "evaluate", steps):
+            while seen < len(job.results):
+                runs[seen].evaluation, seen = job.results[seen], seen + 1
+            yield {**self.render(session, values[self.runs]), **self.ctx.busy(job, "Measuring")}
+        yield self.ctx.rest(session)
+
 
 def chosen_runs(session: Session, keys: object) -> list[Run]:
     """The ticked runs of this session, in order. Raises InputError if none, or too many to show."""
@@ -84,175 +238,6 @@ def chosen_runs(session: Session, keys: object) -> list[Run]:
 def prompt_for(model: str) -> str:
     """What a model is first asked to continue."""
     return texts.PROMPT_STORY if engine.is_embedded(model) else texts.PROMPT_DEFAULT
-
-
-def build(model: str) -> Compare:
-    """The tab's widgets, in place; `model` is the one the page opens on."""
-    with gr.Tab(texts.COMPARE, id="compare") as tab:
-        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", scale=8, min_width=280)
-            eval_tokens = gr.Dropdown(
-                [2048, 8192, 32768], value=2048, label=texts.EVAL_TOKENS, min_width=110, filterable=False, elem_id="eval-tokens"
-            )
-            with gr.Column(scale=1, min_width=120, elem_classes="qs-tight"):
-                measure = gr.Button(texts.MEASURE_NOW, elem_id="measure-now")
-        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            prompt = gr.Textbox(
-                prompt_for(model),
-                label=texts.PROMPT,
-                scale=6,
-                min_width=260,
-                lines=2,
-                max_lines=6,
-                max_length=MAX_PROMPT,
-                elem_id="prompt",
-            )
-            new_tokens = gr.Slider(
-                8, MAX_NEW_TOKENS, 48, step=8, label=texts.NEW_TOKENS, scale=2, min_width=150, elem_id="new-tokens", buttons=[]
-            )
-            temperature = gr.Slider(
-                0.0, 1.5, 0.0, step=0.1, label=texts.TEMPERATURE, scale=2, min_width=150, elem_id="temperature", buttons=[]
-            )
-            with gr.Column(scale=1, min_width=130, elem_classes="qs-tight"):
-                chat = gr.Checkbox(False, label=texts.CHAT, container=False, elem_id="chat")
-                write = gr.Button(texts.GENERATE, variant="primary", elem_id="write")
-        streams = gr.HTML(cards.hint(texts.TEXTS_EMPTY), elem_id="streams", apply_default_css=False)
-        speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
-        numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
-        bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
-        with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
-            gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
-            with gr.Row(elem_classes="qs-controls qs-card"):
-                shape = gr.Dropdown(
-                    [THIS_MODEL, *SHAPES_OFFERED],
-                    value="opt-13b",
-                    label=texts.SHAPE,
-                    elem_id="shape",
-                    filterable=False,
-                    min_width=120,
-                )
-                batch = gr.Slider(1, 128, 8, step=1, label=texts.BATCH, elem_id="batch", buttons=[], min_width=160)
-                sequence = gr.Slider(
-                    256, 32768, 2048, step=256, label=texts.SEQUENCE, elem_id="sequence", buttons=[], min_width=160
-                )
-            memory = Chart(None, label=texts.MEMORY_LABEL, height=320, elem_id="memory")
-            memory_note = gr.HTML("", apply_default_css=False)
-        with gr.Accordion(texts.LEARN_COMPARE_TITLE, open=False):
-            gr.Markdown(texts.LEARN_COMPARE)
-    return Compare(
-        tab=tab,
-        runs=runs,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        temperature=temperature,
-        chat=chat,
-        write=write,
-        streams=streams,
-        speed=speed,
-        eval_tokens=eval_tokens,
-        measure=measure,
-        numbers=numbers,
-        bars=bars,
-        shape=shape,
-        batch=batch,
-        sequence=sequence,
-        memory=memory,
-        memory_note=memory_note,
-    )
-
-
-def wire(ctx: Context, view: Compare) -> None:
-    """Connect the tab's events."""
-
-    def opened(values: dict) -> Updates:
-        session = ctx.session(values)
-        untouched = values[view.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
-        prompt = {view.prompt: prompt_for(session.info.name)} if untouched else {}
-        return {**view.choices(session), **view.render(session), **memory(ctx, view, values), **prompt}
-
-    def ticked(values: dict) -> Updates:
-        return view.render(ctx.session(values), values[view.runs])
-
-    def projected(values: dict) -> Updates:
-        return memory(ctx, view, values)
-
-    async def write(values: dict) -> AsyncIterator[Updates]:
-        async for updates in generate(ctx, view, ctx.session(values), values):
-            yield updates
-
-    async def measure(values: dict) -> AsyncIterator[Updates]:
-        async for updates in evaluate(ctx, view, ctx.session(values), values):
-            yield updates
-
-    status = [ctx.status, ctx.stop]
-    sizes = {ctx.key, view.shape, view.batch, view.sequence}
-    shown = [view.runs, view.prompt, view.numbers, view.bars, view.memory, view.memory_note]
-    view.tab.select(ctx.guard(opened), {*sizes, view.prompt}, [*shown, *status], **LIGHT)
-    view.runs.input(ctx.guard(ticked), {ctx.key, view.runs}, [view.numbers, view.bars, *status], **LIGHT)
-    for control in (view.shape, view.batch, view.sequence):
-        control.input(ctx.guard(projected), sizes, [view.memory, view.memory_note, *status], trigger_mode="always_last", **LIGHT)
-    wishes = {ctx.key, view.runs, view.prompt, view.new_tokens, view.temperature, view.chat}
-    for event in (view.write.click, view.prompt.submit):
-        event(ctx.guard(write), wishes, [view.streams, view.speed, *status], **HEAVY)
-    view.measure.click(ctx.guard(measure), {ctx.key, view.runs, view.eval_tokens}, [view.numbers, view.bars, *status], **HEAVY)
-
-
-def memory(ctx: Context, view: Compare, values: dict) -> Updates:
-    """The projection panel for the chosen size."""
-    session = ctx.session(values)
-    shape = require_choice("size", values[view.shape], (THIS_MODEL, *SHAPES_OFFERED))
-    if shape == THIS_MODEL and session.info is None:
-        raise InputError("No model is loaded yet: wait for it, or choose one of the sizes.", code="E-PARAM-SIZE")
-    batch = require_int("batch", values[view.batch], 1, 1024, "use 1 to 1024")
-    sequence = require_int("sequence length", values[view.sequence], 1, 1_048_576, "use 1 to 1048576")
-    sizes = {"batch": batch, "sequence": sequence}
-    estimates = [
-        (
-            name,
-            engine.project_model(session.info, bits, **sizes)
-            if shape == THIS_MODEL
-            else engine.project_named(shape, bits, **sizes),
-        )
-        for name, bits in engine.projected_schemes().items()
-    ]
-    return {view.memory: plots_runs.memory_bars(estimates), view.memory_note: cards.caution(estimates[0][1].assumptions)}
-
-
-async def generate(ctx: Context, view: Compare, session: Session, values: dict) -> AsyncIterator[Updates]:
-    """Let the ticked runs continue the prompt, one after the other, streaming."""
-    runs, prompt = chosen_runs(session, values[view.runs]), str(values[view.prompt] or "")
-    if not prompt.strip():
-        raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
-    if len(prompt) > MAX_PROMPT:
-        raise InputError(f"The prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT:,}.", code="E-PARAM-PROMPT")
-    count = require_int("new tokens", values[view.new_tokens], 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
-    temperature = values[view.temperature]
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-        raise InputError("The temperature is out of range: use 0 to 2.", code="E-PARAM-TEMPERATURE")
-    steps = [
-        Step(
-            "generate",
-            {
-                "key": run.key,
-                "prompt": prompt,
-                "max_new_tokens": count,
-                "temperature": float(temperature),
-                "chat": bool(values[view.chat]),
-            },
-            f"{session.title(run)} writes",
-        )
-        for run in runs
-    ]
-    steps += [Step("speed_limit", {"key": run.key}, "Measuring the memory's speed", 0.1) for run in runs]
-    job = None
-    try:
-        async for job in ctx.follow(session, "generate", steps):
-            yield {view.streams: panels(session, runs, prompt, job), **ctx.busy(job, "Writing")}
-    except QuantscopeError:
-        if job is not None:
-            yield {view.streams: panels(session, runs, prompt, replace(job, state="cancelled"))}
-        raise
-    yield {view.speed: gr.update(value=speeds(session, runs, job), visible=True), **ctx.rest(session)}
 
 
 def speeds(session: Session, runs: list[Run], job: JobView) -> str:
@@ -278,27 +263,3 @@ def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
             footer = "writing…"
         shown.append((session.runs.index(run), session.title(run), prompt, job.texts[index], footer))
     return cards.streams(shown)
-
-
-async def evaluate(ctx: Context, view: Compare, session: Session, values: dict) -> AsyncIterator[Updates]:
-    """Measure the ticked runs on the same tokens; each row appears when it is there."""
-    runs = chosen_runs(session, values[view.runs])
-    tokens = require_int("tokens", values[view.eval_tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
-    contexts = [
-        info.context for info in map(session.models.get, {run.model for run in runs}) if info is not None and info.context
-    ]
-    window = min([WINDOW, *contexts])
-    steps = [
-        Step(
-            "evaluate",
-            {"key": run.key, "tokens": tokens, "window": window, "reference": run.recipe.model if run.recipe else None},
-            f"Measuring {session.title(run)}",
-        )
-        for run in runs
-    ]
-    seen = 0
-    async for job in ctx.follow(session, "evaluate", steps):
-        while seen < len(job.results):
-            runs[seen].evaluation, seen = job.results[seen], seen + 1
-        yield {**view.render(session, values[view.runs]), **ctx.busy(job, "Measuring")}
-    yield ctx.rest(session)

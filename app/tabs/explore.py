@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import gradio as gr
 
@@ -24,24 +23,41 @@ LISTED = 8
 SITE_CHOICES = [(texts.site_label(kind), kind) for kind in SITES]
 
 
-@dataclass
 class Explore:
-    """The tab's widgets."""
+    """The tab: its widgets, what it shows of a session, and what its events do."""
 
-    tab: gr.Tab
-    layer: gr.Slider
-    kind: gr.Radio
-    linear: gr.Checkbox
-    same_axes: gr.Checkbox
-    averaged: gr.Checkbox
-    scatter: Chart
-    heatmap: Chart
-    channel: gr.Number
-    facts: gr.HTML
-    histogram: Chart
-    tokens: gr.HTML
-    outliers: PickTable
-    forward: gr.Button
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        with gr.Tab(texts.EXPLORE, id="explore") as self.tab:
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+                self.layer = gr.Slider(0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[])
+                self.kind = gr.Radio(
+                    SITE_CHOICES,
+                    value="down_in",
+                    label=texts.SITE,
+                    scale=9,
+                    min_width=300,
+                    elem_id="site",
+                    elem_classes="qs-pills",
+                )
+                with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
+                    self.linear = gr.Checkbox(False, label=texts.LINEAR, container=False, elem_id="linear")
+                    self.same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
+                    self.averaged = gr.Checkbox(False, label=texts.AVERAGED, container=False, elem_id="averaged")
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=5, min_width=320):
+                    self.scatter = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
+                    self.heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=380, elem_id="heatmap")
+                with gr.Column(scale=3, min_width=300):
+                    with gr.Column(elem_classes="qs-card"):
+                        self.channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
+                        self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
+                        self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
+                        self.tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
+                    self.outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
+            self.forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
+            with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
+                gr.Markdown(texts.LEARN_EXPLORE)
 
     @property
     def selectors(self) -> set:
@@ -115,6 +131,121 @@ class Explore:
         """The detail panel without a channel."""
         return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
 
+    def wire(self, renewed: list) -> None:
+        """Connect the tab's events. `renewed`: events after which other ranges are there."""
+        guard, key = self.ctx.guard, self.ctx.key
+        outputs = [*self.outputs, self.ctx.status, self.ctx.stop]
+        light, heavy = {**LIGHT, "outputs": outputs}, {**HEAVY, "outputs": outputs}
+        inputs = {key, *self.selectors}
+        self.layer.input(guard(self.moved), inputs, trigger_mode="always_last", **light)
+        for control in (self.kind, self.linear, self.same_axes, self.averaged):
+            control.input(guard(self.moved), inputs, **light)
+        self.layer.release(guard(self.released), {key}, **heavy)
+        self.tab.select(guard(self.opened), {key}, **light)
+        self.scatter.select(guard(self.clicked_point), {key}, **heavy)
+        self.heatmap.select(guard(self.clicked_cell), {key}, **heavy)
+        self.outliers.select(guard(self.clicked_row), {key}, **heavy)
+        self.channel.submit(guard(self.typed), {key, self.channel}, **heavy)
+        for event in renewed:  # the selectors again: while the page is being built, Gradio loses what a stream sets
+            again = event.then(guard(self.selected), {key}, [*self.selectors, self.channel, self.ctx.status], **LIGHT)
+            again.then(guard(self.released), {key}, **heavy)
+        self.channel.blur(guard(self.typed), {key, self.channel}, **heavy)
+
+    def moved(self, values: Updates) -> Updates:
+        """Draw another layer, site or kind of axes. The sliders stay as they are: one of them may still be dragged."""
+        session = self.ctx.session(values)
+        self.take(session, values)
+        if session.ranges is None:
+            return self.render(session)
+        kept = dict.fromkeys((self.layer, self.linear, self.same_axes, self.averaged), gr.skip())
+        return {**self.render(session), **self.glance(session), **kept}
+
+    def opened(self, values: Updates) -> Updates:
+        """Draw what was selected on another tab."""
+        session = self.ctx.session(values)
+        return self.render(session) if session.ranges is not None else {}
+
+    def selected(self, values: Updates) -> Updates:
+        """Set the selectors to the session's selection."""
+        session = self.ctx.session(values)
+        return self.controls(session) if session.ranges is not None else {}
+
+    async def released(self, values: Updates) -> AsyncIterator[Updates]:
+        """Read the chosen channel once the layer's slider has come to rest."""
+        session = self.ctx.session(values)
+        if session.ranges is not None and session.selection.channel is not None:
+            async for updates in self.show_channel(session, session.selection.channel):
+                yield updates
+
+    async def clicked_point(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
+        """Read the channel whose point was clicked."""
+        custom = event._data.get("custom") if isinstance(event._data, dict) else None
+        if isinstance(custom, list) and custom:
+            async for updates in self.show_channel(self.ctx.session(values), custom[0]):
+                yield updates
+
+    async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
+        """Go to the layer and channel of a cell of the heat map."""
+        session, data = self.ctx.session(values), event._data
+        session.selection.layer = require_int("layer", data.get("y"), 0, 10_000, "click inside the map")
+        async for updates in self.show_channel(session, round(float(data.get("x", 0)))):
+            yield updates
+
+    async def clicked_row(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
+        """Go to the channel of a row of the outliers."""
+        session = self.ctx.session(values)
+        found = session.ranges.outliers(LISTED) if session.ranges is not None else []
+        row = picked_row(event)
+        if 0 <= row < len(found):
+            session.selection.layer, session.selection.kind = found[row].layer, found[row].kind
+            async for updates in self.show_channel(session, found[row].channel):
+                yield updates
+
+    async def typed(self, values: Updates) -> AsyncIterator[Updates]:
+        """Read the channel whose number was typed."""
+        if values[self.channel] is not None:
+            async for updates in self.show_channel(self.ctx.session(values), values[self.channel]):
+                yield updates
+
+    async def show_channel(self, session: Session, channel: object) -> AsyncIterator[Updates]:
+        """Show what is known of a channel at once, then, from a job, its histogram and the tokens behind its extremes."""
+        if session.ranges is None:
+            raise InputError(texts.NO_RANGES, code="E-PARAM-CHANNEL")
+        site = site_of(session)
+        number = require_int("channel", channel, 0, len(site.low) - 1, f"this site has channels 0 to {len(site.low) - 1}")
+        known = session.channel
+        if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
+            return
+        session.selection.channel = number
+        median = median_width(site)
+        key = ("channel", ranges_key(session.ranges.model, session.ranges.revision, session.calibration), site.site, number)
+        detail = self.ctx.shared.get(key)
+        waiting = {} if detail else {self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_WAIT)}
+        yield {**self.render(session), self.facts: cards.channel_facts(site, number, median), **waiting}
+        if detail is None:
+            try:
+                async for job in self.ctx.follow(session, "channel", channel_steps(session, site.site, number)):
+                    yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
+            except QuantscopeError:
+                yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
+                raise
+            detail = job.results[0]
+            if is_public(session.calibration.text):
+                self.ctx.shared.put(key, detail)
+
+        def current() -> bool:
+            return session.selection.channel == number and site_of(session).site == site.site
+
+        if current():
+            session.channel = detail
+            yield {self.histogram: plots.channel_histogram(detail), self.tokens: cards.extremes(detail)}
+        clusters = await asyncio.to_thread(
+            engine.recluster, session.ranges, site.site, Clusters.uniform(session.selection.clusters)
+        )
+        cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
+        if current():
+            yield {self.facts: cards.channel_facts(site, number, median, cluster)}
+
 
 def no_ranges(session: Session) -> dict:
     """The chart while there are no ranges: that they come, or what to do."""
@@ -165,165 +296,6 @@ def scatter(session: Session, view: object = None) -> dict:
         selected=session.selection.channel,
         revision=revision(session, "scatter"),
     )
-
-
-def build() -> Explore:
-    """The tab's widgets, in place."""
-    with gr.Tab(texts.EXPLORE, id="explore") as tab:
-        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            layer = gr.Slider(0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[])
-            kind = gr.Radio(
-                SITE_CHOICES, value="down_in", label=texts.SITE, scale=9, min_width=300, elem_id="site", elem_classes="qs-pills"
-            )
-            with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
-                linear = gr.Checkbox(False, label=texts.LINEAR, container=False, elem_id="linear")
-                same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
-                averaged = gr.Checkbox(False, label=texts.AVERAGED, container=False, elem_id="averaged")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
-                scatter_chart = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
-                heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=380, elem_id="heatmap")
-            with gr.Column(scale=3, min_width=300):
-                with gr.Column(elem_classes="qs-card"):
-                    channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
-                    facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
-                    histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
-                    tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
-                outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
-        forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
-        with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
-            gr.Markdown(texts.LEARN_EXPLORE)
-    return Explore(
-        tab=tab,
-        layer=layer,
-        kind=kind,
-        linear=linear,
-        same_axes=same_axes,
-        averaged=averaged,
-        scatter=scatter_chart,
-        heatmap=heatmap,
-        channel=channel,
-        facts=facts,
-        histogram=histogram,
-        tokens=tokens,
-        outliers=outliers,
-        forward=forward,
-    )
-
-
-def wire(ctx: Context, view: Explore, renewed: list) -> None:
-    """Connect the tab's events. `renewed`: events after which other ranges are there."""
-    outputs = [*view.outputs, ctx.status, ctx.stop]
-
-    def moved(values: dict) -> Updates:
-        session = ctx.session(values)
-        view.take(session, values)
-        if session.ranges is None:
-            return view.render(session)
-        kept = {
-            view.layer: gr.skip(),
-            view.linear: gr.skip(),
-            view.same_axes: gr.skip(),
-            view.averaged: gr.skip(),
-        }  # a slider still dragged stays where it is
-        return {**view.render(session), **view.glance(session), **kept}
-
-    async def released(values: dict) -> AsyncIterator[Updates]:
-        session = ctx.session(values)
-        if session.ranges is not None and session.selection.channel is not None:
-            async for updates in show_channel(ctx, view, session, session.selection.channel):
-                yield updates
-
-    def opened(values: dict) -> Updates:
-        session = ctx.session(values)
-        return view.render(session) if session.ranges is not None else {}
-
-    def selected(values: dict) -> Updates:
-        session = ctx.session(values)
-        return view.controls(session) if session.ranges is not None else {}
-
-    async def clicked_point(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
-        custom = event._data.get("custom") if isinstance(event._data, dict) else None
-        if isinstance(custom, list) and custom:
-            async for updates in show_channel(ctx, view, ctx.session(values), custom[0]):
-                yield updates
-
-    async def clicked_cell(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
-        session, data = ctx.session(values), event._data
-        session.selection.layer = require_int("layer", data.get("y"), 0, 10_000, "click inside the map")
-        async for updates in show_channel(ctx, view, session, round(float(data.get("x", 0)))):
-            yield updates
-
-    async def clicked_row(values: dict, event: gr.EventData) -> AsyncIterator[Updates]:
-        session = ctx.session(values)
-        found = session.ranges.outliers(LISTED) if session.ranges is not None else []
-        row = picked_row(event)
-        if 0 <= row < len(found):
-            session.selection.layer, session.selection.kind = found[row].layer, found[row].kind
-            async for updates in show_channel(ctx, view, session, found[row].channel):
-                yield updates
-
-    async def typed(values: dict) -> AsyncIterator[Updates]:
-        if values[view.channel] is not None:
-            async for updates in show_channel(ctx, view, ctx.session(values), values[view.channel]):
-                yield updates
-
-    light, heavy = {**LIGHT, "outputs": outputs}, {**HEAVY, "outputs": outputs}
-    inputs = {ctx.key, *view.selectors}
-    view.layer.input(ctx.guard(moved), inputs, trigger_mode="always_last", **light)
-    for control in (view.kind, view.linear, view.same_axes, view.averaged):
-        control.input(ctx.guard(moved), inputs, **light)
-    view.layer.release(ctx.guard(released), {ctx.key}, **heavy)
-    view.tab.select(ctx.guard(opened), {ctx.key}, **light)
-    view.scatter.select(ctx.guard(clicked_point), {ctx.key}, **heavy)
-    view.heatmap.select(ctx.guard(clicked_cell), {ctx.key}, **heavy)
-    view.outliers.select(ctx.guard(clicked_row), {ctx.key}, **heavy)
-    view.channel.submit(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
-    for event in renewed:  # the selectors again: while the page is being built, Gradio loses what a stream sets
-        again = event.then(ctx.guard(selected), {ctx.key}, [*view.selectors, view.channel, ctx.status], **LIGHT)
-        again.then(ctx.guard(released), {ctx.key}, **heavy)
-    view.channel.blur(ctx.guard(typed), {ctx.key, view.channel}, **heavy)
-
-
-async def show_channel(ctx: Context, view: Explore, session: Session, channel: object) -> AsyncIterator[Updates]:
-    """What is known at once, then, from a job, the histogram and the tokens behind the extremes."""
-    if session.ranges is None:
-        raise InputError(texts.NO_RANGES, code="E-PARAM-CHANNEL")
-    site = site_of(session)
-    number = require_int("channel", channel, 0, len(site.low) - 1, f"this site has channels 0 to {len(site.low) - 1}")
-    known = session.channel
-    if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
-        return
-    session.selection.channel = number
-    median = median_width(site)
-    key = ("channel", ranges_key(session.ranges.model, session.ranges.revision, session.calibration), site.site, number)
-    detail = ctx.shared.get(key)
-    waiting = {} if detail else {view.histogram: note(""), view.tokens: cards.hint(texts.CHANNEL_WAIT)}
-    yield {**view.render(session), view.facts: cards.channel_facts(site, number, median), **waiting}
-    if detail is None:
-        try:
-            async for job in ctx.follow(session, "channel", channel_steps(session, site.site, number)):
-                yield {} if job.finished else {view.tokens: cards.progress(job, texts.CHANNEL_JOB)}
-        except QuantscopeError:
-            yield {view.tokens: cards.hint(texts.CHANNEL_LATER)}
-            raise
-        detail = job.results[0]
-        if is_public(session.calibration.text):
-            ctx.shared.put(key, detail)
-
-    def current() -> bool:
-        return session.selection.channel == number and site_of(session).site == site.site
-
-    if current():
-        session.channel = detail
-        yield {
-            view.histogram: plots.channel_histogram(detail),
-            view.tokens: cards.extremes(detail),
-        }
-    clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, Clusters.uniform(session.selection.clusters))
-    cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
-    if current():
-        yield {view.facts: cards.channel_facts(site, number, median, cluster)}
 
 
 def channel_steps(session: Session, site: str, channel: int) -> list[Step]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
@@ -25,33 +25,126 @@ BIT_CHOICES = [2, 3, 4, 5, 6, 7, 8, 16]
 ATTENTION_BITS = (16, 8, 4, 3)
 
 
-@dataclass
 class Quantize:
-    """The tab's widgets. `window` and `seed` are never shown: they keep what a link says of the recipe."""
+    """The tab: its widgets, what it shows of a session, and what its events do.
 
-    tab: gr.Tab
-    variant: gr.Dropdown
-    weights: gr.Dropdown
-    keep: gr.Slider
-    attention: dict[str, gr.Dropdown]
-    grid: gr.Column
-    ternary: gr.Column
-    folds: gr.Row
-    cluster_fold: gr.Accordion
-    tokens: gr.Slider
-    window: gr.Number
-    seed: gr.Number
-    measure: gr.Checkbox
-    bits: dict[str, gr.Dropdown]
-    clusters: dict[str, gr.Number]
-    segments: gr.Dropdown
-    start: gr.Button
-    summary: gr.HTML
-    numbers: gr.HTML
-    sqnr: Chart
-    sites: Chart
-    details: gr.HTML
-    forward: gr.Button
+    `window` and `seed` are never shown: they keep what a link says of the recipe.
+    """
+
+    def __init__(self, ctx: Context, side: Sidebar) -> None:
+        self.ctx, self.side = ctx, side
+        with gr.Tab(texts.QUANTIZE_TAB, id="quantize") as self.tab:
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+                with gr.Column(scale=6, min_width=240) as self.grid, gr.Row():
+                    self.variant = gr.Dropdown(
+                        [(label, name) for name, label in texts.VARIANTS.items()],
+                        value="default",
+                        label=texts.VARIANT,
+                        min_width=220,
+                        filterable=False,
+                        elem_id="variant",
+                    )
+                    self.weights = gr.Dropdown(
+                        [(label, name) for name, label in texts.WEIGHT_METHODS.items()],
+                        value="gptq",
+                        label=texts.WEIGHTS,
+                        min_width=200,
+                        filterable=False,
+                        elem_id="weights",
+                    )
+                with gr.Column(scale=6, min_width=240, visible=False) as self.ternary:
+                    self._ternary_options()
+                self.tokens = gr.Slider(
+                    512,
+                    16384,
+                    2048,
+                    step=512,
+                    label=texts.CALIBRATION_TOKENS,
+                    scale=3,
+                    min_width=200,
+                    elem_id="quantize-tokens",
+                    buttons=[],
+                )
+                with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
+                    self.start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
+                self.window, self.seed = gr.Number(WINDOW, precision=0, visible=False), gr.Number(0, precision=0, visible=False)
+            self._folds()
+            self.measure = gr.Checkbox(
+                True,
+                label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
+                container=False,
+                elem_id="measure",
+            )
+            self.summary = gr.HTML(cards.hint(texts.RUN_EMPTY), elem_id="summary", apply_default_css=False)
+            self.numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False, visible=False)
+            with gr.Row(equal_height=False, elem_classes="qs-charts"):
+                with gr.Column(scale=5, min_width=320):
+                    self.sqnr = Chart(None, label=texts.SQNR_LABEL, height=300, elem_id="sqnr", visible=False)
+                with gr.Column(scale=4, min_width=300):
+                    self.sites = Chart(None, label=texts.SITES_LABEL, height=300, elem_id="sites", visible=False)
+            self.forward = gr.Button(texts.TO_COMPARE, elem_classes="qs-next", elem_id="to-compare")
+            with gr.Accordion(texts.DETAILS, open=False):
+                self.details = gr.HTML("", elem_id="details", apply_default_css=False)
+            with gr.Accordion(texts.LEARN_QUANTIZE_TITLE, open=False):
+                gr.Markdown(texts.LEARN_QUANTIZE)
+
+    def _folds(self) -> None:
+        """Bits of every tensor, clusters of every reordering and what integers make of them, in place."""
+        names = [entry.name for entry in fields(Bits)]
+        with gr.Row(elem_classes="qs-folds") as self.folds:
+            with gr.Accordion(texts.BITS_PANEL, open=False):
+                gr.Markdown(texts.BITS_INFO, elem_classes="qs-caption")
+                with gr.Row():
+                    self.bits = {
+                        name: gr.Dropdown(
+                            BIT_CHOICES,
+                            value=getattr(SCHEMES["W4A4"], name),
+                            label=texts.BIT_LABELS[name],
+                            min_width=90,
+                            filterable=False,
+                            elem_id=f"bits-{name}",
+                        )
+                        for name in names
+                    }
+            with gr.Accordion(texts.CLUSTER_PANEL, open=False) as self.cluster_fold:
+                with gr.Row():
+                    defaults = Clusters.uniform(32)
+                    self.clusters = {
+                        name: gr.Number(
+                            getattr(defaults, name),
+                            label=texts.CLUSTER_LABELS[name],
+                            precision=0,
+                            min_width=110,
+                            elem_id=f"clusters-{name}",
+                        )
+                        for name in REORDERS
+                    }
+                self.segments = gr.Dropdown(
+                    [(label, name) for name, label in texts.SEGMENTS.items()],
+                    value="exact",
+                    label=texts.SEGMENTS_LABEL,
+                    info=texts.SEGMENTS_INFO,
+                    filterable=False,
+                    elem_id="segments",
+                )
+
+    def _ternary_options(self) -> None:
+        """Controls of the method bitnet, in place."""
+        choices = [(texts.NOT_QUANTISED if bits == 16 else f"{bits} bits", bits) for bits in ATTENTION_BITS]
+        with gr.Row():
+            self.keep = gr.Slider(0.05, 1.0, 0.5, step=0.05, label=texts.KEEP, scale=2, min_width=170, elem_id="keep", buttons=[])
+            defaults, labels = BitNetOptions(), {"kv_bits": texts.KV_BITS, "bos_bits": texts.BOS_BITS, "q_bits": texts.Q_BITS}
+            self.attention = {
+                name: gr.Dropdown(
+                    choices,
+                    value=getattr(defaults, name),
+                    label=label,
+                    min_width=105,
+                    filterable=False,
+                    elem_id=name.replace("_", "-"),
+                )
+                for name, label in labels.items()
+            }
 
     @property
     def inputs(self) -> set:
@@ -74,8 +167,9 @@ class Quantize:
         """What a run changes."""
         return [self.summary, self.numbers, self.sqnr, self.sites, self.details]
 
-    def recipe(self, side: Sidebar, values: dict) -> QuantRecipe:
+    def recipe(self, values: Updates) -> QuantRecipe:
         """The recipe the page shows. Raises InputError naming what is out of range."""
+        side = self.side
         model, revision = side.chosen_model(values)
         tokens = require_int("calibration tokens", values[self.tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
         calibration = Calibration(side.chosen_text(values), tokens, values[self.window])
@@ -159,6 +253,80 @@ class Quantize:
             self.details: details(last.quantize),
         }
 
+    def wire(self, after: Callable[[Session], Updates], targets: list) -> None:
+        """Connect the tab's events. `after(session)`: updates of other tabs' `targets` once a run is there."""
+        guard, side, status = self.ctx.guard, self.side, [self.ctx.status, self.ctx.stop]
+        self.after = after
+        side.scheme.input(guard(self.scheme_chosen), {side.scheme}, [*self.bits.values(), *status], **LIGHT)
+        parts = [*side.show("rptq"), *self.show("rptq"), self.weights]
+        side.method.input(guard(self.method_chosen), {side.method}, [*parts, *status], **LIGHT)
+        for field in self.bits.values():
+            field.input(self.own_bits, None, [side.scheme], **LIGHT)
+        self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
+        inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
+        gr.on([self.start.click, side.quantize.click], guard(self.run), inputs, [*self.results, *targets, *status], **HEAVY)
+
+    def scheme_chosen(self, values: Updates) -> Updates:
+        """Set every tensor's bits to the scheme's."""
+        bits = SCHEMES.get(values[self.side.scheme])
+        return {field: getattr(bits, name) for name, field in self.bits.items()} if bits else {}
+
+    def method_chosen(self, values: Updates) -> Updates:
+        """Show the controls of the method."""
+        method = values[self.side.method]
+        return {**self.side.show(method), **self.show(method), self.weights: "rtn" if method == "rtn" else "gptq"}
+
+    def own_bits(self) -> Updates:
+        """Make the scheme the visitor's own once a tensor's bits were changed."""
+        return {self.side.scheme: "custom"}
+
+    def opened(self, values: Updates) -> Updates:
+        """Show the session's last run."""
+        return self.render(self.ctx.session(values))
+
+    async def run(self, values: Updates) -> AsyncIterator[Updates]:
+        """Quantise by the recipe that the fields describe."""
+        session, recipe = self.ctx.session(values), self.recipe(values)
+        async for updates in self.quantize(session, recipe, measure=bool(values[self.measure])):
+            yield updates
+        yield {**self.render(session), **self.after(session), **self.ctx.rest(session)}
+
+    async def quantize(self, session: Session, recipe: QuantRecipe, *, measure: bool) -> AsyncIterator[Updates]:
+        """Follow one quantisation and its measurements; finished parts appear as they come."""
+        load = Step("load", {"model": recipe.model, "revision": recipe.revision}, "Loading the model", 1.0)
+        steps = [load, Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
+        state = state_of(recipe.model)
+        base_key = ("evaluation", recipe.model, recipe.revision, state, QUICK_TOKENS, WINDOW)
+        base = session.base_run(recipe.model, state)
+        base.evaluation = base.evaluation or self.ctx.shared.get(base_key)
+        if measure:
+            common = {"text": "sotu", "tokens": QUICK_TOKENS, "window": WINDOW}
+            steps.append(
+                Step("evaluate", {"key": recipe.hash, "reference": recipe.model, **common}, "Measuring the quantised model", 2.0)
+            )
+            if base.evaluation is None:
+                steps.append(
+                    Step("evaluate", {"key": recipe.model, "revision": recipe.revision, **common}, "Measuring the original", 1.0)
+                )
+        run, seen = None, 0
+        async for job in self.ctx.follow(session, "quantize", steps):
+            while seen < len(job.results):
+                report, seen = job.results[seen], seen + 1
+                if seen == 1:
+                    session.models[recipe.model] = report
+                elif seen == 2:
+                    run = session.add_run(Run(report.key, run_label(report.label, recipe), recipe))
+                    run.quantize = report
+                elif seen == 3:
+                    run.evaluation = report
+                else:
+                    base.evaluation = report
+                    self.ctx.shared.put(base_key, report)
+                yield self.render(session)
+            yield self.ctx.busy(job, recipe.label())
+        if run is None:
+            raise InputError("The run gave no result: try again.", code="E-PARAM-RECIPE")
+
 
 def _whole(value: object) -> int:
     return require_int("bits", value, 2, 16, "use 2 to 8, or 16 for not quantised")
@@ -173,225 +341,6 @@ def details(report: Any) -> str:
         cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
     )
     return f'<div class="qs-columns">{"".join(parts)}</div>'
-
-
-def build() -> Quantize:
-    """The tab's widgets, in place."""
-    with gr.Tab(texts.QUANTIZE_TAB, id="quantize") as tab:
-        with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-            with gr.Column(scale=6, min_width=240) as grid, gr.Row():
-                variant = gr.Dropdown(
-                    [(label, name) for name, label in texts.VARIANTS.items()],
-                    value="default",
-                    label=texts.VARIANT,
-                    min_width=220,
-                    filterable=False,
-                    elem_id="variant",
-                )
-                weights = gr.Dropdown(
-                    [(label, name) for name, label in texts.WEIGHT_METHODS.items()],
-                    value="gptq",
-                    label=texts.WEIGHTS,
-                    min_width=200,
-                    filterable=False,
-                    elem_id="weights",
-                )
-            with gr.Column(scale=6, min_width=240, visible=False) as ternary:
-                keep, attention = _ternary_options()
-            tokens = gr.Slider(
-                512,
-                16384,
-                2048,
-                step=512,
-                label=texts.CALIBRATION_TOKENS,
-                scale=3,
-                min_width=200,
-                elem_id="quantize-tokens",
-                buttons=[],
-            )
-            with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
-                start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
-            window, seed = gr.Number(WINDOW, precision=0, visible=False), gr.Number(0, precision=0, visible=False)
-        folds = _folds()
-        measure = gr.Checkbox(
-            True,
-            label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
-            container=False,
-            elem_id="measure",
-        )
-        summary = gr.HTML(cards.hint(texts.RUN_EMPTY), elem_id="summary", apply_default_css=False)
-        numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False, visible=False)
-        with gr.Row(equal_height=False, elem_classes="qs-charts"):
-            with gr.Column(scale=5, min_width=320):
-                sqnr = Chart(None, label=texts.SQNR_LABEL, height=300, elem_id="sqnr", visible=False)
-            with gr.Column(scale=4, min_width=300):
-                sites = Chart(None, label=texts.SITES_LABEL, height=300, elem_id="sites", visible=False)
-        forward = gr.Button(texts.TO_COMPARE, elem_classes="qs-next", elem_id="to-compare")
-        with gr.Accordion(texts.DETAILS, open=False):
-            details_html = gr.HTML("", elem_id="details", apply_default_css=False)
-        with gr.Accordion(texts.LEARN_QUANTIZE_TITLE, open=False):
-            gr.Markdown(texts.LEARN_QUANTIZE)
-    return Quantize(
-        tab=tab,
-        variant=variant,
-        weights=weights,
-        keep=keep,
-        attention=attention,
-        grid=grid,
-        ternary=ternary,
-        tokens=tokens,
-        window=window,
-        seed=seed,
-        measure=measure,
-        start=start,
-        summary=summary,
-        numbers=numbers,
-        sqnr=sqnr,
-        sites=sites,
-        details=details_html,
-        forward=forward,
-        **folds,
-    )
-
-
-def _folds() -> dict[str, Any]:
-    """Bits of every tensor, clusters of every reordering and what integers make of them, in place, by name of their field."""
-    names = [entry.name for entry in fields(Bits)]
-    with gr.Row(elem_classes="qs-folds") as folds:
-        with gr.Accordion(texts.BITS_PANEL, open=False):
-            gr.Markdown(texts.BITS_INFO, elem_classes="qs-caption")
-            with gr.Row():
-                bits = {
-                    name: gr.Dropdown(
-                        BIT_CHOICES,
-                        value=getattr(SCHEMES["W4A4"], name),
-                        label=texts.BIT_LABELS[name],
-                        min_width=90,
-                        filterable=False,
-                        elem_id=f"bits-{name}",
-                    )
-                    for name in names
-                }
-        with gr.Accordion(texts.CLUSTER_PANEL, open=False) as cluster_fold:
-            with gr.Row():
-                defaults = Clusters.uniform(32)
-                clusters = {
-                    name: gr.Number(
-                        getattr(defaults, name),
-                        label=texts.CLUSTER_LABELS[name],
-                        precision=0,
-                        min_width=110,
-                        elem_id=f"clusters-{name}",
-                    )
-                    for name in REORDERS
-                }
-            segments = gr.Dropdown(
-                [(label, name) for name, label in texts.SEGMENTS.items()],
-                value="exact",
-                label=texts.SEGMENTS_LABEL,
-                info=texts.SEGMENTS_INFO,
-                filterable=False,
-                elem_id="segments",
-            )
-    return {"folds": folds, "cluster_fold": cluster_fold, "bits": bits, "clusters": clusters, "segments": segments}
-
-
-def _ternary_options() -> tuple[gr.Slider, dict[str, gr.Dropdown]]:
-    """Controls of the method bitnet, in place."""
-    choices = [(texts.NOT_QUANTISED if bits == 16 else f"{bits} bits", bits) for bits in ATTENTION_BITS]
-    with gr.Row():
-        keep = gr.Slider(0.05, 1.0, 0.5, step=0.05, label=texts.KEEP, scale=2, min_width=170, elem_id="keep", buttons=[])
-        defaults, labels = BitNetOptions(), {"kv_bits": texts.KV_BITS, "bos_bits": texts.BOS_BITS, "q_bits": texts.Q_BITS}
-        attention = {
-            name: gr.Dropdown(
-                choices,
-                value=getattr(defaults, name),
-                label=label,
-                min_width=105,
-                filterable=False,
-                elem_id=name.replace("_", "-"),
-            )
-            for name, label in labels.items()
-        }
-    return keep, attention
-
-
-def wire(ctx: Context, view: Quantize, side: Sidebar, after: Callable[[Session], Updates], targets: list) -> None:
-    """Connect the tab's events. `after(session)`: updates of other tabs' `targets` once a run is there."""
-
-    def scheme_chosen(values: dict) -> Updates:
-        bits = SCHEMES.get(values[side.scheme])
-        return {field: getattr(bits, name) for name, field in view.bits.items()} if bits else {}
-
-    def method_chosen(values: dict) -> Updates:
-        method = values[side.method]
-        return {**side.show(method), **view.show(method), view.weights: "rtn" if method == "rtn" else "gptq"}
-
-    def own_bits() -> Updates:
-        return {side.scheme: "custom"}
-
-    def opened(values: dict) -> Updates:
-        return view.render(ctx.session(values))
-
-    async def run(values: dict) -> AsyncIterator[Updates]:
-        session, recipe = ctx.session(values), view.recipe(side, values)
-        async for updates in quantize(ctx, view, session, recipe, measure=bool(values[view.measure])):
-            yield updates
-        yield {**view.render(session), **after(session), **ctx.rest(session)}
-
-    status = [ctx.status, ctx.stop]
-    side.scheme.input(ctx.guard(scheme_chosen), {side.scheme}, [*view.bits.values(), *status], **LIGHT)
-    parts = [*side.show("rptq"), *view.show("rptq"), view.weights]
-    side.method.input(ctx.guard(method_chosen), {side.method}, [*parts, *status], **LIGHT)
-    for field in view.bits.values():
-        field.input(own_bits, None, [side.scheme], **LIGHT)
-    view.tab.select(ctx.guard(opened), {ctx.key}, [*view.results, *status], **LIGHT)
-    gr.on(
-        [view.start.click, side.quantize.click],
-        ctx.guard(run),
-        {ctx.key, *side.source, *side.recipe, *view.inputs},
-        [*view.results, *targets, *status],
-        **HEAVY,
-    )
-
-
-async def quantize(
-    ctx: Context, view: Quantize, session: Session, recipe: QuantRecipe, *, measure: bool
-) -> AsyncIterator[Updates]:
-    """Follow one quantisation and its measurements; finished parts appear as they come."""
-    load = Step("load", {"model": recipe.model, "revision": recipe.revision}, "Loading the model", 1.0)
-    steps = [load, Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
-    state = state_of(recipe.model)
-    base_key = ("evaluation", recipe.model, recipe.revision, state, QUICK_TOKENS, WINDOW)
-    base = session.base_run(recipe.model, state)
-    base.evaluation = base.evaluation or ctx.shared.get(base_key)
-    if measure:
-        common = {"text": "sotu", "tokens": QUICK_TOKENS, "window": WINDOW}
-        steps.append(
-            Step("evaluate", {"key": recipe.hash, "reference": recipe.model, **common}, "Measuring the quantised model", 2.0)
-        )
-        if base.evaluation is None:
-            steps.append(
-                Step("evaluate", {"key": recipe.model, "revision": recipe.revision, **common}, "Measuring the original", 1.0)
-            )
-    run, seen = None, 0
-    async for job in ctx.follow(session, "quantize", steps):
-        while seen < len(job.results):
-            report, seen = job.results[seen], seen + 1
-            if seen == 1:
-                session.models[recipe.model] = report
-            elif seen == 2:
-                run = session.add_run(Run(report.key, run_label(report.label, recipe), recipe))
-                run.quantize = report
-            elif seen == 3:
-                run.evaluation = report
-            else:
-                base.evaluation = report
-                ctx.shared.put(base_key, report)
-            yield view.render(session)
-        yield ctx.busy(job, recipe.label())
-    if run is None:
-        raise InputError("The run gave no result: try again.", code="E-PARAM-RECIPE")
 
 
 def run_label(label: str, recipe: QuantRecipe) -> str:

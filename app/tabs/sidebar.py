@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -19,27 +18,66 @@ MAX_TEXT = 2_000_000
 MAX_TOKENS = 65_536
 
 
-@dataclass
 class Sidebar:
-    """The side's widgets."""
+    """The side: its widgets, and the recipe's part that is chosen there."""
 
-    model: gr.Dropdown
-    text: gr.Dropdown
-    pasted: gr.Textbox
-    tokens: gr.Slider
-    observe: gr.Button
-    method: gr.Dropdown
-    scheme: gr.Dropdown
-    clusters: gr.Slider
-    mode: gr.Dropdown
-    grid: gr.Column
-    ternary: gr.Column
-    quantize: gr.Button
-    link: gr.Button
-    link_text: gr.Textbox
-    save_recipe: gr.Button
-    save_ranges: gr.Button
-    save_report: gr.Button
+    def __init__(self, model: str, *, on_space: bool) -> None:
+        names = list(dict.fromkeys([model, *engine.model_names()]))
+        with gr.Sidebar(width=300, elem_id="side"):
+            gr.HTML(f'<div class="qs-brand"><b>{texts.TITLE}</b><span>{texts.TAGLINE}</span></div>')
+            self.model = gr.Dropdown(
+                names,
+                value=model,
+                label=texts.MODEL,
+                allow_custom_value=True,
+                elem_id="model",
+                info=texts.MODEL_INFO_SPACE if on_space else texts.MODEL_INFO,
+            )
+            choices = [*[(label, name) for name, label in texts.TEXT_NAMES.items()], (texts.TEXT_PASTE, PASTE)]
+            self.text = gr.Dropdown(choices, value="sotu", label=texts.TEXT, elem_id="text", filterable=False)
+            self.pasted = gr.Textbox(
+                "",
+                label=texts.PASTE_LABEL,
+                info=texts.PASTE_INFO,
+                lines=4,
+                max_lines=8,
+                visible=False,
+                max_length=MAX_TEXT,
+                elem_id="pasted",
+            )
+            self.tokens = gr.Slider(512, 8192, 1024, step=512, label=texts.TOKENS, elem_id="tokens", buttons=[])
+            self.observe = gr.Button(texts.OBSERVE, elem_id="observe", size="md")
+            gr.HTML('<hr class="qs-rule">')
+            self.method = gr.Dropdown(
+                [(label, name) for name, label in texts.METHODS.items()],
+                value="rptq",
+                label=texts.METHOD,
+                elem_id="method",
+                filterable=False,
+            )
+            with gr.Column(elem_id="grid-recipe") as self.grid:
+                self.scheme = gr.Dropdown(
+                    scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
+                )
+                self.clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
+            with gr.Column(elem_id="ternary-recipe", visible=False) as self.ternary:
+                self.mode = gr.Dropdown(
+                    [(label, name) for name, label in texts.BITNET_MODES.items()],
+                    value="a4.8",
+                    label=texts.BITNET_MODE,
+                    info=texts.BITNET_MODE_INFO,
+                    elem_id="mode",
+                    filterable=False,
+                )
+            self.quantize = gr.Button(texts.QUANTIZE, variant="primary", elem_id="side-quantize", size="lg")
+            with gr.Accordion(texts.SAVE, open=False):
+                self.link = gr.Button(texts.LINK, size="sm", elem_id="copy-link")
+                self.link_text = gr.Textbox(
+                    "", label=texts.LINK_LABEL, visible=False, buttons=["copy"], interactive=False, elem_id="link", max_lines=3
+                )
+                self.save_recipe = gr.Button(texts.SAVE_RECIPE, size="sm", elem_id="save-recipe")
+                self.save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
+                self.save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
 
     @property
     def source(self) -> set:
@@ -108,82 +146,3 @@ class Sidebar:
 def scheme_choices() -> list[tuple[str, str]]:
     """Schemes by name; what stays at more bits than a name says is told under the field."""
     return [*((name, name) for name in SCHEMES), (texts.SCHEME_CUSTOM, "custom")]
-
-
-def build(model: str, *, on_space: bool) -> Sidebar:
-    """The side's widgets, in place."""
-    names = list(dict.fromkeys([model, *engine.model_names()]))
-    with gr.Sidebar(width=300, elem_id="side"):
-        gr.HTML(f'<div class="qs-brand"><b>{texts.TITLE}</b><span>{texts.TAGLINE}</span></div>')
-        model_field = gr.Dropdown(
-            names,
-            value=model,
-            label=texts.MODEL,
-            allow_custom_value=True,
-            elem_id="model",
-            info=texts.MODEL_INFO_SPACE if on_space else texts.MODEL_INFO,
-        )
-        choices = [*[(label, name) for name, label in texts.TEXT_NAMES.items()], (texts.TEXT_PASTE, PASTE)]
-        text = gr.Dropdown(choices, value="sotu", label=texts.TEXT, elem_id="text", filterable=False)
-        pasted = gr.Textbox(
-            "",
-            label=texts.PASTE_LABEL,
-            info=texts.PASTE_INFO,
-            lines=4,
-            max_lines=8,
-            visible=False,
-            max_length=MAX_TEXT,
-            elem_id="pasted",
-        )
-        tokens = gr.Slider(512, 8192, 1024, step=512, label=texts.TOKENS, elem_id="tokens", buttons=[])
-        observe = gr.Button(texts.OBSERVE, elem_id="observe", size="md")
-        gr.HTML('<hr class="qs-rule">')
-        method = gr.Dropdown(
-            [(label, name) for name, label in texts.METHODS.items()],
-            value="rptq",
-            label=texts.METHOD,
-            elem_id="method",
-            filterable=False,
-        )
-        with gr.Column(elem_id="grid-recipe") as grid:
-            scheme = gr.Dropdown(
-                scheme_choices(), value="W4A4", label=texts.SCHEME, info=texts.SCHEME_INFO, elem_id="scheme", filterable=False
-            )
-            clusters = gr.Slider(1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, elem_id="side-g", buttons=[])
-        with gr.Column(elem_id="ternary-recipe", visible=False) as ternary:
-            mode = gr.Dropdown(
-                [(label, name) for name, label in texts.BITNET_MODES.items()],
-                value="a4.8",
-                label=texts.BITNET_MODE,
-                info=texts.BITNET_MODE_INFO,
-                elem_id="mode",
-                filterable=False,
-            )
-        quantize = gr.Button(texts.QUANTIZE, variant="primary", elem_id="side-quantize", size="lg")
-        with gr.Accordion(texts.SAVE, open=False):
-            link = gr.Button(texts.LINK, size="sm", elem_id="copy-link")
-            link_text = gr.Textbox(
-                "", label=texts.LINK_LABEL, visible=False, buttons=["copy"], interactive=False, elem_id="link", max_lines=3
-            )
-            save_recipe = gr.Button(texts.SAVE_RECIPE, size="sm", elem_id="save-recipe")
-            save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
-            save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
-    return Sidebar(
-        model=model_field,
-        text=text,
-        pasted=pasted,
-        tokens=tokens,
-        observe=observe,
-        method=method,
-        scheme=scheme,
-        clusters=clusters,
-        mode=mode,
-        grid=grid,
-        ternary=ternary,
-        quantize=quantize,
-        link=link,
-        link_text=link_text,
-        save_recipe=save_recipe,
-        save_ranges=save_ranges,
-        save_report=save_report,
-    )

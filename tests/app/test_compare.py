@@ -32,14 +32,14 @@ async def collect(stream):
 @pytest.fixture
 def ctx(runner):
     context = Context(Settings(model="fake"), runner, SessionStore(seconds=60, capacity=10))
-    context.status, context.stop = "status", "stop"
+    context.key, context.status, context.stop = "key", "status", "stop"
     return context
 
 
-@pytest.fixture(scope="module")
-def view():
+@pytest.fixture
+def view(ctx):
     with gr.Blocks(), gr.Tabs():
-        return compare.build("fake")
+        return compare.Compare(ctx)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_measuring_uses_one_window_that_fits_every_model_and_each_runs_own_refer
     monkeypatch.setattr(ctx, "follow", lambda s, kind, steps: seen.extend(steps) or follow(s, kind, steps))
     keys = [run.key for run in session.runs if run.is_base]
     values = {view.runs: keys, view.eval_tokens: 2048}
-    last = asyncio.run(collect(compare.evaluate(ctx, view, session, values)))[-2]
+    last = asyncio.run(collect(view.evaluate(values | {"key": session.key})))[-2]
     assert {step.arguments["window"] for step in seen} == {256}
     assert [step.arguments["reference"] for step in seen] == [None, None]
     assert texts.SEVERAL_MODELS.split(":")[0] in last[view.numbers] and "does not compare" in last[view.numbers]
@@ -92,7 +92,7 @@ def test_what_compares_between_models(bench):
 
 def test_writing_shows_the_limit_of_the_memory(view, ctx, session):
     values = {view.runs: ["fake"], view.prompt: "Once", view.new_tokens: 2, view.temperature: 0.0, view.chat: False}
-    last = asyncio.run(collect(compare.generate(ctx, view, session, values)))[-1]
+    last = asyncio.run(collect(view.generate(values | {"key": session.key})))[-1]
     table = last[view.speed]["value"]
     assert last[view.speed]["visible"] and "100 tokens/s" in table and "≈ 400 tokens/s" in table and "25 %" in table
     assert "2 threads" in table
@@ -104,7 +104,7 @@ def test_a_stopped_text_is_not_said_to_be_written(view, ctx, session):
     async def stopped():
         seen = []
         with pytest.raises(Cancelled):
-            async for updates in compare.generate(ctx, view, session, values):
+            async for updates in view.generate(values | {"key": session.key}):
                 seen.append(updates[view.streams])
                 if "writing…" in seen[-1]:
                     ctx.runner.cancel_all(session.key)
