@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from core.errors import ResourceError
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-PYTHON = ">=3.11,<3.14"
+PYTHON = ">=3.11,<3.13"
 
 
 @dataclass(frozen=True)

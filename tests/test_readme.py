@@ -85,11 +85,18 @@ def test_options_that_the_text_names_exist():
 # files
 
 
+def test_the_readme_is_short():
+    assert TEXT.count("\n") <= 150
+
+
 def test_the_map_is_up_to_date():
     assert (ROOT / "docs" / "map.md").read_text(encoding="utf-8") == make_map.text(), "run python -m tests.make_map"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/rptq.md", "docs/bitnet.md", "docs/log.md", "docs/map.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_paths_in_backticks_exist(page):
     """A path is anything in backticks that begins with one of the repository's folders."""
     text = (ROOT / page).read_text(encoding="utf-8")
