@@ -1,4 +1,4 @@
-"""The quality table of docs/results.md: `python -m benchmarks.quality_table --out FILE`. Resumable: finished rows are kept in FILE.
+"""Measure the quality tables of docs/results.md: `python -m benchmarks.quality_table --out FILE`. Finished rows are kept in FILE.
 
 WikiText-2 raw test text, non-overlapping windows of 512 tokens, calibration on 8,192 tokens of its validation text. RPTQ
 and round-to-nearest at the bits of the six schemes, and g = 1, 8, 32 and per channel for W4A4 and its strict variant.
