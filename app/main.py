@@ -29,7 +29,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m app", description="Quantscope: explore LLM quantisation in the browser.")
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on (default 127.0.0.1)"
@@ -115,7 +115,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
 
 
 def blocked_paths() -> list[str]:
-    """Folders the file route must never serve from; not the whole checkout, which may hold an environment."""
+    """List the folders the file route must never serve from; not the whole checkout, which may hold an environment."""
     private = [ROOT / name for name in ("app", "core", "kernels", "tests", "docs", ".git")]
     system = [Path("/proc"), Path("/etc"), Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))]
     return [str(place) for place in (*private, *system) if place.exists()]

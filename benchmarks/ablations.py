@@ -20,7 +20,7 @@ LAST = 0.05
 
 
 def entry(folder: Path) -> dict[str, Any]:
-    """One run: configuration, where it ended, and its curve."""
+    """Collect one run: configuration, where it ended, and its curve."""
     document = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = read_log(folder / LOG)
     config, tail = document["config"], log[-max(1, round(LAST * len(log))) :]

@@ -24,7 +24,7 @@ TARGETS = {"float32": "≥ 1.7× (stretch 2.2×)", "bfloat16": "≥ 2×"}
 
 @torch.inference_mode()
 def decode(model: torch.nn.Module, adapter: ModelAdapter) -> float:
-    """Seconds per token of NEW greedy tokens after CONTEXT; the prompt's pass is not counted."""
+    """Measure seconds per token of NEW greedy tokens after CONTEXT; the prompt's pass is not counted."""
     cache = new_cache(model, adapter) or DynamicCache(config=model.config)
     token = model(torch.arange(1, CONTEXT + 1)[None], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     start = time.perf_counter()

@@ -24,7 +24,7 @@ CLUSTERS = 32
 
 
 def column_loop(weight: Tensor, hessian: Tensor, grid: QuantizedWeight) -> Tensor:
-    """Codes [N, K] of GPTQ one column at a time, on the scales and zero points of `grid`, computed in the weight's type."""
+    """Compute codes [N, K] of GPTQ one column at a time, on the scales and zero points of `grid`, computed in the weight's type."""
     weight, width = weight.clone(), weight.shape[1]
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * damped.diagonal().mean())
@@ -46,7 +46,7 @@ def column_loop(weight: Tensor, hessian: Tensor, grid: QuantizedWeight) -> Tenso
 
 
 def problem(rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, QuantizedWeight]:
-    """A random weight, the Hessian of correlated inputs, and the weight rounded to nearest (whose grid both sides use)."""
+    """Make a random weight, the Hessian of correlated inputs, and the weight rounded to nearest (whose grid both sides use)."""
     weight = torch.randn(rows, width, generator=generator) * 0.05
     inputs = torch.randn(2 * width, width, generator=generator) @ (torch.randn(width, width, generator=generator) / width**0.5)
     offsets = torch.linspace(0, width, CLUSTERS + 1).round().to(torch.int64)
@@ -54,12 +54,12 @@ def problem(rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def rows_of(grid: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    """The same grid for some rows."""
+    """Take the same grid for some rows."""
     return replace(grid, codes=grid.codes[rows], scale=grid.scale[rows], zero_point=grid.zero_point[rows])
 
 
 def compare(name: str, problems: list[tuple[Tensor, Tensor, QuantizedWeight]], parts: list[tuple[int, ...]]) -> Result:
-    """One line: all `problems` fused by ours, their `parts` (row counts) one by one by the loop."""
+    """Compare in one line: all `problems` fused by ours, their `parts` (row counts) one by one by the loop."""
     found: dict[str, list[Tensor]] = {}
 
     def slow(name: str = "loop", dtype: torch.dtype = torch.float32) -> None:
@@ -101,7 +101,7 @@ def _parts(weight: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, slice]]
 
 
 def run(model: str) -> list[Result]:
-    """A layer of SmolLM2-135M, its groups apart, and one matrix of a 7B model; random weights (the model is not needed)."""
+    """Compare a layer of SmolLM2-135M, its groups apart, and one matrix of a 7B model; random weights (the model is not needed)."""
     generator = torch.Generator().manual_seed(0)
     made = {name: problem(sum(sizes), width, generator) for name, (sizes, width) in LAYER.items()}
     results = [compare("a layer of SmolLM2-135M, 7 matrices", list(made.values()), [sizes for sizes, _ in LAYER.values()])]

@@ -21,7 +21,7 @@ from kernels import Backend
 
 
 def series(name: str, values: Iterable[int], make: Callable[[int], Callable[[], object]], *, rounds: int = 3) -> list[Result]:
-    """One line per value: seconds, their ratio to the first value's, and the exponent that joins the ends."""
+    """Print one line per value: seconds, their ratio to the first value's, and the exponent that joins the ends."""
     values = list(values)
     with torch.inference_mode():
         times = interleave(*(make(value) for value in values), rounds=rounds)

@@ -25,7 +25,7 @@ FLAGS = [
 
 
 def run(model: str) -> list[Result]:
-    """Seconds from the command to the first drawn chart; the browser is already running."""
+    """Measure seconds from the command to the first drawn chart; the browser is already running."""
     from playwright.sync_api import sync_playwright
 
     with socket.socket() as probe:

@@ -18,7 +18,7 @@ EVERY = 6
 
 
 def problems(report: RangesReport) -> dict[str, tuple[np.ndarray, int, int | None]]:
-    """Points [C, 2], clusters and block of the five reorderings of every sixth layer."""
+    """Collect points [C, 2], clusters and block of the five reorderings of every sixth layer."""
     chosen = {}
     for name, site in report.sites.items():
         if site.layer % EVERY == 0 and site.kind in (*WHOLE, *PER_HEAD):
@@ -28,7 +28,7 @@ def problems(report: RangesReport) -> dict[str, tuple[np.ndarray, int, int | Non
 
 
 def published(points: np.ndarray, count: int, block: int | None) -> list[np.ndarray]:
-    """Labels per block: KMeans with ten restarts, block by block."""
+    """Compute labels per block: KMeans with ten restarts, block by block."""
     size = block or len(points)
     return [KMeans(count, n_init=10, random_state=0).fit(points[i : i + size]).labels_ for i in range(0, len(points), size)]
 

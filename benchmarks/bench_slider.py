@@ -13,7 +13,7 @@ CHANNELS = 4096
 
 
 def run(model: str) -> list[Result]:
-    """Seconds of `recluster` at several g, on skewed synthetic ranges (the model is not needed)."""
+    """Measure seconds of `recluster` at several g, on skewed synthetic ranges (the model is not needed)."""
     generator = np.random.default_rng(0)
     width = np.exp(generator.normal(size=CHANNELS)).astype(np.float32)
     width[:24] *= 40

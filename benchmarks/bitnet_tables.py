@@ -33,12 +33,12 @@ CALIBRATION = Calibration(tokens=512)
 
 
 def cards() -> dict[str, dict[str, Any]]:
-    """Cards of the embedded models by name."""
+    """Read cards of the embedded models by name."""
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EMBEDDED.glob("*/card.json"))}
 
 
 def configurations() -> Iterator[tuple[str, str, QuantRecipe | None]]:
-    """(table, row, recipe); without a recipe the row is the model as it was trained."""
+    """List (table, row, recipe); without a recipe the row is the model as it was trained."""
     for name, card in cards().items():
         yield "1", name, None
         if card["mode"] == "fp":

@@ -49,7 +49,7 @@ class Limits:
 
 @functools.cache
 def limits() -> Limits:
-    """Rates of this machine with the threads torch uses, measured once per process."""
+    """Measure rates of this machine with the threads torch uses, measured once per process."""
     source = torch.empty(2**26)  # 256 MiB, beyond most caches
     target = torch.empty_like(source)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
@@ -75,12 +75,12 @@ def interleave(*functions: Callable[[], object], rounds: int = 7, warm_up: bool 
 
 
 def installed(package: str) -> bool:
-    """Whether a peer's package can be imported."""
+    """Tell whether a peer's package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
 def absent(job: str, *packages: str) -> list[Result]:
-    """A line for each peer that is not installed: its ratio was not measured."""
+    """Make a line for each peer that is not installed: its ratio was not measured."""
     return [Result(job, None, package, note="not measured: not installed") for package in packages if not installed(package)]
 
 
@@ -96,13 +96,13 @@ def commit() -> str:
 
 
 def as_json(results: list[Result]) -> dict[str, object]:
-    """{"results": [...]} with hardware, versions and commit on every line."""
+    """Make {"results": [...]} with hardware, versions and commit on every line."""
     where = {"hardware": hardware(), "versions": versions(), "commit": commit()}
     return {"results": [{**asdict(result), **where} for result in results]}
 
 
 def print_results(results: list[Result]) -> None:
-    """One aligned line per result."""
+    """Print one aligned line per result."""
     print(f"{hardware()} · torch {versions().get('torch')} · commit {commit()}")
     for r in results:
         ratio = "" if r.ratio is None else f"{r.ratio:6.2f}×"

@@ -15,7 +15,7 @@ from core.models.io.wheel import fetch_member
 
 
 def torchao(model: nn.Module, *, activations: bool) -> nn.Module | None:
-    """A copy of a transformers model with torchao's int8 weights, and int8 activations where asked; None without torchao."""
+    """Make a copy of a transformers model with torchao's int8 weights, and int8 activations where asked; None without torchao."""
     if not installed("torchao"):
         return None
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -52,7 +52,7 @@ class LlamaCpp:
 
     @staticmethod
     def runs(model: str) -> bool:
-        """Whether the package is there and `model` is the one whose file it can read."""
+        """Tell whether the package is there and `model` is the one whose file it can read."""
         return installed("llama_cpp") and model == DEFAULT_MODEL
 
     def read(self, tokens: list[int]) -> None:

@@ -18,7 +18,7 @@ WINDOW = 512
 
 
 def recipes(model: str) -> list[QuantRecipe]:
-    """Rows in the order of the table."""
+    """List the rows in the order of the table."""
     calibration = Calibration("wikitext2", 8192, WINDOW)
 
     def recipe(scheme: str, **options: object) -> QuantRecipe:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def markdown(data: dict) -> str:
-    """The table of a finished file."""
+    """Format the table of a finished file."""
     base = data["base"]
     lines = [
         "| configuration | perplexity ± | KL to float32 | same top token | bits per weight | model bytes | KV bytes/token |",

@@ -47,7 +47,7 @@ class BitLinear(nn.Linear):
         self.kind, self.keep = kind, keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N], in the autocast type where autocast is on."""
+        """Multiply x [..., K] by the quantised weight: [..., N], in the autocast type where autocast is on."""
         if self.kind == "fp":
             return linear(x, self.weight)
         device = x.device.type

@@ -49,7 +49,7 @@ def save_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest whole checkpoint of a run and its facts, `PREVIOUS` where `LATEST` is damaged; None if there is neither.
+    """Find the latest whole checkpoint of a run and its facts, `PREVIOUS` where `LATEST` is damaged; None if there is neither.
 
     Raises: ArtifactError E-CKPT-BAD of `LATEST` when no one is whole.
     """
@@ -68,7 +68,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The facts of a whole checkpoint, every checksum compared. Raises: ArtifactError E-CKPT-BAD."""
+    """Read the facts of a whole checkpoint, every checksum compared. Raises: ArtifactError E-CKPT-BAD."""
     verify(folder, checksums=True)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ class TrainConfig:
         return Schedule(self.steps, self.warmup, self.lr, self.end_lr, self.weight_decay, self.switch, self.restart_lr)
 
     def mode_at(self, step: int) -> str:
-        """The quantisation mode of a step."""
+        """Return the quantisation mode of a step."""
         return self.switch_mode if self.schedule.stage(step) == 2 else self.mode
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, data: object) -> TrainConfig:
-        """A run from plain data. Raises: InputError for unknown or missing fields and bad values."""
+        """Make a run from plain data. Raises: InputError for unknown or missing fields and bad values."""
         if not isinstance(data, dict):
             raise InputError("The training configuration is not an object: see configs/train.", code="E-PARAM-CONFIG")
         known = {f.name for f in fields(cls)}
@@ -183,7 +183,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
-        """A run from a `.json` or `.toml` file. Raises: InputError E-PARAM-CONFIG."""
+        """Read a run from a `.json` or `.toml` file. Raises: InputError E-PARAM-CONFIG."""
         path = Path(path)
         try:
             if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -203,7 +203,7 @@ class TrainConfig:
         return cls.from_dict(data)
 
     def build_model(self) -> PreTrainedModel:
-        """The model with seeded random weights (standard deviation 0.02), float32, BitLinear where the mode asks for it."""
+        """Build the model with seeded random weights (standard deviation 0.02), float32, BitLinear where the mode asks for it."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = AutoModelForCausalLM.from_config(

@@ -59,7 +59,7 @@ class Corpus:
 
 
 def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progress = lambda text, fraction: None) -> Corpus:
-    """The corpus of `texts`, from the cache or made now (about a minute for 15 MB).
+    """Load the corpus of `texts`, from the cache or made now (about a minute for 15 MB).
 
     Args:
         texts: (name or file, how often it is repeated). Environment variables in a file's name are expanded.
@@ -98,7 +98,7 @@ def require_same(corpus: Corpus, known: Sequence[dict[str, Any]], what: str) -> 
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """A corpus tokenizer file for transformers; the end mark is also what a text begins with and what pads."""
+    """Open a corpus tokenizer file for transformers; the end mark is also what a text begins with and what pads."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(file)),
         bos_token=END,
@@ -109,7 +109,7 @@ def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 
 def split_documents(text: str) -> tuple[list[str], list[str]]:
-    """Documents of a file to train on and to hold out: the last ones that make up HELD_OUT of its characters.
+    """Split a file into documents to train on and to hold out: the last ones that make up HELD_OUT of its characters.
 
     A text without end marks is one document, cut at the last line break before that share.
     """
@@ -125,7 +125,7 @@ def split_documents(text: str) -> tuple[list[str], list[str]]:
 
 
 def batch_rows(tokens: Tensor, *, step: int, batch: int, seq: int, seed: int) -> Tensor:
-    """The windows [batch, seq] of a training step (from 1), a function of its arguments alone.
+    """Choose the windows [batch, seq] of a training step (from 1), a function of its arguments alone.
 
     Each pass over the text cuts it anew, from a random offset, and shuffles the windows; a rest below a batch is left.
     Raises: TextError E-TEXT-SHORT when the text does not fill one batch.

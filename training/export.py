@@ -131,7 +131,7 @@ def measure(
 
 
 def readme(card: dict[str, Any]) -> str:
-    """The model card as Markdown."""
+    """Write the model card as Markdown."""
     data = "".join(
         f"- {s['name']} × {s['repeat']}: {s['description']}; {s['tokens']:,} tokens, {s['licence']}\n" for s in card["data"]
     )
@@ -184,7 +184,7 @@ _MODE_TITLES = {"w1.58a8": "b1.58", "a4.8": "a4.8", "a4.8-fp4": "a4.8 (FP4)"}
 
 
 def thin(log: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dict[str, Any]]:
-    """At most `points` entries of a log, each with the mean loss of the steps since the one before."""
+    """Return at most `points` entries of a log, each with the mean loss of the steps since the one before."""
     width = max(1, math.ceil(len(log) / points))
     groups = [log[start : start + width] for start in range(0, len(log), width)]
     curve = []

@@ -62,7 +62,7 @@ class TrainReport:
     compiled: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to plain JSON types."""
         return asdict(self)
 
 
@@ -89,7 +89,7 @@ def train(
 
 
 def held_out_loss(model: nn.Module, tokens: Tensor, *, seq: int, windows: int | None = None, autocast: bool = False) -> Tensor:
-    """Mean next-token losses [S] in nats of non-overlapping windows of `seq` from the start of tokens [T].
+    """Compute mean next-token losses [S] in nats of non-overlapping windows of `seq` from the start of tokens [T].
 
     Args: windows: at most so many. autocast: compute in bfloat16.
     Raises: InputError E-PARAM-SEQ when there is no whole window.
@@ -335,7 +335,7 @@ def _held(out: Path, resume: bool) -> Iterator[None]:
 
 
 def read_document(run: Path) -> dict[str, Any]:
-    """`run.json` of a folder; nothing where there is none that can be read."""
+    """Read `run.json` of a folder; None where there is none that can be read."""
     try:
         document = json.loads((run / DOCUMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -350,7 +350,7 @@ def _log_until(path: Path, step: int) -> bytes:
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
-    """Entries of a run's log, in order; a last line that is not whole is left out. Raises: ArtifactError E-CKPT-BAD."""
+    """Read the entries of a run's log, in order; a last line that is not whole is left out. Raises: ArtifactError E-CKPT-BAD."""
     entries = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)

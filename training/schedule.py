@@ -42,11 +42,11 @@ class Schedule:
         return self.steps if self.switch is None else round(self.switch * self.steps)
 
     def stage(self, step: int) -> int:
-        """1 or 2 for a step of 1 … T."""
+        """Return the stage, 1 or 2, of a step of 1 … T."""
         return 1 if step <= self.switch_step else 2
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step of 1 … T."""
+        """Return the learning rate of a step of 1 … T."""
         if self.stage(step) == 2 and self.restart is not None:
             return self.restart * (1 - (step - self.switch_step) / (self.steps - self.switch_step))
         peak = self.peaks[2 * step >= self.steps]
@@ -55,5 +55,5 @@ class Schedule:
         return self.end + (peak - self.end) * (1 - (step - self.warmup) / (self.steps - self.warmup))
 
     def weight_decay(self, step: int) -> float:
-        """Weight decay of a step of 1 … T."""
+        """Return the weight decay of a step of 1 … T."""
         return self.decays[2 * step >= self.steps]

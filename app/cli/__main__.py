@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are `InputError`s: one line, no usage block."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises: InputError with argparse's sentence and where the options are listed."""
+        """Raise InputError with argparse's sentence and where the options are listed."""
         raise InputError(f"{message[0].upper()}{message[1:180]}: see {self.prog} --help.", code="E-PARAM-USAGE")
 
 
@@ -102,7 +102,7 @@ def fault_id(error: BaseException) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line as a namespace with `run`, the verb's function. Raises: InputError."""
+    """Parse the command line into a namespace with `run`, the verb's function. Raises: InputError."""
     known = list(VERBS)
     if not argv:
         raise InputError(f"No verb was given: use one of {', '.join(known)}, or --help.", code="E-PARAM-VERB")
@@ -114,7 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parser() -> Parser:
-    """The whole grammar."""
+    """Build the parser of every verb and option."""
     root = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     table = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (run, options, summary) in VERBS.items():

@@ -100,19 +100,19 @@ class Console:
             check_json_target(json_target)
 
     def note(self, text: str) -> None:
-        """A remark beside the result, on stderr."""
+        """Print a remark beside the result, on stderr."""
         self.progress.close()
         complain(text)
 
     def write(self, text: str) -> None:
-        """Text for people, at once."""
+        """Print text for people, at once."""
         if self.json_target != STDOUT:
             self.progress.close()
             sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
             sys.stdout.flush()
 
     def finish(self, document: dict[str, Any], text: str) -> None:
-        """The result: first the JSON object (so that a closed pipe cannot lose it), then the text."""
+        """Write the result: first the JSON object (so that a closed pipe cannot lose it), then the text."""
         self.progress.close()
         if self.json_target is not None:
             write_json(self.json_target, document)
@@ -120,14 +120,14 @@ class Console:
 
 
 def complain(line: str) -> None:
-    """The one line on stderr that says what went wrong."""
+    """Print the one line on stderr that says what went wrong."""
     with contextlib.suppress(OSError, ValueError):  # a closed stderr must not hide the exit code
         sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """`text` without control characters: names and generated text must not steer the terminal."""
+    """Replace control characters of `text`: names and generated text must not steer the terminal."""
     return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
 
 
@@ -169,7 +169,7 @@ def check_json_target(target: str) -> None:
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:
-    """One object, indented unless it is large: to stdout, or to a file that is whole or absent.
+    """Write one JSON object, indented unless it is large: to stdout, or to a file that is whole or absent.
 
     Raises: InputError or ResourceError if the file cannot be written; an earlier one is then as it was.
     """

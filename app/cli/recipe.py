@@ -18,7 +18,7 @@ MAX_BYTES = 2**24
 
 
 def recipe_of(args: Namespace) -> QuantRecipe:
-    """The recipe that `quantize`'s options describe. Raises: InputError."""
+    """Build the recipe that `quantize`'s options describe. Raises: InputError."""
     base = _read_recipe(args.recipe) if args.recipe is not None else {}
     chosen = ("model", "method", "variant", "segments", "weights")
     given = {name: value for name in chosen if (value := getattr(args, name)) is not None}
@@ -93,7 +93,7 @@ def _read_recipe(path: str) -> dict[str, Any]:
 
 
 def calibration_of(args: Namespace, base: Calibration) -> Calibration:
-    """`base` with the calibration options that are given."""
+    """Return `base` with the calibration options that are given."""
     window = base.window if args.window is None else parse_int("window", args.window)
     tokens = base.tokens if args.calibration_tokens is None else parse_int("calibration tokens", args.calibration_tokens)
     return Calibration(base.text if args.calibration is None else args.calibration, tokens, window)

@@ -12,7 +12,7 @@ from core.errors import InputError
 
 
 def train_options(verb: ArgumentParser) -> None:
-    """Options of `train`."""
+    """Add the options of `train`."""
     verb.add_argument("--config", metavar="FILE", help="the run as .json or .toml, see configs/train")
     verb.add_argument("--out", required=True, metavar="DIR", help="folder of the run, or of the exported model")
     verb.add_argument(
@@ -24,7 +24,7 @@ def train_options(verb: ArgumentParser) -> None:
 
 
 def train(args: Namespace, console: Console) -> None:
-    """`train`: a run folder; with --export, a model folder that every other verb takes as `--model`."""
+    """Run `train`: write a run folder; with --export, a model folder that every other verb takes as `--model`."""
     if args.export is not None:
         _export(args, console)
         return

@@ -22,7 +22,7 @@ OUTLIERS_SHOWN = 10
 
 
 def models(args: Namespace, console: Console) -> None:
-    """`models`: the catalogue."""
+    """Print the catalogue of models."""
     from core import catalogue
 
     entries = catalogue()
@@ -65,7 +65,7 @@ def doctor(args: Namespace, console: Console) -> None:
 
 
 def inspect(args: Namespace, console: Console) -> None:
-    """`inspect`: ranges of every channel."""
+    """Observe and print the ranges of every channel."""
     calibration = calibration_of(args, Calibration())
     seed = parse_int("seed", args.seed or "0")
     QuantRecipe(args.model, seed=seed)  # its rules for seed and name
@@ -98,7 +98,7 @@ def inspect(args: Namespace, console: Console) -> None:
 
 
 def quantize(args: Namespace, console: Console) -> None:
-    """`quantize`: a folder that every other verb takes as `--model`."""
+    """Quantise a model into a folder that every other verb takes as `--model`."""
     recipe = recipe_of(args)
     from core import load_model
     from core.methods import METHODS
@@ -118,7 +118,7 @@ def quantize(args: Namespace, console: Console) -> None:
 
 
 def evaluate(args: Namespace, console: Console) -> None:
-    """`evaluate`: the numbers of one model, with a reference when one is given."""
+    """Measure and print the numbers of one model, with a reference when one is given."""
     protocol = _protocol(args)
     from core import Workbench
     from core.provenance import provenance
@@ -129,7 +129,7 @@ def evaluate(args: Namespace, console: Console) -> None:
 
 
 def generate(args: Namespace, console: Console) -> None:
-    """`generate`: the continuation, piece by piece as it is made."""
+    """Print the continuation of a prompt, piece by piece as it is made."""
     writing = _writing(args, args.prompt) | {"seed": _seed(args), "backend": _backend(args)}
     from core import Workbench
 
@@ -140,7 +140,7 @@ def generate(args: Namespace, console: Console) -> None:
 
 
 def compare(args: Namespace, console: Console) -> None:
-    """`compare`: one row per model; the first is the reference of the others."""
+    """Measure several models and print one row per model; the first is the reference of the others."""
     if len(args.models) < 2:
         raise InputError("Only one model is given: name two or more, the first being the reference.", code="E-PARAM-MODELS")
     protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": _backend(args)}
@@ -183,7 +183,7 @@ def compare(args: Namespace, console: Console) -> None:
 
 
 def sparsity(args: Namespace, console: Console) -> None:
-    """`sparsity`: zero codes at every projection's input, layer by layer."""
+    """Count and print zero codes at every projection's input, layer by layer."""
     tokens = parse_int("tokens", args.tokens)
     require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
     _require_text(args.text, "evaluation")
@@ -201,7 +201,7 @@ def sparsity(args: Namespace, console: Console) -> None:
 
 
 def memory(args: Namespace, console: Console) -> None:
-    """`memory`: bytes by formula."""
+    """Print bytes by formula."""
     from core import memory_estimate
 
     batch, sequence = parse_int("batch", args.batch), parse_int("sequence", args.seq)
