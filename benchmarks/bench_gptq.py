@@ -24,7 +24,7 @@ CLUSTERS = 32
 
 
 def column_loop(weight: Tensor, hessian: Tensor, grid: QuantizedWeight) -> Tensor:
-    """Compute codes [N, K] of GPTQ one column at a time, on the scales and zero points of `grid`, computed in the weight's type."""
+    """Compute codes [N, K] of GPTQ column by column, on the scales and zero points of `grid`, computed in the weight's type."""
     weight, width = weight.clone(), weight.shape[1]
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * damped.diagonal().mean())
@@ -101,7 +101,7 @@ def _parts(weight: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, slice]]
 
 
 def run(model: str) -> list[Result]:
-    """Compare a layer of SmolLM2-135M, its groups apart, and one matrix of a 7B model; random weights (the model is not needed)."""
+    """Compare a layer of SmolLM2-135M, its groups apart, and one matrix of a 7B model, on random weights."""
     generator = torch.Generator().manual_seed(0)
     made = {name: problem(sum(sizes), width, generator) for name, (sizes, width) in LAYER.items()}
     results = [compare("a layer of SmolLM2-135M, 7 matrices", list(made.values()), [sizes for sizes, _ in LAYER.values()])]

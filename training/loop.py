@@ -335,7 +335,7 @@ def _held(out: Path, resume: bool) -> Iterator[None]:
 
 
 def read_document(run: Path) -> dict[str, Any]:
-    """Read `run.json` of a folder; None where there is none that can be read."""
+    """Read `run.json` of a folder; an empty dictionary if no readable one is there."""
     try:
         document = json.loads((run / DOCUMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
