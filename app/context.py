@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from app.session import Session, SessionStore, SharedReports, is_public
+from app.session import Session, SessionStore, SharedReports
 from app.settings import Settings
 from app.view import cards, texts
 from app.worker.jobs import PUBLIC, JobRunner, JobView, Step
 from core.errors import Cancelled, QuantscopeError
+from core.folders import state_of
+from core.privacy import is_public_text
 from core.recipe import Calibration
 
 Updates = dict[Any, Any]
@@ -126,10 +126,12 @@ class Context:
     async def follow(self, session: Session, kind: str, steps: Sequence[Step]) -> AsyncIterator[JobView]:
         """Run a job and yield how it stands until it is done; an older job of the same kind is stopped.
 
+        Every step is told its owner, the session's key: what is made from a private text is then the session's own.
         Raises: the job's error; Superseded when a newer job of this kind has taken its place.
         """
         if older := session.jobs.pop(kind, None):
             self.runner.cancel(session.key, older)
+        steps = [replace(step, arguments={**step.arguments, "owner": session.key}) for step in steps]
         token = self.runner.submit(session.key, steps)
         session.jobs[kind] = token
         async for view in self.watch(session, kind, token):
@@ -165,11 +167,11 @@ class Context:
 
     def known_ranges(self, model: str, revision: str | None, calibration: Calibration) -> Any:
         """(ModelInfo, RangesReport) made earlier for anyone, or None."""
-        return self.shared.get(ranges_key(model, revision, calibration)) if is_public(calibration.text) else None
+        return self.shared.get(ranges_key(model, revision, calibration)) if is_public_text(calibration.text) else None
 
     def share_ranges(self, model: str, revision: str | None, calibration: Calibration, results: tuple[Any, ...]) -> None:
         """Keep a public text's ranges for the next visitor."""
-        if is_public(calibration.text):
+        if is_public_text(calibration.text):
             self.shared.put(ranges_key(model, revision, calibration), results)
 
 
@@ -189,16 +191,6 @@ def start(settings: Settings) -> Context:
 def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple:
     """What ranges are decided by."""
     return ("ranges", model, revision, state_of(model), calibration)
-
-
-def state_of(model: str) -> int | None:
-    """When a local model was last written, in nanoseconds; None for a name. A folder written anew is another model."""
-    place = Path(model)
-    times = []
-    for path in (place, place / "config.json", place / "manifest.json"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or no path at all
-            times.append(path.stat().st_mtime_ns)
-    return max(times, default=None)
 
 
 def observe_steps(model: str, revision: str | None, calibration: Calibration) -> list[Step]:

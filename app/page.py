@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import gradio as gr
 
-from app.context import HEAVY, LIGHT, Context, Updates, observe_steps, state_of
+from app.context import HEAVY, LIGHT, Context, Updates, observe_steps
 from app.session import Session
 from app.tabs.bitnet import BitNet
 from app.tabs.compare import Compare
@@ -21,6 +21,7 @@ from app.tabs.sidebar import PASTE, Sidebar
 from app.view import cards, tables, texts
 from app.view.chart import serve_script
 from core.errors import InputError, QuantscopeError
+from core.folders import state_of
 from core.recipe import Calibration, Clusters, QuantRecipe
 
 SAVE_JS = """(file) => {

@@ -17,15 +17,8 @@ from typing import Any
 
 from core.recipe import Calibration, QuantRecipe
 
-PASTED = "text:"
-"""Prefix of a calibration text typed by a visitor."""
 MAX_RUNS = 12
 MAX_RANGES = 4
-
-
-def is_public(text: str) -> bool:
-    """Whether a text is a named one, the same for every visitor."""
-    return not text.startswith(PASTED) and "/" not in text and "\\" not in text
 
 
 @dataclass
@@ -45,7 +38,7 @@ class Run:
     Attributes:
         key: what the workbench knows it by: a model name, or the hash of its recipe.
         evaluation: None until measured. ternary: what the BitNet tab has read of it.
-        state: of a local model's files, see `app.context.state_of`.
+        state: of a local model's files, see `core.folders.state_of`.
     """
 
     key: str
@@ -54,7 +47,7 @@ class Run:
     quantize: Any = None
     evaluation: Any = None
     ternary: TernaryReports = field(default_factory=TernaryReports)
-    state: int | None = None
+    state: str | None = None
 
     @property
     def model(self) -> str:
@@ -105,7 +98,7 @@ class Session:
             self.runs.remove(next((r for r in self.runs if not r.is_base), self.runs[0]))
         return run
 
-    def base_run(self, model: str, state: int | None) -> Run:
+    def base_run(self, model: str, state: str | None) -> Run:
         """The run of an unquantised model; what was measured before its files changed is forgotten."""
         run = self.add_run(Run(model, model, state=state))
         if run.state != state:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import logging
 import os
 import secrets
@@ -102,3 +103,31 @@ def bytes_in(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(parent, name)).st_size
     return total
+
+
+def state_of(name: str) -> str | None:
+    """Return a fingerprint of a local folder's or file's content, from names, sizes and times alone: another one has changed.
+
+    Args: name: a path, or any other name of a model. Only files directly in the folder count.
+    Returns: 16 hexadecimal digits; None when `name` is no path of this machine.
+    """
+    try:
+        if os.path.isdir(name):
+            places = [os.path.join(name, entry) for entry in sorted(os.listdir(name))]
+            found = [_facts(place) for place in places if os.path.isfile(place)]
+        else:
+            found = [_facts(name)]
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return hashlib.sha256(repr(found).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _facts(path: str) -> tuple[str, int, int]:
+    info = os.stat(path)
+    return os.path.basename(path), info.st_size, info.st_mtime_ns
+
+
+def mark_used(folder: Path) -> None:
+    """Record that a folder of the cache is used now, as its time of change; a folder that cannot be changed is left alone."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)

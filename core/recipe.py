@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
+from core.privacy import text_record
 
 SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
 """Observed tensors of one decoder layer, in the order they appear in it."""
@@ -229,16 +230,13 @@ class QuantRecipe:
             require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647"))
         if (self.scheme == "custom") != (self.bits is not None):
-            raise InputError(
-                "Own bits go with scheme custom, and scheme custom needs bits: give both or neither.", code="E-PARAM-BITS"
-            )
+            fault = "Own bits go with scheme custom, and scheme custom needs bits: give both or neither."
+            raise InputError(fault, code="E-PARAM-BITS")
         if self.method == "bitnet" and self.bitnet is None:
             object.__setattr__(self, "bitnet", BitNetOptions())
         if self.method != "bitnet" and self.bitnet is not None:
-            raise InputError(
-                f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out.",
-                code="E-PARAM-BITNET",
-            )
+            fault = f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out."
+            raise InputError(fault, code="E-PARAM-BITNET")
 
     @property
     def tensor_bits(self) -> Bits:
@@ -256,9 +254,17 @@ class QuantRecipe:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse. Options that say nothing are left out, so hashes outlive them."""
-        silent = {"bitnet": None, "segments": "exact"}
-        return {name: value for name, value in asdict(self).items() if name not in silent or value != silent[name]}
+        """Return the fields as plain JSON types; `from_dict` is the inverse.
+
+        `bitnet` and `segments` are left out where they hold their default: recipes from before these fields keep their hash.
+        """
+        later = {"bitnet": None, "segments": "exact"}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+
+    def to_record(self) -> dict[str, Any]:
+        """Return `to_dict` as files and reports may hold it: a pasted text is replaced by its SHA-256."""
+        fields = self.to_dict()
+        return fields | {"calibration": fields["calibration"] | {"text": text_record(self.calibration.text)}}
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
@@ -287,8 +293,7 @@ class QuantRecipe:
         return cls.from_dict(data)
 
     def to_query(self) -> str:
-        """The recipe as a URL query string; pasted text is left out (it is private and long)."""
-        calibration = self.calibration.text if not self.calibration.text.startswith("text:") else "sotu"
+        """Return the recipe as a URL query string; a pasted text is named by its SHA-256."""
         pairs = {
             "model": self.model,
             "revision": self.revision or "",
@@ -298,7 +303,7 @@ class QuantRecipe:
             "weights": self.weights,
             "variant": self.variant,
             "segments": "" if self.segments == "exact" else self.segments,
-            "calibration": calibration,
+            "calibration": text_record(self.calibration.text),
             "tokens": self.calibration.tokens,
             "window": self.calibration.window,
             "seed": self.seed,
@@ -380,10 +385,8 @@ def parse_bits(text: str) -> Bits:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, value = part.partition("=")
         if key.strip() not in names:
-            raise InputError(
-                f"Bits {part[:40]!r} is not understood: write name=bits with names {', '.join(sorted(names))}.",
-                code="E-PARAM-BITS",
-            )
+            known = ", ".join(sorted(names))
+            raise InputError(f"Bits {part[:40]!r} is not understood: write name=bits with names {known}.", code="E-PARAM-BITS")
         chosen[key.strip()] = parse_int(f"bits of {key.strip()}", value)
     return Bits(**chosen)
 

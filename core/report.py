@@ -104,7 +104,8 @@ class QuantizeReport(Report):
         bits_description: the scheme with what it keeps at 8 or 16 bits.
         stages: seconds per stage. effective_weight_bits: stored bits per decoder weight with scales and zero points.
         weight_bytes, float_bytes: measured bytes of the quantised and of the float model.
-        folder: where it is saved.
+        folder: where it is saved, "" for a model in memory only.
+        unsaved: why it could not be saved, a sentence; None otherwise.
     """
 
     key: str
@@ -120,6 +121,7 @@ class QuantizeReport(Report):
     layers: list[LayerReport]
     backends: list[BackendUse]
     folder: str
+    unsaved: str | None = None
 
     @property
     def fallbacks(self) -> list[str]:

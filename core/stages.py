@@ -19,6 +19,7 @@ from core.methods import METHODS
 from core.methods.sequential import quantize_layers
 from core.models.io.load import LoadedModel
 from core.models.io.quantized import already_quantized, modules_of
+from core.privacy import text_record
 from core.progress import Progress, silent
 from core.quant.ranges import channel_ema
 from core.recipe import Calibration, QuantRecipe
@@ -46,7 +47,7 @@ def observe(
     return RangesReport(
         loaded.name,
         loaded.revision,
-        asdict(calibration),
+        asdict(calibration) | {"text": text_record(calibration.text)},
         source.name,
         tokens.numel(),
         tokens.shape[1],
@@ -73,7 +74,7 @@ def quantize(
     weights = sum(m.in_features * m.out_features for m in linears)
     report = QuantizeReport(
         key=recipe.hash,
-        recipe=recipe.to_dict(),
+        recipe=recipe.to_record(),
         label=label,
         bits_description=recipe.describe_bits(),
         seconds=time.perf_counter() - start,

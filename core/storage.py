@@ -73,13 +73,14 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 
 
 @contextlib.contextmanager
-def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
+def atomic_dir(target: Path | str, *, replace: bool = False, private: bool = False) -> Iterator[Path]:
     """Yield a fresh stage folder; when the body ends well, the stage becomes `target` in one step.
 
     Args:
         target: folder to create or to replace. An existing folder is replaced only when it is empty or when its
             manifest lists every file in it, so that nobody's own files are deleted.
         replace: replace whatever is there; for folders inside the cache only.
+        private: nobody but this user may enter the folder, while it is written too: modes 0700 and 0600.
     Raises:
         InputError E-PARAM-OUT: the target is a file, or a folder with files that are not Quantscope's.
         ResourceError E-DISK: the disk is full, read-only or not writable. The target is then as it was.
@@ -89,7 +90,7 @@ def atomic_dir(target: Path | str, *, replace: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         _check_replaceable(target, replace)
-        stage, lock = _new_stage(target, sweep="*" if replace else glob_name(target))
+        stage, lock = _new_stage(target, sweep="*" if replace else glob_name(target), mode=0o700 if private else 0o777)
     try:
         try:
             with disk_errors(target):
@@ -267,7 +268,7 @@ def _check_replaceable(target: Path, replace: bool) -> None:
                          "choose a new or empty folder.", code="E-PARAM-OUT")
 
 
-def _new_stage(target: Path, *, sweep: str) -> tuple[Path, int]:
+def _new_stage(target: Path, *, sweep: str, mode: int) -> tuple[Path, int]:
     """Make and lock `<target>.part-<random>`, removing dead stages of the targets `sweep` (a pattern of names) first.
 
     Returns: its path and the lock's descriptor.
@@ -281,7 +282,7 @@ def _new_stage(target: Path, *, sweep: str) -> tuple[Path, int]:
             for replaced in target.parent.glob(f"{glob_name(target)}.old-*"):
                 remove(replaced)
         stage = target.parent / f"{target.name}.part-{secrets.token_hex(6)}"
-        os.mkdir(stage)
+        os.mkdir(stage, mode)
         lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         _try_lock(lock)
         return stage, lock
@@ -330,5 +331,6 @@ def _seal(stage: Path) -> None:
         files[path.relative_to(stage).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     document = {"format": MANIFEST_FORMAT, "version": 1, "files": files}
     (stage / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.chmod(stage / MANIFEST, mode)
     flush(stage / MANIFEST)
     flush(stage)

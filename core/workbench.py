@@ -1,15 +1,13 @@
 """The order of the stages, in one place: load, observe, quantise, evaluate, generate.
 
-The page's worker, the CLI and `run` call it. A `Workbench` keeps models under an LRU by bytes and hands out plain reports.
-Quantised models are also saved in the cache folder under their recipe's hash, so a worker that was killed finds them again.
+The page's worker, the command line and `run` call it. A `Workbench` keeps models in memory, the least recently used go first, and
+returns reports of plain numbers. Quantised models are also saved in the cache, so that a worker started anew finds them again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,14 +29,17 @@ from core.evaluation.memory import measured_parts, working_bytes
 from core.evaluation.perplexity import hidden_windows
 from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
+from core.folders import mark_used, state_of
+from core.models.io import saved
 from core.models.io.load import LoadedModel, context_of, load_model, prefix_ids
-from core.models.io.quantized import find_saved, load_quantized, read_description, save_quantized, weights_id
+from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
+from core.privacy import is_public_text, owner_tag
 from core.progress import Progress, silent
 from core.provenance import provenance
 from core.recipe import Calibration, QuantRecipe
 from core.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
 from core.stages import evaluate, observe, quantize, require_float
-from core.storage import MANIFEST, cache_root
+from core.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,16 @@ DEFAULT_BUDGET = 3 * 2**30
 REFERENCE_SHARE = 1 / 4
 """Hidden states of reference models may take this share of the models' bytes beside them."""
 
+_Name = tuple[str, str | None, str | None]
+"""(key, revision, tag of the owner): what a model in memory is kept under; the tag is None for a model that is anybody's."""
+
 
 class Workbench:
     """Models by key, and every stage as a method that returns a report.
 
-    A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned.
+    A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned. Every method takes the
+    `owner` who asks: a session's secret key on the page, None for the local user. A model made from a private text
+    (`core.privacy`) is found by its owner alone; to everybody else its hash is an unknown name.
 
     Args:
         max_bytes: models beyond this are dropped, least recently used first (the one in use stays); what is kept of
@@ -60,21 +66,32 @@ class Workbench:
     """
 
     def __init__(self, *, max_bytes: int = DEFAULT_BUDGET, allow_local: bool = True, device: str = "cpu") -> None:
+        saved.remove_pasted()
         self.max_bytes, self.allow_local, self.device = max_bytes, allow_local, device
-        self._models: OrderedDict[tuple[str, str | None], LoadedModel] = OrderedDict()
-        self._stamps: dict[tuple[str, str | None], int | None] = {}
+        self._models: OrderedDict[_Name, LoadedModel] = OrderedDict()
+        self._states: dict[_Name, str | None] = {}
+        self._aliases: dict[_Name, _Name] = {}
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
 
-    def load(self, model: str, *, revision: str | None = None, progress: Progress = silent) -> ModelInfo:
-        """Load a model, or say what is already loaded."""
+    def load(
+        self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
+    ) -> ModelInfo:
+        """Load a model, or describe the one that is loaded already."""
         start = time.perf_counter()
-        return model_info(self._get(model, revision, progress), time.perf_counter() - start)
+        return model_info(self._get(model, revision, owner, progress), time.perf_counter() - start)
 
     def observe(
-        self, model: str, calibration: Calibration, *, revision: str | None = None, seed: int = 0, progress: Progress = silent
+        self,
+        model: str,
+        calibration: Calibration,
+        *,
+        revision: str | None = None,
+        seed: int = 0,
+        owner: str | None = None,
+        progress: Progress = silent,
     ) -> RangesReport:
-        """Exact per-channel ranges of the seven sites of every layer."""
-        loaded = self._get(model, revision, progress)
+        """Measure the exact range of every channel of the seven sites of every layer."""
+        loaded = self._get(model, revision, owner, progress)
         return observe(loaded, calibration, seed=seed, allow_local=self.allow_local, progress=progress)
 
     def channel(
@@ -86,38 +103,43 @@ class Workbench:
         *,
         revision: str | None = None,
         seed: int = 0,
+        owner: str | None = None,
         progress: Progress = silent,
     ) -> ChannelDetail:
-        """Histogram and extreme tokens of one channel."""
-        loaded = self._get(model, revision, progress)
+        """Measure the histogram of one channel, and find the tokens at its extreme values."""
+        loaded = self._get(model, revision, owner, progress)
         require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
         return channel_detail(loaded, tokens, site, channel, progress=progress)
 
-    def quantize(self, recipe: QuantRecipe, *, progress: Progress = silent) -> QuantizeReport:
-        """Quantise by recipe, keep and save the result, and describe it. An equal recipe already saved is only loaded."""
-        base = self._get(recipe.model, recipe.revision, progress)
-        source = resolve_text(recipe.calibration.text, split="calibration", allow_local=self.allow_local)
-        folder = cache_root() / "quantized" / f"{recipe.hash}-{source.sha256[:8]}-{weights_id(base)}"
+    def quantize(self, recipe: QuantRecipe, *, owner: str | None = None, progress: Progress = silent) -> QuantizeReport:
+        """Quantise by recipe, keep the result in memory and in the cache, and describe it; a saved result is only loaded.
+
+        A result that cannot be saved is kept in memory, and the report's `unsaved` says why.
+        """
+        base = self._get(recipe.model, recipe.revision, owner, progress)
+        text = recipe.calibration.text
+        source = resolve_text(text, split="calibration", allow_local=self.allow_local)
+        folder = saved.saved_folder(recipe.hash, text, source.sha256, weights_id(base), owner)
+        name = (recipe.hash, None, None if is_public_text(text) else owner_tag(owner))
         if (folder / MANIFEST).exists():
             try:
                 report = report_from_dict(read_description(folder)["report"])
-                self._remember((recipe.hash, None), replace(self._load_saved(folder, progress), name=recipe.hash))
-                with contextlib.suppress(OSError):
-                    os.utime(folder / MANIFEST)  # of several folders of this recipe, this is the one `find_saved` means now
+                self._remember(name, replace(self._load_saved(folder, progress), name=recipe.hash))
                 return report
             except (ArtifactError, KeyError, TypeError):
                 logger.warning("the saved model %s is damaged or of another version: quantising again", folder.name)
         quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
         progress("Saving the quantised model", None)
-        self._remember((recipe.hash, None), replace(quantized, name=recipe.hash))
-        saved = replace(report, folder=str(folder))
+        self._remember(name, replace(quantized, name=recipe.hash))
+        kept = replace(report, folder=str(folder))
+        facts = {"recipe": recipe.to_record(), "report": kept.to_dict()}
         try:
-            save_quantized(folder, quantized, {"recipe": recipe.to_dict(), "report": saved.to_dict()}, replace=True)
+            save_quantized(folder, quantized, facts, replace=True, private=not is_public_text(text))
         except ResourceError as error:
             logger.warning("the quantised model stays in memory only: %s", error)
-            return report
-        return saved
+            return replace(report, unsaved=f"The model is usable until this program ends, but it is not saved. {error}")
+        return kept
 
     def evaluate(
         self,
@@ -130,17 +152,19 @@ class Workbench:
         reference: str | None = None,
         reference_revision: str | None = None,
         backend: str = "auto",
+        owner: str | None = None,
         progress: Progress = silent,
     ) -> EvalReport:
-        """Perplexity and, against `reference` (another key), divergence and agreement."""
-        loaded, parts, source = self._windows(key, revision, text, tokens, window, progress)
+        """Measure perplexity and, against `reference` (another key), divergence and agreement."""
+        loaded, parts, source = self._windows(key, revision, owner, text, tokens, window, progress)
         head = hidden = None
         if reference is not None:
-            other = self._get(reference, reference_revision, progress)
+            name = self._load(reference, reference_revision, owner, progress)
+            other = self._models[name]
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
             head = other.model.get_output_embeddings()
-            hidden = self._reference((reference, reference_revision), other, parts, progress)
+            hidden = self._reference(name, parts, progress)
         return evaluate(loaded, parts, source, reference=hidden, reference_head=head, backend=backend, progress=progress, key=key)
 
     def generate(
@@ -155,10 +179,11 @@ class Workbench:
         chat: bool = False,
         backend: str = "auto",
         on_text: Callable[[str], None] | None = None,
+        owner: str | None = None,
         progress: Progress = silent,
     ) -> GenerationReport:
-        """Continue a prompt, streaming pieces to `on_text`."""
-        loaded = self._get(key, revision, progress)
+        """Continue a prompt, handing each piece of text to `on_text` when it is made."""
+        loaded = self._get(key, revision, owner, progress)
         set_backend(loaded, backend)
         made = generate(
             loaded.model,
@@ -186,86 +211,119 @@ class Workbench:
         )
 
     def sparsity(
-        self, key: str, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
+        self, key: str, *, text: str = "sotu", tokens: int = 512, owner: str | None = None, progress: Progress = silent
     ) -> sparsity.SparsityReport:
-        """Zero codes and active parameters of a BitNet model on a text."""
-        loaded, parts, source = self._short_windows(key, text, tokens, progress)
+        """Count the zero codes and the active parameters of a BitNet model on a text."""
+        loaded, parts, source = self._short_windows(key, owner, text, tokens, progress)
         return sparsity.measure_sparsity(loaded, parts, source.name, progress=progress)
 
-    def weight_histogram(self, key: str, *, progress: Progress = silent) -> sparsity.WeightHistogram:
-        """Shares of -1, 0 and 1 in every projection of a BitNet model."""
-        return sparsity.weight_histogram(self._get(key, None, progress))
+    def weight_histogram(self, key: str, *, owner: str | None = None, progress: Progress = silent) -> sparsity.WeightHistogram:
+        """Count the shares of -1, 0 and 1 in every projection of a BitNet model."""
+        return sparsity.weight_histogram(self._get(key, None, owner, progress))
 
     def input_histogram(
-        self, key: str, site: str, layer: int, *, text: str = "sotu", tokens: int = 512, progress: Progress = silent
+        self,
+        key: str,
+        site: str,
+        layer: int,
+        *,
+        text: str = "sotu",
+        tokens: int = 512,
+        owner: str | None = None,
+        progress: Progress = silent,
     ) -> sparsity.InputHistogram:
-        """Distribution of one site (a name of `SITES`) of one layer on a text."""
-        loaded, parts, source = self._short_windows(key, text, tokens, progress)
+        """Measure the distribution of one site (a name of `SITES`) of one layer on a text."""
+        loaded, parts, source = self._short_windows(key, owner, text, tokens, progress)
         return sparsity.input_histogram(loaded, parts, source.name, site, layer, progress=progress)
 
-    def speed_limit(self, key: str, *, progress: Progress = silent) -> SpeedLimit:
-        """Bytes a token reads and the measured memory bandwidth: call it after `generate`."""
-        loaded = self._get(key, None, progress)
+    def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress = silent) -> SpeedLimit:
+        """Measure the memory's bandwidth beside the bytes that a token reads: call it after `generate`."""
+        loaded = self._get(key, None, owner, progress)
         return speed_limit(loaded.model, loaded.adapter, key)
 
-    def model(self, key: str, *, revision: str | None = None, progress: Progress = silent) -> LoadedModel:
-        """The loaded model of a key."""
-        return self._get(key, revision, progress)
+    def model(
+        self, key: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
+    ) -> LoadedModel:
+        """Return the loaded model of a key."""
+        return self._get(key, revision, owner, progress)
+
+    def forget(self, owner: str) -> None:
+        """Remove what was made from the private texts of `owner`, in memory and in the cache: call it when a session ends."""
+        tag = owner_tag(owner)
+        for name in [name for name in self._models if name[2] == tag]:
+            del self._models[name]
+        for kept in [kept for kept in self._references if kept[0][2] == tag]:
+            del self._references[kept]
+        saved.forget(owner)
 
     def _windows(
-        self, key: str, revision: str | None, text: str, tokens: int, window: int, progress: Progress
+        self, key: str, revision: str | None, owner: str | None, text: str, tokens: int, window: int, progress: Progress
     ) -> tuple[LoadedModel, Tensor, TextSource]:
-        loaded = self._get(key, revision, progress)
+        loaded = self._get(key, revision, owner, progress)
         return loaded, *evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=self.allow_local)
 
-    def _short_windows(self, key: str, text: str, tokens: int, progress: Progress) -> tuple[LoadedModel, Tensor, TextSource]:
+    def _short_windows(
+        self, key: str, owner: str | None, text: str, tokens: int, progress: Progress
+    ) -> tuple[LoadedModel, Tensor, TextSource]:
         """Windows of 256 tokens, shorter where tokens or the model's context are."""
         tokens = require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
-        window = min(tokens, 256, context_of(self._get(key, None, progress).model) or 256)
-        return self._windows(key, None, text, tokens, window, progress)
+        window = min(tokens, 256, context_of(self._get(key, None, owner, progress).model) or 256)
+        return self._windows(key, None, owner, text, tokens, window, progress)
 
-    def _get(self, key: str, revision: str | None, progress: Progress) -> LoadedModel:
-        stamp = _stamp(key)
-        if (key, revision) in self._models and self._stamps[key, revision] == stamp:
-            self._models.move_to_end((key, revision))
-            return self._models[key, revision]
-        folder = find_saved(key)
-        loaded = (
-            replace(self._load_saved(folder, progress), name=key)
-            if folder is not None
-            else load_model(key, revision=revision, device=self.device, progress=progress, allow_local=self.allow_local)
-        )
-        self._remember((key, revision), loaded, stamp)
-        return loaded
+    def _get(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> LoadedModel:
+        return self._models[self._load(key, revision, owner, progress)]
+
+    def _load(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> _Name:
+        """Bring the model of a key that `owner` may use into memory: found there, in the cache, or loaded by name."""
+        state = state_of(key)
+        for tag in (owner_tag(owner), None):
+            name = self._aliases.get((key, revision, tag), (key, revision, tag))
+            if name in self._models and self._states[name] == state:
+                self._models.move_to_end(name)
+                return name
+        folder = saved.find_saved(key, owner)
+        if folder is not None:
+            loaded = replace(self._load_saved(folder, progress), name=key)
+            name = (key, revision, None if saved.is_public_folder(folder) else owner_tag(owner))
+        else:
+            loaded = load_model(key, revision=revision, device=self.device, progress=progress, allow_local=self.allow_local)
+            name = (key, loaded.revision, None)  # reports name this revision: asked for by it, it is the model loaded now
+            self._aliases[key, revision, None] = name
+        self._remember(name, loaded, state)
+        return name
 
     def _load_saved(self, folder: Path, progress: Progress) -> LoadedModel:
+        mark_used(folder)  # of several folders of one recipe, its hash means the one used last
         loaded = load_quantized(folder, progress=progress)
         loaded.model.to(self.device)
         return loaded
 
-    def _remember(self, key: tuple[str, str | None], loaded: LoadedModel, stamp: int | None = None) -> None:
-        self._models[key], self._stamps[key] = loaded, stamp
-        self._models.move_to_end(key)
-        for name in [name for name in self._references if name[:2] == key]:
-            del self._references[name]  # the key may mean another model now
+    def _remember(self, name: _Name, loaded: LoadedModel, state: str | None = None) -> None:
+        self._models[name], self._states[name] = loaded, state
+        self._models.move_to_end(name)
+        for known in [known for known in self._references if known[0] == name]:
+            del self._references[known]  # the name may mean another model now
         while len(self._models) > 1 and sum(_held_bytes(m) for m in self._models.values()) > self.max_bytes:
-            name, _ = self._models.popitem(last=False)
-            logger.info("dropped model %s from memory", name[0])
+            dropped, _ = self._models.popitem(last=False)
+            logger.info("dropped model %s from memory", dropped[0])
 
-    def _reference(self, key: tuple[str, str | None], loaded: LoadedModel, parts: Tensor, progress: Progress) -> list[Tensor]:
+    def _reference(self, name: _Name, parts: Tensor, progress: Progress) -> list[Tensor]:
         """Hidden states of the reference on these windows, kept for the next comparison where they fit."""
-        name = (*key, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
-        hidden = self._references.pop(name, None)
+        kept = (name, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
+        hidden = self._references.pop(kept, None)
         if hidden is None:
-            hidden = hidden_windows(loaded.model, parts, progress=progress, title="Reference model")
-        self._references[name] = hidden
-        while sum(t.nbytes for kept in self._references.values() for t in kept) > REFERENCE_SHARE * self.max_bytes:
+            hidden = hidden_windows(self._models[name].model, parts, progress=progress, title="Reference model")
+        self._references[kept] = hidden
+        while sum(t.nbytes for states in self._references.values() for t in states) > REFERENCE_SHARE * self.max_bytes:
             self._references.popitem(last=False)
         return hidden
 
 
 def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: int = 512, progress: Progress = silent) -> Row:
-    """Quantise by recipe, evaluate against the float model, and return one row with its provenance. Pure and picklable."""
+    """Quantise by recipe, evaluate against the float model, and return one row with its provenance.
+
+    It is a function of its arguments that can be pickled, for pools and other machines.
+    """
     bench = Workbench()
     quantized = bench.quantize(recipe, progress=progress)
     report = bench.evaluate(
@@ -277,15 +335,7 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
         reference_revision=recipe.revision,
         progress=progress,
     )
-    return Row(recipe.to_dict(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
-
-
-def _stamp(name: str) -> int | None:
-    """What changes when the local model of that name is written again; None for names of other kinds."""
-    for place in (os.path.join(name, MANIFEST), os.path.join(name, "config.json"), name):
-        with contextlib.suppress(OSError, ValueError):
-            return os.stat(place).st_mtime_ns
-    return None
+    return Row(recipe.to_record(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
 def _held_bytes(loaded: LoadedModel) -> int:

@@ -9,13 +9,14 @@ import gradio as gr
 
 from app import engine
 from app.context import HEAVY, LIGHT, Context, Updates, ranges_key
-from app.session import Session, is_public
+from app.session import Session
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, PickTable, picked_row
 from app.view.figure import note
 from app.worker.jobs import Step
 from core.errors import InputError, QuantscopeError
+from core.privacy import is_public_text
 from core.recipe import SITES, Clusters, require_int
 
 MARKED = 60
@@ -230,7 +231,7 @@ class Explore:
                 yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
                 raise
             detail = job.results[0]
-            if is_public(session.calibration.text):
+            if is_public_text(session.calibration.text):
                 self.ctx.shared.put(key, detail)
 
         def current() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.context import HEAVY, LIGHT, Context, Updates, state_of
+from app.context import HEAVY, LIGHT, Context, Updates
 from app.session import Run, Session
 from app.tabs.measured import numbers_table
 from app.tabs.sidebar import Sidebar
@@ -17,6 +17,7 @@ from app.view.chart import Chart
 from app.view.figure import axis_name
 from app.worker.jobs import Step
 from core.errors import InputError
+from core.folders import state_of
 from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
 
 QUICK_TOKENS = 2048

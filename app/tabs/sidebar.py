@@ -7,10 +7,10 @@ from typing import Any
 import gradio as gr
 
 from app import engine
-from app.session import PASTED
 from app.tabs.reorder import MAX_CLUSTERS, require_clusters
 from app.view import texts
 from core.errors import InputError, TextError
+from core.privacy import PASTED
 from core.recipe import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
 
 PASTE = "paste"

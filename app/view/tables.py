@@ -168,7 +168,7 @@ def report_json(runs: Sequence[Any]) -> str:
         {
             "key": r.key,
             "label": r.label,
-            "recipe": r.recipe.to_dict() if r.recipe else None,
+            "recipe": r.recipe.to_record() if r.recipe else None,
             "quantize": r.quantize.to_dict() if r.quantize else None,
             "evaluation": r.evaluation.to_dict() if r.evaluation else None,
         }

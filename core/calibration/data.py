@@ -33,6 +33,7 @@ from core.calibration.wikitext import FILES, wikitext_file
 from core.errors import InputError, TextError
 from core.models.io.foreign import tokenizer_errors
 from core.models.io.load import LoadedModel, context_of, prefix_ids
+from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import Calibration
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,16 @@ def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSo
         split: which half of a text that has two.
         allow_local: whether files of this machine may be named; False on a public page.
     Raises: TextError E-TEXT-NOTFOUND (no such name or file), -OFFLINE (not installed or not here), -SIZE (more than
-        10 MB), -ENC (not UTF-8, or NUL, with the offset), -SHORT (empty).
+        10 MB), -ENC (not UTF-8, or NUL, with the offset), -SHORT (empty), -PASTED (the record of a pasted text, which
+        nobody keeps).
     """
     if split not in ("calibration", "evaluation"):
         raise InputError(f"Split {str(split)[:20]!r} is unknown: use calibration or evaluation.", code="E-PARAM-SPLIT")
-    if spec.startswith("text:"):
-        return _pasted(spec.removeprefix("text:"))
+    if spec.startswith(PASTED):
+        return _pasted(spec.removeprefix(PASTED))
+    if spec.startswith(PASTED_DIGEST):
+        raise TextError("This recipe was made on a pasted text, and of such texts only a checksum is kept: paste the text again, "
+                        "or choose sotu or wikitext2.", code="E-TEXT-PASTED")
     if spec == "sotu":
         return _sotu(split)
     if spec == "wikitext2":

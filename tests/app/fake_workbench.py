@@ -48,7 +48,7 @@ class FakeWorkbench:
     def __init__(self, *, allow_local: bool = True, max_bytes: int = 0, device: str = "cpu") -> None:
         self.recipes: dict[str, QuantRecipe] = {}
 
-    def load(self, model: str, *, revision: str | None = None, progress: Progress) -> ModelInfo:
+    def load(self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress) -> ModelInfo:
         """Shape of a small Llama."""
         if model not in NAMES:
             raise ModelError(
@@ -78,7 +78,9 @@ class FakeWorkbench:
             "trained a4.8" if model == TERNARY else None,
         )
 
-    def observe(self, model: str, calibration: Calibration, *, revision: str | None = None, progress: Progress) -> RangesReport:
+    def observe(
+        self, model: str, calibration: Calibration, *, revision: str | None = None, owner: str | None = None, progress: Progress
+    ) -> RangesReport:
         """Ranges with a few outlier channels, the same for the same arguments."""
         info = self.load(model, revision=revision, progress=progress)
         check_text(calibration)
@@ -94,7 +96,15 @@ class FakeWorkbench:
         )
 
     def channel(
-        self, model: str, calibration: Calibration, site: str, channel: int, *, revision: str | None = None, progress: Progress
+        self,
+        model: str,
+        calibration: Calibration,
+        site: str,
+        channel: int,
+        *,
+        revision: str | None = None,
+        owner: str | None = None,
+        progress: Progress,
     ) -> ChannelDetail:
         """A bell-shaped histogram and five tokens per side."""
         progress("Looking for the tokens behind the extremes", 0.5)
@@ -119,7 +129,7 @@ class FakeWorkbench:
             extremes,
         )
 
-    def quantize(self, recipe: QuantRecipe, *, progress: Progress) -> QuantizeReport:
+    def quantize(self, recipe: QuantRecipe, *, owner: str | None = None, progress: Progress) -> QuantizeReport:
         """Numbers that get worse with fewer bits."""
         info = self.load(recipe.model, progress=progress)
         check_text(recipe.calibration)
@@ -170,6 +180,7 @@ class FakeWorkbench:
         window: int = 512,
         reference: str | None = None,
         revision: str | None = None,
+        owner: str | None = None,
         progress: Progress,
     ) -> EvalReport:
         """Perplexity 17.6 for the base model, more for the others."""
@@ -226,6 +237,7 @@ class FakeWorkbench:
         seed: int = 0,
         chat: bool = False,
         on_text: Callable[[str], None],
+        owner: str | None = None,
         progress: Progress,
     ) -> GenerationReport:
         """Counts aloud."""
@@ -238,11 +250,13 @@ class FakeWorkbench:
             time.sleep(0.01)
         return GenerationReport(key, text, 7, max_new_tokens, 0.01 * max_new_tokens, 100.0, "length", 55_296, 221_184)
 
-    def speed_limit(self, key: str, *, progress: Progress) -> SpeedLimit:
+    def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress) -> SpeedLimit:
         """A quarter of the measured speed is reached."""
         return SpeedLimit(key, 100_000_000, 40.0e9 + 400 * 55_296, 2)
 
-    def sparsity(self, key: str, *, text: str = "sotu", tokens: int = 512, progress: Progress) -> SparsityReport:
+    def sparsity(
+        self, key: str, *, text: str = "sotu", tokens: int = 512, owner: str | None = None, progress: Progress
+    ) -> SparsityReport:
         """The published shares of the 7B model."""
         self.ternary(key)
         layers = []
@@ -253,7 +267,7 @@ class FakeWorkbench:
         name = "your text" if text.startswith("text:") else text
         return SparsityReport(key, "a4.8", "trained a4.8", name, tokens, 4_000_000, 2_220_000, layers[0], layers)
 
-    def weight_histogram(self, key: str, *, progress: Progress) -> WeightHistogram:
+    def weight_histogram(self, key: str, *, owner: str | None = None, progress: Progress) -> WeightHistogram:
         """About a third of each, fewer zeros in deeper layers."""
         self.ternary(key)
         names = ("q", "k", "v", "o", "gate", "up", "down")
@@ -261,7 +275,15 @@ class FakeWorkbench:
         return WeightHistogram(key, [dict.fromkeys(names, share) for share in shares])
 
     def input_histogram(
-        self, key: str, site: str, layer: int, *, text: str = "sotu", tokens: int = 512, progress: Progress
+        self,
+        key: str,
+        site: str,
+        layer: int,
+        *,
+        text: str = "sotu",
+        tokens: int = 512,
+        owner: str | None = None,
+        progress: Progress,
     ) -> InputHistogram:
         """A bell, and a spike at zero for the input of down."""
         self.ternary(key)

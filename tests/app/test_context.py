@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 
 import pytest
 
-from app.context import UNCHANGED, Context, Superseded, observe_steps, state_of
+from app.context import UNCHANGED, Context, Superseded, observe_steps
 from app.session import SessionStore
 from app.settings import Settings
 from app.worker.jobs import Step
-from core.errors import Cancelled, InputError
+from core.errors import Cancelled, InputError, QuantscopeError
+from core.folders import state_of
 from core.recipe import Calibration
 
 
@@ -78,6 +80,21 @@ def test_a_folder_written_anew_is_another_model(ctx, tmp_path):
     assert ctx.known_ranges(str(folder), None, calibration) is None
     assert session.base_run(str(folder), state_of(str(folder))).evaluation is None
     assert [state_of(name) for name in ("owner/name", "x" * 5000, "a\0b")] == [None] * 3
+
+
+def test_every_step_is_told_its_owner(ctx, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ctx.runner, "submit", lambda owner, steps: seen.append((owner, steps)) or "token")
+    session = ctx.sessions.open()
+
+    async def follow():
+        stream = ctx.follow(session, "observe", observe_steps("fake", None, Calibration("sotu", 1024)))
+        await asyncio.wait_for(anext(stream, None), 5)
+
+    with contextlib.suppress(QuantscopeError, KeyError):
+        asyncio.run(follow())
+    ((owner, steps),) = seen
+    assert owner == session.key and [step.arguments["owner"] for step in steps] == [session.key] * 2
 
 
 def test_no_update_is_said_so(ctx):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from app.session import MAX_RUNS, Run, SessionStore, SharedReports, is_public
+from app.session import MAX_RUNS, Run, SessionStore, SharedReports
+from core.privacy import is_public_text
 from core.recipe import QuantRecipe
 
 
@@ -76,7 +77,7 @@ def test_a_run_is_kept_once_and_base_models_outlive_old_runs():
     ("text", "public"), [("sotu", True), ("wikitext2", True), ("text:my diary", False), ("/etc/passwd", False)]
 )
 def test_only_named_texts_are_public(text, public):
-    assert is_public(text) is public
+    assert is_public_text(text) is public
 
 
 def test_shared_reports_drop_the_least_used():

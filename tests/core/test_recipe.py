@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -265,12 +266,15 @@ def test_names_that_no_url_can_carry_are_refused_or_carried():
     assert QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("m")) == recipe
 
 
-def test_pasted_text_stays_out_of_links():
+def test_a_pasted_text_stays_out_of_links_and_records():
     recipe = QuantRecipe("m", calibration=Calibration("text:a private letter"))
-    assert (
-        "private" not in recipe.to_query()
-        and QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("m")).calibration.text == "sotu"
-    )
+    digest = "pasted:sha256=" + hashlib.sha256(b"a private letter").hexdigest()
+    linked = QuantRecipe.from_query(recipe.to_query(), default=QuantRecipe("m"))
+    recorded = QuantRecipe.from_dict(recipe.to_record())
+    assert linked == recorded and recorded.calibration.text == digest and "private" not in recipe.to_query() + recorded.to_json()
+    assert recipe.to_json() == QuantRecipe("m").to_json().replace('"sotu"', '"text:a private letter"'), "in memory it is itself"
+    public = QuantRecipe("m", calibration=Calibration("wikitext2"))
+    assert public.to_record() == public.to_dict()
     assert QuantRecipe.from_json(recipe.to_json()) == recipe, "but not out of a file"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from core.calibration.observe import observe_layers
 from core.errors import BackendError, Cancelled, InputError, ModelError, QuantscopeError
 from core.evaluation.windows import evaluation_windows
-from core.models.io.load import load_model
+from core.models.io.load import LoadedModel, load_model
 from core.models.tiny import save_tiny
 from core.recipe import SITES, Bits, Calibration, QuantRecipe
 from core.stages import evaluate, quantize
@@ -61,7 +61,7 @@ def test_quantise_reports_saves_and_finds_again(bench, cache, folder):
     recipe, stages = recipe_of(folder, weights="gptq"), []
     report = bench.quantize(recipe, progress=lambda s, f: stages.append(s))
     plain(report)
-    assert report.key == recipe.hash and report.label == recipe.label() and report.recipe == recipe.to_dict()
+    assert report.key == recipe.hash and report.label == recipe.label() and report.recipe == recipe.to_record()
     assert (
         [entry.layer for entry in report.layers] == [0, 1]
         and set(report.layers[0].sites) == set(SITES)
@@ -294,14 +294,33 @@ def test_generate_reports_the_cache(bench, folder):
 def test_models_are_dropped_least_recently_used_first(cache, folder):
     bench = Workbench(max_bytes=1)
     key = bench.quantize(recipe_of(folder)).key
-    assert [k for k, _ in bench._models] == [key]
+    assert [k for k, *_ in bench._models] == [key]
     bench.model(folder)
-    assert [k for k, _ in bench._models] == [folder]
+    assert [k for k, *_ in bench._models] == [folder]
     large = Workbench()
     large.model(folder)
     large.model(key)
     large.model(folder)
-    assert [k for k, _ in large._models] == [key, folder]
+    assert [k for k, *_ in large._models] == [key, folder]
+
+
+def test_a_model_asked_for_by_the_revision_of_its_report_is_not_loaded_again(cache, folder, monkeypatch):
+    """The page asks for a channel by the name and revision of a report; each load of the default model takes seconds."""
+    loads: list[str | None] = []
+
+    def load(key: str, *, revision: str | None = None, **options: object) -> LoadedModel:
+        loads.append(revision)
+        return replace(load_model(key), revision=revision or "commit")
+
+    monkeypatch.setattr("core.workbench.load_model", load)
+    bench = Workbench()
+    ranges = bench.observe(folder, CALIBRATION)
+    assert ranges.revision == "commit"
+    bench.channel(folder, CALIBRATION, "layers.0.k", 1, revision=ranges.revision)
+    bench.load(folder)
+    assert loads == [None] and len(bench._models) == 1
+    bench.load(folder, revision="other")
+    assert loads == [None, "other"] and len(bench._models) == 2
 
 
 def test_local_names_can_be_switched_off(cache, folder):
@@ -333,10 +352,13 @@ def test_bad_evaluations_are_one_sentence(bench, folder, options, code):
 
 def test_run_compares_with_the_revision_it_quantised(cache, folder, monkeypatch):
     seen: list[tuple[str, str | None]] = []
-    real = Workbench._get
-    monkeypatch.setattr(
-        Workbench, "_get", lambda self, key, revision, progress: seen.append((key, revision)) or real(self, key, None, progress)
-    )
+    real = Workbench._load
+
+    def load(self: Workbench, key: str, revision: str | None, *rest: object) -> tuple:
+        seen.append((key, revision))
+        return real(self, key, None, *rest)
+
+    monkeypatch.setattr(Workbench, "_load", load)
     recipe = replace(recipe_of(folder), revision="abc")
     row = run(recipe, text=TEXT, tokens=64, window=32)
     plain(row)

@@ -37,7 +37,7 @@ from core.quant.kv_cache_dynamic import AttentionBits
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer
-from core.storage import MANIFEST, atomic_dir, cache_root, check_target, verify
+from core.storage import atomic_dir, check_target, verify
 
 FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
@@ -60,13 +60,16 @@ def check_output(folder: Path | str) -> None:
         )
 
 
-def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[str, Any], *, replace: bool = False) -> None:
+def save_quantized(
+    folder: Path | str, loaded: LoadedModel, description: dict[str, Any], *, replace: bool = False, private: bool = False
+) -> None:
     """Write a quantised model.
 
     Args:
         folder: created in one step, replacing an earlier quantised model; never half-written.
         description: JSON-able facts to keep (recipe, report).
         replace: replace whatever is there; for folders inside the cache only.
+        private: nobody but this user may read the folder.
     Raises: ArtifactError if the model has no quantised blocks; InputError as `check_output`; ResourceError if the disk refuses.
     """
     if not replace:
@@ -86,7 +89,7 @@ def save_quantized(folder: Path | str, loaded: LoadedModel, description: dict[st
         "base": {"name": loaded.name, "revision": loaded.revision, "source": loaded.source},
         "layers": structure,
     }
-    with atomic_dir(folder, replace=replace) as stage:
+    with atomic_dir(folder, replace=replace, private=private) as stage:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
         loaded.model.config.save_pretrained(stage)
         (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
@@ -292,14 +295,6 @@ def weights_id(loaded: LoadedModel) -> str:
     for name, tensor in loaded.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
     return digest.hexdigest()[:8]
-
-
-def find_saved(key: str) -> Path | None:
-    """The newest complete folder saved in the cache under a recipe's hash, or None."""
-    if len(key) != 16 or any(c not in "0123456789abcdef" for c in key):
-        return None
-    found = [p for p in (cache_root() / "quantized").glob(f"{key}-*") if (p / MANIFEST).exists() and "." not in p.name]
-    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
 
 
 def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:

@@ -1,0 +1,86 @@
+"""Quantised models that are kept in the cache: where each one is, and who may open it.
+
+    <cache>/quantized/<recipe hash>-<text>-<weights>              made from a public text (`core.privacy`): anybody's
+    <cache>/quantized/<recipe hash>-<text>-<weights>-<owner>      made from a private text: its owner's, mode 0700
+
+`text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from core.errors import ArtifactError
+from core.folders import remove
+from core.models.io.quantized import read_description
+from core.privacy import PASTED, is_public_text, owner_tag
+from core.storage import MANIFEST, cache_root
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[0-9a-f]{16}")
+_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}-[0-9a-f]{8}(-[0-9a-f]{16})?")
+
+
+def saved_folder(key: str, text: str, text_sha256: str, weights: str, owner: str | None) -> Path:
+    """Return the folder of the model that a recipe gives; it need not exist.
+
+    Args:
+        key: the recipe's hash. text: name of its calibration text, as `resolve_text` takes it.
+        text_sha256: SHA-256 of the text. weights: `weights_id` of the float model.
+        owner: who makes the model, see `core.privacy`.
+    """
+    name = f"{key}-{text_sha256[:8]}-{weights}"
+    return _home() / (name if is_public_text(text) else f"{name}-{owner_tag(owner)}")
+
+
+def find_saved(key: str, owner: str | None) -> Path | None:
+    """Return the folder used last of the complete ones of a recipe's hash that `owner` may open, or None."""
+    if not _KEY.fullmatch(key):
+        return None
+    found = [path for path in _folders(f"{key}-*") if path.name.endswith(f"-{owner_tag(owner)}") or _may_open(path, owner)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def is_public_folder(folder: Path) -> bool:
+    """Say whether a saved model was made from a public text, and may be opened by everybody."""
+    return _NAME.fullmatch(folder.name)[1] is None and is_public_text(_text_of(folder))
+
+
+def forget(owner: str | None) -> None:
+    """Remove every saved model that was made from a private text of `owner`."""
+    for folder in _folders(f"*-{owner_tag(owner)}"):
+        remove(folder)
+
+
+def remove_pasted() -> None:
+    """Remove the saved models of earlier versions that hold a pasted text itself: such texts are not to be kept."""
+    for folder in _folders("*"):
+        if _NAME.fullmatch(folder.name)[1] is None and _text_of(folder).startswith(PASTED):
+            logger.warning("removing the saved model %s: it holds a pasted text", folder.name)
+            remove(folder)
+
+
+def _home() -> Path:
+    return cache_root() / "quantized"
+
+
+def _folders(pattern: str) -> list[Path]:
+    """Complete folders whose name matches a glob pattern; unfinished ones and what is being replaced are left out."""
+    return [path for path in _home().glob(pattern) if _NAME.fullmatch(path.name) and os.path.exists(path / MANIFEST)]
+
+
+def _may_open(folder: Path, owner: str | None) -> bool:
+    """Whether a folder without an owner in its name may be opened: earlier versions named private ones so, too."""
+    return _NAME.fullmatch(folder.name)[1] is None and (owner is None or is_public_folder(folder))
+
+
+def _text_of(folder: Path) -> str:
+    """Name of the calibration text of a saved model, "" where its description cannot be read."""
+    try:
+        return str(read_description(folder)["recipe"]["calibration"]["text"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""
