@@ -23,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
 
 from core.errors import InputError, ModelError
 from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
@@ -94,8 +93,8 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     Args:
         report: of `check_folder`; its configuration says the format (`bitnet_format`).
         config: the folder's configuration; the loaded model's has no `quantization_config`, the layers say what they are.
-    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code, scale or activation that
-        cannot be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
+    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code or scale that cannot
+        be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
     """
     stated = report.config.get("quantscope") or {}
     mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
@@ -106,7 +105,6 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
             delattr(config, name)
     with library_errors("The weights do not fit config.json. Download the model again."):
         spec, source = adapter.spec(config), _Folder(folder, report.tensors)
-        _require(spec.activation in ACT2FN, f"config.json names the unknown activation {str(spec.activation)[:40]!r}")
         blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
         return _assemble(config, adapter, blocks, dict(source.rest()))
 

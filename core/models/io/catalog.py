@@ -18,7 +18,8 @@ from typing import Any
 from core.errors import ModelError
 from core.folders import remove
 from core.models.io import hub
-from core.models.io.gguf import SOURCE_FILE, convert_gguf
+from core.models.io.gguf import CONVERTER, SOURCE_FILE, convert_gguf
+from core.models.io.preflight.gguf import read_gguf_header
 from core.models.io.wheel import Wheel, fetch_member
 from core.progress import Progress, silent
 from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, is_whole
@@ -195,16 +196,14 @@ def _from_folder(path: Path, name: str, revision: str | None) -> ResolvedModel:
 
 def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) -> ResolvedModel:
     """Convert the file once; the cache is keyed by its content, so a changed file is converted anew."""
-    from core.models.io.preflight.gguf import check_gguf
-
-    check_gguf(path)
+    read_gguf_header(path)
     progress("Reading the GGUF file", None)
     digest = file_sha256(path)
     if revision not in (None, f"sha256:{digest}"):
         raise ModelError(f"{path.name[:60]} is not the file of that revision: its checksum differs. Leave the revision out.",
                          code="E-MODEL-NOTFOUND")
-    target = cache_root() / "gguf" / digest
-    with file_lock(target.with_name(f"{digest}.lock")):
+    target = cache_root() / "gguf" / f"{digest}-{CONVERTER}"
+    with file_lock(target.with_name(f"{target.name}.lock")):
         if not is_whole(target):
             source = {"source": f"GGUF file {path.name}, unpacked to float32", "revision": f"sha256:{digest}"}
             convert_gguf(path, target, source=source, progress=progress)

@@ -1,27 +1,56 @@
-"""A GGUF file, unpacked once into safetensors and a tokenizer, so that later loads take a second.
+"""A GGUF file, unpacked once into safetensors, configuration and tokenizer, so that later loads take a second.
 
-transformers reads the blocks (`GgufConfig(dequantize=True)`) and rebuilds configuration and tokenizer from the header;
-the result is float32. Quantised blocks stay what they are: the values of a Q4_1 file are Q4_1 values.
+Every tensor of the file is used or the file is refused by name, and so is every key of its header (`gguf_config.py`). Blocks are
+unpacked by the `gguf` package to float32: the values of a Q4_1 file stay Q4_1 values. For the architecture llama, llama.cpp
+stores the rows of Wq and Wk (and their biases) with the two halves of each head interleaved; here they are put back.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import tempfile
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from core.errors import ModelError
 from core.models.io.limits import check_disk, check_memory
 from core.models.io.preflight.folder import check_folder
-from core.models.io.preflight.gguf import check_gguf
+from core.models.io.preflight.gguf import GgufHeader, GgufTensor, read_gguf_header
 from core.progress import Progress
 from core.storage import atomic_dir
 
-logger = logging.getLogger(__name__)
-
 SOURCE_FILE = "source.json"
+CONVERTER = 2
+"""Version of this conversion, part of the name of a converted folder in the cache: 1 dropped biases and rope scaling."""
+
+_FLOATS = {0: "<f4", 1: "<f2"}
+_WHOLE_NUMBERS = range(24, 29)
+"""ggml types of integers and of float64: no type in which weights are stored."""
+
+_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_BIASED = {
+    "llama": {**_ATTENTION, **_MLP},
+    "qwen2": {k: v for k, v in _ATTENTION.items() if k != "attn_output"},
+    "qwen3": _ATTENTION,
+}
+"""Linears that may have a bias in the transformers model of an architecture."""
+
+_FACTORS = "rope_freqs.weight"
+_IN_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
 
 def convert_gguf(path: Path, target: Path, *, source: dict[str, str], progress: Progress) -> None:
@@ -30,15 +59,15 @@ def convert_gguf(path: Path, target: Path, *, source: dict[str, str], progress: 
     Args:
         source: written as `source.json`: where the weights came from, a sentence for reports.
         progress: called with a stage's text and, where known, a fraction.
-    Raises: ModelError (refused by `check_gguf`, or an architecture transformers cannot read: E-MODEL-ARCH);
-        E-MODEL-SIZE, ResourceError E-DISK when it does not fit.
+    Raises: ModelError as `read_gguf_header` and `fields_of`; E-MODEL-ARCH for a tensor that is not read, E-MODEL-MISSING without
+        one that is needed, E-MODEL-TOKENIZER; E-MODEL-SIZE, ResourceError E-DISK when it does not fit.
     """
-    report = check_gguf(path)
-    check_memory(report.parameters)
-    check_disk(4 * report.parameters, target)
+    header = read_gguf_header(path)
+    check_memory(header.parameters)
+    check_disk(4 * header.parameters, target)
     with atomic_dir(target, replace=True) as stage:
         progress("Unpacking the GGUF file (once)", None)
-        _save(path, stage, report.pre_tokenizer)
+        _save(path, stage, header, lambda part: progress("Unpacking the GGUF file (once)", part))
         progress("Checking the converted model", 0.9)
         write_source(stage, source)
         check_folder(stage)
@@ -49,49 +78,130 @@ def write_source(folder: Path, source: dict[str, str]) -> None:
     (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
 
 
-def _save(path: Path, stage: Path, pre_tokenizer: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float], None]) -> None:
+    """Write configuration, tokenizer and weights of the model in `path` into the folder `stage`."""
+    import torch  # here: a page lists names without torch and transformers
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, GenerationConfig
 
-    from core.models.io.foreign import library_errors, quiet, tokenizer_errors  # here: a page lists names without them
+    from core.models.io.foreign import library_errors
+    from core.models.io.gguf_config import fields_of, rope_with_factors, stop_ids
+    from core.models.io.gguf_tokenizer import tokenizer_of
+    from core.models.io.skeleton import check_tensors
 
-    with tempfile.TemporaryDirectory(prefix="quantscope-") as alone, quiet():
-        # alone in its folder: transformers would also follow an adapter_config.json beside the file
-        os.symlink(path.absolute(), Path(alone) / "model.gguf")
-        given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
-        with library_errors("This GGUF file holds an architecture or a block type that transformers cannot read. "
-                            "Choose a llama, mistral, qwen2 or qwen3 file.", code="E-MODEL-ARCH"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                alone, dtype=torch.float32, output_loading_info=True, **_dequantize(), **given)
-        with tokenizer_errors("The tokenizer in this GGUF file cannot be rebuilt. Choose another file."):
-            tokenizer = AutoTokenizer.from_pretrained(alone, **given)
-            _split_digits(tokenizer, pre_tokenizer)
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ModelError("Tensors are missing from this GGUF file. Download it again.", code="E-MODEL-MISSING")
-        if hasattr(model.config, "quantization_config"):  # save_pretrained refuses while it looks quantised
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.config.dtype = torch.float32
-        model.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+    fields = fields_of(header)
+    names = _names(header)
+    tensors: dict[str, torch.Tensor] = {}
+    for index, (stored, name) in enumerate(names.items()):
+        values = _values(path, header, header.tensors[stored])
+        if name == _FACTORS:
+            fields["rope_parameters"] = rope_with_factors(
+                fields["rope_parameters"], values, fields["head_dim"], fields["max_position_embeddings"], header.file
+            )
+            continue
+        heads = {"q_proj": fields["num_attention_heads"], "k_proj": fields["num_key_value_heads"]}.get(name.split(".")[-2])
+        if heads and header.architecture == "llama":
+            values = _halves(values, heads, header.file)
+        tensors[name] = torch.from_numpy(values)
+        progress(0.9 * index / len(names))
+    fields |= _complete_biases(header.architecture, fields, tensors)
+    stops = stop_ids(header)
+    with library_errors("This GGUF header describes no model that transformers can build. Choose another file."):
+        config = AutoConfig.for_model(**fields, dtype=torch.float32)
+        config.save_pretrained(stage)
+        GenerationConfig(
+            bos_token_id=fields["bos_token_id"],
+            pad_token_id=fields["pad_token_id"],
+            eos_token_id=stops if len(stops) > 1 else fields["eos_token_id"],
+        ).save_pretrained(stage)
+    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    tokenizer_of(header).save_pretrained(stage)
+    save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
 
 
-def _dequantize() -> dict[str, object]:
-    """The option that makes transformers unpack the blocks; versions without it always do."""
+def _names(header: GgufHeader) -> dict[str, str]:
+    """Stored name → name in transformers, for every tensor of the file.
+
+    Raises: ModelError E-MODEL-ARCH naming a tensor that this architecture does not have; E-MODEL-MISSING naming an absent one.
+    """
+    names: dict[str, str] = {}
+    weights = {**_NORMS, **(_HEAD_NORMS if header.architecture == "qwen3" else {}), **_ATTENTION, **_MLP}
+    for stored in header.tensors:
+        match = _IN_LAYER.fullmatch(stored)
+        parts = weights if match and match[3] == "weight" else _BIASED.get(header.architecture, {})
+        if stored in _OUTSIDE:
+            names[stored] = _OUTSIDE[stored]
+        elif match and match[2] in parts:
+            names[stored] = f"model.layers.{match[1]}.{parts[match[2]]}.{match[3]}"
+        elif stored == _FACTORS:
+            names[stored] = _FACTORS
+        else:
+            raise ModelError(
+                f"{header.file} holds the tensor {stored[:60]}, which {header.architecture} models do not have: "
+                "leaving it out would change the model. Choose another file, or the safetensors folder.",
+                code="E-MODEL-ARCH",
+            )
+    needed = {f"blk.{index}.{part}.weight" for index in range(header.layers) for part in weights}
+    absent = sorted((needed | set(_OUTSIDE) - {"output.weight"}) - set(names))
+    if absent:
+        raise ModelError(
+            f"{len(absent)} tensors are missing from {header.file}: {', '.join(name[:40] for name in absent[:3])}. "
+            "Download the file again.",
+            code="E-MODEL-MISSING",
+        )
+    return names
+
+
+def _values(path: Path, header: GgufHeader, tensor: GgufTensor) -> Any:
+    """The values of one tensor, float32, as torch lays them out: (K, N) of the file becomes [N, K]."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    if tensor.kind in _WHOLE_NUMBERS:
+        raise ModelError(
+            f"{header.file} stores {tensor.name[:60]} as integers or float64, without a scale: floating or "
+            "block types are read. Choose another file.",
+            code="E-MODEL-BAD",
+        )
+    shape = tensor.shape[::-1]
+    raw = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
+    if tensor.kind in _FLOATS:
+        return raw.view(_FLOATS[tensor.kind]).astype(np.float32).reshape(shape)
     try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
+        rows = raw.reshape(*shape[:-1], -1)
+        return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(tensor.kind)), dtype=np.float32).reshape(shape)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"{header.file} stores {tensor.name[:60]} in a block type that is not read (ggml type {tensor.kind}): "
+            "choose a file of another quantisation.",
+            code="E-MODEL-ARCH",
+        ) from error
 
 
-def _split_digits(tokenizer: object, pre_tokenizer: str) -> None:
-    """SmolLM splits numbers into digits before byte-level BPE; transformers' GGUF reader does not know that rule."""
-    if pre_tokenizer != "smollm":
-        return
-    from tokenizers import pre_tokenizers
+def _halves(values: Any, heads: int, file: str) -> Any:
+    """[heads * E, …] with the halves of each head interleaved row by row -> the halves one after the other."""
+    import numpy as np
 
-    backend = tokenizer.backend_tokenizer
-    if "Digits" not in str(backend.pre_tokenizer):
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+    if len(values) % (2 * heads):
+        raise ModelError(
+            f"{file} states {heads} heads for {len(values)} rows: they must divide evenly. Download the file again.",
+            code="E-MODEL-BAD",
+        )
+    return np.ascontiguousarray(values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)).reshape(values.shape)
+
+
+def _complete_biases(architecture: str, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, bool]:
+    """Add zeros for the biases that transformers expects beside stored ones, and return the fields that switch them on."""
+    import torch
+
+    switches = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+    if architecture == "qwen2":  # its configuration has no switch: q, k and v always have a bias
+        switches = {"": _BIASED["qwen2"]}
+    found = {}
+    for switch, parts in switches.items():
+        wanted = [f"model.layers.{index}.{part}" for index in range(fields["num_hidden_layers"]) for part in parts.values()]
+        if switch == "" or any(f"{name}.bias" in tensors for name in wanted):
+            found[switch] = True
+            for name in wanted:
+                tensors.setdefault(f"{name}.bias", torch.zeros(len(tensors[f"{name}.weight"])))
+    return {switch: True for switch in found if switch}

@@ -1,18 +1,17 @@
-"""From a name to a checked model in memory: resolve, preflight, load, and compare what was loaded with what was asked.
+"""From a name to a checked model in memory: resolve, preflight, compare files and configuration, load.
 
-transformers fills a missing tensor with random numbers and says so only in a log; here a tensor that is missing, left
-over or of another shape refuses the model, and so does a NaN.
+A tensor that is missing, left over or of another shape refuses the model before anything is allocated (`skeleton.py`), and a
+NaN refuses it afterwards.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from core.errors import BackendError, InputError, ModelError, NumericError
 from core.models.io.catalog import resolve
@@ -30,6 +30,7 @@ from core.models.io.foreign import library_errors, quiet, tokenizer_errors
 from core.models.io.limits import check_memory
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.models.io.preflight.folder import FolderReport, check_files, check_folder
+from core.models.io.skeleton import HARMLESS, check_tensors, refuse_tensors
 from core.progress import Progress, silent
 from core.storage import verify
 
@@ -40,10 +41,6 @@ logger = logging.getLogger(__name__)
 
 QUANTSCOPE_FILE = "quantscope.json"
 """Present in a folder that Quantscope saved itself."""
-
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
-"""Buffers that old checkpoints store and current code computes."""
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -98,11 +95,13 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     needed = weight_bytes(report.config, report.parameters, outside, itemsize=dtype.itemsize)
     check_memory(needed, bytes_per_parameter=1)
     config, adapter = _configuration(resolved.path, report)
+    packed = None if bitnet_format(report.config) is None else f"{adapter.layers}."
+    check_tensors(config, {name: tensor.shape for name, tensor in report.tensors.items()}, inside=packed)
     progress("Loading the tokenizer", 0.1)
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
-    if bitnet_format(report.config) is None:
-        model = _load_weights(resolved.path, report, dtype)
+    if packed is None:
+        model = _load_weights(resolved.path, dtype)
     else:
         from core.models.io.bitnet import load_bitnet
 
@@ -163,33 +162,26 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
         complete = json.loads(config.to_json_string(use_diff=False))
         check_config(complete)
         check_layers(complete, report.tensors)
-    return config, adapter_for(config)
+    adapter = adapter_for(config)
+    activation = adapter.spec(config).activation
+    if activation not in ACT2FN:
+        raise ModelError(f"config.json names the unknown activation {str(activation)[:40]!r}: use a model with one that "
+                         "transformers has, such as silu.", code="E-MODEL-BAD")
+    return config, adapter
 
 
-def _load_weights(folder: Path, report: FolderReport, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The float model of a folder whose tensors `check_tensors` has compared with its configuration."""
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True)
-    _check_loading(info, report, tied=bool(getattr(model.config, "tie_word_embeddings", False)))
+            attn_implementation="sdpa", output_loading_info=True)
+    for key, fault in (("missing_keys", "were not found by transformers"), ("unexpected_keys", "were not used by transformers"),
+                       ("mismatched_keys", "were not accepted by transformers")):
+        names = (entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
+        refuse_tensors((name for name in names if not HARMLESS.search(name) and name != "lm_head.weight"), fault,
+                       len(model.state_dict()))
     return model
-
-
-def _check_loading(info: dict[str, Any], report: FolderReport, *, tied: bool) -> None:
-    """Refuse a model that is not exactly its files. A tied output weight may be stored or not."""
-    def names(key: str) -> list[str]:
-        found = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
-        return [n for n in found if not _HARMLESS.search(n) and not (tied and n == "lm_head.weight")]
-
-    for key, fault in (("missing_keys", "are missing from the weights"),
-                       ("mismatched_keys", "have another shape than config.json says"),
-                       ("unexpected_keys", "do not belong to this architecture")):
-        if found := names(key):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ModelError(f"{len(found)} of {len(report.tensors)} tensors {fault}; download the model again: "
-                             f"{', '.join(name[:50] for name in found[:3])}{more}.", code="E-MODEL-MISSING")
-    if info.get("error_msgs"):
-        raise ModelError("The weights cannot be read as this architecture. Download the model again.", code="E-MODEL-BAD")
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
+from core.models.io.preflight.other_tools import refuse_quantized_config
 from core.recipe import BITNET_MODES
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ ONLINE_MASTERS = "masters"
 _OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
 _LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
+_FOREIGN_MATHS = frozenset((
+    "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier",
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "n_routed_experts", "no_rope_layers", "num_experts",
+    "num_local_experts", "parallel_attn", "partial_rotary_factor", "qk_layernorm", "query_pre_attn_scalar", "residual_multiplier",
+    "rotary_dim", "rotary_emb_fraction", "rotary_pct", "scale_depth", "scale_emb", "use_alibi", "use_parallel_residual",
+    "use_qk_norm"))
+"""Fields by which other architectures compute something else. The architectures read here would ignore them in silence."""
+
+_NEUTRAL = (None, False, 0, 1, [], "")
+
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
@@ -54,9 +65,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         _check_heads(table)
     if not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
-    if bitnet_format(config) is None and config.get("quantization_config"):
-        raise ModelError("These weights are quantised already. Choose the original model, so that Quantscope can "
-                         "quantise it.", code="E-MODEL-BAD")
+    if bitnet_format(config) is None:
+        refuse_quantized_config(config)
+    _refuse_foreign_maths(config)
 
 
 def bitnet_format(config: Mapping[str, Any]) -> str | None:
@@ -143,6 +154,19 @@ def check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         if tensor.shape != (config["vocab_size"], width):
             raise ModelError(f"{name} has shape {list(tensor.shape)[:4]}, config.json says "
                              f"[{config['vocab_size']}, {width}]. Download the model again.", code="E-MODEL-BAD")
+
+
+def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
+    """Refuse a field that changes what a model computes and that none of the architectures read here has.
+
+    Raises: ModelError E-MODEL-ARCH naming the first such field with a value that is not neutral.
+    """
+    rope = [config[key] for key in ("rope_parameters", "rope_scaling") if isinstance(config.get(key), Mapping)]
+    for table in (config, *rope):
+        for key in sorted(_FOREIGN_MATHS & table.keys()):
+            if table[key] not in _NEUTRAL:
+                raise ModelError(f"config.json says {key} = {str(table[key])[:30]}: this part of a model is not supported, and "
+                                 "leaving it out would change the model. Choose another model.", code="E-MODEL-ARCH")
 
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

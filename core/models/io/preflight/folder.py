@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError
-from core.models.io.preflight.config import check_config, check_layers, refuse_code
+from core.models.io.preflight.config import bitnet_format, check_config, check_layers, refuse_code
+from core.models.io.preflight.other_tools import refuse_quantized_files, refuse_quantized_tensors
 
 MAX_HEADER_BYTES = 2 * 2**20
 MAX_TENSORS = 20_000
@@ -81,6 +82,7 @@ def check_folder(folder: Path) -> FolderReport:
         anything the files contain.
     """
     report = check_files(folder)
+    refuse_quantized_tensors(report.tensors, ternary=bitnet_format(report.config) is not None)
     check_layers(report.config, report.tensors)
     return report
 
@@ -96,6 +98,7 @@ def check_files(folder: Path) -> FolderReport:
         raise _bad("The folder is a training run, not a model. Export it with the verb train and --export.")
     config = read_json(folder, "config.json")
     check_config(config)
+    refuse_quantized_files(folder)
     _check_side_files(folder)
     return FolderReport(config, read_weights(folder))
 

@@ -1,9 +1,9 @@
-"""A bounded walk over a GGUF file's header, made before the `gguf` library sees the file.
+"""Reads a GGUF file's header within fixed bounds: keys, values, and where each tensor lies. Tensor data is not read.
 
 Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic "GGUF", uint32 version, uint64 tensor count,
 uint64 key count; per key: string key, uint32 type, value; per tensor: string name, uint32 dimensions, uint64 each,
-uint32 type, uint64 offset; padding to `general.alignment`; data. A string is a uint64 length and its bytes. The
-library's Python reader follows any stated length, so a 49-byte file can keep it busy for hours.
+uint32 type, uint64 offset; padding to `general.alignment`; data. A string is a uint64 length and its bytes. The reader of
+the `gguf` package follows any stated length, so a file of 49 bytes can keep it busy for hours; it is not used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,59 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
 """ggml type number → (elements per block, bytes per block)."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _LAYER = re.compile(r"blk\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
-class GgufReport:
-    """What the header says: architecture (`llama`, …), elements over all tensors, and the pre-tokenizer's name."""
+class GgufTensor:
+    """Where one tensor lies in the file.
 
+    Attributes:
+        name: as stored, such as `blk.0.attn_q.weight`.
+        shape: elements per dimension, the fastest first: a matrix [N, K] of torch is stored as (K, N).
+        kind: ggml type number, a key of `BLOCKS`.
+        nbytes: bytes of its data.
+        offset: of its first byte; from the start of the data section in an entry, from the start of the file in a header.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    nbytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What the header says.
+
+    Attributes:
+        file: name of the file, for sentences.
+        architecture: value of `general.architecture`, such as `llama`.
+        values: key → value as Python number, bool or str; an array as a list of numbers or of bytes (texts undecoded).
+        tensors: every tensor by name.
+    """
+
+    file: str
     architecture: str
-    parameters: int
-    pre_tokenizer: str
+    values: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, as stated; the tensors of each are there."""
+        return uniform(self.values.get(f"{self.architecture}.block_count", 0))
+
+    @property
+    def parameters(self) -> int:
+        """Elements over all tensors."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def check_gguf(path: Path) -> GgufReport:
-    """Walk the header of a GGUF file within fixed bounds; tensor data is not read.
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file.
 
     Raises: ModelError E-MODEL-BAD (malformed, beyond a bound), -CUT (ends early), -SIZE (config caps),
         -MISSING (layers absent); never another exception for anything the file contains.
@@ -61,22 +98,12 @@ def check_gguf(path: Path) -> GgufReport:
         walk = _Walk(data, path.name[:60])
         keys, tensors = walk.counts()
         values = walk.keys(keys)
-        infos = [walk.tensor() for _ in range(tensors)]
-        _check_places(infos, walk.position, values, size, walk)
+        found = _placed([walk.tensor() for _ in range(tensors)], walk.position, values, size, walk)
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str) or not _NAME.fullmatch(architecture):
         raise walk.bad("it does not name its architecture")
-    _check_sizes(architecture, values, infos, walk)
-    pre = values.get("tokenizer.ggml.pre")
-    return GgufReport(architecture, sum(prod(info.shape) for info in infos), pre if isinstance(pre, str) else "")
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
+    _check_sizes(architecture, values, found, walk)
+    return GgufHeader(walk.name, architecture, values, {tensor.name: tensor for tensor in found})
 
 
 class _Walk:
@@ -127,7 +154,7 @@ class _Walk:
         return keys, tensors
 
     def keys(self, count: int) -> dict[str, Any]:
-        """Key → value; an array is given as its length."""
+        """Key → value of the next `count` entries."""
         values: dict[str, Any] = {}
         for _ in range(count):
             key = self.text().decode("utf-8", "replace")
@@ -137,43 +164,46 @@ class _Walk:
         return values
 
     def value(self, kind: int) -> Any:
-        """The next value of a type number; an array is given as its length."""
+        """The next value of a type number."""
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
+            value = self.scalar(_SCALARS[kind])
+            return bool(value) if kind == _BOOL else value
         if kind == _STRING:
             return self.text().decode("utf-8", "replace")
         if kind == _ARRAY:
             return self.array()
         raise self.bad(f"unknown value type {kind}")
 
-    def array(self) -> int:
-        """Pass over the next array; returns its length."""
+    def array(self) -> list[Any]:
+        """The next array: numbers, or texts as bytes."""
         kind, count = self.scalar("<I"), self.scalar("<Q")
         self.elements += count
         if count > MAX_ARRAY or self.elements > MAX_ELEMENTS:
             raise self.bad(f"an array of {count:,} elements, at most {MAX_ARRAY:,} are read")
         if kind in _SCALARS:
-            self.take(count * struct.calcsize(_SCALARS[kind]))
-        elif kind == _STRING:
-            self.skip_texts(count)
-        else:
-            raise self.bad("an array of arrays or of an unknown type")
-        return count
+            form = f"<{count}{_SCALARS[kind][1]}"
+            return list(struct.unpack_from(form, self.data, self.take(struct.calcsize(form))))
+        if kind == _STRING:
+            return self.texts(count)
+        raise self.bad("an array of arrays or of an unknown type")
 
-    def skip_texts(self, count: int) -> None:
-        """Pass over `count` strings; written out flat, since vocabularies have hundreds of thousands."""
+    def texts(self, count: int) -> list[bytes]:
+        """The next `count` strings; written out flat, since vocabularies have hundreds of thousands."""
         unpack, data, limit, position = struct.Struct("<Q").unpack_from, self.data, self.limit, self.position
+        found: list[bytes] = []
         for _ in range(count):
             if position + 8 > limit:
                 self.take(limit + 1 - self.position)
             length = unpack(data, position)[0]
-            position += 8 + length
+            start, position = position + 8, position + 8 + length
             if length > MAX_STRING or position > limit:
                 raise self.bad("a text reaches past the header's end")
+            found.append(data[start:position])
         self.position = position
+        return found
 
-    def tensor(self) -> _Tensor:
-        """The next tensor entry."""
+    def tensor(self) -> GgufTensor:
+        """The next tensor entry; its offset counts from the start of the data section."""
         name = self.text().decode("utf-8", "replace")
         dimensions = self.scalar("<I")
         if not _NAME.fullmatch(name) or not 1 <= dimensions <= 4:
@@ -183,42 +213,49 @@ class _Walk:
         if kind not in BLOCKS or min(shape) < 1 or shape[0] % BLOCKS[kind][0]:
             raise self.bad(f"tensor {name[:60]} has an unknown type or an impossible shape")
         elements, block_bytes = BLOCKS[kind]
-        return _Tensor(name, shape, prod(shape) // elements * block_bytes, offset)
+        return GgufTensor(name, shape, kind, prod(shape) // elements * block_bytes, offset)
 
 
-def _check_places(infos: list[_Tensor], header_end: int, values: dict[str, Any], size: int, walk: _Walk) -> None:
-    """Tensors must be aligned, within the file, without overlap, each named once."""
+def uniform(value: Any) -> Any:
+    """`value`, or the one number of an array that repeats it for every layer."""
+    return value[0] if isinstance(value, list) and value and all(entry == value[0] for entry in value) else value
+
+
+def _placed(entries: list[GgufTensor], header_end: int, values: dict[str, Any], size: int, walk: _Walk) -> list[GgufTensor]:
+    """The tensors with offsets from the start of the file. They must be aligned, within the file, without overlap, each named
+    once."""
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise walk.bad("its alignment is not a power of two up to 4096")
-    if len({info.name for info in infos}) != len(infos):
+    if len({entry.name for entry in entries}) != len(entries):
         raise walk.bad("two tensors share a name")
     start = -(-header_end // alignment) * alignment
     end = 0
-    for info in sorted(infos, key=lambda info: info.offset):
-        if info.offset % alignment or info.offset < end:
-            raise walk.bad(f"tensor {info.name[:60]} is misplaced")
-        end = info.offset + info.nbytes
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if entry.offset % alignment or entry.offset < end:
+            raise walk.bad(f"tensor {entry.name[:60]} is misplaced")
+        end = entry.offset + entry.nbytes
     if start + end > size:
         raise ModelError(f"{walk.name} is cut: {size / 1e6:,.1f} of {(start + end) / 1e6:,.1f} MB. Download it again.",
                          code="E-MODEL-CUT")
+    return [replace(entry, offset=start + entry.offset) for entry in entries]
 
 
-def _check_sizes(architecture: str, values: dict[str, Any], infos: list[_Tensor], walk: _Walk) -> None:
-    """The caps of `preflight_config` on the header's own sizes, and layers present as promised."""
+def _check_sizes(architecture: str, values: dict[str, Any], infos: list[GgufTensor], walk: _Walk) -> None:
+    """Apply the caps of `preflight.config` to the header's sizes, and compare the layers present with those stated."""
     if values.get("split.count", 1) != 1:
         raise ModelError(f"{walk.name} is one part of several: merge them with llama-gguf-split first.",
                          code="E-MODEL-BAD")
     caps = {"block_count": MAX_LAYERS, "embedding_length": MAX_HIDDEN, "vocab_size": MAX_VOCAB,
             "feed_forward_length": 8 * MAX_HIDDEN, "context_length": 2**24, "attention.head_count": 1_024}
     for key, cap in caps.items():
-        value = values.get(f"{architecture}.{key}", 1)
+        value = uniform(values.get(f"{architecture}.{key}", 1))
         if type(value) is not int or value < 1:
             raise walk.bad(f"{key} is {str(value)[:20]}")
         if value > cap:
             raise ModelError(f"{walk.name} states {key} = {value:,}; the limit is {cap:,}. Choose a smaller model.",
                              code="E-MODEL-SIZE")
-    layers = values.get(f"{architecture}.block_count", 0)
+    layers = uniform(values.get(f"{architecture}.block_count", 0))
     found = {int(match[1]) for info in infos if (match := _LAYER.match(info.name))}
     if found != set(range(layers)):
         raise ModelError(f"{walk.name} promises {layers} layers and holds {len(found)}. Download it again.",

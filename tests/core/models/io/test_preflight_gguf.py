@@ -10,15 +10,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import ModelError
-from core.models.io.preflight.gguf import BLOCKS, check_gguf
+from core.models.io.preflight.gguf import BLOCKS, read_gguf_header
 from tests.core.models.io.malformed import GOOD_KEYS, GOOD_TENSORS, gguf_bytes, key, tensor, text
 
 
 def test_a_good_file_passes(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_bytes())
-    report = check_gguf(path)
-    assert (report.architecture, report.parameters, report.pre_tokenizer) == ("llama", 80, "smollm")
+    header = read_gguf_header(path)
+    assert (header.architecture, header.parameters, header.layers) == ("llama", 80, 1)
+    assert header.values["tokenizer.ggml.pre"] == "smollm" and header.values["tokenizer.ggml.scores"] == [0.0, 0.0]
+    assert [entry.decode() for entry in header.values["tokenizer.ggml.tokens"]] == ["a", "b", "ü"]
+    places = {tensor.name: (tensor.shape, tensor.kind, tensor.nbytes, tensor.offset) for tensor in header.tensors.values()}
+    start = len(gguf_bytes()) - 128
+    assert places == {"token_embd.weight": ((32, 2), 2, 36, start), "blk.0.attn_q.weight": ((4, 4), 0, 64, start + 64)}
 
 
 def test_what_the_library_writes_passes(tmp_path):
@@ -32,7 +37,7 @@ def test_what_the_library_writes_passes(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert check_gguf(tmp_path / "x.gguf").parameters == 2 * 64 + 64 * 32
+    assert read_gguf_header(tmp_path / "x.gguf").parameters == 2 * 64 + 64 * 32
 
 
 def test_block_sizes_are_those_of_the_library():
@@ -96,10 +101,10 @@ MALFORMED = {
 def test_malformed_headers_are_refused(tmp_path, name):
     path = tmp_path / "x.gguf"
     path.write_bytes(MALFORMED[name][0])
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ModelError) as caught:
-        check_gguf(path)
-    assert time.monotonic() - start < 1.0 and len(str(caught.value)) <= 240
+        read_gguf_header(path)
+    assert time.process_time() - start < 1.0 and len(str(caught.value)) <= 240
     assert caught.value.code == f"E-MODEL-{MALFORMED[name][1]}"
 
 
@@ -113,7 +118,7 @@ def test_mutated_headers_pass_or_are_refused(tmp_path, data):
     path = tmp_path / "x.gguf"
     path.write_bytes(raw)
     try:
-        check_gguf(path)
+        read_gguf_header(path)
     except ModelError as error:
         assert len(str(error)) <= 240
 
@@ -122,6 +127,6 @@ def test_a_vocabulary_as_large_as_published_ones_is_quick(tmp_path):
     words = b"".join(text(f"token{n}") for n in range(260_000))
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_bytes([*GOOD_KEYS, key("tokenizer.ggml.merges", 9, array(8, 260_000, words))]))
-    start = time.monotonic()
-    check_gguf(path)
-    assert time.monotonic() - start < 1.0
+    start = time.process_time()
+    read_gguf_header(path)
+    assert time.process_time() - start < 1.0

@@ -1,0 +1,60 @@
+"""The tensors that a configuration describes, and whether stored ones are exactly these.
+
+transformers allocates what `config.json` asks for, fills a missing tensor with random numbers and says so only in a log. Here the
+model is built on torch's device "meta", which has shapes and no memory, and compared with the headers of the weight files before
+a byte is allocated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from core.errors import ModelError
+from core.models.io.foreign import library_errors, quiet
+
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
+"""Buffers that old checkpoints store and current code computes."""
+
+
+def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], *, inside: str | None = None) -> None:
+    """Check that the stored tensors are the ones that `config` describes, before anything is allocated.
+
+    Args:
+        stored: name → shape, of the weight files; names may lack the base model's prefix or have it. A tied output weight may
+            be stored or not.
+        inside: prefix of names that are not compared: tensors there are stored in another form.
+    Raises: ModelError E-MODEL-MISSING naming up to three tensors that are missing, of another shape, or left over; E-MODEL-BAD
+        for a configuration that transformers cannot build.
+    """
+    sentence = "config.json is not valid for its architecture. Download the model again."
+    with quiet(), library_errors(sentence), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name, shape in stored.items():
+        spelled = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in expected), name)
+        if not HARMLESS.search(name) and not (inside and name.startswith(inside)):
+            found[spelled] = shape
+    wanted = {name for name in expected if not (inside and name.startswith(inside))}
+    if getattr(config, "tie_word_embeddings", False):
+        wanted.discard("lm_head.weight")
+    refuse_tensors(wanted - set(found), "are missing from the weights", len(expected))
+    refuse_tensors((n for n in wanted if found[n] != expected[n]), "have another shape than config.json says", len(expected))
+    refuse_tensors(set(found) - set(expected), "do not belong to this architecture", len(stored))
+
+
+def refuse_tensors(names: Iterable[str], fault: str, total: int) -> None:
+    """Raise ModelError E-MODEL-MISSING naming up to three of `names`, if there are any. total: tensors in all."""
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ModelError(
+            f"{len(found)} of {total} tensors {fault}; download the model again: "
+            f"{', '.join(name[:50] for name in found[:3])}{more}.",
+            code="E-MODEL-MISSING",
+        )
