@@ -22,9 +22,13 @@ SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
 REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("mlp_in",), "R5": ("down_in",)}
 """RPTQ's reorderings and the sites that share each order."""
 
-METHODS = ("rptq", "rtn", "bitnet")
+INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
+"""The site that each fused linear layer of a decoder block reads."""
+
+METHODS = {"rptq": "core.methods.rptq.method", "rtn": "core.methods.rtn", "bitnet": "core.methods.bitnet"}
+"""Module of each quantisation method, by the method's name: `core.methods.method` imports it when it is used."""
 WEIGHT_METHODS = ("gptq", "rtn")
-VARIANTS = ("default", "official", "strict")
+VARIANTS = ("default", "official", "strict", "matched")
 SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
 _INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
 BITNET_MODES = tuple(_INPUT_BITS)
@@ -120,16 +124,13 @@ class Clusters:
         for part in text.split(","):
             key, _, value = (p.strip() for p in part.partition("="))
             if key not in REORDERS or not (value.isascii() and value.isdigit() and len(value) < 7):
-                raise InputError(
-                    f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32.",
-                    code="E-PARAM-CLUSTERS",
-                )
+                rule = f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32."
+                raise InputError(rule, code="E-PARAM-CLUSTERS")
             chosen[key] = int(value)
         return cls(**chosen)
 
     def describe(self) -> str:
-        """Short text: "g=32/4" or the five numbers."""
-
+        """Write the counts shortly: "g=32/4", "per channel" or the five numbers."""
         names = {r: "channel" if count >= PER_CHANNEL else str(count) for r, count in asdict(self).items()}
         if self.R1 == self.R4 == self.R5 and self.R2 == self.R3:
             return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={names['R1']}/{names['R2']}"
@@ -198,10 +199,11 @@ class QuantRecipe:
     """Everything that decides a quantised model. Equal recipes give equal models; `hash` names them.
 
     Attributes:
-        method: "rptq", "rtn" (round-to-nearest without clusters, the baseline) or "bitnet".
+        method: "rptq", "rtn" (round-to-nearest, the baseline) or "bitnet".
         scheme: one of SCHEMES, or "custom" with `bits` given.
-        variant: "default" (better rules), "official" (the published code's rules), "strict" (default rules with the
-            norm outputs at the scheme's activation bits).
+        variant: of RPTQ, "default" (better rules), "official" (the published code's rules) or "strict" (default rules with
+            the norm outputs at the scheme's activation bits). Of RTN, "default" (plain: one range per tensor) or "matched"
+            (everything as RPTQ's default but the reordering: groups of neighbours, clip search, first token in float).
         bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
         segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
     """
@@ -221,7 +223,7 @@ class QuantRecipe:
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
-        require_choice("method", self.method, METHODS)
+        require_choice("method", self.method, tuple(METHODS))
         require_choice("weight method", self.weights, WEIGHT_METHODS)
         require_choice("variant", self.variant, VARIANTS)
         require_choice("segments", self.segments, tuple(SEGMENTS) if self.method == "rptq" else ("exact",))
@@ -230,13 +232,16 @@ class QuantRecipe:
             require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**31 - 1, "use 0 to 2147483647"))
         if (self.scheme == "custom") != (self.bits is not None):
-            fault = "Own bits go with scheme custom, and scheme custom needs bits: give both or neither."
-            raise InputError(fault, code="E-PARAM-BITS")
+            rule = "Own bits go with scheme custom, and scheme custom needs bits: give both or neither."
+            raise InputError(rule, code="E-PARAM-BITS")
+        if self.variant == "matched" and self.method != "rtn":
+            rule = f"Variant matched belongs to the method rtn, not to {self.method}: choose another variant, or rtn."
+            raise InputError(rule, code="E-PARAM-VARIANT")
         if self.method == "bitnet" and self.bitnet is None:
             object.__setattr__(self, "bitnet", BitNetOptions())
         if self.method != "bitnet" and self.bitnet is not None:
-            fault = f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out."
-            raise InputError(fault, code="E-PARAM-BITNET")
+            rule = f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out."
+            raise InputError(rule, code="E-PARAM-BITNET")
 
     @property
     def tensor_bits(self) -> Bits:
@@ -272,7 +277,7 @@ class QuantRecipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
-        """Inverse of `to_dict`. Raises InputError on an unknown or badly typed field."""
+        """Read what `to_dict` wrote. Raises: InputError for an unknown or badly typed field."""
         data = dict(require_keys("recipe", data, cls))
         for name, part in (("bits", Bits), ("clusters", Clusters), ("calibration", Calibration), ("bitnet", BitNetOptions)):
             if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
@@ -283,13 +288,12 @@ class QuantRecipe:
 
     @classmethod
     def from_json(cls, text: str) -> QuantRecipe:
-        """Inverse of `to_json`. Raises InputError if the text is not a JSON object."""
+        """Read what `to_json` wrote. Raises: InputError if the text is not a JSON object."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                "The recipe is not valid JSON: export one from the page or the CLI and edit that.", code="E-PARAM-RECIPE"
-            ) from error
+            rule = "The recipe is not valid JSON: export one from the page or the CLI and edit that."
+            raise InputError(rule, code="E-PARAM-RECIPE") from error
         return cls.from_dict(data)
 
     def to_query(self) -> str:
@@ -314,7 +318,7 @@ class QuantRecipe:
 
     @classmethod
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
-        """Inverse of `to_query`; missing keys keep the values of `default`, unknown keys are ignored.
+        """Read what `to_query` wrote; missing keys keep the values of `default`, unknown keys are ignored.
 
         What a key leaves unsaid is not taken from `default`: the revision goes with the model, own bits with the scheme.
         """
@@ -331,14 +335,11 @@ class QuantRecipe:
             changes["bits"] = None
         if "method" in given:
             changes.setdefault("segments", "exact")
+            changes.setdefault("variant", "default" if default.variant == "matched" else default.variant)
         if "method" in given or "bitnet" in given:
             changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
-        if "clusters" in given:
-            changes["clusters"] = Clusters.parse(given["clusters"])
-        if "bits" in given:
-            changes["bits"] = parse_bits(given["bits"])
-        if "seed" in given:
-            changes["seed"] = parse_int("seed", given["seed"])
+        readers = {"clusters": Clusters.parse, "bits": parse_bits, "seed": lambda number: parse_int("seed", number)}
+        changes |= {name: read(given[name]) for name, read in readers.items() if name in given}
         cal = default.calibration
         changes["calibration"] = Calibration(
             given.get("calibration", cal.text),
@@ -358,24 +359,21 @@ class QuantRecipe:
             return f"{self.scheme} (activations and KV cache 16)"
         if bits.q == FLOAT_BITS:
             return f"{self.scheme} (only the KV cache below 16)"
-        kept = []
-        if bits.attn_in != bits.o_in:
-            kept.append(f"norm outputs {bits.attn_in}")
-        if bits.softmax != bits.o_in:
-            kept.append(f"softmax {bits.softmax}")
+        kept = [f"norm outputs {bits.attn_in}"] if bits.attn_in != bits.o_in else []
+        kept += [f"softmax {bits.softmax}"] if bits.softmax != bits.o_in else []
         return f"{self.scheme} ({', '.join(kept)})" if kept else self.scheme
 
     def label(self) -> str:
-        """One line for tables: method, bits with what stays wider, clusters, weight method, variant."""
-        parts = [self.method.upper(), self.describe_bits()]
+        """Name the recipe in one line for tables: method, bits with what stays wider, clusters, weight method, variant."""
         if self.method == "bitnet":
-            return " · ".join(parts)
-        if self.method == "rptq":
-            parts.append(self.clusters.describe() + SEGMENTS[self.segments])
+            return f"BITNET · {self.describe_bits()}"
+        parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments]]
+        if self.method == "rtn":
+            calibrated = ", clip search, first token float" if self.tensor_bits.quantizes_activations else ""
+            matched = f"RTN matched ({self.clusters.describe()}{calibrated})"
+            parts = [matched if self.variant == "matched" else "RTN plain", self.describe_bits()]
         parts.append(self.weights.upper() if self.tensor_bits.weights < FLOAT_BITS else "float weights")
-        if self.variant != "default":
-            parts.append(self.variant)
-        return " · ".join(parts)
+        return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])
 
 
 def parse_bits(text: str) -> Bits:

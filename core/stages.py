@@ -15,7 +15,7 @@ from core.errors import ModelError
 from core.evaluation.describe import backend_use, dtype_of, fidelity_of, label_of, layer_report, set_backend
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import score
-from core.methods import METHODS
+from core.methods import method
 from core.methods.sequential import quantize_layers
 from core.models.io.load import LoadedModel
 from core.models.io.quantized import already_quantized, modules_of
@@ -64,9 +64,8 @@ def quantize(
     """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
     require_float(base, "quantise")
     start = time.perf_counter()
-    method = METHODS.get(recipe.method)
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
-    model, outcomes, stages = quantize_layers(base.model, base.adapter, method, recipe, tokens, progress=progress)
+    model, outcomes, stages = quantize_layers(base.model, base.adapter, method(recipe.method), recipe, tokens, progress=progress)
     label = " · ".join(filter(None, (recipe.label(), fidelity_of(model, base.adapter))))
     origin = f"Quantised by Quantscope from {base.name}. {base.source}"
     loaded = replace(base, model=model, source=origin, path=None, label=label)

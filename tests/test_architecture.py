@@ -23,11 +23,12 @@ BANNED = {
 STAGES = (
     {"errors", "registry", "checks", "folders", "storage", "privacy", "progress", "provenance"},
     {"recipe"},
+    {"report"},
     {"quant"},
     {"models"},
     {"calibration"},
     {"methods"},
-    {"report", "doctor"},
+    {"doctor"},
     {"evaluation"},
     {"stages"},
     {"workbench"},

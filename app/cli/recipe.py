@@ -27,11 +27,14 @@ def recipe_of(args: Namespace) -> QuantRecipe:
     if given.get("method", "bitnet") != "bitnet":
         base.pop("bitnet", None)
     method = given.get("method") or base.get("method", "rptq")
+    matched = (given.get("variant") or base.get("variant")) == "matched"
     for name in FOREIGN.get(method, ()):
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None and not (matched and name == "clusters"):
             raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
     if method != "rptq":
         base.pop("segments", None)
+    if method != "rtn" and base.get("variant") == "matched":
+        base.pop("variant")
     if method == "rtn" and "weights" not in base:
         given.setdefault("weights", "rtn")  # as the method's name says
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")

@@ -101,12 +101,10 @@ def quantize(args: Namespace, console: Console) -> None:
     """Quantise a model into a folder that every other verb takes as `--model`."""
     recipe = recipe_of(args)
     from core import load_model
-    from core.methods import METHODS
     from core.models.io.quantized import check_output, save_quantized
     from core.provenance import provenance
     from core.workbench import quantize as run
 
-    METHODS.get(recipe.method)
     check_output(args.out)
     _require_text(recipe.calibration.text, "calibration")
     base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)

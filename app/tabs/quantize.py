@@ -11,7 +11,7 @@ import gradio as gr
 from app.context import HEAVY, LIGHT, Context, Updates
 from app.session import Run, Session
 from app.tabs.measured import numbers_table
-from app.tabs.sidebar import Sidebar
+from app.tabs.sidebar import Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name
@@ -38,7 +38,7 @@ class Quantize:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 with gr.Column(scale=6, min_width=240) as self.grid, gr.Row():
                     self.variant = gr.Dropdown(
-                        [(label, name) for name, label in texts.VARIANTS.items()],
+                        variant_choices("rptq"),
                         value="default",
                         label=texts.VARIANT,
                         min_width=220,
@@ -205,8 +205,8 @@ class Quantize:
         return {
             self.keep: options.keep,
             **{field: getattr(options, name) for name, field in self.attention.items()},
-            **self.show(recipe.method),
-            self.variant: recipe.variant,
+            **self.show(recipe.method, recipe.variant),
+            self.variant: gr.update(choices=variant_choices(recipe.method), value=recipe.variant),
             self.weights: recipe.weights,
             self.segments: recipe.segments,
             self.tokens: gr.update(value=recipe.calibration.tokens, visible=recipe.method != "bitnet"),
@@ -216,15 +216,15 @@ class Quantize:
             **{field: getattr(recipe.clusters, name) for name, field in self.clusters.items()},
         }
 
-    def show(self, method: object) -> Updates:
-        """Only the controls that concern a method."""
+    def show(self, method: object, variant: object = "default") -> Updates:
+        """Show only the controls that concern a method and its variant."""
         grid = method != "bitnet"
         shown = {
             self.grid: grid,
             self.ternary: not grid,
             self.folds: grid,
             self.tokens: grid,
-            self.cluster_fold: method == "rptq",
+            self.cluster_fold: method == "rptq" or (method == "rtn" and variant == "matched"),
         }
         return {part: gr.update(visible=visible) for part, visible in shown.items()}
 
@@ -259,8 +259,9 @@ class Quantize:
         guard, side, status = self.ctx.guard, self.side, [self.ctx.status, self.ctx.stop]
         self.after = after
         side.scheme.input(guard(self.scheme_chosen), {side.scheme}, [*self.bits.values(), *status], **LIGHT)
-        parts = [*side.show("rptq"), *self.show("rptq"), self.weights]
+        parts = [*side.show("rptq"), *self.show("rptq"), self.variant, self.weights]
         side.method.input(guard(self.method_chosen), {side.method}, [*parts, *status], **LIGHT)
+        self.variant.input(guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT)
         for field in self.bits.values():
             field.input(self.own_bits, None, [side.scheme], **LIGHT)
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
@@ -275,7 +276,13 @@ class Quantize:
     def method_chosen(self, values: Updates) -> Updates:
         """Show the controls of the method."""
         method = values[self.side.method]
-        return {**self.side.show(method), **self.show(method), self.weights: "rtn" if method == "rtn" else "gptq"}
+        variant = gr.update(choices=variant_choices(method), value="default")
+        weights = "rtn" if method == "rtn" else "gptq"
+        return {**self.side.show(method), **self.show(method), self.variant: variant, self.weights: weights}
+
+    def variant_chosen(self, values: Updates) -> Updates:
+        """Show the cluster counts where the variant has groups."""
+        return {self.cluster_fold: self.show(values[self.side.method], values[self.variant])[self.cluster_fold]}
 
     def own_bits(self) -> Updates:
         """Make the scheme the visitor's own once a tensor's bits were changed."""

@@ -146,3 +146,9 @@ class Sidebar:
 def scheme_choices() -> list[tuple[str, str]]:
     """Schemes by name; what stays at more bits than a name says is told under the field."""
     return [*((name, name) for name in SCHEMES), (texts.SCHEME_CUSTOM, "custom")]
+
+
+def variant_choices(method: object) -> list[tuple[str, str]]:
+    """List the variants of a method for the drop-down."""
+    names = texts.VARIANTS | {"default": texts.RTN_PLAIN} if method == "rtn" else texts.VARIANTS
+    return [(label, name) for name, label in names.items() if method == "rtn" or name != "matched"]

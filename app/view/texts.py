@@ -43,7 +43,7 @@ PASTE_INFO = "Used for your session only, never stored or shared. At least 512 t
 TOKENS = "Tokens to observe"
 OBSERVE = "Observe ranges"
 METHOD = "Method"
-METHODS = {"rptq": "RPTQ: grouped channels", "rtn": "RTN: plain rounding", "bitnet": "BitNet a4.8: ternary models"}
+METHODS = {"rptq": "RPTQ: grouped channels", "rtn": "RTN: rounding, the baseline", "bitnet": "BitNet a4.8: ternary models"}
 SCHEME = "Bits"
 SCHEME_INFO = "W weights, A activations, KV only the cache. W4A4 keeps norm outputs and softmax at 8 bits."
 SCHEME_CUSTOM = "custom: see tab 3"
@@ -131,7 +131,9 @@ VARIANTS = {
     "default": "Default: the better rules",
     "official": "Official: as published code",
     "strict": "Strict: norm outputs low too",
+    "matched": "Matched: as RPTQ, no reordering",
 }
+RTN_PLAIN = "Plain: one range per tensor"
 WEIGHTS = "Weights"
 WEIGHT_METHODS = {"gptq": "GPTQ: second order, slower, better", "rtn": "Round to nearest: at once"}
 CALIBRATION_TOKENS = "Calibration tokens"

@@ -78,12 +78,9 @@ def label_of(loaded: LoadedModel) -> str:
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
-    """One layer's outcome as plain numbers."""
+    """Describe one quantised layer in plain numbers."""
     sites = {name: SiteError(s.bits, len(s.offsets) - 1, s.sqnr_db) for name, s in outcome.plan.sites.items()}
-    weights = {
-        name: WeightError(n.bits, n.method, n.sqnr_db, n.fallback, n.effective_bits) for name, n in outcome.weights.items()
-    }
-    return LayerReport(index, outcome.output_sqnr_db, sites, weights)
+    return LayerReport(index, outcome.output_sqnr_db, sites, outcome.weights)
 
 
 def report_from_dict(data: dict[str, Any]) -> QuantizeReport:

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from core.calibration.observe import embed
 from core.errors import InputError, ModelError
-from core.methods.apply import INPUT_SITE
 from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
 from core.models.shell import quantized_blocks
 from core.progress import Progress, silent
 from core.quant.linear.ternary import TernaryLinear
-from core.recipe import SITES
+from core.recipe import INPUT_SITE, SITES
 from core.report import InputHistogram, Sparsity, SparsityReport, TernaryShares, WeightHistogram
 
 BINS = 101

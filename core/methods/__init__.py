@@ -1,8 +1,14 @@
-"""Quantisation methods, registered by name: one line each."""
+"""Quantisation methods: `core.recipe.METHODS` names the module of each, whose `METHOD` is the method's object."""
 
-from core.methods import bitnet as bitnet  # noqa: F401
-from core.methods import rtn  # noqa: F401
-from core.methods.base import METHODS
-from core.methods.rptq import method  # noqa: F401
+from __future__ import annotations
 
-__all__ = ["METHODS"]
+import importlib
+
+from core.checks import require_choice
+from core.methods.base import Method
+from core.recipe import METHODS
+
+
+def method(name: str) -> Method:
+    """Look up the method called `name`. Raises: InputError E-PARAM-METHOD for an unknown name."""
+    return importlib.import_module(METHODS[require_choice("method", name, tuple(METHODS))]).METHOD

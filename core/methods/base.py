@@ -1,4 +1,4 @@
-"""What a method is: it decides (a `LayerPlan`, pure data) and then builds a quantised layer from the decision."""
+"""What a quantisation method is: `plan_layer` decides (a `LayerPlan`, pure data), `apply_layer` builds the layer it describes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from torch import Tensor
 
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
-from core.quant.observer import SitePlan
+from core.quant.affine import Grid
+from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
 from core.recipe import FLOAT_BITS, QuantRecipe
-from core.registry import Registry
+from core.report import WeightError
+
+SEARCHED_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=True)
+"""How RPTQ's variant default and the matched baseline make grids of ranges."""
+
+FLOAT_FIRST_TOKENS = 1
+"""Positions at the start of a sequence that both keep in float: their activations are hundreds of times larger."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class LayerStatistics:
     Attributes:
         ranges: per site, channels in the original order; clusters are formed on these.
         calibrated: ranges for scales where a method calibrates apart from clustering; else the same object as `ranges`.
-        hessians: Xᵀ X per linear input site, original order; empty when not asked for.
+        hessians: Xᵀ X [K, K] per linear input site, original order; empty when not asked for.
         importance: per linear input site [C], mean square of the weight columns that read it.
     """
 
@@ -50,46 +57,50 @@ class LayerStatistics:
     importance: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class WeightNote:
-    """How one weight matrix was quantised: bits, method used, signal to noise in dB, reason of a fallback, stored bits."""
-
-    bits: int
-    method: str
-    sqnr_db: float
-    fallback: str | None
-    effective_bits: float
-
-
 class Method(Protocol):
-    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and leaves its inputs alone.
+    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and does not change its inputs.
 
-    `keeps_ternary`: whether blocks whose weights are ternary already are given as they are, not as float weights.
+    `keeps_ternary`: whether the method takes blocks whose weights are ternary already as they are; else it gets float weights.
     """
 
     keeps_ternary: bool
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """First positions of each window left out of the ranges and kept in float."""
+        """Count the first positions of each window that are left out of the ranges and kept in float."""
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
+        """Give the bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Whether `apply_layer` reads `LayerStatistics.hessians`, which cost a product of every input with itself."""
+        """Say whether `apply_layer` reads `LayerStatistics.hessians`, which cost a product of every input with itself."""
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
-    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
-        """The quantised block that `plan` describes, and a note per weight."""
+    ) -> tuple[DecoderBlock, dict[str, WeightError]]:
+        """Build the quantised block that `plan` describes. Returns: (block, error of each fused weight by name)."""
 
 
 def rounds_by_gptq(recipe: QuantRecipe) -> bool:
-    """Whether weights are quantised, and by GPTQ."""
+    """Say whether a recipe quantises weights, and by GPTQ."""
     return recipe.weights == "gptq" and recipe.tensor_bits.weights < FLOAT_BITS
 
 
-METHODS: Registry[Method] = Registry("method")
+def channel_importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:
+    """Weigh the squared error of each channel by what it does to the next product: per site [C], original order.
+
+        attn_in, o_in, mlp_in, down_in   mean square of the weight columns that read the channel
+        q                                mean square of the key channel it is multiplied with
+        k                                mean square of the query channels it is multiplied with, over the heads that share it
+        v                                as o_in, over the query heads that share it
+    """
+    result = dict(stats.importance)
+    q2 = stats.ranges["q"].rows.square().mean(0).view(spec.kv_heads, spec.groups, spec.head_dim)
+    k2 = stats.ranges["k"].rows.square().mean(0).view(spec.kv_heads, 1, spec.head_dim)
+    result["k"] = q2.mean(1).flatten()
+    result["q"] = k2.expand(-1, spec.groups, -1).flatten()
+    if "o_in" in result:
+        result["v"] = result["o_in"].view(spec.kv_heads, spec.groups, spec.head_dim).mean(1).flatten()
+    return result

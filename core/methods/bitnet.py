@@ -17,8 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from core.methods.apply import INPUT_SITE
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote
+from core.methods.base import LayerPlan, LayerStatistics
 from core.models.adapter import BlockSpec
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
@@ -26,28 +25,29 @@ from core.quant.dynamic import MODES, quantize_input
 from core.quant.kv_cache_dynamic import AttentionBits, fake_heads
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.observer import SitePlan, sqnr_db
-from core.recipe import SITES, BitNetOptions, QuantRecipe
+from core.recipe import INPUT_SITE, SITES, BitNetOptions, QuantRecipe
+from core.report import WeightError
 
 
 class BitNet:
-    """The method object: see the module's text."""
+    """The method "bitnet": see the module's text."""
 
     keeps_ternary = True
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """None: every token is quantised by its own scale."""
+        """Give 0: every token is quantised by its own scale."""
         return 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """The softmax output stays in float."""
+        """Give 16: the softmax output stays in float."""
         return 16
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """No: ternary weights are rounded by their mean."""
+        """Say no: ternary weights are rounded by their mean."""
         return False
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Bits of every site and the noise its dynamic quantiser makes on sampled rows."""
+        """Note the bits of every site and the noise that its dynamic quantiser makes on sampled rows."""
         bits = recipe.tensor_bits
         sites = {}
         for site in SITES:
@@ -59,9 +59,9 @@ class BitNet:
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
-    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
-        """The same norms around ternary layers: the block's own ternary weights, or float ones rounded."""
-        options, notes = recipe.bitnet, {}
+    ) -> tuple[DecoderBlock, dict[str, WeightError]]:
+        """Build a block of the same norms around ternary layers: the block's own ternary weights, or its float ones rounded."""
+        options, errors = recipe.bitnet, {}
         rules = replace(
             block.rules or BitNetRules(options.mode),
             mode=options.mode,
@@ -75,20 +75,20 @@ class BitNet:
             kind = rules.kind(INPUT_SITE[name])
             if isinstance(linear, TernaryLinear):
                 layer = linear.with_input(kind, rules.keep)
-                notes[name] = WeightNote(2, "ternary", float("inf"), None, layer.effective_bits)
+                errors[name] = WeightError(2, "ternary", float("inf"), None, layer.effective_bits)
             else:
                 weight, bias = linear.weight.detach().to(torch.float32), linear.bias
                 parts = list(weight.split(_rows(name, block.spec)))
                 layer = TernaryLinear.from_weights(parts, None if bias is None else bias.detach(), kind=kind, keep=rules.keep)
                 noise = sqnr_db(weight, layer.dequantized_weight())
-                notes[name] = WeightNote(2, "ternary", noise, None, layer.effective_bits)
+                errors[name] = WeightError(2, "ternary", noise, None, layer.effective_bits)
             setattr(new, name, layer)
         new.rules = rules
-        return new.eval(), notes
+        return new.eval(), errors
 
 
 def _rows(name: str, spec: BlockSpec) -> list[int]:
-    """Output rows of the projections that a fused linear layer holds."""
+    """Count the output rows of each projection that a fused linear layer holds."""
     if name == "qkv":
         return [spec.width(site) for site in ("q", "k", "v")]
     if name == "up":
@@ -97,7 +97,7 @@ def _rows(name: str, spec: BlockSpec) -> list[int]:
 
 
 def _approximation(site: str, rows: Tensor, options: BitNetOptions, spec: BlockSpec) -> Tensor | None:
-    """What the quantiser of a site makes of rows [R, C]; None where it is not quantised. The first token's bits are left out."""
+    """Quantise and dequantise rows [R, C] of a site; None where it is not quantised. The first token's bits are left out."""
     if site in MODES[options.mode]:
         codes, scale = quantize_input(rows, MODES[options.mode][site], keep=options.keep)
         return codes * scale
@@ -107,4 +107,4 @@ def _approximation(site: str, rows: Tensor, options: BitNetOptions, spec: BlockS
     return fake_heads(rows.unflatten(-1, (-1, spec.head_dim)), bits).flatten(-2)
 
 
-METHODS.register("bitnet", BitNet())
+METHOD = BitNet()

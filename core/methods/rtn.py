@@ -1,53 +1,82 @@
-"""Round-to-nearest without clusters: the baseline. One static range per activation tensor, one per weight row.
+"""Round-to-nearest (RTN): the baseline of RPTQ, in two strengths. The bits are those of the same schemes.
 
-The bits are those of the same schemes, so a row "RTN W4A4" differs from "RPTQ W4A4" by the method alone.
+    plain     variant "default": one static range per activation tensor, exact minimum to maximum of every token; one
+              scale per weight row. What most papers call RTN.
+    matched   variant "matched": everything as in RPTQ's variant "default" except the reordering. As many groups, but of
+              neighbouring channels and of equal size, so stored bits per weight and per cached key are the same; the same
+              clip search with the same importance; the first token in float. The difference between this row and RPTQ's is
+              what clustering and reordering channels are worth.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from core.methods.apply import build_block
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
+from core.methods.base import (
+    FLOAT_FIRST_TOKENS,
+    SEARCHED_RANGES,
+    LayerPlan,
+    LayerStatistics,
+    channel_importance,
+    rounds_by_gptq,
+)
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, plan_site
-from core.recipe import SITES, QuantRecipe
+from core.recipe import REORDERS, SITES, QuantRecipe
+from core.report import WeightError
 
-RULES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
+PLAIN_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 
 
 class RoundToNearest:
-    """Exact min/max of the calibration text, no order, no clusters; weights by `recipe.weights`."""
+    """The method "rtn". No channel moves; weights are rounded as `recipe.weights` says."""
 
     keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """None: the baseline treats every token alike."""
-        return 0
+        """Give 1 for the matched variant where activations are quantised, as RPTQ does; else 0."""
+        return FLOAT_FIRST_TOKENS if recipe.variant == "matched" and recipe.tensor_bits.quantizes_activations else 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Float softmax while calibrating."""
+        """Give 16: the softmax output stays in float while calibrating."""
         return 16
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """For GPTQ."""
+        """Say whether GPTQ reads Hessians."""
         return rounds_by_gptq(recipe)
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """One grid per site."""
-        bits = recipe.tensor_bits
-        sites = {
-            site: plan_site(stats.calibrated[site], torch.tensor([0, spec.width(site)]), bits.site(site), RULES) for site in SITES
-        }
-        return LayerPlan({}, sites, bits.softmax, bits.weights, sink_tokens=0)
+        """Choose the grids of one layer: one per site, or one per group of neighbours in the matched variant."""
+        bits, matched = recipe.tensor_bits, recipe.variant == "matched"
+        importance = channel_importance(stats, spec) if matched else {}
+        groups = {site: getattr(recipe.clusters, name) for name, sites in REORDERS.items() for site in sites}
+        sites = {}
+        for site in SITES:
+            heads = {"q": spec.heads, "o_in": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}.get(site, 1)
+            offsets = equal_groups(spec.width(site), groups[site], heads) if matched else torch.tensor([0, spec.width(site)])
+            rules = SEARCHED_RANGES if matched else PLAIN_RANGES
+            sites[site] = plan_site(stats.calibrated[site], offsets, bits.site(site), rules, importance.get(site))
+        return LayerPlan({}, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
-    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
-        """Quantise weights per row, attach quantisers."""
-        return build_block(block, plan, hessians=stats.hessians, grid=RULES.grid)
+    ) -> tuple[DecoderBlock, dict[str, WeightError]]:
+        """Quantise the weights in the groups of their inputs and attach the quantisers."""
+        return build_block(block, plan, hessians=stats.hessians, grid=Grid.EXACT)
 
 
-METHODS.register("rtn", RoundToNearest())
+def equal_groups(width: int, count: int, heads: int) -> Tensor:
+    """Cut `width` channels into `count` runs of neighbours per head, equal to within one channel.
+
+    Returns: [G + 1] int64 boundaries, G = heads · count; at most one run per channel.
+    """
+    own = width // heads
+    count = min(count, own)
+    return torch.tensor([head * own + i * own // count for head in range(heads) for i in range(count)] + [width])
+
+
+METHOD = RoundToNearest()

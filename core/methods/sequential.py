@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from core.calibration.observe import Recorder, embed
 from core.errors import NumericError
-from core.methods.apply import INPUT_SITE
-from core.methods.base import LayerPlan, LayerStatistics, Method, WeightNote
+from core.methods.base import LayerPlan, LayerStatistics, Method
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
 from core.models.shell import BlockInputs, with_layers
 from core.progress import Progress, silent
 from core.quant.observer import decibels
-from core.recipe import FLOAT_BITS, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
+from core.report import WeightError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerOutcome:
     """One layer's plan, how its weights were quantised, and the error of its output against the float block, dB."""
 
     plan: LayerPlan
-    weights: dict[str, WeightNote]
+    weights: dict[str, WeightError]
     output_sqnr_db: float
 
 
@@ -91,13 +91,13 @@ def quantize_layers(
         plan = method.plan_layer(stats, recipe, spec)
         watch.lap("cluster and plan")
         tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
-        quantized, notes = method.apply_layer(block, plan, stats, recipe)
+        quantized, errors = method.apply_layer(block, plan, stats, recipe)
         quantized.to(model.device)  # plans are made on the CPU
         watch.lap("weights")
         hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
             linear.release()
-        outcomes.append(LayerOutcome(plan, notes, _output_sqnr(outputs, hidden, index)))
+        outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
         blocks.append(quantized)
         watch.lap("propagate")
     return with_layers(model, adapter, blocks), outcomes, watch.seconds

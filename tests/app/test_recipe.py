@@ -34,6 +34,7 @@ def plain(updates):
         QuantRecipe(
             "a/b", "main", method="rtn", scheme="W3A3KV", weights="rtn", variant="strict", clusters=Clusters(1, 2, 3, 4, 5)
         ),
+        QuantRecipe("fake", method="rtn", weights="rtn", variant="matched", clusters=Clusters(9, 2, 3, 8, 7)),
         QuantRecipe("fake", scheme="W4A8", segments="aligned"),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
         QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
@@ -70,6 +71,16 @@ def test_only_the_controls_of_the_method_are_shown(form):
         assert visible == {"bitnet": {side.ternary, tab.ternary}, "rtn": grid}.get(
             method, grid | {side.clusters, tab.cluster_fold}
         )
+    assert tab.show("rtn", "matched")[tab.cluster_fold]["visible"], "its groups are counted by the clusters"
+
+
+@pytest.mark.parametrize("method", ["rptq", "rtn"])
+def test_variants_offered_are_those_of_the_method(form, method):
+    side, tab, values = form
+    for _, variant in sidebar.variant_choices(method):
+        assert tab.recipe(side, values | {side.method: method, tab.variant: variant}).variant == variant
+    names = {name for _, name in sidebar.variant_choices(method)}
+    assert ("matched" in names) == (method == "rtn")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

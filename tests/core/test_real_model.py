@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.calibration.data import calibration_windows, read_text_file, resolve_text, tokenize
 from core.evaluation.perplexity import hidden_windows, score
-from core.methods import METHODS
+from core.methods import method
 from core.methods.rptq.reorder import Orders, reorder_block
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.io.load import LoadedModel, load_model
@@ -86,7 +86,7 @@ def check_reordering(loaded: LoadedModel, ids: Tensor) -> None:
 
 def quantised(loaded: LoadedModel, calibration: Tensor, **options) -> tuple[torch.nn.Module, list[LayerOutcome]]:
     recipe = QuantRecipe(loaded.name, calibration=Calibration(tokens=512, window=128), **options)
-    model, outcomes, _ = quantize_layers(loaded.model, loaded.adapter, METHODS.get(recipe.method), recipe, calibration)
+    model, outcomes, _ = quantize_layers(loaded.model, loaded.adapter, method(recipe.method), recipe, calibration)
     return model, outcomes
 
 

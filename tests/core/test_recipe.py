@@ -43,16 +43,16 @@ def calibrations(draw) -> Calibration:
 
 @st.composite
 def recipes(draw) -> QuantRecipe:
-    bits = draw(st.none() | BITS)
+    bits, method = draw(st.none() | BITS), draw(st.sampled_from(list(METHODS)))
     return QuantRecipe(
         draw(TEXT),
         draw(st.none() | TEXT),
-        draw(st.sampled_from(METHODS)),
+        method,
         "custom" if bits else draw(st.sampled_from(tuple(SCHEMES))),
         bits,
         draw(CLUSTERS),
         draw(st.sampled_from(WEIGHT_METHODS)),
-        draw(st.sampled_from(VARIANTS)),
+        draw(st.sampled_from([v for v in VARIANTS if v != "matched" or method == "rtn"])),
         draw(calibrations()),
         draw(st.integers(0, 2**31 - 1)),
     )
@@ -350,7 +350,7 @@ def test_labels_say_what_stays_wider(scheme, variant, words, ending):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_label_hides_a_wider_tensor(scheme, variant):
     """Every activation above the number after A must be mentioned, whatever the scheme."""
-    recipe = QuantRecipe("m", scheme=scheme, variant=variant)
+    recipe = QuantRecipe("m", scheme=scheme, variant=variant, method="rtn" if variant == "matched" else "rptq")
     bits, words = recipe.tensor_bits, recipe.describe_bits()
     claimed = int("".join(c for c in scheme.split("A")[1] if c.isdigit()))
     wider = {s: bits.site(s) for s in (*SITES, "softmax") if bits.site(s) > claimed}
@@ -361,7 +361,7 @@ def test_no_label_hides_a_wider_tensor(scheme, variant):
 
 def test_other_labels():
     own = QuantRecipe("m", scheme="custom", bits=Bits(q=4), method="rtn", weights="rtn")
-    assert own.label().startswith("RTN · custom (weights 16, attn_in 16, q 4, ") and own.label().endswith("float weights")
+    assert own.label().startswith("RTN plain · custom (weights 16, attn_in 16, q 4, ") and own.label().endswith("float weights")
     assert QuantRecipe("m", clusters=Clusters.uniform(PER_CHANNEL)).label().split(" · ")[2] == "per channel"
     assert Clusters(R1=PER_CHANNEL, R4=PER_CHANNEL, R5=PER_CHANNEL).describe() == "g=channel/4"
     assert QuantRecipe("m", clusters=Clusters(R2=7)).label().split(" · ")[2] == "R1=32,R2=7,R3=4,R4=32,R5=32"

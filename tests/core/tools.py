@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from core.methods import METHODS
+from core.methods import method
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
@@ -92,10 +92,9 @@ def quantised(
     """Quantise a tiny model on random tokens by a recipe's fields."""
     base = base or tiny_model(architecture, layers=layers)
     made = QuantRecipe(base.name, calibration=Calibration(tokens=256, window=32), **recipe)
-    method = METHODS.get(made.method)
     options = {} if progress is None else {"progress": progress}
     windows = tokens(8, 32) if windows is None else windows
-    model, outcomes, _ = quantize_layers(base.model, base.adapter, method, made, windows, **options)
+    model, outcomes, _ = quantize_layers(base.model, base.adapter, method(made.method), made, windows, **options)
     return Quantised(base, replace(base, model=model), outcomes, made)
 
 

@@ -14,17 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.methods.apply import INPUT_SITE, build_block
-from core.methods.base import METHODS, LayerPlan, LayerStatistics, WeightNote, rounds_by_gptq
+from core.methods.apply import build_block
+from core.methods.base import (
+    FLOAT_FIRST_TOKENS,
+    SEARCHED_RANGES,
+    LayerPlan,
+    LayerStatistics,
+    channel_importance,
+    rounds_by_gptq,
+)
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
-from core.methods.rptq.reorder import query_channels
+from core.methods.rptq.reorder import Orders, query_channels, reorder_block
 from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, plan_site
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, REORDERS, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, REORDERS, QuantRecipe
+from core.report import WeightError
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,11 @@ OFFICIAL = RPTQRules(
     sink_tokens=0,
 )
 BETTER = RPTQRules(
-    RangeRules(Grid.EXACT, ema=False, clip_search=True),
+    SEARCHED_RANGES,
     published_kmeans=False,
     scaled_query=True,
     own_value_stats=True,
-    sink_tokens=1,
+    sink_tokens=FLOAT_FIRST_TOKENS,
 )
 
 
@@ -160,7 +168,7 @@ class RPTQ:
         clusters = {
             name: reorder_clusters(name, stats.ranges, recipe, groups=spec.groups, head_dim=spec.head_dim) for name in wanted
         }
-        importance = _importance(stats, spec)
+        importance = channel_importance(stats, spec)
         sites = {}
         for site, found in _layout(clusters, spec).items():
             order, offsets = found.order, found.offsets
@@ -179,9 +187,12 @@ class RPTQ:
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
-    ) -> tuple[DecoderBlock, dict[str, WeightNote]]:
-        """Fold, quantise weights, attach quantisers."""
-        return build_block(block, plan, hessians=stats.hessians, grid=rules_of(recipe).ranges.grid)
+    ) -> tuple[DecoderBlock, dict[str, WeightError]]:
+        """Fold the orders into the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
+        orders = {site: plan.orders[name] for site, name in (("attn_in", "R1"), ("mlp_in", "R4"), ("down_in", "R5"))}
+        orders["o_in"] = query_channels(plan.orders["R3"], block.spec.groups)
+        reordered, grid = reorder_block(block, Orders(**plan.orders)), rules_of(recipe).ranges.grid
+        return build_block(reordered, plan, hessians=stats.hessians, grid=grid, orders=orders)
 
 
 def _local(order: Tensor, head_dim: int) -> Tensor:
@@ -200,16 +211,4 @@ def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, 
     }
 
 
-def _importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:
-    """How much a squared error in each channel costs downstream: consumer weights, or the other side of q kᵀ."""
-    result = dict(stats.importance)
-    q2 = stats.ranges["q"].rows.square().mean(0).view(spec.kv_heads, spec.groups, spec.head_dim)
-    k2 = stats.ranges["k"].rows.square().mean(0).view(spec.kv_heads, 1, spec.head_dim)
-    result["k"] = q2.mean(1).flatten()
-    result["q"] = k2.expand(-1, spec.groups, -1).flatten()
-    if "o_in" in result:
-        result["v"] = result["o_in"].view(spec.kv_heads, spec.groups, spec.head_dim).mean(1).flatten()
-    return result
-
-
-METHODS.register("rptq", RPTQ())
+METHOD = RPTQ()

@@ -9,7 +9,6 @@ from core.errors import ModelError
 from core.evaluation.describe import backend_use, fidelity_of, label_of, report_from_dict
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.windows import evaluation_windows
-from core.methods.apply import INPUT_SITE
 from core.models.io.bitnet import save_bitnet
 from core.models.io.load import LoadedModel, load_model
 from core.models.io.quantized import already_quantized, load_quantized, read_description, save_quantized
@@ -18,7 +17,7 @@ from core.models.tiny import tiny_model
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVCache
 from core.quant.linear.ternary import TernaryLinear
-from core.recipe import BITNET_MODES, SITES, BitNetOptions, Calibration, QuantRecipe
+from core.recipe import BITNET_MODES, INPUT_SITE, SITES, BitNetOptions, Calibration, QuantRecipe
 from core.stages import evaluate, quantize
 from core.workbench import Workbench
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, tokens

@@ -11,7 +11,7 @@ import torch
 
 from core.calibration.report import RangesReport, SiteRanges
 from core.errors import InputError
-from core.methods import METHODS
+from core.methods import method
 from core.methods.base import LayerStatistics
 from core.methods.rptq import cluster, explore
 from core.methods.rptq.explore import error_curve, recluster
@@ -69,7 +69,7 @@ def test_the_page_shows_the_clusters_of_a_plan(clusters):
             entry = report.sites[f"layers.{layer}.{kind}"]
             low, high = torch.tensor(entry.low), torch.tensor(entry.high)
             ranges[kind] = ChannelRanges(low, high, low[None], high[None], torch.stack([low, high]))
-        plan = METHODS.get("rptq").plan_layer(LayerStatistics(ranges, ranges), QuantRecipe("m", clusters=clusters), spec)
+        plan = method("rptq").plan_layer(LayerStatistics(ranges, ranges), QuantRecipe("m", clusters=clusters), spec)
         r2, r3 = plan.orders["R2"], plan.orders["R3"]
         orders = {"q": query_channels(r2, 4), "k": head_channels(r2), "v": head_channels(r3), "o_in": query_channels(r3, 4)}
         orders |= {"attn_in": plan.orders["R1"], "mlp_in": plan.orders["R4"], "down_in": plan.orders["R5"]}

@@ -10,13 +10,13 @@ import torch
 
 from core.calibration.observe import Recorder
 from core.errors import Cancelled, NumericError
-from core.methods import METHODS
-from core.methods.apply import INPUT_SITE, build_block
+from core.methods import method
+from core.methods.apply import build_block
 from core.methods.base import LayerStatistics
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.linear.quant import QuantLinear
-from core.recipe import SCHEMES, SITES, Bits
+from core.recipe import INPUT_SITE, SCHEMES, SITES, Bits
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, float_blocks, quantised, relative, spec_of, tiny, tokens
 
@@ -106,7 +106,7 @@ def test_planning_is_pure(variant):
     importance = {s: torch.rand(spec.width(s)) for s in INPUT_SITE.values()}
     stats = LayerStatistics(ranges, ranges, {}, importance)
     kept = {s: [t.clone() for t in (r.low, r.high, r.sample_low, r.sample_high, r.rows)] for s, r in ranges.items()}
-    one, other = (METHODS.get("rptq").plan_layer(stats, q.recipe, spec) for _ in range(2))
+    one, other = (method("rptq").plan_layer(stats, q.recipe, spec) for _ in range(2))
     assert all(torch.equal(one.orders[r], other.orders[r]) for r in one.orders)
     assert all(torch.equal(one.sites[s].params.scale, other.sites[s].params.scale) for s in SITES)
     for s, r in ranges.items():

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import core.methods.apply as build
-from core.methods.apply import INPUT_SITE
 from core.methods.base import LayerPlan
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
@@ -23,7 +22,7 @@ from core.quant.affine import Grid, QParams, choose_qparams, code_limits, round_
 from core.quant.observer import RangeRules, decibels, plan_site, sqnr_db
 from core.quant.segments import expand, segment_max, segment_min
 from core.quant.static import ActivationQuantizer
-from core.recipe import PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
+from core.recipe import INPUT_SITE, PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
 from kernels import Backend, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, Quantised, float_blocks, quantised, relative, spec_of, tiny, tokens

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.methods.apply import INPUT_SITE
 from core.quant.static import ActivationQuantizer
-from core.recipe import PER_CHANNEL, SCHEMES, SITES, Clusters
+from core.recipe import INPUT_SITE, PER_CHANNEL, SCHEMES, SITES, Clusters
 from tests.core.methods.rptq_tools import made
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 
