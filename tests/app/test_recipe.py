@@ -78,7 +78,7 @@ def test_only_the_controls_of_the_method_are_shown(form):
 def test_variants_offered_are_those_of_the_method(form, method):
     side, tab, values = form
     for _, variant in sidebar.variant_choices(method):
-        assert tab.recipe(side, values | {side.method: method, tab.variant: variant}).variant == variant
+        assert tab.recipe(values | {side.method: method, tab.variant: variant}).variant == variant
     names = {name for _, name in sidebar.variant_choices(method)}
     assert ("matched" in names) == (method == "rtn")
 
