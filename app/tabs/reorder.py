@@ -57,7 +57,7 @@ class Reorder:
                     self.scatter = Chart(None, label=texts.CLUSTER_SCATTER_LABEL, height=330, elem_id="cluster-scatter")
                     self.curve = Chart(None, label=texts.CURVE_LABEL, height=240, elem_id="curve")
                 with gr.Column(scale=7, min_width=320):
-                    self.strips = Chart(None, label=texts.STRIPS_LABEL, height=582, elem_id="strips")
+                    self.strips = Chart(None, label=texts.STRIPS_LABEL, height=582, turn=0, elem_id="strips")
             self.forward = gr.Button(texts.TO_QUANTIZE, elem_classes="qs-next", elem_id="to-quantize")
             with gr.Accordion(texts.CLUSTER_TABLE, open=False):
                 self.table = gr.HTML("", elem_id="clusters", apply_default_css=False)

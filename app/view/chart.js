@@ -3,6 +3,8 @@
 const Plotly = window.Plotly;
 const THEMES = __THEMES__;
 const host = element.querySelector('.qs-chart');
+const said = element.querySelector('.qs-said');
+const NUMBERS = { f4: Float32Array, i4: Int32Array };
 const CONFIG = {
   responsive: false, displaylogo: false, showSendToCloud: false, scrollZoom: false,
   modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d'], doubleClick: 'reset',
@@ -10,6 +12,8 @@ const CONFIG = {
 };
 const isDark = () => document.body.classList.contains('dark');
 const isNarrow = () => host.clientWidth < 460;
+
+// ---- from the value to a figure ----
 
 function ordered(theme, share) {
   const scale = theme.ordered;
@@ -22,72 +26,209 @@ function ordered(theme, share) {
   return `rgb(${mix(1)},${mix(3)},${mix(5)})`;
 }
 
-function resolve(theme) {
+function numbers(packed) {
+  const bytes = Uint8Array.from(atob(packed.bdata), (letter) => letter.charCodeAt(0));
+  const flat = new NUMBERS[packed.dtype](bytes.buffer);
+  if (!packed.shape) return flat;
+  const columns = Number(packed.shape.split(',')[1]);
+  return Array.from({ length: flat.length / columns }, (_, row) => flat.subarray(row * columns, (row + 1) * columns));
+}
+
+function reader(theme) {
+  const known = new Map();  // hundreds of bars share a few colours
+  const colour = (token) => (token.startsWith('ordered:') ? ordered(theme, parseFloat(token.slice(8))) : theme[token]);
   return (key, value) => {
+    if (value && value.bdata !== undefined) return numbers(value);
     if (typeof value !== 'string' || value[0] !== '@') return value;
-    if (value.startsWith('@ordered:')) return ordered(theme, parseFloat(value.slice(9)));
-    return theme[value.slice(1)] ?? value;
+    if (!known.has(value)) known.set(value, colour(value.slice(1)) ?? value);
+    return known.get(value);
   };
 }
 
-function template(theme) {
-  const style = getComputedStyle(element);
+function template(theme, family) {
   const axis = { gridcolor: theme.grid, linecolor: theme.faint, zerolinecolor: theme.faint, zerolinewidth: 1, tickcolor: theme.faint,
                  ticks: '', automargin: true, title: { font: { size: 12, color: theme.muted }, standoff: 6 }, tickfont: { size: 11, color: theme.muted } };
   return { layout: {
-    font: { family: style.fontFamily, size: 12, color: theme.ink }, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
-    xaxis: axis, yaxis: axis, colorway: [theme.run1, theme.run2, theme.run3],
-    hoverlabel: { bgcolor: theme.panel, bordercolor: theme.faint, font: { color: theme.ink, family: style.fontFamily, size: 12 }, align: 'left' },
+    font: { family, size: 12, color: theme.ink }, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
+    xaxis: axis, yaxis: axis,
+    hoverlabel: { bgcolor: theme.panel, bordercolor: theme.faint, font: { color: theme.ink, family, size: 12 }, align: 'left', namelength: -1 },
     modebar: { bgcolor: 'rgba(0,0,0,0)', color: theme.faint, activecolor: theme.ink },
     coloraxis: { colorbar: { tickfont: { size: 11 } } },
   } };
 }
 
-let drawing = Promise.resolve();
-let waiting = false;
+// ---- room for words: captions break into lines, legends get rows of their own ----
 
-async function drawNow() {
-  waiting = false;
-  if (!props.value || !host.isConnected || host.clientWidth === 0) return;
-  const theme = isDark() ? THEMES.dark : THEMES.light;
-  let figure;
-  try { figure = JSON.parse(props.value, resolve(theme)); } catch (error) { console.error('chart', error); return; }
-  const layout = figure.layout;
-  layout.template = template(theme);
-  layout.autosize = true;
-  layout.height = host.clientHeight || 320;
-  layout.width = host.clientWidth;
-  if (isNarrow()) {
-    const lower = layout.title && layout.showlegend && (layout.legend || {}).yanchor === 'bottom' ? 18 : 0;
-    layout.margin = { ...layout.margin, l: Math.min(layout.margin.l, 46), r: 6, t: layout.margin.t + lower };
-    for (const trace of figure.data) {
-      const bar = trace.colorbar || (trace.marker && trace.marker.colorbar);
-      if (bar) { bar.title = undefined; bar.thickness = 6; }
-    }
+const ruler = document.createElement('canvas').getContext('2d');
+
+function lines(text, size, family, width) {
+  ruler.font = `${size}px ${family}`;
+  const rows = [''];
+  for (const word of text.split(' ')) {
+    const longer = `${rows[rows.length - 1]} ${word}`.trim();
+    if (rows[rows.length - 1] && ruler.measureText(longer).width > width) rows.push(word);
+    else rows[rows.length - 1] = longer;
   }
-  await Plotly.react(host, figure.data, layout, { ...CONFIG, displayModeBar: isNarrow() ? false : 'hover' });
-  host.dataset.drawn = String(Number(host.dataset.drawn || 0) + 1);
-  bind();
+  return rows;
 }
 
-// One drawing at a time, and only the newest value: a dragged slider must not queue up work.
+function legendRows(figure, family, width) {
+  ruler.font = `11px ${family}`;
+  const named = figure.data.filter((trace) => trace.showlegend !== false && trace.visible !== false && trace.name);
+  const widest = Math.max(0, ...named.map((trace) => Math.max(...trace.name.split('<br>').map((line) => ruler.measureText(line).width)))) + 48;
+  return named.length ? Math.ceil(named.length / Math.max(1, Math.floor(width / widest))) : 0;  // plotly sets them in columns
+}
+
+function arrange(figure, family) {
+  const { layout } = figure;
+  const margin = { ...layout.margin };
+  const width = host.clientWidth;
+  if (isNarrow()) {
+    Object.assign(margin, { l: Math.min(margin.l, 46), r: Math.min(margin.r, 8) });
+    for (const trace of figure.data) {
+      const bar = trace.colorbar || (trace.marker && trace.marker.colorbar);
+      if (bar) Object.assign(bar, { title: undefined, thickness: 6 });
+    }
+  }
+  let top = 0;
+  if (layout.title) {
+    const rows = lines(layout.title.text, layout.title.font.size, family, width - 20);
+    layout.title.text = rows.join('<br>');
+    top = (rows.length - 1) * 16;
+  }
+  for (const words of layout.annotations) {
+    if (words.name !== 'caption') continue;
+    const rows = lines(words.text, words.font.size, family, width - margin.l - margin.r);
+    words.text = rows.join('<br>');
+  }
+  const legend = layout.legend;
+  if (layout.showlegend && legend && legend.yref === 'container') {
+    const rows = legendRows(figure, family, width - 20) * 19;
+    if (legend.yanchor === 'top') {
+      legend.y = 1 - (30 + top) / (host.clientHeight || 320);
+      top += rows;
+    } else margin.b += rows;
+  }
+  layout.margin = { ...margin, t: margin.t + top };
+}
+
+// ---- drawing: the page's charts take turns, the first ones of an answer first, and each is painted before the next begins ----
+
+const turns = (window.quantscopeTurns ??= { waiting: new Map(), busy: false });
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+const frame = () => Promise.race([new Promise((done) => requestAnimationFrame(() => setTimeout(done))), pause(200)]);
+
+async function takeTurns() {
+  turns.busy = true;
+  await pause(0);  // the other charts of the same answer get in line
+  while (turns.waiting.size) {
+    const round = [...turns.waiting].sort(([a], [b]) => a.dataset.turn - b.dataset.turn);
+    for (const [chart, drawNow] of round) {
+      turns.waiting.delete(chart);
+      try { await drawNow(); } catch (error) { console.error('chart', error); }
+      await frame();
+    }
+  }
+  turns.busy = false;
+}
+
+// Only the newest value is drawn: a dragged slider must not queue up work.
 function draw() {
-  if (waiting) return;
-  waiting = true;
-  drawing = drawing.then(drawNow).catch((error) => console.error('chart', error));
+  turns.waiting.set(host, drawNow);
+  if (!turns.busy) takeTurns();
+}
+
+async function drawNow() {
+  if (!props.value || !host.isConnected || host.clientWidth === 0) return;
+  const theme = isDark() ? THEMES.dark : THEMES.light;
+  const family = getComputedStyle(element).fontFamily;
+  const figure = JSON.parse(props.value, reader(theme));
+  Object.assign(figure.layout, { template: template(theme, family), autosize: true, height: host.clientHeight || 320, width: host.clientWidth });
+  arrange(figure, family);
+  await Plotly.react(host, figure.data, figure.layout, { ...CONFIG, displayModeBar: isNarrow() ? false : 'hover' });
+  host.dataset.drawn = String(Number(host.dataset.drawn || 0) + 1);
+  for (const button of host.querySelectorAll('.modebar-btn')) button.tabIndex = -1;  // the arrow keys do what they do
+  curves = null;
+  bind();
 }
 
 let bound = false;
 function bind() {
   if (bound || !host.on) return;
   bound = true;
-  host.on('plotly_click', (event) => {
-    const point = event.points && event.points[0];
-    if (!point) return;
-    const custom = point.customdata == null ? null : Array.from([].concat(ArrayBuffer.isView(point.customdata) ? Array.from(point.customdata) : point.customdata));
-    trigger('select', { x: point.x, y: point.y, curve: point.curveNumber, custom });
+  host.on('plotly_click', (event) => select(event.points && event.points[0]));
+  host.on('plotly_hover', (event) => {
+    [shown] = event.points;
+    if (walking) setTimeout(say);
   });
 }
+
+function select(point) {
+  if (!point) return;
+  const custom = point.customdata == null ? null : Array.from([].concat(ArrayBuffer.isView(point.customdata) ? Array.from(point.customdata) : point.customdata));
+  trigger('select', { x: point.x, y: point.y, curve: point.curveNumber, custom });
+}
+
+// ---- the keyboard: left and right along a curve or row, up and down to the next one, Enter chooses ----
+
+let curves = null;
+let place = { curve: 0, at: -1 };
+let shown = null;
+let walking = false;
+
+function walks() {
+  const found = [];
+  host.data.forEach((trace, curve) => {
+    if (trace.hoverinfo === 'skip' || trace.visible === false) return;
+    if (trace.type === 'heatmap') {
+      trace.z.forEach((row, y) => found.push({ curve, points: Array.from(row, (_, x) => ({ index: [y, x], key: x })) }));
+      return;
+    }
+    const along = trace.orientation === 'h' ? trace.y : trace.x;
+    const points = Array.from(along || [], (value, index) => ({ index, key: typeof value === 'number' ? value : index }));
+    if (points.length) found.push({ curve, points: points.sort((a, b) => a.key - b.key) });
+  });
+  if (host.data[0]?.type === 'heatmap' && host.layout.yaxis.autorange !== 'reversed') found.reverse();
+  return found;
+}
+
+function walk(along, across) {
+  curves ??= walks();
+  if (!curves.length) return;
+  const curve = Math.min(curves.length - 1, Math.max(0, place.curve + across));
+  const points = curves[curve].points;
+  let at = place.at + along;
+  if (curve !== place.curve) {
+    const key = curves[place.curve]?.points[place.at]?.key ?? 0;
+    at = points.reduce((best, point, i) => (Math.abs(point.key - key) < Math.abs(points[best].key - key) ? i : best), 0);
+  }
+  place = { curve, at: Math.min(points.length - 1, Math.max(0, at)) };
+  const { curve: curveNumber } = curves[curve];
+  const { index } = points[place.at];
+  const trace = host.data[curveNumber];
+  const point = trace.type === 'scattergl' ? { curveNumber, xval: trace.x[index], yval: trace.y[index] } : { curveNumber, pointNumber: index };
+  walking = true;
+  Plotly.Fx.hover(host, [point]);
+}
+
+function say() {
+  walking = false;
+  const texts = [...host.querySelectorAll('.hoverlayer .hovertext text')];
+  said.textContent = texts.map((text) => [...(text.querySelectorAll('tspan').length ? text.querySelectorAll('tspan.line, tspan') : [text])]
+    .map((line) => line.textContent).join(' ')).join('; ');
+}
+
+const KEYS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-Infinity, 0], End: [Infinity, 0] };
+
+host.addEventListener('keydown', (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || !host.data) return;
+  if (event.key in KEYS) walk(...KEYS[event.key]);
+  else if (event.key === 'Enter' && shown) select(shown);
+  else if (event.key === 'Escape') Plotly.Fx.unhover(host);
+  else return;
+  event.preventDefault();
+});
+host.addEventListener('blur', () => { if (host.data) Plotly.Fx.unhover(host); });
 
 if (!Plotly) {
   host.textContent = 'The chart library could not be loaded. Reload the page.';

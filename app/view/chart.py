@@ -21,7 +21,11 @@ component_meta.create_or_modify_pyi = lambda *_: None  # Gradio would write an i
 
 SCRIPT = Path(find_spec("plotly").submodule_search_locations[0]) / "package_data" / "plotly.min.js"
 _JS = (Path(__file__).parent / "chart.js").read_text(encoding="utf-8").replace("__THEMES__", json.dumps(THEMES))
-
+FRAME = (
+    '<div class="qs-chart" role="group" aria-roledescription="chart" aria-label="${{label}}" tabindex="0" '
+    'data-turn="{turn}" style="height:{height}px"></div><div class="qs-said" aria-live="polite"></div>'
+)
+"""A group, not an image: plotly's buttons are inside it. The second element tells screen readers the point of the arrow keys."""
 
 _PICK_JS = """
 const pick = (event) => {
@@ -43,20 +47,36 @@ def serve_script() -> None:
 
 
 class Chart(gr.HTML):
-    """A chart. Its value is a figure dict; `label` is read aloud by screen readers; `height` is in CSS pixels."""
+    """Draw a figure dict.
+
+    Args:
+        label: what the chart shows, read aloud by screen readers.
+        height: in CSS pixels.
+        turn: of the charts that one answer changes, those with the smallest number are drawn and painted first.
+        render: Gradio's; it makes a component anew, without placing it, for each update that sets more than the value.
+    """
 
     def __init__(
-        self, value: Figure | None = None, *, label: str, height: int = 380, elem_id: str | None = None, **more: Any
+        self,
+        value: Figure | None = None,
+        *,
+        label: str,
+        height: int = 380,
+        turn: int = 1,
+        elem_id: str | None = None,
+        visible: bool = True,
+        render: bool = True,
     ) -> None:
         super().__init__(
             value=value,
             label=label,
             elem_id=elem_id,
             apply_default_css=False,
-            html_template=f'<div class="qs-chart" role="img" aria-label="${{label}}" style="height:{int(height)}px"></div>',
+            visible=visible,
+            render=render,
+            html_template=FRAME.format(height=int(height), turn=int(turn)),
             js_on_load=_JS,
             head=f'<script src="/gradio_api/file={SCRIPT}"></script>',
-            **more,
         )
 
     def postprocess(self, value: Figure | str | None) -> str | None:

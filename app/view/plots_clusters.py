@@ -96,18 +96,14 @@ def _strip(
         length.append(b - a)
         colour.append(labels[widest])
         data += [widest, low[widest], high[widest], labels[widest]]
-    marker: Figure = {"line": {"width": 0}}
-    if count <= CLUSTER_COUNT:
-        marker["color"] = [cluster_colour(c, count) for c in colour]
-    else:
-        marker |= {"color": pack(colour), "colorscale": "@ordered", "cmin": 0, "cmax": count - 1}
+    tokens = [cluster_colour(label, count) for label in range(count)]  # numbers on a colour scale: a warning for each bar
     return {
         "type": "bar",
         "x": pack(x),
         "base": pack(base),
         "y": pack(length),
         "width": step,
-        "marker": marker,
+        "marker": {"color": [tokens[label] for label in colour], "line": {"width": 0}},
         "yaxis": axis,
         "showlegend": False,
         "customdata": pack(data, columns=4),
