@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …] [--model M] [--json FILE]`: run all jobs or the named ones (C1 to C7 and U1 to U3 are names too)."""
+"""`python -m benchmarks [NAME …] [--model M] [--json FILE]`: run all jobs or the named ones; C1 to C7, U1 to U3 are names."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ STRIPS = (("U1 strips 768", "MLP in", 768, "≤ 0.25 s"), ("U2 strips 4096", "ML
 """Job, site as the page calls it, its channels, and the mark."""
 
 WATCH = """() => {
-  const paint = (done) => requestAnimationFrame(() => setTimeout(() => done(performance.now())));  // the first task after the frame
+  const paint = (done) => requestAnimationFrame(() => setTimeout(() => done(performance.now())));  // after the frame
   window.moved = 0;
   document.querySelector('#g input[type=range]').addEventListener('input', (event) => { window.moved = event.timeStamp; }, true);
   const chart = document.querySelector('#strips .qs-chart');
@@ -36,6 +36,7 @@ SHOWN = """([words, drawn]) => {
   const there = facts.endsWith(words) && document.querySelector('#tokens mark') && count > drawn;
   return there && performance.now() - window.clicked;
 }"""
+TITLED = "words => document.querySelector('#facts h4')?.innerText.startsWith(words)"
 CELL = """([layer, channel]) => {
   const chart = document.querySelector('#heatmap .qs-chart');
   const box = chart.getBoundingClientRect();
@@ -92,7 +93,7 @@ def _channel(browser: Any, model: str) -> Result:
             layer, channel = last - step * last // (CLICKS - 1), 40 + 31 * step
             drawn = page.evaluate("() => Number(document.querySelector('#histogram .qs-chart').dataset.drawn || 0)")
             page.mouse.click(*page.evaluate(CELL, [layer, channel]))
-            page.wait_for_function("words => document.querySelector('#facts h4')?.innerText.startsWith(words)", arg=f"Layer {layer} ")
+            page.wait_for_function(TITLED, arg=f"Layer {layer} ")
             words = f"channel {page.locator('#channel input').input_value()}"
             times.append(page.wait_for_function(SHOWN, arg=[words, drawn]).json_value())
         page.close()

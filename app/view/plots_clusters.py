@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from app.view.figure import CLUSTER_COUNT, Figure, Scale, cluster_colour, layout, pack
+from app.view.figure import Figure, Scale, cluster_colour, layout, pack
 
 STRIP_COLUMNS = 512
 
