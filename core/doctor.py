@@ -101,9 +101,8 @@ def backends() -> list[BackendCheck]:
     """
     import torch
 
-    from kernels import Backend
+    from kernels import Backend, select_linear_backend
     from kernels.backend import triton_unsupported_reason
-    from kernels.int_linear import select_linear_backend
 
     device = torch.device("cpu")
     found = [BackendCheck("reference", True, "plain torch, runs everywhere")]

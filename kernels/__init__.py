@@ -1,7 +1,7 @@
-"""Low-bit operations: one file per op, each with its reference. Importing this package touches no device and loads no Triton.
+"""Low-bit operations by op, each with its reference. Importing this package touches no device and loads no Triton.
 
 The ops that have Triton kernels are loaded when they are first asked for (`kernels.weight_only_linear(...)`). They run their
-kernel on CUDA tensors and their reference on others. No module has the name of its op: importing it would hide the op here.
+kernel on CUDA tensors and their reference on others. No module has the name of an op: importing it would hide the op here.
 
 `__version__` stays "0.0.0": transformers probes for another package of this name by importing it, and reads that
 number to decide that it is too old to use.
@@ -12,24 +12,24 @@ from __future__ import annotations
 import importlib
 
 from kernels.backend import Backend, Choice
-from kernels.int_linear import int_linear, select_linear_backend
+from kernels.codes import code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
+from kernels.linear import int_linear, select_linear_backend
 from kernels.packing import pack, packed_width, unpack
-from kernels.quantize import dequantize, fake_quantize, quantize, quantize_rows
 
 __version__ = "0.0.0"
 
 _LAZY = {
-    "cluster_linear": "cluster",
-    "decode_attention": "kv_attention",
-    "gated_up": "sparse_ffn",
-    "kv_append": "kv_attention",
+    "cluster_linear": "linear.cluster",
+    "decode_attention": "kv.attention",
+    "gated_up": "ternary.sparse",
+    "kv_append": "kv.append",
     "norm_quantize": "norm_quant",
     "norm_quantize_dynamic": "norm_quant",
     "rope_store": "rope",
-    "sparse_down": "sparse_ffn",
-    "ternary_linear": "ternary_packed",
+    "sparse_down": "ternary.sparse",
+    "ternary_linear": "ternary.linear",
     "topk_quant": "topk",
-    "weight_only_linear": "weight_only",
+    "weight_only_linear": "linear.weight_only",
 }
 """Ops with Triton kernels, and the module of each."""
 
@@ -37,8 +37,11 @@ __all__ = [
     "Backend",
     "Choice",
     "cluster_linear",
+    "code_limits",
+    "code_offset",
     "decode_attention",
     "dequantize",
+    "dequantize_rows",
     "fake_quantize",
     "gated_up",
     "int_linear",

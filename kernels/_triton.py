@@ -1,9 +1,8 @@
-"""The one door to Triton: whether it is there, whether it is interpreted, and the few device functions that all kernels share.
+"""The one door to Triton: the package if it is there, whether it is interpreted, and the device functions that kernels share.
 
-Modules that hold Triton kernels import `triton` and `tl` from here; without the package (it exists for Linux only) the
-decorator leaves the functions alone and `available` says no. `kernels/__init__.py` loads those modules on first use, so
-that `import kernels` loads no Triton. TRITON_INTERPRET=1, set before Triton is imported, runs every kernel in NumPy on
-CPU tensors: that is how the tests check them on machines without a GPU.
+Modules that hold Triton kernels import `triton` and `tl` from here. Without the package (it exists for Linux only) the decorator
+returns the functions unchanged and `available` says no. TRITON_INTERPRET=1, set before Triton is imported, runs every kernel in
+NumPy on CPU tensors: that is how the tests check them on machines without a GPU.
 
 The interpreter computes on the bits of bfloat16 as if they were integers: kernels turn such tensors into float32 first
 where `INTERPRET` is true, and leave them alone on a GPU, where the branch costs nothing.
@@ -16,8 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from kernels.backend import Backend, triton_unsupported_reason
 
 try:
     import triton
@@ -32,7 +29,7 @@ except ImportError:  # not Linux: the references are all there is
         """Stands where decorators and annotations name Triton."""
 
         @staticmethod
-        def jit(function: object = None, **_: object) -> object:
+        def jit(function: object = None, *, do_not_specialize: object = None) -> object:
             return function or (lambda decorated: decorated)
 
         @staticmethod
@@ -48,42 +45,20 @@ ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
 
 
 def available() -> bool:
-    """Whether Triton is installed."""
+    """Tell whether Triton is installed."""
     return _INSTALLED
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Tell whether kernels run in Triton's interpreter, on CPU tensors."""
     return _INSTALLED and bool(triton.knobs.runtime.interpret)
 
 
 INTERPRET = tl.constexpr(interpreting())
 
 
-def use_triton(backend: Backend, x: Tensor, *, unsupported_reason: str | None = None) -> bool:
-    """Whether an op runs its Triton kernel (True) or its reference.
-
-    Args:
-        backend: AUTO takes Triton for CUDA tensors without unsupported_reason; TRITON and REFERENCE are taken at their word.
-        x: one tensor of the call; its device counts.
-        unsupported_reason: why the kernel cannot take this call, None if it can.
-    Raises: ValueError if TRITON is asked for where it cannot run, saying why.
-    """
-    if unsupported_reason is None and not (x.device.type == "cpu" and interpreting()):
-        unsupported_reason = triton_unsupported_reason(x.device)
-    if backend is Backend.TRITON:
-        if unsupported_reason is not None:
-            raise ValueError(f"triton cannot run this call ({unsupported_reason}): use reference")
-        return True
-    if backend is Backend.AUTO:
-        return unsupported_reason is None and x.is_cuda
-    if backend is Backend.REFERENCE:
-        return False
-    raise ValueError(f"this op has no {backend} path: use auto, triton or reference")
-
-
 def on_its_device(launch: Callable) -> Callable:
-    """Decorator of functions that launch kernels. Triton launches on the current device: that of the first tensor becomes it."""
+    """Make the device of a launcher's first argument the current one while it runs: Triton launches on the current device."""
 
     @functools.wraps(launch)
     def launched(x: Tensor, /, *args: object, **options: object) -> object:
@@ -96,8 +71,19 @@ def on_its_device(launch: Callable) -> Callable:
 
 
 def next_power(n: int) -> int:
-    """The smallest power of two >= n, for n >= 1."""
+    """Return the smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def rows_strided(x: Tensor) -> Tensor:
+    """Return x [..., K] with unit stride along K, copied only if it has another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def tl_code_offset(BITS: tl.constexpr) -> tl.tensor:
+    """Return 2**(BITS - 1), as `kernels.codes.code_offset` does on the host."""
+    return 2.0 ** (BITS - 1)
 
 
 @triton.jit
@@ -110,7 +96,7 @@ def round_even(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def matrix_operand(x: tl.tensor) -> tl.tensor:
-    """x as a float operand of `tl.dot`: unchanged on a GPU, float32 in the interpreter."""
+    """Return x as a float operand of `tl.dot`: unchanged on a GPU, float32 in the interpreter."""
     if INTERPRET:
         return x.to(tl.float32)
     return x

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
 
 class Backend(StrEnum):
-    """Implementations of an op.
+    """Name the implementations of an op.
 
     AUTO       let the op choose: for linear layers `select_linear_backend`, which says why; else Triton for CUDA tensors
     REFERENCE  plain torch: a linear layer dequantises its packed weight to float32 once; readable, always runs
@@ -39,7 +40,7 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def triton_unsupported_reason(device: torch.device) -> str | None:
-    """Why Triton kernels do not run on tensors of a device, None if they do; loads Triton only if they could."""
+    """Say why Triton kernels do not run on tensors of a device, None if they do. Triton is loaded only for CUDA devices."""
     if device.type != "cuda":
         return f"kernels run on cuda, not on {device.type}"
     from kernels import _triton
@@ -53,8 +54,34 @@ def triton_unsupported_reason(device: torch.device) -> str | None:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton kernels run on tensors of a device."""
+    """Tell whether Triton kernels run on tensors of a device."""
     return device.type == "cuda" and triton_unsupported_reason(device) is None
+
+
+def use_triton(backend: Backend, x: Tensor, *, unsupported_reason: str | None = None) -> bool:
+    """Decide whether an op runs its Triton kernel (True) or its reference (False).
+
+    Args:
+        backend: AUTO takes Triton for CUDA tensors without `unsupported_reason`; TRITON and REFERENCE decide by themselves.
+        x: one tensor of the call; only its device counts.
+        unsupported_reason: why the kernel cannot take this call, None if it can.
+    Raises: ValueError if TRITON is asked for where it cannot run, saying why, or for a backend that the op does not have.
+    """
+    if backend is Backend.REFERENCE or backend is Backend.AUTO and not x.is_cuda:
+        return False
+    if backend not in (Backend.AUTO, Backend.TRITON):
+        raise ValueError(f"this op has no {backend} path: use auto, triton or reference")
+    if unsupported_reason is None and not (x.device.type == "cpu" and _interpreting()):
+        unsupported_reason = triton_unsupported_reason(x.device)
+    if backend is Backend.TRITON and unsupported_reason is not None:
+        raise ValueError(f"triton cannot run this call ({unsupported_reason}): use reference")
+    return unsupported_reason is None
+
+
+def _interpreting() -> bool:
+    from kernels import _triton
+
+    return _triton.interpreting()
 
 
 @functools.cache

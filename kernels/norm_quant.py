@@ -2,7 +2,7 @@
 
     h = x + r                y[j] = norm(h)[order[j]] · weight[j] + bias[j]         (weight and bias already in the new order)
 
-    static     code = clamp(round(y / s[j]) + z[j], -2**(b-1), 2**(b-1) - 1)        s, z per channel, i.e. per cluster
+    static     code = clamp(round(y / s[j]) + z[j], qmin, qmax)                     s, z per channel, i.e. per cluster
     "int8"     code = round(127 y / γ)                      γ = max |y|             value = code · γ / 127
     "int4"     code = clamp(round(√7 y / β), -8, 7)         β = mean |y|            value = code · β / √7
     "int4x2"   the same with β = 2 mean |y|
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
-from kernels.backend import Backend
-from kernels.configs import row_warps
-from kernels.quantize import quantize
+from kernels._triton import next_power, on_its_device, round_even, rows_strided, tl, tl_code_offset, triton
+from kernels.backend import Backend, use_triton
+from kernels.codes import code_limits, quantize
+from kernels.tiles import row_warps
 
 KINDS = ("int8", "int4", "int4x2")
 NORMS = ("rms", "layer")
@@ -78,7 +78,7 @@ def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static
     y = normalized(hidden, norm)
     if static is not None:
         scale, zero, bits = static
-        codes = quantize(y, scale.to(torch.float32), zero.to(torch.float32), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        codes = quantize(y, scale.to(torch.float32), zero.to(torch.float32), *code_limits(bits))
         return Quantized(codes, hidden)
     if kind == "int8":
         size, top, low, high = y.abs().amax(-1, keepdim=True), 127.0, -127, 127
@@ -110,7 +110,7 @@ def _static_codes(y, scale_ptr, zero_ptr, j, D, BITS: tl.constexpr):
     s = tl.load(scale_ptr + j, mask=j < D, other=1.0)
     z = tl.load(zero_ptr + j, mask=j < D, other=0.0)
     v = tl.div_rn(y, s)
-    v = tl.minimum(tl.maximum(v, -(2.0 ** (BITS - 1)) - z), 2.0 ** (BITS - 1) - 1.0 - z)
+    v = tl.minimum(tl.maximum(v, -tl_code_offset(BITS) - z), tl_code_offset(BITS) - 1.0 - z)
     return (round_even(v) + z).to(tl.int32)
 
 
@@ -155,12 +155,12 @@ def _norm_quant_kernel(
 
 @on_its_device
 def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> Quantized:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_strided(x)
     rows, width = x.shape
     new = {"device": x.device}
     hidden, residual_stride = x, 0
     if residual is not None:
-        residual = residual if residual.stride(-1) == 1 else residual.contiguous()
+        residual = rows_strided(residual)
         hidden, residual_stride = torch.empty(rows, width, dtype=x.dtype, **new), residual.stride(0)
     codes = torch.empty(x.shape, dtype=torch.int8, **new)
     scale = zero = row_scale = code_sum = None
@@ -201,7 +201,7 @@ def norm_quantize(
 
     Args:
         x: [M, D] floating; residual: the same, added first.
-        scale, zero_point: [D] in the stored order; codes reach from -2**(bits-1) to 2**(bits-1) - 1.
+        scale, zero_point: [D] in the stored order; codes lie within code_limits(bits).
         bits: 2 to 8.
     Raises: ValueError for other norms, shapes or widths, or if TRITON is asked for where it cannot run.
     """

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
-from kernels.backend import Backend
-from kernels.quantize import fake_quantize
+from kernels._triton import next_power, on_its_device, round_even, rows_strided, tl, triton
+from kernels.backend import Backend, use_triton
+from kernels.codes import fake_quantize
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _rope_kernel(
 
 @on_its_device
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, order: Tensor | None, grid: HeadGrid | None, scaling: float) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_strided(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     batch, heads, tokens, dim = x.shape

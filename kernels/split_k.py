@@ -44,7 +44,7 @@ def finish(
     column: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Launch the epilogue.
+    """Add the partial sums and apply what follows them.
 
     Args:
         partial: [S, M, N] float32 or int32, contiguous.

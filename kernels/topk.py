@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import next_power, on_its_device, round_even, tl, triton, use_triton
-from kernels.backend import Backend
-from kernels.configs import row_warps
+from kernels._triton import next_power, on_its_device, round_even, rows_strided, tl, triton
+from kernels.backend import Backend, use_triton
+from kernels.tiles import row_warps
 
 EPS = 1e-5
 _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -60,7 +60,7 @@ def _topk_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, D, COUNT, stride_x, ZERO_
 @on_its_device
 def launch(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel, one row per program."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_strided(x)
     rows, width = x.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)

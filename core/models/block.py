@@ -23,9 +23,8 @@ from transformers.cache_utils import Cache
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
 from core.quant.attention import attend
-from core.quant.fused import norm_codes
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from core.quant.linear.base import FloatLinear
+from core.quant.linear.base import FloatLinear, LinearLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer, Codes, KeepFloat
 from kernels import Backend
@@ -64,11 +63,11 @@ class ReorderNorm(nn.Module):
         if self.bias is not None:
             self.bias = self.bias[order].contiguous()
 
-    def codes(self, x: Tensor, reader: nn.Module, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
-        """(x + residual, codes of its norm for `reader`) in one kernel, on CUDA; see `norm_codes`."""
+    def codes(self, x: Tensor, reader: LinearLayer, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
+        """(x + residual, codes of its norm for `reader`) in one kernel, on CUDA; see `LinearLayer.norm_codes`."""
         from kernels.norm_quant import Norm
 
-        return norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), reader, residual=residual)
+        return reader.norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""

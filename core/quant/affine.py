@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import NumericError
+from kernels import code_limits
 
 MAX_ZERO_POINT = 2.0**22
 """Largest |zero point| of the EXACT rule: sums of code and zero point stay exact in float32."""
@@ -39,11 +40,6 @@ class QParams:
 
     scale: Tensor
     zero_point: Tensor
-
-
-def code_limits(bits: int) -> tuple[int, int]:
-    """(qmin, qmax) of a signed code of `bits` bits."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zero_point: bool = True) -> QParams:

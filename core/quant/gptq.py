@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from core.errors import NumericError
-from core.quant.affine import Grid, choose_qparams, code_limits, round_scale
+from core.quant.affine import Grid, choose_qparams, round_scale
 from core.quant.linear.quant import QuantizedWeight
+from kernels import code_limits
 
 BLOCK = 128
 INNER = 16

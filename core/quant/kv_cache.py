@@ -8,8 +8,6 @@ batches the float slots are the first slots, padding included; single sequences 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -19,9 +17,7 @@ from core.quant.attention import attend
 from core.quant.static import ActivationQuantizer
 from kernels import dequantize, pack, packed_width, quantize, unpack
 from kernels.backend import triton_runs_on
-
-if TYPE_CHECKING:
-    from kernels.kv_attention import PackedHeads
+from kernels.kv import PackedHeads
 
 
 class PackedStates:
@@ -60,7 +56,7 @@ class PackedStates:
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
-        from kernels.kv_attention import kv_append
+        from kernels import kv_append
 
         self._prepare(states)
         heads = self.heads()
@@ -73,8 +69,6 @@ class PackedStates:
 
     def heads(self) -> PackedHeads:
         """What is stored, as kernels take it."""
-        from kernels.kv_attention import PackedHeads
-
         if self._grid is None:
             self._grid = self.quantizer.head_grid(self.packed.shape[1])
         scale, zero = self._grid
@@ -200,7 +194,7 @@ class QuantizedKVLayer(CacheLayerMixin):
 
     def unsupported_reason(self, softmax_bits: int) -> str | None:
         """Why the attention of a pinned layer that stores something cannot be captured, None if it can."""
-        from kernels.kv_attention import unsupported_reason
+        from kernels.kv.attention import unsupported_reason
 
         return unsupported_reason(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
 

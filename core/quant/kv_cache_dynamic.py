@@ -11,18 +11,15 @@ per token and head are our reading. With left padding the first slot, padding or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from core.checks import FLOAT_BITS
 from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from kernels import pack, packed_width, quantize_rows, unpack
+from kernels import dequantize_rows, pack, packed_width, quantize_rows, unpack
 from kernels.backend import triton_runs_on
-
-if TYPE_CHECKING:
-    from kernels.kv_attention import PackedHeads
+from kernels.kv import PackedHeads
 
 SCALE_BYTES = 2
 
@@ -54,14 +51,9 @@ class AttentionBits:
         return q if self.q >= FLOAT_BITS else fake_heads(q, self.q)
 
 
-def head_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Inverse of `kernels.quantize_rows`: [..., E] float32."""
-    return (codes.to(torch.float32) - 2 ** (bits - 1)).mul_(scale.to(torch.float32))
-
-
 def fake_heads(x: Tensor, bits: int) -> Tensor:
     """x [..., E] as its codes say; a copy at 16 bits."""
-    return x.clone() if bits >= FLOAT_BITS else head_values(*quantize_rows(x, bits), bits)
+    return x.clone() if bits >= FLOAT_BITS else dequantize_rows(*quantize_rows(x, bits), bits)
 
 
 class DynamicStates:
@@ -89,7 +81,7 @@ class DynamicStates:
         start = stop - 1 - states.shape[2]
         self._reserve(states, stop - 1)
         if triton_runs_on(states.device):
-            from kernels.kv_attention import kv_append
+            from kernels import kv_append
 
             kv_append(states, self.heads(), start)
         else:
@@ -106,7 +98,7 @@ class DynamicStates:
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] behind the first token without reading anything back; returns the store and its
         filled slots."""
-        from kernels.kv_attention import kv_append
+        from kernels import kv_append
 
         start, stop = self.length - 1, self.length + states.shape[2]
         self._reserve(states, stop - 1)
@@ -120,8 +112,6 @@ class DynamicStates:
 
     def heads(self) -> PackedHeads:
         """What is stored, as kernels take it."""
-        from kernels.kv_attention import PackedHeads
-
         if self._first_values is None:
             self._first_values = self._read_first()
         return PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
@@ -130,7 +120,7 @@ class DynamicStates:
         """All states, dequantised: [B, Hkv, S, E] float32."""
         rest = self.length - 1
         codes = unpack(self.packed[:, :, :rest], self.bits.kv, self.dim)
-        return torch.cat([self._read_first(), head_values(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
+        return torch.cat([self._read_first(), dequantize_rows(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +153,7 @@ class DynamicStates:
 
     def _read_first(self) -> Tensor:
         codes, scale = self.first
-        return codes if scale is None else head_values(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
+        return codes if scale is None else dequantize_rows(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
 
     def _reserve(self, like: Tensor, slots: int) -> None:
         """Room for `slots` tokens behind the first, doubled when it runs out."""

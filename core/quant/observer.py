@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.quant.affine import Grid, QParams, choose_qparams, code_limits
+from core.quant.affine import Grid, QParams, choose_qparams
 from core.quant.ranges import ChannelRanges, cluster_bounds, ema_bounds
 from core.quant.segments import expand, segment_sum
-from kernels import fake_quantize
+from kernels import code_limits, fake_quantize
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.quant.affine import QParams, code_limits
+from core.quant.affine import QParams
 from core.quant.segments import expand
-from kernels import fake_quantize, quantize
+from kernels import code_limits, fake_quantize, quantize
 
 KeepFloat = int | Tensor
 """Tokens that keep their float values: the first n of every sequence, or those marked True in a mask [B or 1, T] bool."""

@@ -9,7 +9,10 @@ import torch
 
 from kernels.backend import Backend, Choice
 
-OPS = ("cluster", "kv_attention", "norm_quant", "rope", "sparse_ffn", "ternary_packed", "topk", "weight_only")
+OPS = (
+    "kv.append", "kv.attention", "linear.cluster", "linear.weight_only", "norm_quant", "rope", "ternary.linear", "ternary.sparse",
+    "topk",
+)  # fmt: skip
 DOORS = ("core.models.block", "core.quant.kv_cache", "core.quant.kv_cache_dynamic")
 """Modules that ask `triton_runs_on`."""
 

@@ -1,7 +1,7 @@
 """Every main kernel compiles for Hopper (sm_90) without a GPU: matrix instructions where they belong, few registers, no more
 shared memory than there is, and no spills but where SPILLS allows some.
 
-The compiler and the disassembler come inside Triton's wheel. The cases are the tiles that `kernels/configs.py` and the launchers
+The compiler and the disassembler come inside Triton's wheel. The cases are the tiles that `kernels/tiles.py` and the launchers
 choose for large layers, in bfloat16 and in float32, which models run in.
 """
 
@@ -37,7 +37,7 @@ def weight_only(bits, block, *, clustered=False, rows=64, columns=16, stages=4, 
     parts = {2: 4, 3: 8, 4: 2}[bits]
     constants = {"BITS": bits, "PARTS": parts, "CLUSTERED": clustered, "BIASED": False, "SPLIT": 4}
     constants |= {"BN": rows, "BM": columns, "BK": block}
-    return "weight_only", "_weight_only_kernel", types, constants, 4, stages
+    return "linear.weight_only", "_weight_only_kernel", types, constants, 4, stages
 
 
 def cluster(columns, rows, warps, stages, *, clustered=True):
@@ -45,18 +45,18 @@ def cluster(columns, rows, warps, stages, *, clustered=True):
     types |= dict.fromkeys(("scale_ptr", "zero_ptr", "sums_ptr", "bias_ptr"), "*fp32") | ints("M", "i32")
     constants = {"CLUSTERED": clustered, "ZEROS": True, "BIASED": True, "BN": rows, "BM": columns, "BK": 128}
     constants |= {"SPLIT": 8 if columns == 16 else 1}
-    return "cluster", "_cluster_kernel", types, constants, warps, stages
+    return "linear.cluster", "_cluster_kernel", types, constants, warps, stages
 
 
 def ternary(columns, rows, block, split, warps, stages):
     types = {"codes_ptr": "*i8", "packed_ptr": "*u8", "sum_ptr": "*i32", "input_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32"}
     types |= ints("N K ROW_BYTES stride_c") | ints("M", "i32") | {"out_ptr": "*i32" if split > 1 else "*fp32"}
     constants = {"SPLIT": split, "BN": rows, "BM": columns, "BK": block}
-    return "ternary_packed", "_ternary_kernel", types, constants, warps, stages
+    return "ternary.linear", "_ternary_kernel", types, constants, warps, stages
 
 
 def attention(bits, *, dynamic=False, q="*bf16", dim=128):
-    from kernels.kv_attention import QUERIES, _tile
+    from kernels.kv.attention import QUERIES, _tile
 
     scale = "*fp16" if dynamic else "*fp32"
     types = {"q_ptr": q, "k_ptr": "*u8", "v_ptr": "*u8", "k_scale_ptr": scale, "v_scale_ptr": scale, "scaling": "fp32"}
@@ -66,11 +66,11 @@ def attention(bits, *, dynamic=False, q="*bf16", dim=128):
     types |= ints("SLOTS SPLITS KV_HEADS GROUP ksb ksh kst vsb vsh vst", "i32")
     tokens, warps, stages = _tile(dim, {"*bf16": torch.bfloat16, "*fp32": torch.float32}[q], (bits, bits))
     constants = {"E": dim, "KEY_BITS": bits, "VALUE_BITS": bits, "DYNAMIC": dynamic, "FIRST": 1, "ON_DEVICE": False}
-    return "kv_attention", "_attend_kernel", types, constants | {"BG": QUERIES, "BE": dim, "BL": tokens}, warps, stages
+    return "kv.attention", "_attend_kernel", types, constants | {"BG": QUERIES, "BE": dim, "BL": tokens}, warps, stages
 
 
 def norm(kind, x="*bf16", block=4096):
-    from kernels.configs import row_warps
+    from kernels.tiles import row_warps
 
     types = dict.fromkeys(("x_ptr", "residual_ptr", "hidden_ptr", "weight_ptr"), x) | {"order_ptr": "*i32", "codes_ptr": "*i8"}
     types |= ints("D stride_x stride_r") | dict.fromkeys(("eps", "TOP", "FACTOR"), "fp32")
@@ -81,7 +81,7 @@ def norm(kind, x="*bf16", block=4096):
 
 
 def topk(x="*bf16", block=4096):
-    from kernels.configs import row_warps
+    from kernels.tiles import row_warps
 
     types = {"x_ptr": x, "codes_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32"} | ints("D COUNT stride_x")
     return "topk", "_topk_kernel", types, {"ZERO_BITS": 16 if x == "*bf16" else 0, "BLOCK": block}, row_warps(block), 3
@@ -93,7 +93,7 @@ def store(bits, x="*bf16", *, dynamic=True):
     types |= ints("ROWS B T sa sb st scale_b", "i32")
     block = {3: 32, 4: 64, 7: 64, 8: 128}[bits]
     constants = {"MODE": 2 if dynamic else 1, "BITS": bits, "AT_SLOT": True, "BR": 16, "BJ": block, "BK": 128}
-    return "pack_kernels", "_pack_kernel", types, constants, 4, 3
+    return "packing.kernel", "_pack_kernel", types, constants, 4, 3
 
 
 def rope(x="*bf16"):
@@ -113,9 +113,9 @@ def sparse(kernel):
             "weight_scale_ptr": "*fp32",
         }
         types |= {"out_ptr": "*fp32"} | ints("K F ROW_BYTES stride_c stride_g")
-        return "sparse_ffn", kernel, types, {"BR": 16, "BK": 256}, 4, 3
+        return "ternary.sparse", kernel, types, {"BR": 16, "BK": 256}, 4, 3
     types |= {"transposed_ptr": "*u8", "out_ptr": "*i32"} | ints("N ROW_BYTES stride_c")
-    return "sparse_ffn", kernel, types, {"SPLIT": 8, "BF": 16, "BN": 256}, 4, 3
+    return "ternary.sparse", kernel, types, {"SPLIT": 8, "BF": 16, "BN": 256}, 4, 3
 
 
 CASES = {  # what is compiled, the matrix instruction in the machine code, most registers

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.quant.affine import QParams, code_limits
+from core.quant.affine import QParams
 from core.quant.observer import SitePlan, fake_rows, sqnr_db
 from core.quant.ranges import ChannelRanges
-from kernels.int_linear import MIN_COLUMNS_PER_SEGMENT
+from kernels import code_limits
+from kernels.linear.choose import MIN_COLUMNS_PER_SEGMENT
 
 ALIGN = 32
 ACCUMULATORS = 4

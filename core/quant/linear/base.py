@@ -124,13 +124,22 @@ class LinearLayer(nn.Module):
         """
         return next(self.parts(x, None, keep_float, inplace=inplace))
 
-    def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
-        """Normalise and quantise this layer's input in one kernel, on CUDA; None where the layer multiplies floats.
+    def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Codes] | None:
+        """Add a residual, normalise and quantise this layer's input in one kernel, on CUDA.
 
         Args:
-            x: [M, K] floating; residual: the same, added first, or None.
+            x: [..., K] floating; residual: the same, or None.
             norm: the norm that stands before the layer.
+        Returns: (x + residual, codes of its norm), or None where the layer does not multiply codes that this kernel makes: then
+        only the gather and the norm are left, where plain torch is right.
         """
+        done = self._norm_rows(x.flatten(0, -2), norm, None if residual is None else residual.flatten(0, -2))
+        if done is None:
+            return None
+        return done.hidden.view(x.shape), Codes(done.codes, done.scale, done.code_sum, x.shape[:-1])
+
+    def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
+        """Compute `norm_codes` for rows x [M, K]; None where the layer takes no codes."""
         return None
 
     def set_backend(self, backend: Backend) -> None:

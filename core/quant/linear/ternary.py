@@ -2,30 +2,37 @@
 
 Weights are two bits each with one scale per projection: a fused q|k|v or gate|up keeps the scales of its parts (`bounds`). The
 input is quantised once per call, per token, and all parts share the codes. Integer and float arithmetic give the same bits
-(`kernels/ternary.py`). Source: BitNet a4.8 (arXiv:2411.04965), section 2.
+(`kernels/ternary/`). Source: BitNet a4.8 (arXiv:2411.04965), section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import BackendError
 from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
+from core.quant.linear.base import LinearLayer
 from core.quant.static import Codes, KeepFloat, keep_float_rows
 from kernels import Backend, Choice, packed_width
 from kernels.backend import triton_unsupported_reason
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 
+if TYPE_CHECKING:
+    from kernels.norm_quant import Norm, Quantized
 
-class TernaryLinear(nn.Module):
-    """y = x̂ Ŵᵀ + b with Ŵ = α t, t in {-1, 0, 1}, and x̂ quantised per token.
+
+class TernaryLinear(LinearLayer):
+    """Compute y = x̂ Ŵᵀ + b with Ŵ = α t, t in {-1, 0, 1}, and x̂ quantised per token.
 
     Saved buffers: `packed` [N, ceil(K / 4)] uint8, `weight_scale` [P] float32, `bounds` [P + 1] int32 (rows of the P projections,
-    0 … N), `bias` [N] or none. The working copy that a backend multiplies with is built on first use, is not part of the model,
-    and `release` drops it.
+    0 … N), `bias` [N] or none. Working copies, by name in `copies`:
+
+        weight       t [N, K], int8 for INT8 and float32 for REFERENCE; TRITON takes `packed`
+        row scale    α of every row, [N] float32
+        transposed   TRITON's, t transposed and packed, for inputs that are mostly zeros
 
     Args:
         tensors: the saved buffers by name, without `bias`.
@@ -37,22 +44,15 @@ class TernaryLinear(nn.Module):
     Raises: ValueError if the tensors do not fit each other.
     """
 
-    bits = 2
-
     def __init__(
         self, tensors: dict[str, Tensor], *, in_features: int, bias: Tensor | None = None, kind: str = "int8", keep: float = 0.5
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, tensors["packed"].shape[0]
+        super().__init__(in_features, tensors["packed"].shape[0], bits=2)
         self.kind, self.keep, self.sparse = kind, keep, "auto"
         self._check(tensors)
         for name in ("packed", "weight_scale", "bounds"):
             self.register_buffer(name, tensors[name].contiguous())
         self.register_buffer("bias", bias)
-        self.quantizer = None  # QuantLinear's static quantiser: none here
-        self._working: Tensor | None = None
-        self._transposed: Tensor | None = None  # TRITON's, packed, for inputs that are mostly zeros
-        self._row_scale: Tensor | None = None
         self.set_backend(Backend.AUTO)
 
     @classmethod
@@ -85,23 +85,18 @@ class TernaryLinear(nn.Module):
             raise ValueError(f"input quantiser {self.kind[:20]!r} with keep {self.keep}")
 
     def with_input(self, kind: str, keep: float) -> TernaryLinear:
-        """The same weights, shared, behind another input quantiser."""
+        """Return a layer of the same weights, shared, behind another input quantiser."""
         tensors = {name: getattr(self, name) for name in ("packed", "weight_scale", "bounds")}
         return TernaryLinear(tensors, in_features=self.in_features, bias=self.bias, kind=kind, keep=keep)
 
-    def set_backend(self, backend: Backend) -> None:
-        """Choose the implementation; drops the working copy.
-
-        Raises: BackendError if `backend` is asked for by name and cannot run this layer.
-        """
+    def choose(self, backend: Backend) -> Choice:
+        """See `LinearLayer.choose`."""
+        automatic = self._automatic()
         if backend is Backend.AUTO:
-            choice = self._automatic()
-        elif backend in (Backend.REFERENCE, self._automatic().backend):
-            choice = Choice(backend, "asked for")
-        else:
-            raise BackendError(f"{backend} cannot run this layer, {self._automatic().reason}: use reference")
-        self.requested, self.choice = backend, choice
-        self.release()
+            return automatic
+        if backend not in (Backend.REFERENCE, automatic.backend):
+            raise ValueError(f"{backend} cannot run this layer, {automatic.reason}: use reference")
+        return Choice(backend, "asked for")
 
     def _automatic(self) -> Choice:
         if self.kind == "fp":
@@ -113,48 +108,26 @@ class TernaryLinear(nn.Module):
             return Choice(Backend.REFERENCE, f"no kernel runs this layer: {unsupported_reason}")
         return Choice(Backend.INT8, "ternary weights and integer codes multiply exactly in int8")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
-        """Another device is another choice of backend."""
-        super()._apply(fn, recurse)
-        if not self.packed.is_meta:
-            self.set_backend(self.requested)
-        return self
-
-    def release(self) -> None:
-        """Drop the working copy."""
-        self._working = self._transposed = self._row_scale = None
-
-    @property
-    def working_bytes(self) -> int:
-        """Bytes of the working copy at this moment."""
-        return sum(t.numel() * t.element_size() for t in (self._working, self._transposed) if t is not None)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the weight as it is stored, scales and row bounds included."""
-        return sum(t.nbytes for t in (self.packed, self.weight_scale, self.bounds))
+    def stored_tensors(self) -> tuple[Tensor, ...]:
+        """See `LinearLayer.stored_tensors`; the row bounds are among them."""
+        return self.packed, self.weight_scale, self.bounds
 
     @property
     def decode_bytes(self) -> int:
         """Bytes of the weight that one token reads at most: of the working copy where there is one, skipping left out."""
-        return self.stored_bytes if self._working is None else self._working.nbytes
-
-    @property
-    def effective_bits(self) -> float:
-        """Stored bits per weight, scales and row bounds included."""
-        return self.stored_bytes * 8 / (self.out_features * self.in_features)
+        copy = self.copies.nbytes(self, "weight")
+        return copy + self.copies.nbytes(self, "row scale") if copy else self.stored_bytes
 
     def projections(self) -> list[tuple[Tensor, Tensor]]:
-        """(codes [n, K] int8, scale 0-dim) of every fused projection."""
-        codes = unpack_ternary(self.packed, self.in_features)
-        return list(zip(codes.split(self.bounds.diff().tolist()), self.weight_scale, strict=True))
+        """Return (codes [n, K] int8, scale 0-dim) of every fused projection."""
+        return list(zip(self._ternary().split(self.bounds.diff().tolist()), self.weight_scale, strict=True))
 
     def dequantized_weight(self) -> Tensor:
-        """Ŵ [N, K] float32."""
+        """See `LinearLayer.dequantized_weight`."""
         return torch.cat([codes.to(torch.float32) * scale for codes, scale in self.projections()])
 
     def quantize(self, x: Tensor) -> Codes:
-        """Codes of x [..., K] as rows; not for kind "fp"."""
+        """Compute the codes of x [..., K] as rows; not for kind "fp"."""
         x = x.reshape(-1, self.in_features)
         if self.kind == "topk8" and self.choice.backend is Backend.TRITON:
             from kernels import topk_quant
@@ -164,66 +137,73 @@ class TernaryLinear(nn.Module):
         return Codes(codes.to(torch.int8), scale)
 
     def product(self, x: Codes, rows: slice | Tensor = slice(None)) -> Tensor:
-        """x̂ Ŵᵀ + b for some output rows, a slice or ascending indices: [M, n] float32."""
+        """Compute x̂ Ŵᵀ + b for some output channels, a slice or ascending indices: [M, n] float32."""
         bias = None if self.bias is None else self.bias[rows]
         if self.choice.backend is Backend.TRITON:  # takes the packed weight as it is
             from kernels import ternary_linear
 
             y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
             return y if bias is None else y.add_(bias)
-        weight, scale = self._operands()
-        sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary.py
-        y = ternary_product(x.codes, weight[rows], self.choice.backend, sparse_columns=sparse)
-        y = apply_scales(y, x.scale, scale[rows])
+        sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary/reference.py
+        y = ternary_product(x.codes, self._weight()[rows], self.choice.backend, sparse_columns=sparse)
+        y = apply_scales(y, x.scale, self._scale_of_rows()[rows])
         return y if bias is None else y.add_(bias)
 
     def gated_product(self, x: Codes, gate: Tensor, rows: slice) -> Tensor:
-        """gate · (x̂ Ŵᵀ) of output rows without bias, [M, n] float32; backend TRITON leaves unread what a gate of 0 hides."""
+        """Compute gate · (x̂ Ŵᵀ) of the output channels `rows` without bias, [M, n] float32, by TRITON.
+
+        Rows of the weight whose gates are all 0 are not read.
+        """
         from kernels import gated_up
 
         return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
 
     def sparse_product(self, x: Tensor | Codes) -> Tensor:
-        """The layer without bias on x [..., K] with many zero codes, whose columns backend TRITON leaves unread: [..., N]."""
+        """Apply the layer without bias to x [..., K] by TRITON, which does not read the columns of zero codes: [..., N]."""
         from kernels import sparse_down
 
         codes = x if isinstance(x, Codes) else self.quantize(x)
-        if self._transposed is None:
-            self._transposed = pack_ternary(unpack_ternary(self.packed, self.in_features).t().contiguous())
-        y = sparse_down(codes.codes, self.packed, self._transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
+        transposed = self.copies.get("transposed", lambda: pack_ternary(self._ternary().t().contiguous()))
+        y = sparse_down(codes.codes, self.packed, transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def forward(self, x: Tensor | Codes, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """x [..., K] float32, or its codes -> [..., N] float32. KeepFloat tokens keep a float input; x is never overwritten."""
-        if self.kind == "fp":
-            weight, scale = self._operands()
-            y = nn.functional.linear(x, weight).mul_(scale)
-            return y if self.bias is None else y.add_(self.bias)
+    def parts(
+        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
+    ) -> Iterator[Tensor]:
+        """See `LinearLayer.parts`; all parts are computed at once, and x is not overwritten."""
+        y = self._floats(x) if self.kind == "fp" else self._codes_product(x, keep_float)
+        return iter((y,) if sizes is None else y.split(sizes, dim=-1))
+
+    def _floats(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self._weight()).mul_(self._scale_of_rows())
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _codes_product(self, x: Tensor | Codes, keep_float: KeepFloat | None) -> Tensor:
         y = self.product(x if isinstance(x, Codes) else self.quantize(x)).view(*x.shape[:-1], self.out_features)
         if keep_float is not None:
             rows = keep_float_rows(keep_float, x)
             y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
         return y
 
-    def parts(
-        self, x: Tensor | Codes, sizes: tuple[int, ...], keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
-        """`forward` with its output channels in tensors [..., n] of these sizes."""
-        return iter(self.forward(x, keep_float).split(sizes, dim=-1))
+    def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
+        from kernels.norm_quant import KINDS, norm_quantize_dynamic
 
-    def _operands(self) -> tuple[Tensor, Tensor]:
-        """(t [N, K] in the backend's type, α [N] float32)."""
-        if self._working is None:
-            ternary = unpack_ternary(self.packed, self.in_features)
-            self._working = ternary if self.choice.backend is Backend.INT8 else ternary.to(torch.float32)
-        return self._working, self._scale_of_rows()
+        if self.choice.backend is not Backend.TRITON or self.kind not in KINDS:
+            return None
+        return norm_quantize_dynamic(x, norm, self.kind, residual=residual)
+
+    def _ternary(self) -> Tensor:
+        return unpack_ternary(self.packed, self.in_features)
+
+    def _weight(self) -> Tensor:
+        """Return t [N, K] in the backend's type."""
+        dtype = torch.int8 if self.choice.backend is Backend.INT8 else torch.float32
+        return self.copies.get("weight", lambda: self._ternary().to(dtype))
 
     def _scale_of_rows(self) -> Tensor:
-        """α of every row, [N] float32."""
-        if self._row_scale is None:
-            self._row_scale = self.weight_scale.repeat_interleave(self.bounds.diff())
-        return self._row_scale
+        """Return α of every row, [N] float32."""
+        return self.copies.get("row scale", lambda: self.weight_scale.repeat_interleave(self.bounds.diff()))
 
     def extra_repr(self) -> str:
-        """Shape, input and backend, as the model's repr shows them."""
+        """Describe shape, input and backend, as the model's repr shows them."""
         return f"{self.in_features} → {self.out_features}, ternary, input {self.kind}, {self.choice.backend}"

@@ -45,7 +45,7 @@ def test_decoding_with_4_bit_products_reads_those_whatever_else_has_run():
     for length in (32, 1):
         made.model(torch.zeros(1, length, dtype=torch.long))
     stored = sum(measured_parts(made.model, made.loaded.adapter).values())
-    copies = sum(linear._few_rows.nbytes for linear in few)
+    copies = sum(linear.copies.nbytes(linear, "few rows") for linear in few)
     assert sum(linear.working_bytes for linear in few) > 4 * copies, "the prompt's float copies exist"
     copies += sum(linear.working_bytes for linear in linears if linear not in few)
     packed = sum(linear.stored_bytes for linear in linears)

@@ -235,15 +235,14 @@ def test_a_round_trip_is_bit_identical(tmp_path, architecture):
 def test_bytes_are_measured(folder):
     base = load_model(str(folder))
     parts = measured_parts(base.model, base.adapter)
-    weights = sum(
-        x.in_features * x.out_features for b in quantized_blocks(base.model, base.adapter) for x in b.linears().values()
-    )
+    linears = [x for b in quantized_blocks(base.model, base.adapter) for x in b.linears().values()]
+    weights = sum(x.in_features * x.out_features for x in linears)
     assert parts["packed weights"] == weights // 4
     assert parts["scales and zero points"] == 2 * 4 * (7 + 7 + 4), "7 scales, 7 + 4 row bounds per layer"
     assert parts["norms, biases and orders"] >= 2 * 4 * (128 * 3 + 96) and "decoder weights (float)" not in parts
     assert working_bytes(base.model) == 0
     base.model(IDS)
-    assert working_bytes(base.model) == weights
+    assert working_bytes(base.model) == weights + sum(4 * x.out_features for x in linears), "and the scale of every row"
     assert {u.backend for u in backend_use(base)} == {"int8"} and sum(u.layers for u in backend_use(base)) == 8
 
 

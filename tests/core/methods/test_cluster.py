@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels, kmeans_labels
-from core.quant.affine import Grid, QParams, choose_qparams, code_limits
-from kernels import fake_quantize
+from core.quant.affine import Grid, QParams, choose_qparams
+from kernels import code_limits, fake_quantize
 
 
 def skewed(width: int = 256, seed: int = 0) -> np.ndarray:

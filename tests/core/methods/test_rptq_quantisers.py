@@ -18,12 +18,12 @@ from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_cha
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.shell import block_inputs
-from core.quant.affine import Grid, QParams, choose_qparams, code_limits, round_scale
+from core.quant.affine import Grid, QParams, choose_qparams, round_scale
 from core.quant.observer import RangeRules, decibels, plan_site, sqnr_db
 from core.quant.segments import expand, segment_max, segment_min
 from core.quant.static import ActivationQuantizer
 from core.recipe import INPUT_SITE, PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
-from kernels import Backend, fake_quantize
+from kernels import Backend, code_limits, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
 from tests.core.tools import ARCHITECTURES, Quantised, float_blocks, quantised, relative, spec_of, tiny, tokens
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.errors import NumericError
-from core.quant.affine import MAX_ZERO_POINT, Grid, QParams, choose_qparams, code_limits, round_scale
-from kernels import dequantize, quantize
+from core.quant.affine import MAX_ZERO_POINT, Grid, QParams, choose_qparams, round_scale
+from kernels import code_limits, dequantize, quantize
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 RELATIVE = 2e-6

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from core.errors import NumericError
-from core.quant.affine import Grid, code_limits
+from core.quant.affine import Grid
 from core.quant.gptq import DAMPING, inverse_factor, quantize_weight, round_to_nearest
+from kernels import code_limits
 from tests.core.tools import poisoned_memory
 
 WIDTHS = (1, 2, 15, 16, 17, 63, 127, 128, 129, 145, 300)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from core.errors import BackendError
-from core.quant.affine import Grid, QParams, choose_qparams, code_limits
+from core.quant.affine import Grid, QParams, choose_qparams
 from core.quant.gptq import round_to_nearest
 from core.quant.linear.quant import QuantizedWeight, QuantLinear
 from core.quant.static import ActivationQuantizer
-from kernels import Backend, Choice
+from kernels import Backend, Choice, code_limits
 
 BACKENDS = (Backend.REFERENCE, Backend.INT8)
 
@@ -133,7 +133,8 @@ def test_the_working_copy_is_counted_apart_and_released(backend):
     before = set(layer.state_dict())
     assert layer.working_bytes == 0 and layer.decode_bytes == layer.stored_bytes
     first = layer(x)
-    assert layer.working_bytes == (11 * 45 * 4 if backend is Backend.REFERENCE else 11 * 45 + 3 * 11 * 4)
+    scales_and_bias = 3 * 11 * 4 + 11 * 4
+    assert layer.working_bytes == (11 * 45 * 4 if backend is Backend.REFERENCE else 11 * 45 + scales_and_bias)
     assert layer.decode_bytes == layer.working_bytes, "instead of the packed weight"
     assert set(layer.state_dict()) == before and not list(layer.parameters())
     layer.release()
@@ -279,7 +280,7 @@ def test_power_of_two_scales_need_one_accumulator(bits, backend):
     layer.set_backend(backend)
     assert error(layer(x), exact(layer, x)) < 3e-6
     if backend is Backend.INT8:
-        assert layer._operands.offsets == (0, 45)
+        assert layer.copies.get("product", pytest.fail).offsets == (0, 45)
         found = layer(x[None], 2)[0]
         assert torch.equal(found[2:], layer(x)[2:])
         assert error(found[:2], x[:2].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
@@ -301,7 +302,7 @@ def test_exempt_rows_read_the_integer_weights(weight_bits):
     layer.set_backend(Backend.INT8)
     x[0] *= 1000
     found = layer(x[None], 1)[0]
-    assert (layer._operands.zero_rows is None) == (weight_bits == 4)
+    assert (layer.copies.get("product", pytest.fail).zero_rows is None) == (weight_bits == 4)
     assert error(found[0], x[0].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
     assert torch.equal(found[1:], layer(x)[1:])
 
@@ -320,7 +321,7 @@ def test_few_rows_of_float_input_use_4_bit_products(clusters, weight_bits):
     few = layer(x[:3].view(1, 3, -1))[0]
     assert 1e-6 < error(few, expected[:3]) < 8e-3  # bfloat16: 2**-9 of each rounded number
     assert layer.working_bytes > 48 * clusters[-1] * 4
-    few_bytes = layer._few_rows.nbytes
+    few_bytes = layer.copies.nbytes(layer, "few rows")
     assert layer.decode_bytes == few_bytes < 48 * clusters[-1], "one token does not read the float copy of more rows"
     layer.release()
     assert layer.working_bytes == 0
@@ -332,9 +333,12 @@ def test_few_rows_of_float_input_use_4_bit_products(clusters, weight_bits):
 def test_kernels_read_the_packed_weight(input_bits, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("core.quant.linear.quant.select_linear_backend", lambda *_, **__: Choice(Backend.TRITON, "test"))
-    layer, _ = example(128, 16, weight_bits=4, input_bits=input_bits, clusters=(0, 64, 128))
+    layer, x = example(128, 16, weight_bits=4, input_bits=input_bits, clusters=(0, 64, 128))
+    assert layer.decode_bytes == layer.stored_bytes, "before the first product"
+    layer(x)
     assert layer.takes_codes == (input_bits is not None)
-    scales = 2 * 16 * 4 * 2 if layer.takes_codes else 2 * 16 * (2 + 1)  # in the epilogue's type, or as they are stored
+    # scales in the epilogue's type and a bias of its own, or as they are stored
+    scales = 2 * 16 * 4 * 2 + 16 * 4 if layer.takes_codes else 2 * 16 * (2 + 1)
     assert layer.decode_bytes == 16 * 64 + scales
 
 

@@ -87,11 +87,11 @@ def test_bytes_and_bits():
     assert layer.effective_bits == pytest.approx(stored * 8 / (52 * 128)) and layer.bits == 2
     assert layer.working_bytes == 0
     layer(gaussian(1, 128))
-    assert layer.working_bytes == layer.decode_bytes == 52 * 128
+    assert layer.working_bytes == layer.decode_bytes == 52 * (128 + 4)
     layer.set_backend(Backend.REFERENCE)
     assert layer.decode_bytes == layer.stored_bytes == stored
     layer(gaussian(1, 128))
-    assert layer.working_bytes == layer.decode_bytes == 4 * 52 * 128
+    assert layer.working_bytes == layer.decode_bytes == 4 * 52 * (128 + 1)
     layer.release()
     assert layer.working_bytes == 0
     assert sorted(layer.state_dict()) == ["bounds", "packed", "weight_scale"]

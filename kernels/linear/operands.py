@@ -1,0 +1,80 @@
+"""What a backend multiplies with in place of a layer's stored weight, and the backend REFERENCE, which takes Ŵ itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+WHOLE = slice(None)
+"""All output channels."""
+
+
+class LinearOperands:
+    """Tensors that one backend multiplies with, computed once from a layer's stored ones.
+
+    A subclass is a frozen dataclass of its tensors and defines `product`.
+    """
+
+    takes_codes: ClassVar[bool] = False
+    """Whether the input is int8 codes qx, [M, K] (True), or floats [..., K] that are already x̂."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """Compute x̂ Ŵᵀ + b: x [M, K] or [..., K] as `takes_codes` says -> [..., N] float32."""
+        raise NotImplementedError
+
+    def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
+        """Compute `product` as tensors [..., n] whose n are `sizes`, in order; None is one tensor of all channels.
+
+        REFERENCE and INT8 compute a part, contiguously, when it is taken: what follows finds it in cache (SiLU of 1536 of 3072
+        channels, 512 rows, two threads: 0.28 ms; after both parts 0.68 ms). The others compute all of it at once.
+        """
+        y = self.product(x)
+        return iter((y,) if sizes is None else y.split(sizes, dim=-1))
+
+
+class PartwiseOperands(LinearOperands):
+    """Operands of a backend that can compute some output channels alone, at their share of the cost."""
+
+    def product(self, x: Tensor, outputs: slice = WHOLE) -> Tensor:
+        """Compute the output channels `outputs` of `LinearOperands.product`: [..., n]."""
+        raise NotImplementedError
+
+    def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
+        """See `LinearOperands.parts`: each part is computed when it is taken."""
+        return (self.product(x, outputs) for outputs in output_parts(sizes))
+
+
+def output_parts(sizes: tuple[int, ...] | None) -> list[slice]:
+    """Return the slices of output channels with these sizes; None is one slice of all."""
+    if sizes is None:
+        return [WHOLE]
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class ReferenceOperands(PartwiseOperands):
+    """REFERENCE: the dequantised weight Ŵ [N, K] float32 and the bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def product(self, x: Tensor, outputs: slice = WHOLE) -> Tensor:
+        """See `PartwiseOperands.product`."""
+        return torch.nn.functional.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
+
+
+def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    """Apply a layer.
+
+    Args:
+        x: [M, K] int8 codes qx where the operands take codes, else [..., K] float32, already x̂.
+        operands: of the backend that x was prepared for.
+    Returns: [M, N] float32, or [..., N].
+    """
+    return operands.product(x)
