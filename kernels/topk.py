@@ -1,4 +1,4 @@
-"""Top-K by magnitude and INT8 in one pass over a row: exactly k entries keep their code, the others become 0.
+"""Keep the k largest entries of a row by magnitude and quantise them to INT8, in one pass; the others become 0.
 
     γ = max(max |x|, 1e-5)      code = round(127 x / γ) where |x| is among the k largest, else 0      value = code · γ / 127
 
@@ -23,7 +23,7 @@ _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 def reference(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By a stable sort."""
+    """Compute `topk_quant` by a stable sort; `count` entries keep their code."""
     x = x.to(torch.float32)
     size = x.abs()
     largest = size.amax(-1, keepdim=True).clamp(min=EPS)
@@ -40,12 +40,15 @@ def _topk_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, D, COUNT, stride_x, ZERO_
     inside = k < D
     x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0).to(tl.float32)
     size = tl.abs(x)
+    # The bits of non-negative floats, read as integers, sort like the floats. Build the k-th largest magnitude from the highest
+    # bit down: a bit stays set if at least k entries are at or above the number so far. Entries beyond D are -1: never counted.
     bits = tl.where(inside, size.to(tl.int32, bitcast=True), -1)
     threshold = 0
     for i in tl.static_range(31 - ZERO_BITS):
         raised = threshold | (1 << (30 - i))
         enough = tl.sum((bits >= raised).to(tl.int32), axis=0) >= COUNT
         threshold = tl.where(enough, raised, threshold)
+    # Entries above the threshold are fewer than k; those equal to it fill the room that is left, in order of their index.
     above = bits > threshold
     equal = bits == threshold
     room = COUNT - tl.sum(above.to(tl.int32), axis=0)

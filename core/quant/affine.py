@@ -1,13 +1,13 @@
-"""Scale and zero point of a range: the affine grid.
+"""Choose scale and zero point for a range: the affine grid.
 
-Two rules. OFFICIAL is the published code's: the step is the range over 2**bits, so the largest value falls one code
+There are two rules. OFFICIAL is the published code's: the step is the range over 2**bits, so the largest value falls one code
 beyond the grid and is clipped by up to 1.5 steps; scale and zero point are clipped to 1e-4..1e4. EXACT spreads
 2**bits - 1 steps over the range, so both ends are codes, and constants round-trip exactly.
 
     OFFICIAL   scale = clip((max - min) / 2**bits, 1e-4, 1e4)     zero_point = round(clip(-(max + min) / (2 scale), ±1e4))
     EXACT      scale = (max - min) / (2**bits - 1)                zero_point = qmin - round(min / scale)
 
-Codes are signed: qmin = -2**(bits-1), qmax = 2**(bits-1) - 1. Source: RPTQ (arXiv:2304.01089), official quantiser.
+Codes are signed, from qmin to qmax of `kernels.code_limits`. Source: RPTQ (arXiv:2304.01089), official quantiser.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Grid(StrEnum):
-    """How a range becomes a grid of 2**bits codes."""
+    """Name the rule by which a range becomes a grid of 2**bits codes."""
 
     OFFICIAL = "official"
     EXACT = "exact"
@@ -36,20 +36,21 @@ class Grid(StrEnum):
 
 @dataclass(frozen=True)
 class QParams:
-    """x ≈ scale * (q - zero_point): scale [...] float32 > 0, zero_point [...] float32 holding integers."""
+    """Scale and zero point of x ≈ scale * (q - zero_point): [...] float32 > 0, and [...] float32 holding integers."""
 
     scale: Tensor
     zero_point: Tensor
 
 
 def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zero_point: bool = True) -> QParams:
-    """Scale and zero point for the range [low, high].
+    """Choose scale and zero point for the range [low, high].
 
     Args:
         low, high: [...] floating, low <= high, in units of the tensor.
         bits: 2 to 8.
-        clip_zero_point: the OFFICIAL rule's ±1e4 limit. It never acts on the paper's weights; on weights above 1 in
-            clusters of one column it would destroy them, so weights are quantised without it (docs/log.md).
+        clip_zero_point: keep the OFFICIAL rule's limit of ±1e4. It never acts on the paper's weights, but weights above 1
+            in clusters of one column would be clipped to a fraction of their value: weights are quantised without it
+            (docs/log.md).
     Returns: QParams of the same shape.
     Raises: NumericError if a bound is NaN or infinite.
     """
@@ -71,10 +72,18 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zer
 
 
 def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) -> QParams:
-    """The same grid with its scale rounded to a storage type, zero point recomputed for it (EXACT rule).
+    """Round a scale to the type it is stored in, and recompute the zero point for the rounded scale (EXACT rule).
 
-    Used for weights, whose scales are stored in float16: rounding first makes the codes exact for the stored scale. Scales
-    below the normal range keep at least four bits (a cluster of one column often holds weights of 1e-4 and less).
+    Weights store their scales in float16: with the scale rounded before the codes are made, the codes fit the stored scale.
+    Scales below the type's normal range lose significant bits: no scale becomes smaller than the one that keeps four of them,
+    nor 0 (a cluster of one column often holds weights of 1e-4 and less).
+
+    Args:
+        params: [...] of the EXACT rule.
+        low: [...], the lower bounds that `params` was made from.
+        dtype: floating type of the stored scale.
+        bits: 2 to 8.
+    Returns: QParams in float32 whose scale `dtype` holds exactly.
     """
     info = torch.finfo(dtype)
     scale = params.scale.clamp(16 * info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float32)

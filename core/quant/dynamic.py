@@ -1,4 +1,4 @@
-"""The quantisers of BitNet b1.58 and BitNet a4.8: pure functions, integer codes and the scale that multiplies them.
+"""Quantise by the rules of BitNet b1.58 and BitNet a4.8: pure functions that return integer codes and their scale.
 
     ternary   round(w / α) clipped to -1 … 1      α = mean |w|, one per projection
     int8      round(127 x / γ)                    γ = max |x|, one per token; value = code · γ / 127
@@ -21,7 +21,7 @@ EPS = 1e-5
 ROOT7 = math.sqrt(7.0)
 
 INPUT_KINDS = ("int8", "int4", "int4x2", "fp4", "topk8")
-"""Quantisers of a projection's input; "fp" (not quantised) is the callers' business."""
+"""Names of the quantisers of a projection's input. Callers add "fp" for an input that is not quantised."""
 
 MODES: dict[str, dict[str, str]] = {
     "fp": {"attn_in": "fp", "o_in": "fp", "mlp_in": "fp", "down_in": "fp"},
@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, str]] = {
 
 
 def ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Ternary codes of one projection's weight.
+    """Quantise the weight of one projection to ternary codes.
 
     Args:
         w: floating, any shape; the scale is one for the whole tensor, so q, k and v are given apart.
@@ -47,24 +47,37 @@ def ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_absmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127 … 127 of x [..., C], float32 holding integers, and the scale [..., 1]. -128 cannot occur."""
+    """Quantise rows by their maximum.
+
+    Args:
+        x: [..., C] floating.
+    Returns: (codes [..., C] float32 holding integers -127 … 127, scale [..., 1] float32).
+    """
     x = x.to(torch.float32)
     largest = x.abs().amax(-1, keepdim=True).clamp(min=EPS)
     return (x * (127.0 / largest)).round(), largest / 127.0
 
 
 def int4_absmean(x: Tensor, *, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes -8 … 7 of x [..., C], float32 holding integers, and the scale [..., 1]; what lies beyond is clipped."""
+    """Quantise rows by their mean magnitude; larger values are clipped.
+
+    Args:
+        x: [..., C] floating.
+        factor: multiplies the mean.
+    Returns: (codes [..., C] float32 holding integers -8 … 7, scale [..., 1] float32).
+    """
     x = x.to(torch.float32)
     size = (factor * x.abs().mean(-1, keepdim=True)).clamp(min=EPS)
     return (x * (ROOT7 / size)).round().clamp(-8, 7), size / ROOT7
 
 
 def fp4_minmax(x: Tensor, *, fmt: str = "e2m1") -> tuple[Tensor, Tensor]:
-    """Integer codes of a 4-bit float of x [..., C], float32 holding integers, and the scale [..., 1].
+    """Quantise rows to a 4-bit float, written as integers.
 
     Args:
+        x: [..., C] floating.
         fmt: "e2m1", codes ±{0,1,2,3,4,6,8,12} and scale max|x| / 12; "e1m2", the uniform grid -7 … 7 and max|x| / 7.
+    Returns: (codes [..., C] float32 holding integers, scale [..., 1] float32).
     Raises: ValueError for another format.
     """
     if fmt not in ("e2m1", "e1m2"):
@@ -80,23 +93,23 @@ def fp4_minmax(x: Tensor, *, fmt: str = "e2m1") -> tuple[Tensor, Tensor]:
 
 
 def topk_mask(x: Tensor, keep: float = 0.5) -> Tensor:
-    """True at the int(keep · C), at least 1, largest |x| of each row of x [..., C]; among equals the first ones."""
+    """Mark the int(keep · C), at least 1, largest |x| of each row of x [..., C]; among equals the first ones."""
     count = max(1, int(x.shape[-1] * keep))
     size = x.abs()
     threshold = size.topk(count, dim=-1).values[..., -1:]
     above, equal = size > threshold, size == threshold
-    room = count - above.sum(-1, keepdim=True)
+    room = count - above.sum(-1, keepdim=True)  # entries equal to the threshold that still fit
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
 def topk_int8(x: Tensor, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
-    """`int8_absmax` of x [..., C] with all but the `topk_mask` of the float values set to 0."""
+    """Quantise rows as `int8_absmax` does and set all codes to 0 but those in `topk_mask` of the float values."""
     codes, scale = int8_absmax(x)
     return codes * topk_mask(x, keep), scale
 
 
 def quantize_input(x: Tensor, kind: str, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Quantise the input of a projection, per token.
+    """Quantise the input of a projection with one scale per token.
 
     Args:
         x: [..., C] floating.

@@ -1,4 +1,4 @@
-"""Weight quantisation with static grouped scales: round-to-nearest and GPTQ, as pure functions of tensors.
+"""Quantise weights with static grouped scales: round-to-nearest and GPTQ, as pure functions of tensors.
 
 GPTQ (Frantar et al., arXiv:2210.17323) rounds one input column after another and lets the columns not yet rounded
 absorb the error, weighted by the inverse Hessian H = (2 / M) Xᵀ X. Scales and zero points come from the unmodified
@@ -22,9 +22,13 @@ from core.quant.linear.quant import QuantizedWeight
 from kernels import code_limits
 
 BLOCK = 128
+"""Columns of the outer level: what they change in later columns is one matrix product per block."""
 INNER = 16
+"""Columns of the inner level: inside them every rounded column updates the others one by one."""
 DAMPING = 0.01
+"""Share of the Hessian's mean diagonal that is added to its diagonal: the published code's."""
 DAMPING_RETRIES = 3
+"""How often the damping grows tenfold before the layer falls back to round-to-nearest."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class WeightResult:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Per output row and cluster: scale and zero point, [N, G] float32, and code limits."""
+    """Grid of a weight per output row and cluster: scale and zero point, [N, G] float32, and the code limits."""
 
     scale: Tensor
     zero_point: Tensor
@@ -53,7 +57,14 @@ class _Groups:
 
 
 def round_to_nearest(weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> WeightResult:
-    """Quantise weight [N, K] per row and input cluster without a Hessian. offsets: [G + 1] int64."""
+    """Quantise a weight to the nearest codes, without a Hessian.
+
+    Args:
+        weight: [N, K] float32, columns in cluster order.
+        offsets: [G + 1] int64.
+        bits: 2 to 8.
+        grid: the rule that makes scales and zero points of ranges.
+    """
     groups = _choose_groups(weight, offsets, bits, grid)
     clusters = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=weight.device), offsets.diff())
     scale, zero = groups.scale[:, clusters], groups.zero_point[:, clusters]
@@ -69,6 +80,8 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
         hessian: [K, K] float32, proportional to Xᵀ X in the same order.
         offsets: [G + 1] int64.
         bits: 2 to 8.
+        grid: the rule that makes scales and zero points of ranges.
+    Returns: the weight; method "rtn" and a reason in `fallback` where the Hessian could not be factorised.
     Raises: NumericError if the weight holds NaN or infinity.
     """
     if not _all_finite(weight):
@@ -92,10 +105,13 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
-    """U [K, K] upper triangular with (H + damping)⁻¹ = Uᵀ U, or (None, reason).
+    """Factorise the inverse of a damped Hessian: U [K, K] upper triangular with (H / max H + d I)⁻¹ = Uᵀ U.
 
-    Inputs that never fire (zero diagonal) are masked; damping starts at 1 % of the mean diagonal and grows tenfold up
-    to three times while the factorisation fails.
+    d starts at DAMPING times the mean diagonal and grows tenfold up to DAMPING_RETRIES times while the factorisation fails.
+
+    Args:
+        hessian: [K, K] float32, symmetric; its scale does not matter, because only ratios of U's entries are used.
+    Returns: (U, None), or (None, why there is none).
     """
     if not _all_finite(hessian):
         return None, "the Hessian holds NaN or infinity"
@@ -103,10 +119,10 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
     largest = float(diagonal.max())
     if largest <= 0:
         return None, "no input of this layer ever fired"
-    dead = diagonal.flip(0) <= 0
+    dead = diagonal.flip(0) <= 0  # inputs that never fire: 1 on the diagonal keeps the matrix invertible
     mean = float(diagonal.mean()) / largest
     for attempt in range(DAMPING_RETRIES + 1):
-        damped = hessian.flip(0, 1).div_(largest)
+        damped = hessian.flip(0, 1).div_(largest)  # reversed: Cholesky's lower factor, flipped back, is the upper R of H = R Rᵀ
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(mean * DAMPING * 10**attempt)
         lower, info = torch.linalg.cholesky_ex(damped)
@@ -118,13 +134,15 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: finite if their sum is, otherwise looked up one by one."""
+    """Tell whether no value is NaN or infinite. A finite sum says so at once; an overflowing one needs a look at each value."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _inverse_upper(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves, n³ / 3 operations instead of the n³ of solving for the identity:
-    the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]."""
+    """Invert an upper triangular matrix by halves: the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
+
+    n³ / 3 operations, most of them matrix products, instead of the n³ of solving for the identity.
+    """
     size = len(upper)
     if size <= BLOCK:
         return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
@@ -136,6 +154,7 @@ def _inverse_upper(upper: Tensor) -> Tensor:
 
 
 def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _Groups:
+    """Choose scales and zero points from the ranges of the unmodified weight, per output row and cluster."""
     runs = weight.t().contiguous().split(offsets.diff().tolist())  # [columns of a cluster, N] each
     low, high = (torch.stack([reduce(run, 0) for run in runs], dim=1) for reduce in (torch.amin, torch.amax))
     if grid is Grid.EXACT:  # zero is a code, so zero points fit the code's own width
@@ -148,35 +167,41 @@ def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _G
 
 
 def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
-    """Codes [K, N] float of Wᵀ `columns` [K, N] (overwritten), rows rounded in order."""
+    """Round the input columns one after another, each time correcting the columns that are not rounded yet.
+
+    Args:
+        columns: Wᵀ [K, N], so that an input column is a contiguous row; overwritten.
+        factor: U [K, K] of `inverse_factor`.
+    Returns: signed codes [K, N] float.
+    """
     width = len(columns)
     codes = torch.empty_like(columns)
     clusters = torch.arange(len(groups.offsets) - 1, device=columns.device)
     channel_cluster = torch.repeat_interleave(clusters, groups.offsets.diff())
     zero = groups.zero_point.t().contiguous()  # [G, N]
     grids = list(zip(groups.scale.t().contiguous(), groups.qmin - zero, groups.qmax - zero, strict=True))
-    factor = factor / factor.diagonal()[:, None]  # an error enters undivided
+    factor = factor / factor.diagonal()[:, None]  # GPTQ divides the error by U[i, i]: with rows scaled so, it enters as it is
     errors = torch.empty(min(BLOCK, width), columns.shape[1], device=columns.device)
     rows = list(zip(columns, codes, (grids[c] for c in channel_cluster.tolist()), strict=True))
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         for inner in range(start, stop, INNER):
             end = min(inner + INNER, stop)
-            for i in range(inner, end):
+            for i in range(inner, end):  # round column i to x̂ = s clamp(round(x / s)), zero point added at the end
                 column, rounded, (scale, lower, upper) = rows[i]
                 torch.div(column, scale, out=rounded).round_().clamp_(lower, upper)
                 error = torch.addcmul(column, rounded, scale, value=-1.0, out=errors[i - start])
-                if i + 1 < end:
+                if i + 1 < end:  # the rest of the inner block sees the error at once, because it is rounded next
                     columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
-            if end < stop:
+            if end < stop:  # the rest of the block sees the errors of 16 columns in one product
                 columns[end:stop].addmm_(factor[inner:end, end:stop].t(), errors[inner - start : end - start], alpha=-1.0)
-        if stop < width:
+        if stop < width:  # all later columns see the errors of the whole block in one large product
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1.0)
     return codes.add_(zero[channel_cluster])
 
 
 def _finish(codes: Tensor, groups: _Groups, bits: int, grid: Grid) -> QuantizedWeight:
-    """Signed float codes [N, K] -> stored types."""
+    """Convert signed float codes [N, K] and their grid to the types they are stored in."""
     zero = groups.zero_point
     fits = (t for t in (torch.int8, torch.int16) if torch.iinfo(t).min <= zero.min() and zero.max() <= torch.iinfo(t).max)
     stored = next(fits, torch.int32)

@@ -1,4 +1,4 @@
-"""Static quantiser of one activation site: contiguous clusters of channels, one scale and zero point each."""
+"""Quantise the activations of one site with static scales: one scale and zero point per cluster of contiguous channels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from core.quant.segments import expand
 from kernels import code_limits, fake_quantize, quantize
 
 KeepFloat = int | Tensor
-"""Tokens that keep their float values: the first n of every sequence, or those marked True in a mask [B or 1, T] bool."""
+"""Tokens whose activations stay in floating point: the first n of every sequence, or those True in a mask [B or 1, T] bool."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantised input as rows: `codes` [M, K] int8; with dynamic scales `scale` [M, 1] float32 and, where it is known,
-    `code_sum` [M] int32, Σ codes. `lead` are the dimensions that became M, None for [M]."""
+    """The input of a linear layer as integer codes.
+
+    Attributes:
+        codes: [M, K] int8.
+        scale: [M, 1] float32 where scales are dynamic, else None.
+        code_sum: [M] int32, Σ_k codes, where it is known.
+        lead: the leading dimensions of the input [..., K], whose product is M; None for [M].
+    """
 
     codes: Tensor
     scale: Tensor | None = None
@@ -27,25 +33,26 @@ class Codes:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the input, [..., K]."""
+        """Shape of the input, [..., K]."""
         return self.codes.shape if self.lead is None else torch.Size((*self.lead, self.codes.shape[1]))
 
 
 def keep_float_rows(keep_float: KeepFloat, x: Tensor) -> tuple | Tensor:
-    """What indexes the keep_float tokens of x [..., T, C]: a slice where it can, a mask [..., T] otherwise."""
+    """Make the index that selects the tokens of x [..., T, C] that stay in float: a slice for a number, else a mask [..., T]."""
     return (..., slice(keep_float), slice(None)) if isinstance(keep_float, int) else keep_float.expand(x.shape[:-1])
 
 
 class ActivationQuantizer(nn.Module):
     """Quantise [..., C] activations whose channels lie in cluster order.
 
-    Buffers (saved): scale [G] float32, zero_point [G] int32, offsets [G + 1] int32. Per-channel copies are derived.
-    Raises ValueError if they do not fit each other.
+    Saved buffers: scale [G] float32, zero_point [G] int32, offsets [G + 1] int32. Derived and not saved, one value per channel:
+    channel_scale, channel_zero, and lower and upper, the code limits minus the zero point, all [C] float32.
 
     Args:
         bits: 2 to 8.
         params: scale and zero point per cluster, [G].
         offsets: [G + 1] int64, 0 … C.
+    Raises: ValueError if they do not fit each other.
     """
 
     def __init__(self, bits: int, params: QParams, offsets: Tensor) -> None:
@@ -67,15 +74,15 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def width(self) -> int:
-        """C, the number of channels."""
+        """Number of channels, C."""
         return self.channel_scale.numel()
 
     def fake(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """x̂ for x [..., T, C]; keep_float tokens come back unchanged. With `inplace` in the place of x."""
+        """Compute x̂ for x [..., T, C]; tokens in `keep_float` come back unchanged. With `inplace` x is overwritten by x̂."""
         return self._fake(x, (-1,), keep_float, inplace)
 
     def fake_heads(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """x̂ for x [B, H, T, E], C = H * E; keep_float tokens come back unchanged. With `inplace` in the place of x."""
+        """Compute x̂ for heads x [B, H, T, E], C = H * E; other arguments as `fake`."""
         keep_float = keep_float[:, None] if isinstance(keep_float, Tensor) else keep_float
         return self._fake(x, (x.shape[1], 1, x.shape[3]), keep_float, inplace)
 
@@ -89,21 +96,21 @@ class ActivationQuantizer(nn.Module):
         return out
 
     def head_grid(self, heads: int) -> tuple[Tensor, Tensor]:
-        """(scale, zero point) [H, E] float32 of channels that are H heads, for codes 0 … 2**bits - 1."""
+        """Return scale and zero point [H, E] float32 of channels that are H heads, for unsigned codes 0 … 2**bits - 1."""
         return self.channel_scale.view(heads, -1), self.lower.neg().view(heads, -1)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of x [..., C], int8."""
+        """Compute the codes of x [..., C]: int8."""
         return quantize(x, self.channel_scale, self.channel_zero, self.qmin, self.qmax)
 
     def common_step(self) -> tuple[Tensor, Tensor] | None:
-        """One step for all clusters where every scale is the largest divided by 2**e, 0 <= e <= 8 - bits; else None.
+        """Find one step for all clusters: there is one where every scale is the largest divided by 2**e, 0 <= e <= 8 - bits.
 
-        Returns: (step, 0-dim float32; factor [C] int8): codes * factor are int8 codes in units of `step`.
+        Returns: (step, 0-dim float32; factor [C] int8): codes * factor are int8 codes in units of `step`. None if there is none.
         """
         spare = 8 - self.bits
         mantissa, exponent = torch.frexp(self.scale.max() / self.scale)
-        exponent = exponent - 1
+        exponent = exponent - 1  # frexp writes 2**e as 0.5 * 2**(e + 1)
         if bool((mantissa != 0.5).any() or (exponent > spare).any()):
             return None
         factor = (2.0 ** (spare - exponent)).to(torch.int8)  # at most 2**6: bits >= 2

@@ -75,7 +75,8 @@ def _attend_kernel(
     query = (batch * KV_HEADS + head) * GROUP + g
     live, channel = g < GROUP, e < E
     q = tl.load(q_ptr + query[:, None] * E + e[None, :], mask=live[:, None] & channel[None, :], other=0.0).to(tl.float32)
-    q = q * (scaling * 1.4426950408889634)  # scores in powers of two
+    q = q * (scaling * 1.4426950408889634)  # times log2 e: exp(x) becomes exp2, which is one instruction
+    # Static key scales join q. The keys' zero point adds the same number to all scores of a query, so the softmax loses it.
     folded, key_zero, value_zero, value_scale = q, tl_code_offset(KEY_BITS), tl_code_offset(VALUE_BITS), 1.0
     if not DYNAMIC:
         folded = q * tl.load(k_scale_ptr + head * E + e, mask=channel, other=0.0)[None, :]
@@ -84,6 +85,7 @@ def _attend_kernel(
     factor = _rounded(folded, dtype)
     factor_sum = tl.sum(factor.to(tl.float32), axis=1)
 
+    # This program's share of the tokens, whole steps of BL; with few tokens the last shares are empty.
     slots = SLOTS
     if ON_DEVICE:
         slots = tl.load(slots_ptr)
@@ -106,6 +108,8 @@ def _attend_kernel(
         if DYNAMIC:
             s = tl.load(k_scale_ptr + batch * ksb + head * ksh + t * kst, mask=used, other=0.0).to(tl.float32)
             score = (score - (key_offset + key_zero) * factor_sum[:, None]) * s[None, :]
+        # Online softmax: when the maximum rises, what was summed so far shrinks by exp2(old - new). While all scores are -inf,
+        # `base` is 0 instead of the maximum: -inf minus -inf would be NaN.
         score = tl.where(used[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -119,6 +123,7 @@ def _attend_kernel(
         weighted_sum = weighted_sum * shrink + tl.sum(p.to(tl.float32), axis=1)
         acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
         top = higher
+    # Σ p v = s (Σ p u - z Σ p): codes went into the product as they are, scale and zero point follow on the sums.
     total = total if DYNAMIC else weighted_sum
     acc = value_scale * (acc - (value_offset + value_zero) * weighted_sum[:, None])
     if FIRST > 0:  # noqa: SIM102 (known when compiled)
@@ -141,6 +146,7 @@ def _attend_kernel(
                 value = tl.load(v_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
                 acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
                 top = higher
+    # What the programs of a query hold is relative to their own maxima: `_merge_kernel` brings them to a common one.
     place = query * SPLITS + tl.program_id(1)
     tl.store(max_ptr + place, top, mask=live)
     tl.store(sum_ptr + place, total, mask=live)

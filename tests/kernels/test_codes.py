@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import dequantize, fake_quantize, quantize
+from kernels import code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
+from kernels.codes import signed_codes
 
 ONE, NONE = torch.tensor(1.0), torch.tensor(0.0)
 
@@ -120,3 +121,49 @@ def test_inputs_are_not_changed():
 def test_double_input_stays_double():
     x: Tensor = torch.randn(8, dtype=torch.float64)
     assert fake_quantize(x, torch.tensor(0.1), torch.tensor(-8.0), torch.tensor(7.0)).dtype == torch.float64
+
+
+# signed and unsigned codes
+
+
+@pytest.mark.parametrize("bits, offset", [(1, 1), (2, 2), (3, 4), (4, 8), (7, 64), (8, 128)])
+def test_the_offset_turns_the_signed_grid_into_0_and_up(bits, offset):
+    assert code_offset(bits) == offset and code_limits(bits) == (-offset, offset - 1)
+    stored = torch.arange(2**bits, dtype=torch.uint8)
+    signed = signed_codes(stored, bits)
+    assert signed.dtype == torch.int8 and signed.tolist() == list(range(-offset, offset))
+    scale, zero = torch.tensor(0.25), torch.tensor(3.0)
+    assert torch.equal(dequantize(signed, scale, zero), dequantize(stored, scale, zero + offset)), "one grid, two numberings"
+
+
+# one scale per row
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rows_are_coded_by_the_formula(bits):
+    largest = 2 ** (bits - 1) - 1
+    x = torch.randn(5, 33, generator=torch.Generator().manual_seed(bits))
+    codes, scale = quantize_rows(x, bits)
+    expected = (x.abs().amax(1, keepdim=True) / largest).half()
+    assert torch.equal(scale, expected) and scale.dtype == torch.float16 and codes.dtype == torch.uint8
+    rounded = [[min(max(round(v / s), -largest), largest) + largest + 1 for v in row]
+               for row, s in zip(x.double().tolist(), expected.double().flatten().tolist(), strict=True)]  # fmt: skip
+    assert codes.tolist() == rounded
+    assert ((dequantize_rows(codes, scale, bits) - x).abs() <= 0.51 * scale.float()).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("size", (0.0, 1e-30, 1e-9))
+def test_a_scale_too_small_for_float16_does_not_become_zero(bits, size):
+    codes, scale = quantize_rows(torch.tensor([[size, -size, 0.0]]), bits)
+    assert float(scale) == torch.finfo(torch.float16).smallest_normal
+    assert codes.tolist() == [[code_offset(bits)] * 3] and dequantize_rows(codes, scale, bits).tolist() == [[0.0] * 3]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("size", (1e9, 3e38))
+def test_codes_of_rows_beyond_float16_stay_within_their_bits(bits, size):
+    codes, scale = quantize_rows(torch.tensor([[size, -size, size / 1e6, 0.0]]), bits)
+    assert float(scale) == torch.finfo(torch.float16).max
+    assert codes[0, :2].tolist() == [2**bits - 1, 1] and int(codes[0, 3]) == code_offset(bits)
+    assert torch.isfinite(dequantize_rows(codes, scale, bits)).all()

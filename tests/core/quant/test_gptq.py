@@ -184,6 +184,28 @@ def test_few_calibration_tokens_give_a_singular_hessian_that_damping_cures(rank,
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize(("excess", "damping"), [(0.0, 0.01), (0.05, 0.1), (0.5, 1.0), (5.0, 10.0), (20.0, None)])
+def test_damping_grows_tenfold_until_the_hessian_is_positive_definite(excess, damping):
+    """[[1, 1 + e], [1 + e, 1]] has the eigenvalue -e: every damping up to it fails."""
+    hessian = torch.tensor([[1.0, 1 + excess], [1 + excess, 1.0]]) * 3.0
+    factor, reason = inverse_factor(hessian)
+    if damping is None:
+        assert factor is None and reason == "the Hessian is not positive definite even with 10 damping"
+        return
+    damped = hessian.double() / 3 + damping * torch.eye(2, dtype=torch.float64)
+    assert reason is None
+    assert torch.allclose((factor.t() @ factor).double() @ damped, torch.eye(2, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", (1e-30, 1e-12, 1e-7))
+def test_a_weight_too_small_for_a_float16_scale_keeps_a_positive_one(size):
+    weight = torch.tensor([[size, -size, 0.3, -0.2]])
+    found = round_to_nearest(weight, torch.tensor([0, 2, 4]), bits=4, grid=Grid.EXACT).weight
+    assert found.scale.dtype == torch.float16 and (found.scale > 0).all()
+    back = found.dequantize()
+    assert torch.isfinite(back).all() and ((back - weight).abs() <= 0.5 * found.scale[:, [0, 0, 1, 1]].float() + 1e-9).all()
+
+
 def test_one_huge_input_does_not_break_the_factorisation():
     weight, x, _ = problem(64)
     x[:, 3] *= 1e4
