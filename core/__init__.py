@@ -32,6 +32,8 @@ _EXPORTS = {
     "embedded_cards": "core.models.io.catalog",
     "recluster": "core.methods.rptq.explore",
     "error_curve": "core.methods.rptq.explore",
+    "paired": "core.evaluation.paired",
+    "protocol_problem": "core.evaluation.paired",
     "memory_estimate": "core.evaluation.memory",
     "find_shape": "core.evaluation.memory",
     "SHAPES": "core.evaluation.memory",

@@ -134,26 +134,65 @@ class QuantizeReport(Report):
         ]
 
 
-@dataclass(frozen=True)
-class EvalReport(Report):
-    """Scores with everything needed to repeat them. Attributes as in the CLI contract; `protocol` is one sentence."""
+@dataclass(frozen=True, kw_only=True)
+class Scores(Report):
+    """What a model scored on windows, and how far it is from a reference model on them. ± are standard errors over windows.
+
+    Attributes:
+        nll: mean negative log-likelihood, nats per predicted token; window_nll: the same of each window.
+        perplexity, perplexity_stderr: exp(nll) and its error (0 for a single window).
+        seconds: of the model's own forward passes and head; tokens_per_second: predicted tokens in that time.
+        windows_id: 16 hexadecimal digits of the token ids' SHA-256. Equal ids: same text, tokenizer, tokens and windows.
+
+    Against a reference, None without one; an error is None too for a single window:
+        ln_ratio: ln(perplexity / the reference's perplexity), by pairs of windows (`core.evaluation.paired`).
+        kld_mean: mean of KL(reference || model) over predicted tokens, nats; kld_quantiles: of its distribution over tokens, by
+            percentage ("50", "90", "95", "99", "99.9", and "100" for the largest).
+        delta_p_mean, delta_p_rms: mean and root mean square over tokens of p_model - p_reference of the right token.
+        same_top_token: share of predictions whose likeliest token is the reference's.
+    """
+
+    nll: float
+    window_nll: list[float]
+    perplexity: float
+    perplexity_stderr: float
+    seconds: float
+    tokens_per_second: float
+    windows_id: str = ""
+    ln_ratio: float | None = None
+    ln_ratio_stderr: float | None = None
+    kld_mean: float | None = None
+    kld_stderr: float | None = None
+    kld_quantiles: dict[str, float] | None = None
+    delta_p_mean: float | None = None
+    delta_p_stderr: float | None = None
+    delta_p_rms: float | None = None
+    delta_p_rms_stderr: float | None = None
+    same_top_token: float | None = None
+    same_top_stderr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Scores):
+    """`Scores` with everything needed to repeat them.
+
+    Attributes:
+        tokens, window: how many tokens were read, in windows of how many.
+        reference: key of the model that `Scores` compares with, None without one.
+        weight_bytes, weight_parts: measured on the tensors in memory; working_bytes: copies that backends hold beside them.
+        protocol: one sentence.
+    """
 
     key: str
     label: str
     text_name: str
-    perplexity: float
-    perplexity_stderr: float
-    nll: float
     tokens: int
     window: int
-    kld_mean: float | None
-    same_top_token: float | None
+    reference: str | None = None
     weight_bytes: int
     weight_parts: dict[str, int]
     working_bytes: int
     kv_bytes_per_token: int
-    tokens_per_second: float
-    seconds: float
     device: str
     dtype: str
     backend: str

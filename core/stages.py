@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor
 
 from core.calibration.data import TextSource, calibration_tokens
@@ -14,10 +13,10 @@ from core.calibration.report import RangesReport, SiteRanges
 from core.errors import ModelError
 from core.evaluation.describe import backend_use, dtype_of, fidelity_of, label_of, layer_report, set_backend
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
-from core.evaluation.perplexity import score
+from core.evaluation.perplexity import Reference, score
 from core.methods import method
 from core.methods.sequential import quantize_layers
-from core.models.io.load import LoadedModel
+from core.models.io.load import LoadedModel, context_of
 from core.models.io.quantized import already_quantized, modules_of
 from core.privacy import text_record
 from core.progress import Progress, silent
@@ -95,40 +94,42 @@ def evaluate(
     parts: Tensor,
     source: TextSource,
     *,
-    reference: list[Tensor] | None = None,
-    reference_head: torch.nn.Module | None = None,
+    reference: Reference | None = None,
     backend: str = "auto",
     progress: Progress = silent,
     key: str | None = None,
 ) -> EvalReport:
-    """Score a model on windows [S, T] of a text (`evaluation_windows`), against reference hidden states when given."""
+    """Measure a model on windows [S, T] of a text (`evaluation_windows`): scores, bytes, speed.
+
+    Args:
+        source: the text that `parts` were cut from.
+        reference: a model that ran on the same windows, to compare with.
+        backend: implementation of the quantised linear layers, "auto" or a name of `kernels.Backend`.
+        key: name of the model in the report; None for its own.
+    Raises: NumericError if the loss is not finite; BackendError for a backend that cannot run here.
+    """
     set_backend(loaded, backend)
-    result = score(loaded.model, parts, reference=reference, reference_head=reference_head, progress=progress)
-    use = backend_use(loaded)
+    scores = score(loaded.model, parts, reference=reference, progress=progress)
+    use, memory = backend_use(loaded), measured_parts(loaded.model, loaded.adapter)
     count, window = parts.shape
-    memory = measured_parts(loaded.model, loaded.adapter)
     device, dtype = str(loaded.model.device), dtype_of(loaded.model)
+    whole = ", the model's whole context," if window == context_of(loaded.model) else ""
     return EvalReport(
+        **vars(scores),
         key=key or loaded.name,
         label=label_of(loaded),
         text_name=source.name,
-        perplexity=result.perplexity,
-        perplexity_stderr=result.perplexity_stderr,
-        nll=result.nll,
         tokens=parts.numel(),
         window=window,
-        kld_mean=result.kld_mean,
-        same_top_token=result.same_top_token,
+        reference=reference.name if reference else None,
         weight_bytes=sum(memory.values()),
         weight_parts=memory,
         working_bytes=working_bytes(loaded.model),
         kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
-        tokens_per_second=result.tokens_per_second,
-        seconds=result.seconds,
         device=device,
         dtype=dtype,
         backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"transformers {dtype}",
-        protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens of {source.name}; mean next-token loss over "
+        protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens{whole} of {source.name}; mean next-token loss over "
         f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
         f"{dtype} on {device}, one window at a time",
     )

@@ -26,12 +26,12 @@ from core.evaluation import sparsity
 from core.evaluation.describe import model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
 from core.evaluation.memory import measured_parts, working_bytes
-from core.evaluation.perplexity import hidden_windows
+from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.folders import mark_used, state_of
 from core.models.io import saved
-from core.models.io.load import LoadedModel, context_of, load_model, prefix_ids
+from core.models.io.load import LoadedModel, load_model, prefix_ids
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
 from core.privacy import is_public_text, owner_tag
 from core.progress import Progress, silent
@@ -157,15 +157,15 @@ class Workbench:
     ) -> EvalReport:
         """Measure perplexity and, against `reference` (another key), divergence and agreement."""
         loaded, parts, source = self._windows(key, revision, owner, text, tokens, window, progress)
-        head = hidden = None
+        against = None
         if reference is not None:
             name = self._load(reference, reference_revision, owner, progress)
             other = self._models[name]
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
-            head = other.model.get_output_embeddings()
             hidden = self._reference(name, parts, progress)
-        return evaluate(loaded, parts, source, reference=hidden, reference_head=head, backend=backend, progress=progress, key=key)
+            against = Reference(reference, other.model.get_output_embeddings(), hidden)
+        return evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
 
     def generate(
         self,
@@ -265,10 +265,9 @@ class Workbench:
     def _short_windows(
         self, key: str, owner: str | None, text: str, tokens: int, progress: Progress
     ) -> tuple[LoadedModel, Tensor, TextSource]:
-        """Windows of 256 tokens, shorter where tokens or the model's context are."""
+        """Cut windows of 256 tokens, shorter where tokens or the model's context are."""
         tokens = require_int("tokens", tokens, 8, MAX_TOKENS, f"use 8 to {MAX_TOKENS}")
-        window = min(tokens, 256, context_of(self._get(key, None, owner, progress).model) or 256)
-        return self._windows(key, None, owner, text, tokens, window, progress)
+        return self._windows(key, None, owner, text, tokens, min(tokens, 256), progress)
 
     def _get(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> LoadedModel:
         return self._models[self._load(key, revision, owner, progress)]

@@ -5,6 +5,7 @@ Everything cheap to check is checked before a model is loaded. core's heavy part
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -153,20 +154,22 @@ def compare(args: Namespace, console: Console) -> None:
         bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
         for i, name in enumerate(args.models)
     ]
-    headers = ["model", "perplexity", "KLD", "same top", "weights", "KV / token", "tokens/s"]
+    headers = ["model", "perplexity", "ln ratio", "KLD", "same top", "weights", "KV / token", "tokens/s"]
     rows = [
         [
             name,
             f"{number(r.perplexity, 4)} ± {number(r.perplexity_stderr, 2)}",
-            _nats(r.kld_mean),
-            _share(r.same_top_token),
+            _with_error(r.ln_ratio, r.ln_ratio_stderr),
+            _with_error(r.kld_mean, r.kld_stderr),
+            _share(r.same_top_token, r.same_top_stderr),
             bytes_text(r.weight_bytes),
             bytes_text(r.kv_bytes_per_token),
             number(r.tokens_per_second),
         ]
         for name, r in zip(args.models, reports, strict=True)
     ]
-    console.write(table(headers, rows) + f"\nKLD and same top token are against the first. {reports[0].protocol}.\n")
+    console.write(table(headers, rows) + f"\nln ratio, KLD and same top token are against the first. {reports[0].protocol}.\n")
+    console.write("".join(f"\n{name}\n{facts(_divergence(r))}" for name, r in zip(args.models[1:], reports[1:], strict=True)))
     written = []
     for name in args.models if args.prompt is not None else ():
         console.write(f"\n── {name}\n")
@@ -272,12 +275,39 @@ def _speed(report: Any) -> str:
     return f"{speed}; KV cache {bytes_text(report.kv_bytes)}, as float {bytes_text(report.kv_bytes_float)}"
 
 
-def _nats(value: float | None) -> str:
-    return "–" if value is None else number(value)
+def _with_error(value: float | None, error: float | None) -> str:
+    """A figure with its standard error, to two digits of the error; a dash where it was not measured."""
+    if value is None or error is None:
+        return "–" if value is None else number(value, 4)
+    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+def _share(value: float | None, error: float | None = None) -> str:
+    """A share as percent, with its standard error where it is known."""
+    return "–" if value is None else f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
+
+
+def _divergence(report: Any) -> list[tuple[str, str]]:
+    """List everything that was measured against the reference, as `llama-perplexity` does: names and values."""
+    from core.evaluation.paired import against_reference
+
+    quantiles = [f"{_quantile(name)} {number(value)}" for name, value in (report.kld_quantiles or {}).items()]
+    change, rms = (
+        _with_error(*(None if v is None else 100 * v for v in pair))
+        for pair in ((report.delta_p_mean, report.delta_p_stderr), (report.delta_p_rms, report.delta_p_rms_stderr))
+    )
+    return [
+        (f"against {report.reference}", against_reference(report).verdict()),
+        ("KLD", f"{_with_error(report.kld_mean, report.kld_stderr)} nats; {', '.join(quantiles)}"),
+        ("Δp", f"{change} %, root mean square {rms} %"),
+        ("same top token", _share(report.same_top_token, report.same_top_stderr)),
+    ]
+
+
+def _quantile(name: str) -> str:
+    """Name a quantile of the divergence for people."""
+    return {"50": "median", "100": "max"}.get(name, f"{name} %")
 
 
 def _decibels(value: float | None) -> str:
@@ -286,13 +316,12 @@ def _decibels(value: float | None) -> str:
 
 def _evaluation_text(report: Any, reference: str | None) -> str:
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in report.weight_parts.items())
-    against = [("KLD", f"{_nats(report.kld_mean)} nats, from {reference}"), ("same top token", _share(report.same_top_token))]
     return facts(
         [
             ("model", report.label),
             ("perplexity", f"{number(report.perplexity, 4)} ± {number(report.perplexity_stderr, 2)}"),
             ("loss", f"{number(report.nll, 4)} nats per token"),
-            *(against if reference is not None else []),
+            *(_divergence(report) if reference is not None else []),
             ("weights", f"{bytes_text(report.weight_bytes)} ({parts})"),
             ("KV cache", f"{bytes_text(report.kv_bytes_per_token)} per token"),
             ("speed", f"{number(report.tokens_per_second)} tokens/s"),

@@ -187,14 +187,13 @@ def calibration_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, 
 
 def calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int, allow_local: bool
                        ) -> tuple[Tensor, TextSource]:
-    """The windows [S, T] int64 of a text's calibration split that `calibration` and `seed` choose for a model.
+    """Choose the windows [S, T] int64 of a text's calibration split by `calibration` and `seed`; T as `fit_window` says.
 
-    Raises: as `resolve_text`, `calibration_windows`, `require_room` and `require_embedded`.
+    Raises: as `resolve_text`, `calibration_windows` and `require_embedded`.
     """
-    require_room(loaded, calibration.window)
     source = resolve_text(calibration.text, split="calibration", allow_local=allow_local)
-    found = calibration_windows(source, loaded.tokenizer, tokens=calibration.tokens, window=calibration.window, seed=seed,
-                                prefix=prefix_ids(loaded))
+    found = calibration_windows(source, loaded.tokenizer, tokens=calibration.tokens,
+                                window=fit_window(loaded, calibration.window), seed=seed, prefix=prefix_ids(loaded))
     require_embedded(found, loaded.model, loaded.tokenizer)
     return found, source
 
@@ -249,12 +248,9 @@ def require_embedded(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedT
                         f"{rows:,} tokens: remove it from the text.", code="E-TEXT-TOKEN")
 
 
-def require_room(loaded: LoadedModel, window: int) -> None:
-    """Check that a window fits the model's context. Raises: InputError E-PARAM-WINDOW."""
-    longest = context_of(loaded.model)
-    if longest and window > longest:
-        raise InputError(f"The window is {window} tokens, this model's context is {longest}: use at most that.",
-                         code="E-PARAM-WINDOW")
+def fit_window(loaded: LoadedModel, window: int) -> int:
+    """Shorten a window to the model's context where that is shorter; reports name the window that was taken."""
+    return min(window, context_of(loaded.model) or window)
 
 
 def _too_short(window: int, have: int, purpose: str) -> TextError:

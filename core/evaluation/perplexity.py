@@ -1,59 +1,60 @@
-"""Perplexity, divergence from a reference model, and same-top-token rate, in one pass over windows.
+"""Score a model on windows of a text: perplexity, and how far its predictions are from a reference model's, in one pass.
 
 Protocol (fixed): the text is one token stream cut into non-overlapping windows; in each window every token but the first
 is predicted from those before it; perplexity = exp(total negative log-likelihood / number of predicted tokens).
-Its standard error is that of the mean over windows, carried through exp: windows, not tokens, are independent.
 
-    KL(reference || model) = Σ p_ref (log p_ref - log p_model), mean over predicted tokens, nats
+    KL(reference || model) = Σ p_ref (log p_ref - log p_model)          nats, per predicted token
+    Δp = p_model(right token) - p_ref(right token)
+    same top = whether both find the same token likeliest
+
+Standard errors are those of means over windows, sd / √S: windows, not tokens, are independent. That of the perplexity is
+carried through exp, that of the root mean square of Δp through the root: ± RMS = ± mean(Δp²) / (2 RMS).
+Source: llama.cpp, tools/perplexity/perplexity.cpp (`--kl-divergence`): the same quantities, but it takes tokens as independent.
 
 The reference enters as the hidden states before its head: [T, D] instead of [T, V] per window.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.errors import NumericError
+from core.evaluation.paired import mean_and_error
 from core.models.shell import final_hidden
 from core.progress import Progress, silent
+from core.report import Scores
+
+QUANTILES = ("50", "90", "95", "99", "99.9", "100")
+"""Percentages of the divergence's distribution that are reported; "100" is its largest value."""
 
 
 @dataclass(frozen=True)
-class LanguageScore:
-    """Scores of a model on windows.
+class Reference:
+    """A model to compare with, as it ran on the windows.
 
     Attributes:
-        nll: mean negative log-likelihood, nats per predicted token.
-        perplexity, perplexity_stderr: exp(nll) and its standard error (0 for a single window).
-        kld_mean, same_top_token: against the reference, None without one.
-        tokens: predicted tokens. seconds: time of the model's own forward passes and head.
+        name: for reports. head: its output embedding. hidden: its states before the head, S tensors [T, D] (`hidden_windows`).
     """
 
-    nll: float
-    perplexity: float
-    perplexity_stderr: float
-    kld_mean: float | None
-    same_top_token: float | None
-    tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens processed per second, window by window, the head included."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+    name: str
+    head: torch.nn.Module
+    hidden: list[Tensor]
 
 
 @torch.inference_mode()
 def hidden_windows(
     model: PreTrainedModel, windows: Tensor, *, progress: Progress = silent, title: str = "Running"
 ) -> list[Tensor]:
-    """Hidden states before the head for each window of [S, T]: S tensors [T, D]."""
+    """Run a model on windows [S, T] and keep the hidden states before its head: S tensors [T, D]."""
     result = []
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
@@ -66,25 +67,22 @@ def score(
     model: PreTrainedModel,
     windows: Tensor,
     *,
-    reference: list[Tensor] | None = None,
-    reference_head: torch.nn.Module | None = None,
+    reference: Reference | None = None,
     progress: Progress = silent,
     title: str = "Evaluating",
-) -> LanguageScore:
-    """Score a model on windows [S, T] int64.
+) -> Scores:
+    """Score a model on windows [S, T] int64, against a reference that ran on the same windows where one is given.
 
-    Args:
-        reference: hidden states of the reference model on the same windows (`hidden_windows`), or None.
-        reference_head: its output embedding; needed with `reference`.
     Raises: NumericError if the model's loss is not finite.
     """
     head, windows = model.get_output_embeddings(), windows.to(model.device)
-    losses, divergences, agreements, seconds = [], [], [], 0.0
+    losses, comparisons, seconds = [], [], 0.0
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
         start = time.perf_counter()
         log_p = torch.log_softmax(head(final_hidden(model, window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
-        loss = -float(log_p.gather(1, window[1:, None]).mean())  # a number: what runs on a GPU has ended
+        right = log_p.gather(1, window[1:, None])[:, 0]
+        loss = -float(right.mean())  # a number: what runs on a GPU has ended
         seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise NumericError(
@@ -94,25 +92,49 @@ def score(
             )
         losses.append(loss)
         if reference is not None:
-            log_q = torch.log_softmax(reference_head(reference[i][:-1]).float(), dim=-1).to(log_p.device)
-            agreements.append(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
-            divergences.append(float((log_q.exp() * (log_q - log_p)).sum(-1).mean()))
-    return _summary(losses, divergences, agreements, len(windows) * (windows.shape[1] - 1), seconds)
-
-
-def _summary(
-    losses: list[float], divergences: list[float], agreements: list[float], tokens: int, seconds: float
-) -> LanguageScore:
-    count = len(losses)
-    nll = math.fsum(losses) / count
-    variance = math.fsum((x - nll) ** 2 for x in losses) / (count - 1) if count > 1 else 0.0
-    perplexity = math.exp(min(nll, 700.0))
-    return LanguageScore(
-        nll,
-        perplexity,
-        perplexity * math.sqrt(variance / count),
-        math.fsum(divergences) / count if divergences else None,
-        math.fsum(agreements) / count if agreements else None,
-        tokens,
-        seconds,
+            log_q = torch.log_softmax(reference.head(reference.hidden[i][:-1]).float(), dim=-1).to(log_p.device)
+            right_q = log_q.gather(1, window[1:, None])[:, 0]
+            divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+            same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+            comparisons.append(torch.stack([divergence, right.exp() - right_q.exp(), same, -right_q]).double().cpu())
+    nll, error = mean_and_error(losses)
+    perplexity, predicted = math.exp(min(nll, 700.0)), windows.shape[0] * (windows.shape[1] - 1)
+    return Scores(
+        nll=nll,
+        window_nll=losses,
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * (error or 0.0),
+        seconds=seconds,
+        tokens_per_second=predicted / seconds if seconds > 0 else 0.0,
+        windows_id=hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()[:16],
+        **(_against(losses, torch.stack(comparisons)) if comparisons else {}),
     )
+
+
+def _against(losses: list[float], found: Tensor) -> dict[str, Any]:
+    """Make the fields of `Scores` that compare.
+
+    Args:
+        losses: of the model, one per window.
+        found: [S, 4, T - 1] float64: divergence, Δp, same top and the reference's loss of every predicted token.
+    """
+    divergence, delta, same, reference = found.unbind(1)
+    names = ("ln_ratio", "kld", "delta_p", "delta_p_rms", "same_top")
+    ratio = torch.tensor(losses, dtype=torch.float64) - reference.mean(1)
+    by_window = (ratio, *(x.mean(1) for x in (divergence, delta, delta.square(), same)))
+    means: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    for name, values in zip(names, by_window, strict=True):
+        means[name], errors[f"{name}_stderr"] = mean_and_error(values.tolist())
+    square, rms = errors["delta_p_rms_stderr"], math.sqrt(means["delta_p_rms"])
+    errors["delta_p_rms_stderr"] = square / (2 * rms) if square else square  # of the mean square -> of its root
+    quantiles = np.quantile(divergence.numpy(), [float(q) / 100 for q in QUANTILES])
+    return {
+        **errors,
+        "ln_ratio": means["ln_ratio"],
+        "kld_mean": means["kld"],
+        "kld_quantiles": dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
+        "delta_p_mean": means["delta_p"],
+        "delta_p_rms": rms,
+        "same_top_token": means["same_top"],
+    }

@@ -8,7 +8,7 @@ import torch
 from core.calibration.channel import channel_detail
 from core.calibration.data import calibration_tokens
 from core.evaluation.generate import generate
-from core.evaluation.perplexity import hidden_windows
+from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.sparsity import input_histogram
 from core.evaluation.windows import evaluation_windows
 from core.models.io.load import load_model
@@ -43,8 +43,8 @@ def everything(folder: str, recipe: QuantRecipe, out, device: str) -> dict[str, 
     save_quantized(out, made, {"report": report.to_dict()})
     back = load_model(str(out), device=device)
     parts, source = evaluation_windows(back, TEXT, tokens=64, window=32)
-    reference = {"reference": hidden_windows(base.model, parts), "reference_head": base.model.get_output_embeddings()}
-    scores = [evaluate(model, parts, source, **reference) for model in (made, back)]
+    reference = Reference("base", base.model.get_output_embeddings(), hidden_windows(base.model, parts))
+    scores = [evaluate(model, parts, source, reference=reference) for model in (made, back)]
     assert {str(t.device) for m in (base, made, back) for t in m.model.state_dict().values()} == {device}
     assert {ranges.device, *(s.device for s in scores)} == {device} and all(f"on {device}," in s.protocol for s in scores)
     windows, _ = calibration_tokens(base, recipe.calibration, 0, True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.calibration.data import calibration_windows, read_text_file, resolve_text, tokenize
-from core.evaluation.perplexity import hidden_windows, score
+from core.evaluation.perplexity import Reference, hidden_windows, score
 from core.methods import method
 from core.methods.rptq.reorder import Orders, reorder_block
 from core.methods.sequential import LayerOutcome, quantize_layers
@@ -99,7 +99,7 @@ def test_w4a4_of_smollm_against_round_to_nearest(smollm, windows):
     base = score(smollm.model, ids).perplexity
     model, outcomes = quantised(smollm, calibration, weights="rtn")
     reference = hidden_windows(smollm.model, ids)
-    rptq = score(model, ids, reference=reference, reference_head=smollm.model.get_output_embeddings())
+    rptq = score(model, ids, reference=Reference("smollm", smollm.model.get_output_embeddings(), reference))
     baseline, _ = quantised(smollm, calibration, method="rtn", weights="rtn")
     rtn = score(baseline, ids).perplexity
     measured = f"float {base:.1f}, RPTQ W4A4 with rounded weights {rptq.perplexity:.1f}, RTN W4A4 {rtn:.1f}"

@@ -332,7 +332,7 @@ def test_local_names_can_be_switched_off(cache, folder):
 @pytest.mark.parametrize(
     "options, code",
     [
-        ({"window": 4096, "tokens": 4096}, "E-PARAM-WINDOW"),
+        ({"window": 8193, "tokens": 8193}, "E-PARAM-WINDOW"),
         ({"window": 4}, "E-PARAM-WINDOW"),
         ({"tokens": -5}, "E-PARAM-TOKENS"),
         ({"text": " "}, "E-PARAM-TEXT"),
