@@ -1,8 +1,14 @@
-"""What every tab shares: the job table, the sessions, the status line; and how handlers fail and follow jobs."""
+"""What every tab shares: workers, sessions, status line; how handlers fail, and how they follow jobs without holding an event.
+
+A handler that follows a job is an async generator of updates. `Context.on` connects it to an event of the page: the event
+only starts the handler as a task and ends; the updates wait in the session until the page's timer fetches them. So an event
+never lasts as long as a job, no place in Gradio's queue is held, and a reloaded page goes on where the earlier one was.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -11,108 +17,144 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from app.session import Session, SessionStore, SharedReports
+from app import engine
+from app.session import STOP, Session, SessionStore
 from app.settings import Settings
+from app.shared import Shared
 from app.view import cards, texts
-from app.worker.jobs import PUBLIC, JobRunner, JobView, Step
+from app.worker.client import PUBLIC, Workers
+from app.worker.job import JobView, Step
 from core.errors import Cancelled, QuantscopeError
 from core.folders import state_of
 from core.privacy import is_public_text
 from core.recipe import Calibration
 
 Updates = dict[Any, Any]
-POLL_SECONDS = 0.15
+FETCH_SECONDS = 0.1
+"""The page asks again this long after an answer."""
+NEWS_SECONDS = 15.0
+"""How long a question of the page waits for news at most."""
+REST_SECONDS = 2.0
+"""The page stops asking once its session has been at rest this long."""
+RELOAD_SECONDS = 10.0
+"""Jobs of a closed page go on this long: a reloaded page takes them over."""
 UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Of events that only redraw."""
-HEAVY = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None, "trigger_mode": "multiple"}
-"""Of events that follow a job."""
+"""Of events that only redraw, and of those that start a job: none of them waits for one."""
+LIGHT_METHODS = {"load", "observe", "channel"}
 log = logging.getLogger("quantscope.page")
-
-
-class Superseded(Exception):
-    """The visitor has asked for something newer: this handler has nothing more to say."""
 
 
 @dataclass
 class Context:
-    """Shared by all handlers. `key`, `status` and `stop` are components, set while the page is built."""
+    """Shared by all handlers. `key`, `status`, `stop` and `timer` are components, set while the page is built."""
 
     settings: Settings
-    runner: JobRunner
+    workers: Workers
     sessions: SessionStore
-    shared: SharedReports = field(default_factory=SharedReports)
-    prefetch: str | None = None
+    shared: Shared = field(default_factory=Shared)
     key: Any = None
     status: Any = None
     stop: Any = None
+    timer: Any = None
+    _targets: dict[Any, None] = field(default_factory=dict)
 
     def session(self, values: Updates) -> Session:
         """The session of an event, from its inputs."""
         return self.sessions.get(values[self.key])
 
-    @property
-    def first(self) -> tuple[str, str | None, Calibration]:
-        """Model, revision and calibration the page opens on."""
-        return self.settings.model, None, Calibration(self.settings.text, self.settings.first_tokens)
+    # -- events
 
-    def start_prefetch(self) -> None:
-        """Load the first model and observe its ranges before any visitor has come."""
-        self.prefetch = self.runner.submit(
-            PUBLIC, observe_steps(*self.first), on_done=lambda results: self.share_ranges(*self.first, results)
-        )
+    def on(self, trigger: Callable, handler: Callable, inputs: set, outputs: Sequence) -> Any:
+        """Connect an event to a handler that follows jobs.
 
-    def prefetching(self, model: str, revision: str | None, calibration: Calibration) -> bool:
-        """Whether these ranges are being made for everyone right now."""
-        if self.prefetch is None or (model, revision, calibration) != self.first:
-            return False
-        return not self.runner.view(PUBLIC, self.prefetch).finished
-
-    def guard(self, handler: Callable) -> Callable:
-        """The same handler, except that it never raises: errors become the status line's card.
-
-        Generators (queued, they follow jobs) stay generators; other handlers stay plain functions.
+        Args:
+            trigger: a component's event, as `button.click`.
+            handler: an async generator function; called with the inputs' values and, if it asks for one, the event's data.
+            outputs: the components that its updates may hold.
+        Returns: Gradio's dependency. It ends when the handler has started, not when the handler has ended.
         """
-        if inspect.isasyncgenfunction(handler):
-
-            @functools.wraps(handler)
-            async def streaming(*arguments: Any, **named: Any) -> AsyncIterator[Updates]:
-                silent = True
-                try:
-                    async for updates in handler(*arguments, **named):
-                        if updates:  # Gradio takes an empty dict for a value
-                            silent = False
-                            yield updates
-                except (GeneratorExit, asyncio.CancelledError):
-                    return
-                except Superseded:
-                    pass
-                except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
-                    silent = False
-                    yield self.failed(error, *arguments[:1])
-                if silent:  # Gradio clears every output of a generator that never yields
-                    yield {self.status: UNCHANGED}
-
-            return streaming
+        self._targets.update(dict.fromkeys(outputs))
 
         @functools.wraps(handler)
-        def plain(*arguments: Any, **named: Any) -> Updates:
+        async def start(values: Updates, *data: Any) -> Updates:
+            session = self.session(values)
+            self.start(session, handler(values, *data))
+            return self.listening
+
+        return trigger(start, inputs, [self.timer], **LIGHT, trigger_mode="multiple")
+
+    @property
+    def followed(self) -> list:
+        """Every component that handlers connected by `on` may update, and the timer."""
+        return [*self._targets, self.timer]
+
+    @property
+    def listening(self) -> Updates:
+        """The update that makes the page fetch what handlers have to show."""
+        return {self.timer: UNCHANGED | {"active": True}}
+
+    def start(self, session: Session, updates: AsyncIterator[Updates]) -> asyncio.Task:
+        """Run a handler as a task of its own; what it yields goes to the pages of the session, its error to their status line."""
+        task = asyncio.create_task(self._deliver(session, updates))
+        session.handlers.add(task)
+        task.add_done_callback(session.handlers.discard)
+        return task
+
+    async def _deliver(self, session: Session, updates: AsyncIterator[Updates]) -> None:
+        try:
+            async with contextlib.aclosing(updates):
+                async for update in updates:
+                    session.post(update)
+        except asyncio.CancelledError as error:
+            if STOP in error.args:
+                session.post(self.failed(Cancelled(), session))
+        except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+            session.post(self.failed(error, session))
+
+    async def news(self, key: object, page: str) -> Updates:
+        """What is new for a page, for the timer; waits until there is something. A session at rest stops the timer."""
+        session = self.sessions.get(key)
+        updates = await session.page(page).take(NEWS_SECONDS if session.handlers else REST_SECONDS)
+        rest = not updates and not session.handlers
+        return updates or {self.timer: UNCHANGED | ({"active": False} if rest else {})}
+
+    def closed(self, page: str) -> None:
+        """Note that a page was closed. Unless it is opened again soon, the jobs of its session are stopped."""
+        session = self.sessions.close(page)
+        if session is not None:
+            asyncio.get_running_loop().call_later(RELOAD_SECONDS, lambda: session.shown or session.stop())
+
+    def guard(self, handler: Callable) -> Callable:
+        """The same handler, plain or `async def`, except that it never raises: errors become the status line's card."""
+        if inspect.iscoroutinefunction(handler):
+
+            @functools.wraps(handler)
+            async def awaited(*arguments: Any) -> Updates:
+                try:
+                    return await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
+                except Exception as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+                    return self.failed(error)
+
+            return awaited
+
+        @functools.wraps(handler)
+        def plain(*arguments: Any) -> Updates:
             try:
-                return handler(*arguments, **named) or {self.status: UNCHANGED}
+                return handler(*arguments) or {self.status: UNCHANGED}
             except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
-                return self.failed(error, *arguments[:1])
+                return self.failed(error)
 
         return plain
 
-    def failed(self, error: BaseException, values: object = None) -> Updates:
+    def failed(self, error: BaseException, session: Session | None = None) -> Updates:
         """The status line's card for an error; an unexpected one is logged and named by an id.
 
         Args:
-            values: inputs of the failed event: after a Stop, the line says which model is still there.
+            session: after a Stop, the line says which model the session still has.
         """
-        if isinstance(error, Cancelled) and isinstance(values, dict) and values.get(self.key):
-            session = self.session(values)
+        if isinstance(error, Cancelled) and session is not None:
             return {self.status: cards.stopped(session.info, session.ranges), self.stop: hidden()}
         known = error if isinstance(error, QuantscopeError) else self.bug(error)
         return {self.status: cards.error_card(known), self.stop: hidden()}
@@ -123,56 +165,87 @@ class Context:
         log.error("fault %s in a handler", name, exc_info=error)
         return QuantscopeError(texts.BUG.format(name))
 
-    async def follow(self, session: Session, kind: str, steps: Sequence[Step]) -> AsyncIterator[JobView]:
-        """Run a job and yield how it stands until it is done; an older job of the same kind is stopped.
+    # -- jobs
 
-        Every step is told its owner, the session's key: what is made from a private text is then the session's own.
-        Raises: the job's error; Superseded when a newer job of this kind has taken its place.
+    async def follow(
+        self, session: Session, kind: str, steps: Sequence[Step], *, key: tuple | None = None
+    ) -> AsyncIterator[JobView]:
+        """Run a job and yield how it stands until it is done; an older job of the same kind is ended first.
+
+        Every step of a session's own job is told its owner: what is made from a private text is then the session's own.
+
+        Args:
+            kind: what the job is to its session, as "observe" or "quantize".
+            key: of a result that is the same for everyone: one known already is yielded at once, one in the making is awaited.
+        Raises: the job's error; Cancelled after Stop.
         """
-        if older := session.jobs.pop(kind, None):
-            self.runner.cancel(session.key, older)
-        steps = [replace(step, arguments={**step.arguments, "owner": session.key}) for step in steps]
-        token = self.runner.submit(session.key, steps)
-        session.jobs[kind] = token
-        async for view in self.watch(session, kind, token):
-            yield view
-
-    async def watch(self, session: Session, kind: str, token: str) -> AsyncIterator[JobView]:
-        """Yield a job's view whenever it changed, as `follow` does."""
-        session.jobs[kind] = token
-        last = None
-        while True:
-            view = self.runner.view(session.key, token)
-            if session.jobs.get(kind) != token:
-                raise Superseded
-            if view.finished:
+        task, older = asyncio.current_task(), session.jobs.get(kind)
+        session.jobs[kind] = task
+        try:
+            if older is not None:
+                older.cancel()
+                await asyncio.wait([older])
+            light = self.is_light(session, steps)
+            if key is None:
+                steps = [replace(step, arguments={**step.arguments, "owner": session.key}) for step in steps]
+            make = functools.partial(self.workers.run, PUBLIC if key else session.key, steps, light=light)
+            async with contextlib.aclosing(self.shared.follow(key, make) if key else make()) as views:
+                async for view in views:
+                    yield view
+        except asyncio.CancelledError as error:
+            if STOP in error.args:
+                task.uncancel()
+                raise Cancelled from None
+            raise
+        finally:
+            if session.jobs.get(kind) is task:
                 del session.jobs[kind]
-                if view.error:
-                    raise view.error
-                yield view
-                return
-            shown = (view.state, view.stage, view.fraction, view.ahead, len(view.results), view.texts, int(view.elapsed_s))
-            if shown != last:
-                last = shown
-                yield view
-            await asyncio.sleep(POLL_SECONDS)
 
-    def busy(self, view: JobView, what: str, *, stoppable: bool = True) -> Updates:
-        """The status line while a job runs, with its Stop button if the job is the visitor's own."""
-        return {self.status: cards.progress(view, what), self.stop: hidden(view.finished or not stoppable)}
+    def is_light(self, session: Session, steps: Sequence[Step]) -> bool:
+        """Whether a job takes a second or two: only looks at a model that is small enough for the light worker.
+
+        Ranges of a model count as light only for the embedded models: any other may first have to be downloaded.
+        """
+        if not {step.method for step in steps} <= LIGHT_METHODS:
+            return False
+        models = {step.arguments["model"] for step in steps}
+        if all(engine.is_embedded(model) for model in models):
+            return True
+        known = [session.models.get(model) for model in models]
+        small = all(info is not None and info.weight_bytes <= self.settings.light_weights for info in known)
+        return small and {step.method for step in steps} == {"channel"}
+
+    async def prepare(self) -> None:
+        """Observe the first model's ranges before any visitor has come; then make ready what light work needs."""
+        model, calibration = self.settings.model, Calibration(self.settings.text, self.settings.first_tokens)
+        make = functools.partial(self.workers.run, PUBLIC, observe_steps(model, None, calibration))
+        try:
+            async for _ in self.shared.follow(ranges_key(model, None, calibration), make):
+                pass
+        except QuantscopeError as error:
+            log.warning("the first model is not ready: %s", error)  # the first visitor tries again and is told
+        self.workers.light.start()
+        await asyncio.to_thread(engine.warm)
+
+    @contextlib.asynccontextmanager
+    async def serving(self, *_: object) -> AsyncIterator[None]:
+        """The server's lifetime: the first model is prepared at its start, the workers end with it."""
+        preparing = asyncio.create_task(self.prepare())
+        try:
+            yield
+        finally:
+            preparing.cancel()
+            self.workers.close()
+
+    # -- status line
+
+    def busy(self, view: JobView, what: str) -> Updates:
+        """The status line while a job runs, with its Stop button."""
+        return {self.status: cards.progress(view, what), self.stop: hidden(view.finished)}
 
     def rest(self, session: Session) -> Updates:
         """The status line when nothing runs."""
         return {self.status: cards.idle(session.info, session.ranges), self.stop: hidden()}
-
-    def known_ranges(self, model: str, revision: str | None, calibration: Calibration) -> Any:
-        """(ModelInfo, RangesReport) made earlier for anyone, or None."""
-        return self.shared.get(ranges_key(model, revision, calibration)) if is_public_text(calibration.text) else None
-
-    def share_ranges(self, model: str, revision: str | None, calibration: Calibration, results: tuple[Any, ...]) -> None:
-        """Keep a public text's ranges for the next visitor."""
-        if is_public_text(calibration.text):
-            self.shared.put(ranges_key(model, revision, calibration), results)
 
 
 def hidden(away: bool = True) -> dict[str, Any]:
@@ -181,16 +254,17 @@ def hidden(away: bool = True) -> dict[str, Any]:
 
 
 def start(settings: Settings) -> Context:
-    """The shared context, its worker already loading the first model."""
-    sessions = SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions)
-    ctx = Context(settings, JobRunner(settings), sessions)
-    ctx.start_prefetch()
+    """The shared context; its main worker starts at once and loads its libraries while the page is being built."""
+    ctx = Context(
+        settings, Workers(settings), SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions)
+    )
+    ctx.workers.main.start()
     return ctx
 
 
-def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple:
-    """What ranges are decided by."""
-    return ("ranges", model, revision, state_of(model), calibration)
+def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple | None:
+    """The key under which everyone finds the ranges of a model; None if the text is a visitor's own."""
+    return ("ranges", model, revision, state_of(model), calibration) if is_public_text(calibration.text) else None
 
 
 def observe_steps(model: str, revision: str | None, calibration: Calibration) -> list[Step]:

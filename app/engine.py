@@ -1,10 +1,11 @@
 """The light functions of core that the page process calls itself, on plain arrays.
 
-They are imported at their first call: until a visitor regroups channels, the page process holds no numerical library.
+They are imported at their first call or by `warm`, so that the page can be built before any numerical library is loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections import OrderedDict
@@ -20,6 +21,11 @@ ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bi
 CURVES_KEPT = 64
 log = logging.getLogger("quantscope.engine")
 _curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
+
+
+def warm() -> None:
+    """Import what regrouping channels needs, so that the first visitor who does it does not wait for the imports."""
+    from core import recluster  # noqa: F401 - importing is the purpose
 
 
 def recluster(report: Any, site: str, clusters: Clusters, *, bits: int = 4) -> Any:
@@ -88,6 +94,7 @@ def first_model() -> str:
     return next((name for name, card in cards.items() if card.get("mode") == "fp"), None) or next(iter(cards), model_names()[-1])
 
 
+@functools.cache
 def is_embedded(model: str) -> bool:
     """Whether a model is part of the installation."""
     return model in embedded_cards()

@@ -106,12 +106,12 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
             prevent_thread_lock=True,
             theme=theme(),
             css=stylesheet(),
-            app_kwargs={"openapi_url": None},
+            app_kwargs={"openapi_url": None, "lifespan": ctx.serving},
         )
         print(f"Quantscope is at {demo.local_url}", flush=True)  # noqa: T201 - the one line its user waits for
         demo.block_thread()
     finally:
-        ctx.runner.close()
+        ctx.workers.close()
 
 
 def blocked_paths() -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
 
-from app.context import HEAVY, LIGHT, Context, Updates, observe_steps
+from app.context import FETCH_SECONDS, LIGHT, Context, Updates, observe_steps, ranges_key
 from app.session import Session
 from app.tabs.bitnet import BitNet
 from app.tabs.compare import Compare
@@ -37,6 +36,9 @@ LINK_JS = """(query) => {
   if (navigator.clipboard) navigator.clipboard.writeText(url).catch(() => {});
   return url;
 }"""
+REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
+REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
+"""The session's key outlives a reload of its browser tab; where the browser keeps nothing, a reload starts anew."""
 CLOSE_JS = """
   const side = document.querySelector('#side');
   if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
@@ -48,6 +50,10 @@ TAB_JS = """() => {
   window.scrollTo({ top: 0 });
   %s
 }"""
+
+
+FIRST_SECONDS = 0.5
+"""The page's opening waits this long for ranges that are known already, so that they come with its first answer."""
 
 
 def build_app(ctx: Context) -> gr.Blocks:
@@ -64,7 +70,8 @@ class Page:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        ctx.key = gr.State(None, time_to_live=int(ctx.settings.session_seconds))
+        ctx.key = gr.Textbox(visible=False)
+        ctx.timer = gr.Timer(FETCH_SECONDS, active=False)
         self.side = Sidebar(ctx.settings.model, on_space=ctx.settings.on_space)
         with gr.Row(elem_id="status-row", equal_height=True):
             ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
@@ -80,28 +87,28 @@ class Page:
     def wire(self, demo: gr.Blocks) -> None:
         """Connect all events of the page."""
         ctx, side = self.ctx, self.side
-        self._wire_steps()  # first: of one click's listeners, Gradio runs those after a stream only when it has ended
+        self._wire_steps()
         self.quantize.wire(self.compare.choices, [self.compare.runs])
         self.compare.wire()
         self.bitnet.wire()
-        observed = self._wire_side()
+        self._wire_side()
         self._wire_saving()
+        self.explore.wire()
+        self.reorder.wire([side.clusters, *self.quantize.clusters.values()])
         demo.load(None, None, None, js=f"() => {{{CLOSE_JS}}}", api_visibility="private")
         filled = self.fill(default_recipe(ctx))
-        outputs = list(dict.fromkeys([ctx.key, *filled, *self.range_outputs]))
-        opened = demo.load(
-            ctx.guard(self.opened), None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
-        )
-        self.explore.wire([opened, observed])
-        self.reorder.wire([side.clusters, *self.quantize.clusters.values()], [opened, observed])
+        outputs = list(dict.fromkeys([ctx.key, ctx.timer, *filled, *self.range_outputs]))
+        opened = demo.load(ctx.guard(self.opened), ctx.key, outputs, js=REMEMBERED_JS, **LIGHT)
+        opened.then(None, ctx.key, None, js=REMEMBER_JS, api_visibility="private")
+        ctx.timer.tick(ctx.guard(self.news), ctx.key, ctx.followed, trigger_mode="once", **LIGHT)
         demo.unload(self.closed)
 
-    def _wire_side(self) -> Any:
+    def _wire_side(self) -> None:
         ctx, side = self.ctx, self.side
         side.observe.click(None, None, None, js=f"() => {{{CLOSE_JS}}}", show_progress="hidden", api_visibility="private")
         side.text.input(lambda choice: gr.update(visible=choice == PASTE), side.text, side.pasted, **LIGHT)
         ctx.stop.click(ctx.guard(self.stopped), {ctx.key}, [ctx.status, ctx.stop], **LIGHT)
-        return side.observe.click(ctx.guard(self.observe_clicked), {ctx.key, *side.source}, self.range_outputs, **HEAVY)
+        ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, self.range_outputs)
 
     def _wire_saving(self) -> None:
         ctx, side = self.ctx, self.side
@@ -133,8 +140,7 @@ class Page:
     @property
     def range_outputs(self) -> list:
         """Targets of `show_ranges`."""
-        selectors = [self.reorder.layer, self.reorder.kind, self.reorder.clusters]
-        return [*self.explore.outputs, *selectors, self.compare.runs, self.ctx.status, self.ctx.stop]
+        return [*self.explore.outputs, *self.reorder.outputs, self.compare.runs, self.ctx.status, self.ctx.stop]
 
     def show_ranges(self, session: Session) -> Updates:
         """Explore for new ranges, the selectors of Reorder, and the base model among the runs."""
@@ -150,33 +156,51 @@ class Page:
         """All fields of the recipe, set to `recipe`."""
         return {**self.side.fill(recipe), **self.quantize.fill(recipe)}
 
-    async def opened(self, request: gr.Request) -> AsyncIterator[Updates]:
-        """Start a session: fill the fields from the link, and show the ranges of its model."""
-        ctx = self.ctx
-        session = ctx.sessions.open(str(request.session_hash))
-        yield {ctx.key: session.key}
+    async def opened(self, key: object, request: gr.Request) -> Updates:
+        """Open the session that this browser tab had before a reload, or a new one with the model of the link."""
+        ctx, page = self.ctx, str(request.session_hash)
+        session = ctx.sessions.open(page, key)
         recipe, refused = default_recipe(ctx), None
         if query := urlencode(dict(request.query_params)):
             try:
                 if request.query_params.get("method") == "rtn":
                     recipe = replace(recipe, weights="rtn")  # as the method's name says, unless the link says otherwise
                 recipe = QuantRecipe.from_query(query, default=recipe)
-                yield self.fill(recipe)
             except QuantscopeError as error:
                 refused = error  # a damaged link opens the default model and says so at the end
-        session.selection.clusters = min(recipe.clusters.R1, MAX_CLUSTERS)
-        text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else ctx.settings.text
-        calibration = Calibration(text, ctx.settings.first_tokens)
+        if session.ranges is not None:
+            ctx.start(session, self.shown_again(session))
+        elif not session.opening:
+            session.selection.clusters = min(recipe.clusters.R1, MAX_CLUSTERS)
+            ctx.start(session, self.observe_linked(session, recipe, refused))
+        first = await session.page(page).take(FIRST_SECONDS)
+        return {ctx.key: session.key, **ctx.listening, **self.fill(recipe), **first}
+
+    async def news(self, key: object, request: gr.Request) -> Updates:
+        """Fetch what the handlers of this session have to show."""
+        return await self.ctx.news(key, str(request.session_hash))
+
+    async def closed(self, request: gr.Request) -> None:
+        """Note that a browser tab was closed or reloaded."""
+        self.ctx.closed(str(request.session_hash))
+
+    async def observe_linked(
+        self, session: Session, recipe: QuantRecipe, refused: QuantscopeError | None
+    ) -> AsyncIterator[Updates]:
+        """Show the ranges of a link's model, then why the link was refused if it was."""
+        text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else self.ctx.settings.text
+        calibration = Calibration(text, self.ctx.settings.first_tokens)
         async for updates in self.observe(session, recipe.model, recipe.revision, calibration):
             yield updates
         if refused:
-            yield ctx.failed(refused)
+            yield self.ctx.failed(refused)
 
-    def closed(self, request: gr.Request) -> None:
-        """Stop the jobs of a browser tab that was closed."""
-        session = self.ctx.sessions.of_tab(str(request.session_hash))
-        if session is not None:
-            self.ctx.runner.cancel_all(session.key)
+    async def shown_again(self, session: Session) -> AsyncIterator[Updates]:
+        """Show what a session holds on the page that was reloaded; a running job's line comes from its handler."""
+        updates = await asyncio.to_thread(self.show_ranges, session)
+        if session.jobs:
+            del updates[self.ctx.status], updates[self.ctx.stop]
+        yield updates | {self.side.model: session.ranges.model}
 
     async def observe_clicked(self, values: Updates) -> AsyncIterator[Updates]:
         """Observe the ranges of the model and text at the side."""
@@ -187,28 +211,18 @@ class Page:
     async def observe(
         self, session: Session, model: str, revision: str | None, calibration: Calibration
     ) -> AsyncIterator[Updates]:
-        """Show the ranges of a model on a text: known ones, those being made for everyone, or those of a job of this session."""
-        ctx = self.ctx
-        results = ctx.known_ranges(model, revision, calibration)
-        if results is None:
-            public = ctx.prefetching(model, revision, calibration)
-            if public:
-                jobs = ctx.watch(session, "observe", ctx.prefetch)
-            else:
-                jobs = ctx.follow(session, "observe", observe_steps(model, revision, calibration))
-            try:
-                async for job in jobs:
-                    if job.finished:
-                        results = job.results
-                    else:
-                        yield ctx.busy(job, f"Opening {model}", stoppable=not public)
-            except QuantscopeError:
-                if session.ranges is None:
-                    yield self.explore.render(session)  # not “starting” any more
-                raise
-            ctx.share_ranges(model, revision, calibration, results)
-        elif older := session.jobs.pop("observe", None):
-            ctx.runner.cancel(session.key, older)
+        """Show the ranges of a model on a text, then its widest channel. Those of a public text are made once for everyone."""
+        ctx, key = self.ctx, ranges_key(model, revision, calibration)
+        try:
+            async for job in ctx.follow(session, "observe", observe_steps(model, revision, calibration), key=key):
+                if job.finished:
+                    results = job.results
+                else:
+                    yield ctx.busy(job, f"Opening {model}")
+        except QuantscopeError:
+            if session.ranges is None:
+                yield self.explore.render(session)  # not “starting” any more
+            raise
         session.info, session.ranges = results
         session.models[model] = session.info
         session.calibration, session.channel = calibration, None
@@ -217,12 +231,14 @@ class Page:
         chosen = session.selection
         chosen.layer, chosen.kind, chosen.channel = widest.layer, widest.kind, widest.channel
         yield await asyncio.to_thread(self.show_ranges, session)
+        async for updates in self.explore.show_channel(session, widest.channel):
+            yield updates
+        yield await asyncio.to_thread(self.reorder.render, session)
 
-    def stopped(self, values: Updates) -> Updates:
+    async def stopped(self, values: Updates) -> Updates:
         """Stop every job of the session."""
         session = self.ctx.session(values)
-        count = self.ctx.runner.cancel_all(session.key)
-        return {self.ctx.stop: gr.update(visible=False)} if count else self.ctx.rest(session)
+        return {self.ctx.stop: gr.update(visible=False)} if session.stop() else self.ctx.rest(session)
 
     def calm(self, values: Updates) -> Updates:
         """Take away an earlier error's card; a running job's line stays."""

@@ -1,22 +1,28 @@
 """What each visitor has on the server: reports and choices, never models.
 
-A session is found by a random 256-bit key that lives in the page's `gr.State`, which Gradio keeps on the server. It
-holds plain reports, is forgotten after half an hour without use, and the oldest goes first beyond the cap. Reports
-of public texts are the same for everyone and shared through `SharedReports`; those of pasted texts stay in their session.
+A session is found by a random 256-bit key that its page holds. It keeps plain reports, and is forgotten half an hour after
+its page was closed, or when there are too many. Reports of public texts are the same for everyone and kept in `app.shared`;
+those of pasted texts stay in their session.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from core.recipe import Calibration, QuantRecipe
 
+KEY = re.compile(r"[\w-]{43}", re.ASCII)
+"""What a session's key looks like: 256 random bits as text."""
+STOP = "stop"
+"""What a task is told when its visitor stops it; a task cancelled without it is silent, for something newer takes its place."""
 MAX_RUNS = 12
 MAX_RANGES = 4
 
@@ -68,14 +74,46 @@ class Selection:
     kind: str = "down_in"
     channel: int | None = None
     clusters: int = 32
+    bits: int = 4
     linear: bool = False
     same_axes: bool = False
     averaged: bool = False
 
 
+class Inbox:
+    """Updates that one page has not fetched yet: of each component only the newest."""
+
+    def __init__(self) -> None:
+        self.updates: dict[Any, Any] = {}
+        self.arrived = asyncio.Event()
+
+    def put(self, updates: dict[Any, Any]) -> None:
+        """Add updates and wake who waits for them."""
+        self.updates.update(updates)
+        if self.updates:
+            self.arrived.set()
+
+    async def take(self, seconds: float) -> dict[Any, Any]:
+        """Take everything out, waiting up to `seconds` for the first update."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.arrived.wait()
+        taken, self.updates = self.updates, {}
+        self.arrived.clear()
+        return taken
+
+
 @dataclass
 class Session:
-    """One visitor. `models`: facts of every model opened or quantised, by name; `info` are those of the one at hand."""
+    """One visitor.
+
+    Attributes:
+        models: facts of every model opened or quantised, by name; `info` are those of the one at hand.
+        jobs: the task that follows the running job of each kind.
+        handlers: tasks of this session that still have something to show; those of `jobs` are among them.
+        pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" what waits for
+            a page while there is none.
+    """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     touched_at: float = field(default_factory=time.monotonic)
@@ -86,7 +124,9 @@ class Session:
     channel: Any = None
     selection: Selection = field(default_factory=Selection)
     runs: list[Run] = field(default_factory=list)
-    jobs: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, asyncio.Task] = field(default_factory=dict)
+    handlers: set[asyncio.Task] = field(default_factory=set)
+    pages: dict[str, Inbox] = field(default_factory=dict)
 
     def add_run(self, run: Run) -> Run:
         """Keep a run, or return the one with the same key. The oldest quantised run goes when there are too many."""
@@ -119,6 +159,28 @@ class Session:
         """The fidelity of a base model that is a BitNet model itself."""
         return getattr(self.models.get(run.key), "fidelity", None) if run.is_base else None
 
+    def post(self, updates: dict[Any, Any]) -> None:
+        """Show updates on every page of this session; without one, on the page that comes next."""
+        for inbox in self.pages.values() or [self.page("")]:
+            inbox.put(updates)
+
+    def page(self, name: str) -> Inbox:
+        """The inbox of a page. A page new to this session gets what was posted when there was none."""
+        if name not in self.pages:
+            self.pages[name] = self.pages.pop("", None) or Inbox()
+        return self.pages[name]
+
+    @property
+    def shown(self) -> bool:
+        """Whether a page shows this session."""
+        return any(self.pages)
+
+    def stop(self) -> int:
+        """Stop every job, as its visitor asked; returns how many there were."""
+        for task in self.jobs.values():
+            task.cancel(STOP)
+        return len(self.jobs)
+
     @property
     def opening(self) -> bool:
         """Whether ranges are on their way."""
@@ -131,95 +193,60 @@ class Session:
 
 
 class SessionStore:
-    """Sessions by key, and by the browser tab that shows them.
+    """Sessions by key.
 
     A reload keeps the session: the page stores its key in the browser's `sessionStorage`, which survives a reload and
-    belongs to one browser tab, and hands it to `open` when it loads:
-
-        stored = gr.Textbox(visible=False)
-        demo.load(opened, stored, [ctx.key, stored, …], js="() => sessionStorage.getItem('quantscope')")
-        stored.change(None, stored, None, js="(key) => sessionStorage.setItem('quantscope', key)")
-
-    where `opened(key, request)` calls `open(request.session_hash, key)`, returns the session's key for `ctx.key` and
-    `stored`, and draws what the session holds (`session.ranges is None` for a new one). A key is only honoured while its
-    session lives; any other text gives a new session with a new key, so nobody can choose a key.
+    belongs to one browser tab, and hands it to `open` when it loads. A key is only honoured while its session lives; any
+    other text gives a new session with a new key, so nobody can choose a key.
     """
 
     def __init__(self, *, seconds: float, capacity: int) -> None:
+        """`seconds`: how long a session is kept without a page; `capacity`: how many are kept."""
         self.seconds = seconds
         self.capacity = capacity
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._tabs: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def open(self, tab: str | None = None, key: object = None) -> Session:
+    def open(self, page: str | None = None, key: object = None) -> Session:
         """The living session of `key`, which a reloaded page remembers, else a new and empty one.
 
         Args:
-            tab: the browser tab's own name (`request.session_hash`), for `of_tab`.
+            page: Gradio's name for the page that shows it (`request.session_hash`).
             key: what the page had stored; anything but the key of a living session is ignored.
         """
         with self._lock:
             session = self._sessions.get(key) if isinstance(key, str) else None
-            session = session or Session()
-            session.touched_at = time.monotonic()
-            self._sessions[session.key] = session
-            self._sessions.move_to_end(session.key)
-            if tab:
-                self._tabs[tab] = session.key
-            self._sweep()
+            session = self._use(session or Session())
+            if page:
+                session.page(page)
             return session
 
-    def get(self, key: str | None) -> Session:
+    def get(self, key: object) -> Session:
         """The session of a key. One forgotten meanwhile comes back empty under the same key."""
         with self._lock:
-            session = self._sessions.get(key or "")
-            if session is None:
-                session = Session(key) if key else Session()
-                self._sessions[session.key] = session
-            session.touched_at = time.monotonic()
-            self._sessions.move_to_end(session.key)
-            self._sweep()
-            return session
+            key = key if isinstance(key, str) and KEY.fullmatch(key) else Session().key
+            return self._use(self._sessions.get(key) or Session(key))
 
-    def of_tab(self, tab: str) -> Session | None:
-        """The session opened in that tab, if it is still known."""
+    def close(self, page: str) -> Session | None:
+        """Note that a page is gone. Returns its session if no other page shows it."""
         with self._lock:
-            return self._sessions.get(self._tabs.get(tab, ""))
+            session = next((s for s in self._sessions.values() if page in s.pages), None)
+            if session is not None:
+                del session.pages[page]
+            return session if session is not None and not session.shown else None
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def _sweep(self) -> None:
-        limit = time.monotonic() - self.seconds
-        while self._sessions:
-            oldest = next(iter(self._sessions.values()))
-            if len(self._sessions) <= self.capacity and oldest.touched_at >= limit:
-                break
-            del self._sessions[oldest.key]
-        if len(self._tabs) > 2 * self.capacity:
-            self._tabs = {tab: key for tab, key in self._tabs.items() if key in self._sessions}
-
-
-class SharedReports:
-    """Reports that are the same for everyone, by what they were made from; the least used go first."""
-
-    def __init__(self, capacity: int = 24) -> None:
-        self.capacity = capacity
-        self._reports: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Any:
-        """The report of that key, or None."""
-        with self._lock:
-            if key in self._reports:
-                self._reports.move_to_end(key)
-            return self._reports.get(key)
-
-    def put(self, key: Hashable, report: Any) -> None:
-        """Keep a report for everyone. The caller has checked that it holds nothing private."""
-        with self._lock:
-            self._reports[key] = report
-            self._reports.move_to_end(key)
-            while len(self._reports) > self.capacity:
-                self._reports.popitem(last=False)
+    def _use(self, session: Session) -> Session:
+        """Make a session the newest, and forget those too old or too many: sessions at work go last, then those on a page."""
+        session.touched_at = time.monotonic()
+        self._sessions[session.key] = session
+        self._sessions.move_to_end(session.key)
+        others = sorted(list(self._sessions.values())[:-1], key=lambda s: (bool(s.handlers), s.shown))
+        excess = len(self._sessions) - self.capacity
+        for place, other in enumerate(others):
+            old = session.touched_at - other.touched_at > self.seconds and not (other.handlers or other.shown)
+            if old or place < excess:
+                del self._sessions[other.key]
+        return session

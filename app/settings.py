@@ -2,10 +2,10 @@
 
 QUANTSCOPE_MODEL            the model the page opens on; without it an embedded one, else the catalogue's download
 QUANTSCOPE_DEVICE           where models run: cpu (without it) or cuda
-QUANTSCOPE_WORKER_GB        memory limit of the worker process in GiB (0 = none)
+QUANTSCOPE_WORKER_GB        memory limit of the worker processes together in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
-QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with allow_local and device
+QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with its options as keywords
 SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import InputError
@@ -21,6 +21,8 @@ from core.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 REAL_WORKBENCH = "core.workbench:Workbench"
 GIB = 1024**3
+LIGHT_BYTES = 3 * GIB
+"""Address space that the light worker needs at least: its libraries map 1.2 GiB, loading a model of 135 M parameters 2.5 GiB."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class Settings:
 
     Attributes:
         model: opened at start, its ranges observed on `first_tokens` tokens of `text` before anyone asks.
-        memory_bytes: address-space limit of the worker, None for no limit.
+        memory_bytes: address-space limit of both workers together, or of one (`main`, `light`); None for no limit.
+        model_bytes: models a worker keeps in memory, the least recently used beyond this go.
+        light_weights: jobs on models of at most this many bytes may run on the light worker.
+        idle_seconds: the light worker gives its models back after this long without a job; None for never.
+        nice: how far a worker steps back for others on the processor (0 to 19).
         job_seconds: a job running longer is ended with a sentence.
         grace_seconds: how long a cancelled job may take to stop by itself before its worker is killed.
         worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
@@ -42,11 +48,31 @@ class Settings:
     on_space: bool = False
     workbench: str = REAL_WORKBENCH
     memory_bytes: int | None = None
+    model_bytes: int = 3 * GIB
+    light_weights: int = GIB
+    idle_seconds: float | None = None
+    nice: int = 10
     job_seconds: float = 3600.0
     session_seconds: float = 1800.0
     max_sessions: int = 200
     grace_seconds: float = 1.2
     worker_threads: str | None = None
+
+    @property
+    def light(self) -> Settings | None:
+        """The choices of the light worker, None where memory is not enough for two."""
+        if self.memory_bytes is not None and self.memory_bytes < 2 * LIGHT_BYTES:
+            return None
+        limit = None if self.memory_bytes is None else max(LIGHT_BYTES, self.memory_bytes // 4)
+        return replace(self, memory_bytes=limit, model_bytes=self.light_weights, idle_seconds=300.0, nice=3)
+
+    @property
+    def main(self) -> Settings:
+        """The choices of the main worker: what the light one leaves."""
+        light = self.light
+        if light is None or light.memory_bytes is None:
+            return self
+        return replace(self, memory_bytes=self.memory_bytes - light.memory_bytes)
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:

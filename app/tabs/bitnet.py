@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 import gradio as gr
 
 from app import engine
-from app.context import HEAVY, LIGHT, Context, Updates
+from app.context import LIGHT, Context, Updates
 from app.session import Run, Session, TernaryReports
 from app.view import cards, plots_bitnet, tables, texts
 from app.view.chart import Chart
 from app.view.figure import note
-from app.worker.jobs import Step
+from app.worker.job import Step
 from core.errors import InputError
 from core.recipe import require_int
 
@@ -111,11 +111,11 @@ class BitNet:
         guard, status = self.ctx.guard, [self.ctx.status, self.ctx.stop]
         inputs, chosen = {self.ctx.key, *self.selectors}, [self.run, self.layer, *self.results, *status]
         first = self.tab.select(guard(self.opened), inputs, chosen, **LIGHT)
-        first.then(guard(self.shown), inputs, [*self.results, *status], **HEAVY)
+        self.ctx.on(first.then, self.shown, inputs, [*self.results, *status])
         for control in (self.run, self.layer):
             changed = control.input(guard(self.opened), inputs, chosen, **LIGHT)
-            changed.then(guard(self.shown), inputs, [*self.results, *status], **HEAVY)
-        self.read.click(guard(self.again), inputs, [*self.results, *status], **HEAVY)
+            self.ctx.on(changed.then, self.shown, inputs, [*self.results, *status])
+        self.ctx.on(self.read.click, self.again, inputs, [*self.results, *status])
 
     def opened(self, values: Updates) -> Updates:
         """Show what is known of the chosen run."""

@@ -8,14 +8,14 @@ from dataclasses import replace
 import gradio as gr
 
 from app import engine
-from app.context import HEAVY, LIGHT, Context, Updates
+from app.context import LIGHT, Context, Updates
 from app.session import Run, Session
 from app.tabs.measured import estimated_bytes, numbers_table
 from app.tabs.quantize import WINDOW
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name, number
-from app.worker.jobs import JobView, Step
+from app.worker.job import JobView, Step
 from core.errors import InputError, QuantscopeError
 from core.recipe import require_choice, require_int
 
@@ -129,8 +129,9 @@ class Compare:
             control.input(guard(self.project), sizes, projection, trigger_mode="always_last", **LIGHT)
         wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.chat}
         for event in (self.write.click, self.prompt.submit):
-            event(guard(self.generate), wishes, [self.streams, self.speed, *status], **HEAVY)
-        self.measure.click(guard(self.evaluate), {key, self.runs, self.eval_tokens}, [self.numbers, self.bars, *status], **HEAVY)
+            self.ctx.on(event, self.generate, wishes, [self.streams, self.speed, *status])
+        wishes = {key, self.runs, self.eval_tokens}
+        self.ctx.on(self.measure.click, self.evaluate, wishes, [self.numbers, self.bars, *status])
 
     def opened(self, values: Updates) -> Updates:
         """Show the runs there are; a prompt not yet edited follows the model."""

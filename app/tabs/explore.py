@@ -8,15 +8,14 @@ from collections.abc import AsyncIterator
 import gradio as gr
 
 from app import engine
-from app.context import HEAVY, LIGHT, Context, Updates, ranges_key
+from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, PickTable, picked_row
 from app.view.figure import note
-from app.worker.jobs import Step
+from app.worker.job import Step
 from core.errors import InputError, QuantscopeError
-from core.privacy import is_public_text
 from core.recipe import SITES, Clusters, require_int
 
 MARKED = 60
@@ -132,25 +131,20 @@ class Explore:
         """The detail panel without a channel."""
         return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
 
-    def wire(self, renewed: list) -> None:
-        """Connect the tab's events. `renewed`: events after which other ranges are there."""
-        guard, key = self.ctx.guard, self.ctx.key
-        outputs = [*self.outputs, self.ctx.status, self.ctx.stop]
-        light, heavy = {**LIGHT, "outputs": outputs}, {**HEAVY, "outputs": outputs}
-        inputs = {key, *self.selectors}
-        self.layer.input(guard(self.moved), inputs, trigger_mode="always_last", **light)
+    def wire(self) -> None:
+        """Connect the tab's events."""
+        ctx, outputs = self.ctx, [*self.outputs, self.ctx.status, self.ctx.stop]
+        inputs = {ctx.key, *self.selectors}
+        self.layer.input(ctx.guard(self.moved), inputs, outputs, trigger_mode="always_last", **LIGHT)
         for control in (self.kind, self.linear, self.same_axes, self.averaged):
-            control.input(guard(self.moved), inputs, **light)
-        self.layer.release(guard(self.released), {key}, **heavy)
-        self.tab.select(guard(self.opened), {key}, **light)
-        self.scatter.select(guard(self.clicked_point), {key}, **heavy)
-        self.heatmap.select(guard(self.clicked_cell), {key}, **heavy)
-        self.outliers.select(guard(self.clicked_row), {key}, **heavy)
-        self.channel.submit(guard(self.typed), {key, self.channel}, **heavy)
-        for event in renewed:  # the selectors again: while the page is being built, Gradio loses what a stream sets
-            again = event.then(guard(self.selected), {key}, [*self.selectors, self.channel, self.ctx.status], **LIGHT)
-            again.then(guard(self.released), {key}, **heavy)
-        self.channel.blur(guard(self.typed), {key, self.channel}, **heavy)
+            control.input(ctx.guard(self.moved), inputs, outputs, **LIGHT)
+        self.tab.select(ctx.guard(self.opened), {ctx.key}, outputs, **LIGHT)
+        ctx.on(self.layer.release, self.released, {ctx.key}, outputs)
+        ctx.on(self.scatter.select, self.clicked_point, {ctx.key}, outputs)
+        ctx.on(self.heatmap.select, self.clicked_cell, {ctx.key}, outputs)
+        ctx.on(self.outliers.select, self.clicked_row, {ctx.key}, outputs)
+        for event in (self.channel.submit, self.channel.blur):
+            ctx.on(event, self.typed, {ctx.key, self.channel}, outputs)
 
     def moved(self, values: Updates) -> Updates:
         """Draw another layer, site or kind of axes. The sliders stay as they are: one of them may still be dragged."""
@@ -165,11 +159,6 @@ class Explore:
         """Draw what was selected on another tab."""
         session = self.ctx.session(values)
         return self.render(session) if session.ranges is not None else {}
-
-    def selected(self, values: Updates) -> Updates:
-        """Set the selectors to the session's selection."""
-        session = self.ctx.session(values)
-        return self.controls(session) if session.ranges is not None else {}
 
     async def released(self, values: Updates) -> AsyncIterator[Updates]:
         """Read the chosen channel once the layer's slider has come to rest."""
@@ -219,20 +208,17 @@ class Explore:
             return
         session.selection.channel = number
         median = median_width(site)
-        key = ("channel", ranges_key(session.ranges.model, session.ranges.revision, session.calibration), site.site, number)
-        detail = self.ctx.shared.get(key)
-        waiting = {} if detail else {self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_WAIT)}
+        ranges = ranges_key(session.ranges.model, session.ranges.revision, session.calibration)
+        key = ("channel", ranges, site.site, number) if ranges else None
+        waiting = {self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_WAIT)}
         yield {**self.render(session), self.facts: cards.channel_facts(site, number, median), **waiting}
-        if detail is None:
-            try:
-                async for job in self.ctx.follow(session, "channel", channel_steps(session, site.site, number)):
-                    yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
-            except QuantscopeError:
-                yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
-                raise
-            detail = job.results[0]
-            if is_public_text(session.calibration.text):
-                self.ctx.shared.put(key, detail)
+        try:
+            async for job in self.ctx.follow(session, "channel", channel_steps(session, site.site, number), key=key):
+                yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
+        except QuantscopeError:
+            yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
+            raise
+        (detail,) = job.results
 
         def current() -> bool:
             return session.selection.channel == number and site_of(session).site == site.site

@@ -8,14 +8,14 @@ from typing import Any
 
 import gradio as gr
 
-from app.context import HEAVY, LIGHT, Context, Updates
+from app.context import LIGHT, Context, Updates
 from app.session import Run, Session
 from app.tabs.measured import numbers_table
 from app.tabs.sidebar import Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name
-from app.worker.jobs import Step
+from app.worker.job import Step
 from core.errors import InputError
 from core.folders import state_of
 from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
@@ -266,7 +266,8 @@ class Quantize:
             field.input(self.own_bits, None, [side.scheme], **LIGHT)
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
-        gr.on([self.start.click, side.quantize.click], guard(self.run), inputs, [*self.results, *targets, *status], **HEAVY)
+        for click in (self.start.click, side.quantize.click):
+            self.ctx.on(click, self.run, inputs, [*self.results, *targets, *status])
 
     def scheme_chosen(self, values: Updates) -> Updates:
         """Set every tensor's bits to the scheme's."""

@@ -64,9 +64,20 @@ class Reorder:
             with gr.Accordion(texts.LEARN_REORDER_TITLE, open=False):
                 gr.Markdown(texts.LEARN_REORDER)
 
+    @property
+    def charts(self) -> list:
+        """What follows the slider."""
+        return [self.scatter, self.curve, self.strips, self.headline, self.table]
+
+    @property
+    def outputs(self) -> list:
+        """What another model changes."""
+        return [self.layer, self.kind, self.clusters, *self.charts]
+
     def take(self, session: Session, values: Updates) -> None:
         """Read the selectors into the session."""
         chosen = session.selection
+        chosen.bits = require_int("bits", values[self.bits], 2, 8, "use 2 to 8")
         chosen.clusters = require_clusters(values[self.clusters])
         if values[self.kind] not in SITES:
             raise InputError("This site is not known: choose one of the list.", code="E-PARAM-SITE")
@@ -85,11 +96,11 @@ class Reorder:
             self.clusters: chosen.clusters,
         }
 
-    def render(self, session: Session, bits: int) -> Updates:
+    def render(self, session: Session) -> Updates:
         """The charts that follow the slider: all but the curve's line cost a few milliseconds per thousand channels."""
         if session.ranges is None:
             return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
-        site, chosen = site_of(session), session.selection
+        site, chosen, bits = site_of(session), session.selection, session.selection.bits
         view = engine.recluster(session.ranges, site.site, Clusters.uniform(chosen.clusters), bits=bits)
         scale = plots.scale_of([site], linear=chosen.linear)
         curve = engine.error_curve(session.ranges, site.site, bits=bits)
@@ -106,26 +117,19 @@ class Reorder:
             self.table: cards.table(texts.CLUSTER_HEADERS, tables.cluster_rows(view)),
         }
 
-    def wire(self, mirrored: list, renewed: list) -> None:
-        """Connect the tab's events.
-
-        Args:
-            mirrored: the side's slider and the fields R1 to R5, which follow g.
-            renewed: events after which other ranges are there.
-        """
+    def wire(self, mirrored: list) -> None:
+        """Connect the tab's events. `mirrored`: the side's slider and the fields R1 to R5, which follow g."""
         guard, key = self.ctx.guard, self.ctx.key
         self.side, *self.fields = mirrored
-        charts = [self.scatter, self.curve, self.strips, self.headline, self.table, self.ctx.status, self.ctx.stop]
+        charts = [*self.charts, self.ctx.status, self.ctx.stop]
         inputs = {key, self.layer, self.kind, self.clusters, self.bits}
         for control in (self.layer, self.kind, self.bits):
             control.input(guard(self.redraw), inputs, charts, trigger_mode="always_last", **LIGHT)
         dragged = {**LIGHT, "trigger_mode": "always_last"}
         self.clusters.input(guard(self.redraw), inputs, [*charts, *mirrored], **dragged)
-        self.side.input(guard(self.from_side), {key, self.side, self.bits}, [*charts, self.clusters, *self.fields], **dragged)
-        everything = [self.layer, self.kind, self.clusters, *charts]
-        self.tab.select(guard(self.opened), {key, self.bits}, everything, trigger_mode="always_last", **LIGHT)
-        for event in renewed:
-            event.then(guard(self.opened), {key, self.bits}, everything, **LIGHT)
+        self.side.input(guard(self.from_side), {key, self.side}, [*charts, self.clusters, *self.fields], **dragged)
+        everything = [*self.outputs, self.ctx.status, self.ctx.stop]
+        self.tab.select(guard(self.opened), {key}, everything, trigger_mode="always_last", **LIGHT)
 
     def redraw(self, values: Updates) -> Updates:
         """Draw the chosen site with g clusters; the other fields of g follow."""
@@ -134,14 +138,14 @@ class Reorder:
         self.take(session, values)
         moved = session.selection.clusters != before
         followers = {self.side: session.selection.clusters, **spread(session.selection.clusters, self.fields)} if moved else {}
-        return {**self.render(session, require_int("bits", values[self.bits], 2, 8, "use 2 to 8")), **followers}
+        return {**self.render(session), **followers}
 
     def from_side(self, values: Updates) -> Updates:
         """Take g from the side's slider."""
         session = self.ctx.session(values)
         session.selection.clusters = require_clusters(values[self.side])
         return {
-            **self.render(session, values[self.bits]),
+            **self.render(session),
             self.clusters: session.selection.clusters,
             **spread(session.selection.clusters, self.fields),
         }
@@ -150,7 +154,7 @@ class Reorder:
         """Draw what was selected on another tab."""
         session = self.ctx.session(values)
         selectors = self.controls(session) if session.ranges is not None else {}
-        return {**selectors, **self.render(session, values[self.bits])}
+        return {**selectors, **self.render(session)}
 
 
 def per_group(kind: str, clusters: int) -> int:

@@ -10,7 +10,7 @@ from app.view import texts
 from app.view.figure import bytes_text, number
 from app.view.plots_runs import drawable, run_colour
 from app.view.tables import Cell, Estimate
-from app.worker.jobs import JobView
+from app.worker.job import JobView
 from core.errors import Cancelled, QuantscopeError
 
 

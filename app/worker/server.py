@@ -1,6 +1,6 @@
 """The worker process: owns core's workbench and every model, does one job at a time.
 
-Started as `python -m app.worker.server FD` by `app.worker.process`; FD is its end of a socket pair. When the other end closes, it
+Started as `python -m app.worker.server FD` by `app.worker.client`; FD is its end of a socket pair. When the other end closes, it
 exits. Whatever a job raises, `SystemExit` included, becomes a reply: only the kernel or native code can end it early.
 """
 
@@ -44,10 +44,9 @@ log = logging.getLogger("quantscope.worker")
 class Worker:
     """Reads jobs from the pipe, runs their steps on the workbench, writes progress and results back."""
 
-    def __init__(self, connection: Connection, workbench: str, *, allow_local: bool, device: str) -> None:
-        self.connection = connection
-        self.workbench = workbench
-        self.options = {"allow_local": allow_local, "device": device}
+    def __init__(self, connection: Connection, workbench: str, options: dict[str, Any]) -> None:
+        """`workbench` is "module:factory", called with `options` as keywords."""
+        self.connection, self.workbench, self.options = connection, workbench, options
         self.bench: Any = None
         self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.cancelled: set[str] = set()
@@ -157,9 +156,9 @@ class _Relay:
             self.pending = ""
 
 
-def limit(memory_bytes: int | None) -> None:
+def limit(memory_bytes: int | None, nice: int) -> None:
     """Lower this process's rank and rights: nice, first victim of the kernel's memory killer, address space, core dumps."""
-    os.nice(10)
+    os.nice(nice)
     try:
         with open("/proc/self/oom_score_adj", "w") as handle:
             handle.write("900")
@@ -171,16 +170,15 @@ def limit(memory_bytes: int | None) -> None:
 
 
 def main() -> None:
-    """Entry of `python -m app.worker.server FD`; choices come by environment from `app.worker.process`."""
+    """Entry of `python -m app.worker.server FD`; choices come by environment from `app.worker.environment`."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    limit(int(os.environ.get("QUANTSCOPE_LIMIT_BYTES", "0")) or None)
-    worker = Worker(
-        Connection(int(sys.argv[1])),
-        os.environ["QUANTSCOPE_WORKBENCH"],
-        allow_local=os.environ.get("QUANTSCOPE_ALLOW_LOCAL") == "1",
-        device=os.environ["QUANTSCOPE_DEVICE"],
-    )
-    worker.run()
+    limit(int(os.environ["QUANTSCOPE_LIMIT_BYTES"]) or None, int(os.environ["QUANTSCOPE_NICE"]))
+    options = {
+        "allow_local": os.environ["QUANTSCOPE_ALLOW_LOCAL"] == "1",
+        "device": os.environ["QUANTSCOPE_DEVICE"],
+        "max_bytes": int(os.environ["QUANTSCOPE_MODEL_BYTES"]),
+    }
+    Worker(Connection(int(sys.argv[1])), os.environ["QUANTSCOPE_WORKBENCH"], options).run()
 
 
 if __name__ == "__main__":

@@ -10,16 +10,20 @@ worker taken over by a hostile model file gains nothing from writing to the pipe
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import io
 import pickle
+import struct
 from multiprocessing.connection import Connection
 from typing import Any
 
 from core.errors import QuantscopeError
 
 MAX_BYTES = 512 * 1024**2
+INLINE_BYTES = 100_000
+"""Larger messages are unpickled in a thread: a report of a large model takes tens of milliseconds."""
 _NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
 _PLAIN = {
     ("pathlib", "PosixPath"),
@@ -29,6 +33,10 @@ _PLAIN = {
     ("builtins", "set"),
     ("_codecs", "encode"),
 }
+
+
+class Malformed(Exception):
+    """What the worker wrote has none of the forms above."""
 
 
 class _Reader(pickle.Unpickler):
@@ -49,11 +57,35 @@ def loads(data: bytes) -> Any:
     return _Reader(io.BytesIO(data)).load()
 
 
+def frame(message: tuple) -> bytes:
+    """The bytes of a message on the pipe: its length and the pickle, as `multiprocessing.Connection` writes them."""
+    data = pickle.dumps(message, protocol=5)
+    return struct.pack("!i", len(data)) + data
+
+
+async def read(stream: asyncio.StreamReader) -> tuple:
+    """Read one message of the worker.
+
+    Raises: EOFError or OSError when the worker is gone; Malformed for bytes that are no message.
+    """
+    (size,) = struct.unpack("!i", await stream.readexactly(4))
+    if not 0 <= size <= MAX_BYTES:
+        raise Malformed(f"a message of {size} bytes")
+    data = await stream.readexactly(size)
+    try:
+        message = await asyncio.to_thread(loads, data) if size > INLINE_BYTES else loads(data)
+    except Exception as error:  # noqa: BLE001 - process boundary: bytes that are no pickle can raise anything
+        raise Malformed(repr(error)) from error
+    if not isinstance(message, tuple):
+        raise Malformed(f"a message of type {type(message).__name__}")
+    return message
+
+
 def send(connection: Connection, message: tuple) -> None:
-    """Write one message."""
+    """Write one message, from the worker's side."""
     connection.send_bytes(pickle.dumps(message, protocol=5))
 
 
 def receive(connection: Connection) -> tuple:
-    """Read one message, waiting for it. Raises EOFError when the other side is gone."""
+    """Read one message on the worker's side, waiting for it. Raises: EOFError when the page is gone."""
     return loads(connection.recv_bytes(MAX_BYTES))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from app.cli import __main__ as cli  # noqa: E402 - the path fix comes first
+from app.context import Context  # noqa: E402
+from app.session import SessionStore  # noqa: E402
 from app.settings import Settings  # noqa: E402
-from app.worker.jobs import JobRunner  # noqa: E402
+from app.worker.client import Workers  # noqa: E402
 from core.recipe import Calibration  # noqa: E402
 from tests.app.cli_tools import CALIBRATION, SENTENCES  # noqa: E402
 
@@ -42,11 +45,21 @@ def wide_ranges(bench):
 
 
 @pytest.fixture
-def runner() -> Iterator[JobRunner]:
-    """A job table with a fake worker."""
-    table = JobRunner(Settings(model="fake", workbench=FAKE))
-    yield table
-    table.close()
+def ctx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+    """What the tabs share, with fake workers and names for components."""
+    monkeypatch.setattr("app.engine.warm", lambda: None)  # takes seconds, and nothing here waits for it
+    settings = Settings(model="fake", workbench=FAKE)
+    context = Context(settings, Workers(settings), SessionStore(seconds=60, capacity=10))
+    context.key, context.status, context.stop, context.timer = "key", "status", "stop", "timer"
+    yield context
+    context.workers.close()
+
+
+@pytest.fixture
+def wait() -> Iterator[Callable]:
+    """Run coroutines one after the other on one event loop, as a server does."""
+    with asyncio.Runner() as runner:
+        yield runner.run
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer;
 "fake-endless" never ends and ignores Stop; "fake-memory", "fake-exit", "fake-killed", "fake-bug" fail in their way;
+"fake-says …" writes what is no message to the page;
 "fake-wide" has 4096 channels; "fake-ternary" is a BitNet model of another vocabulary; anything else is not found.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +43,16 @@ from core.report import (
 Progress = Callable[[str, float | None], None]
 NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide", "fake-ternary")
 TERNARY = "fake-ternary"
+SAYINGS = {
+    "no pickle": struct.pack("!i", 5) + b"hello",
+    "negative size": struct.pack("!i", -1),
+    "endless size": struct.pack("!i", 2**31 - 1),
+    **{
+        name: struct.pack("!i", len(pickle.dumps(value))) + pickle.dumps(value)
+        for name, value in (("no tuple", "text"), ("a call", os.system), ("nothing", ()), ("no job", ("done",)))
+    },
+}
+"""Bytes that a worker must not send, by the model's name after "fake-says "."""
 
 
 class FakeWorkbench:
@@ -50,7 +63,7 @@ class FakeWorkbench:
 
     def load(self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress) -> ModelInfo:
         """Shape of a small Llama."""
-        if model not in NAMES:
+        if model not in NAMES and model.removeprefix("fake-says ") not in SAYINGS:
             raise ModelError(
                 f"No model is called {model[:60]!r}. Use a name from the list or a Hub id such as owner/name.",
                 code="E-MODEL-NAME",
@@ -346,6 +359,9 @@ def misbehave(model: str, progress: Progress) -> None:
         sys.exit(3)
     if model == "fake-killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if model.startswith("fake-says "):
+        os.write(int(sys.argv[1]), SAYINGS[model.removeprefix("fake-says ")])
+        time.sleep(60)
     if model == "fake-bug":
         raise ZeroDivisionError("a secret detail")
     while model == "fake-endless":

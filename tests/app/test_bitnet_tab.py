@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import gradio as gr
 import pytest
 
 from app import engine
-from app.context import Context
-from app.session import Run, SessionStore
+from app.session import Run
 from app.settings import Settings
 from app.tabs import bitnet, quantize, sidebar
 from app.view import plots_bitnet, tables, texts
@@ -26,13 +24,6 @@ def quiet(*_):
 
 async def collect(stream):
     return [item async for item in stream]
-
-
-@pytest.fixture
-def ctx(runner):
-    context = Context(Settings(model="fake"), runner, SessionStore(seconds=60, capacity=10))
-    context.key, context.status, context.stop = "key", "status", "stop"
-    return context
 
 
 @pytest.fixture
@@ -76,9 +67,9 @@ def test_ternary_runs_are_offered_the_newest_first_with_their_claim(view, opened
     assert [view.choices(session, base.key, layer)[view.layer]["value"] for layer in (3, 29)] == [3, 5]
 
 
-def test_reading_fills_the_tab_and_a_second_layer_reads_only_its_inputs(view, ctx, opened):
+def test_reading_fills_the_tab_and_a_second_layer_reads_only_its_inputs(view, ctx, opened, wait):
     session, run = opened
-    updates = asyncio.run(collect(view.read_run(session, run, chosen(view))))
+    updates = wait(collect(view.read_run(session, run, chosen(view))))
     last = updates[-1]
     assert "44.5 %" in last[view.facts] and "512 tokens of sotu" in last[view.facts] and "trained a4.8" in last[view.facts]
     valid(last[view.sparsity]["value"])
@@ -87,24 +78,24 @@ def test_reading_fills_the_tab_and_a_second_layer_reads_only_its_inputs(view, ct
     assert {step.method for step in bitnet.steps_for(session, run, 3, 8192)} == {"input_histogram"}
     assert {step.arguments["tokens"] for step in bitnet.steps_for(session, run, 3, 8192)} == {512}
     assert len(bitnet.steps_for(session, run, 0, 8192, again=True)) == 6
-    asyncio.run(collect(view.read_run(session, run, chosen(view, layer=3))))
+    wait(collect(view.read_run(session, run, chosen(view, layer=3))))
     assert sorted(run.ternary.inputs) == [0, 3]
-    asyncio.run(collect(view.read_run(session, run, chosen(view, layer=99))))
+    wait(collect(view.read_run(session, run, chosen(view, layer=99))))
     assert sorted(run.ternary.inputs) == [0, 3, 5]
 
 
 @pytest.mark.parametrize("bad", [{"layer": "x"}, {"tokens": 7}, {"tokens": [512]}, {"layer": -1}, {"layer": None}])
-def test_bad_choices_give_a_sentence(view, ctx, opened, bad):
+def test_bad_choices_give_a_sentence(view, ctx, opened, bad, wait):
     session, run = opened
     with pytest.raises(InputError):
-        asyncio.run(collect(view.read_run(session, run, chosen(view, **bad))))
+        wait(collect(view.read_run(session, run, chosen(view, **bad))))
 
 
-def test_a_model_without_ternary_weights_gives_a_sentence_and_keeps_nothing(view, ctx, opened):
+def test_a_model_without_ternary_weights_gives_a_sentence_and_keeps_nothing(view, ctx, opened, wait):
     session, _ = opened
     run = session.run("fake")
     with pytest.raises(Exception, match="no ternary weights"):
-        asyncio.run(collect(view.read_run(session, run, chosen(view))))
+        wait(collect(view.read_run(session, run, chosen(view))))
     assert run.ternary.sparsity is None and session.jobs == {}
 
 
@@ -213,24 +204,24 @@ def test_the_page_opens_on_an_embedded_float_model(tmp_path, monkeypatch):
     assert len(engine.training_runs()) == 2
 
 
-def test_a_quantised_ternary_run_carries_its_claim_and_the_models_facts(ctx):
+def test_a_quantised_ternary_run_carries_its_claim_and_the_models_facts(ctx, wait):
     with gr.Blocks():
         side = sidebar.Sidebar("fake", on_space=False)
         with gr.Tabs():
             tab = quantize.Quantize(ctx, side)
     session = ctx.sessions.open()
     recipe = QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions("a4.8", 0.5, 3, 4, 4))
-    updates = asyncio.run(collect(tab.quantize(session, recipe, measure=True)))
+    updates = wait(collect(tab.quantize(session, recipe, measure=True)))
     run = session.run(recipe.hash)
     assert "expect noise" in session.title(run) and "KV 3 bits" in session.title(run)
     assert run.evaluation is not None and session.run("fake").evaluation is not None
     assert session.models["fake"].layers == 6
     assert any("expect noise" in str(u.get(tab.numbers, "")) for u in updates)
     native = QuantRecipe(TERNARY, method="bitnet")
-    asyncio.run(collect(tab.quantize(session, native, measure=False)))
+    wait(collect(tab.quantize(session, native, measure=False)))
     valid(tab.render(session)[tab.sqnr]["value"])  # an exact run has infinite decibels
     assert session.title(session.run(native.hash)) == f"{TERNARY} · BITNET · trained a4.8"
     alone = ctx.sessions.open()
-    asyncio.run(collect(tab.quantize(alone, native, measure=False)))
+    wait(collect(tab.quantize(alone, native, measure=False)))
     shown = tab.render(alone)
     assert not shown[tab.sqnr]["visible"] and texts.EXACT in shown[tab.summary] and not shown[tab.numbers]["visible"]

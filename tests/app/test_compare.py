@@ -8,13 +8,11 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 
-from app.context import Context
-from app.session import Run, SessionStore
-from app.settings import Settings
+from app.session import Run
 from app.tabs import compare
 from app.view import tables, texts
 from app.view.tables import Estimate
-from app.worker.jobs import JobView
+from app.worker.job import JobView
 from core.errors import Cancelled
 from core.recipe import QuantRecipe
 from core.report import SpeedLimit
@@ -27,13 +25,6 @@ def quiet(*_):
 
 async def collect(stream):
     return [item async for item in stream]
-
-
-@pytest.fixture
-def ctx(runner):
-    context = Context(Settings(model="fake"), runner, SessionStore(seconds=60, capacity=10))
-    context.key, context.status, context.stop = "key", "status", "stop"
-    return context
 
 
 @pytest.fixture
@@ -107,7 +98,7 @@ def test_a_stopped_text_is_not_said_to_be_written(view, ctx, session):
             async for updates in view.generate(values | {"key": session.key}):
                 seen.append(updates[view.streams])
                 if "writing…" in seen[-1]:
-                    ctx.runner.cancel_all(session.key)
+                    session.stop()
         return seen
 
     seen = asyncio.run(stopped())
@@ -115,7 +106,7 @@ def test_a_stopped_text_is_not_said_to_be_written(view, ctx, session):
 
 
 def test_a_text_in_the_queue_is_not_said_to_be_written(session):
-    job = JobView("waiting", "", None, 0.0, None, 1, (), ("",), None)
+    job = JobView("waiting", ahead=1, texts=("",))
     assert "waiting…" in compare.panels(session, session.runs[:1], "Once", job)
 
 

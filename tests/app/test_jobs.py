@@ -1,20 +1,25 @@
-"""Jobs end well however the worker ends, and belong to the session that submitted them."""
+"""Jobs end well however the worker ends, belong to whoever runs them, and light ones never wait behind a long one."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from app.settings import Settings
-from app.worker.jobs import PUBLIC, JobRunner, JobView, Step
-from app.worker.process import worker_environment
-from core.errors import ResourceError
+from app.settings import GIB, LIGHT_BYTES, Settings
+from app.worker.client import Worker, Workers
+from app.worker.environment import worker_environment
+from app.worker.job import Job, Step
+from app.worker.wire import Malformed
+from core.errors import Cancelled, QuantscopeError, ResourceError
 from core.recipe import Calibration
 from tests.app.conftest import FAKE, ROOT
 
@@ -27,48 +32,78 @@ def observe(model: str) -> list[Step]:
     return [*load(model), Step("observe", {"model": model, "calibration": Calibration("sotu", 1024)}, "Observing ranges", 3.0)]
 
 
-def finish(runner: JobRunner, owner: str, token: str, seconds: float = 20.0) -> JobView:
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        view = runner.view(owner, token)
-        if view.finished:
-            return view
-        time.sleep(0.01)
-    raise AssertionError(f"still {runner.view(owner, token).state} after {seconds} s")
+async def collect(views) -> list:
+    return [view async for view in views]
 
 
-def running(runner: JobRunner, owner: str, token: str) -> None:
-    limit = time.monotonic() + 20
-    while runner.view(owner, token).stage != "Loading" and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert runner.view(owner, token).state == "running"
+async def end_of(views) -> object:
+    """The last view of a job, or the error that ended it."""
+    try:
+        return (await collect(views))[-1]
+    except QuantscopeError as error:
+        return error
 
 
-def next_job_works(runner: JobRunner) -> None:
-    assert finish(runner, "other", runner.submit("other", load("fake"))).state == "done"
+def follow(views) -> asyncio.Task:
+    """Run a job to its end in a task of its own: cancelling the task is leaving the job."""
+    return asyncio.create_task(end_of(views))
 
 
-def test_results_and_progress_arrive_step_by_step(runner):
-    token = runner.submit("a", observe("fake-slow"))
-    seen = set()
-    while not (view := runner.view("a", token)).finished:
-        seen.add((view.stage, len(view.results)))
-        if view.fraction is not None:
-            assert 0 <= view.fraction <= 1
-        time.sleep(0.02)
-    assert view.state == "done" and view.fraction == 1.0
-    assert [type(r).__name__ for r in view.results] == ["ModelInfo", "RangesReport"]
-    assert ("Layer 3 of 6: observing", 1) in seen
+async def until(condition, seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
-def test_generated_text_streams(runner):
-    token = runner.submit("a", [Step("generate", {"key": "fake", "prompt": "x", "max_new_tokens": 40})])
-    lengths = set()
-    while not (view := runner.view("a", token)).finished:
-        lengths.add(len(view.texts[0]))
-        time.sleep(0.02)
-    assert len(lengths) > 3
-    assert view.texts[0] == view.results[0].text
+async def leave(task: asyncio.Task) -> float:
+    """Cancel a job's task; seconds until it has ended."""
+    start = time.monotonic()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    return time.monotonic() - start
+
+
+async def started(worker: Worker) -> None:
+    """Wait until the first job of the line is at work."""
+    await until(lambda: worker.line and worker.line[0].stage == "Loading")
+
+
+async def next_job_works(worker: Worker) -> None:
+    assert (await end_of(worker.run("other", load("fake")))).state == "done"
+
+
+def use(scenario, **settings) -> None:
+    """Run a scenario with a worker whose workbench is the fake one."""
+
+    async def body() -> None:
+        worker = Worker(Settings(model="fake", workbench=FAKE, **settings))
+        try:
+            await scenario(worker)
+        finally:
+            worker.close()
+
+    asyncio.run(body())
+
+
+def test_results_and_progress_arrive_step_by_step():
+    async def scenario(worker):
+        views = await collect(worker.run("a", observe("fake-slow")))
+        assert all(0 <= view.fraction <= 1 for view in views if view.fraction is not None)
+        assert views[-1].state == "done" and views[-1].fraction == 1.0 and views[-1].finished
+        assert [type(r).__name__ for r in views[-1].results] == ["ModelInfo", "RangesReport"]
+        assert ("Layer 3 of 6: observing", 1) in {(view.stage, len(view.results)) for view in views}
+
+    use(scenario)
+
+
+def test_generated_text_streams():
+    async def scenario(worker):
+        views = await collect(worker.run("a", [Step("generate", {"key": "fake", "prompt": "x", "max_new_tokens": 40})]))
+        assert len({len(view.texts[0]) for view in views}) > 3
+        assert views[-1].texts[0] == views[-1].results[0].text
+
+    use(scenario)
 
 
 @pytest.mark.parametrize(
@@ -81,117 +116,241 @@ def test_generated_text_streams(runner):
         ("no such model", "E-MODEL-NAME", "No model is called"),
     ],
 )
-def test_every_fault_is_one_sentence_and_the_next_job_works(runner, model, code, words):
-    view = finish(runner, "a", runner.submit("a", load(model)))
-    assert (view.state, view.error.code) == ("failed", code)
-    assert words in str(view.error) and len(str(view.error)) <= 240 and "secret" not in str(view.error)
-    next_job_works(runner)
+def test_every_fault_is_one_sentence_and_the_next_job_works(model, code, words):
+    async def scenario(worker):
+        error = await end_of(worker.run("a", load(model)))
+        assert error.code == code and words in str(error) and len(str(error)) <= 240 and "secret" not in str(error)
+        await next_job_works(worker)
+
+    use(scenario)
 
 
-def test_worker_killed_from_outside(runner):
-    token = runner.submit("a", load("fake-endless"))
-    running(runner, "a", token)
-    os.kill(runner._worker.process.pid, signal.SIGKILL)
-    view = finish(runner, "a", token)
-    assert view.error.code == "E-MEM" and "Loading" in str(view.error)
-    next_job_works(runner)
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, "E-MEM"), (signal.SIGTERM, "E-WORKER")])
+def test_a_worker_ended_from_outside_is_replaced(sign, code):
+    async def scenario(worker):
+        job = follow(worker.run("a", load("fake-endless")))
+        await started(worker)
+        os.kill(worker.process.process.pid, sign)
+        error = await job
+        assert error.code == code and "Loading" in str(error)
+        await next_job_works(worker)
+
+    use(scenario)
 
 
-def test_worker_terminated_is_told_apart_from_memory(runner):
-    token = runner.submit("a", load("fake-endless"))
-    running(runner, "a", token)
-    os.kill(runner._worker.process.pid, signal.SIGTERM)
-    assert "stopped unexpectedly" in str(finish(runner, "a", token).error)
-    next_job_works(runner)
+def test_a_worker_killed_between_jobs_is_replaced():
+    async def scenario(worker):
+        await next_job_works(worker)
+        os.kill(worker.process.process.pid, signal.SIGKILL)
+        worker.process.process.wait()
+        await next_job_works(worker)
+
+    use(scenario)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_cancel_ends_a_job_that_ignores_it_within_two_seconds(runner, stopped):
-    token = runner.submit("a", load("fake-endless"))
-    running(runner, "a", token)
-    process = runner._worker.process
-    if stopped:
-        os.kill(process.pid, signal.SIGSTOP)
-    start = time.monotonic()
-    runner.cancel("a", token)
-    assert finish(runner, "a", token).state == "cancelled"
-    assert time.monotonic() - start <= 2.0
-    process.wait(1.0)
-    next_job_works(runner)
+def test_leaving_a_job_that_ignores_it_takes_less_than_two_seconds(stopped):
+    async def scenario(worker):
+        job = follow(worker.run("a", load("fake-endless")))
+        await started(worker)
+        process = worker.process.process
+        if stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+        assert await leave(job) <= 2.0
+        assert process.wait(1.0) == -signal.SIGKILL
+        await next_job_works(worker)
+
+    use(scenario, grace_seconds=0.8)
 
 
-def test_cancel_of_a_willing_job_keeps_the_worker(runner):
-    token = runner.submit("a", observe("fake-slow"))
-    while not runner.view("a", token).stage.startswith("Layer"):
-        time.sleep(0.01)
-    pid = runner._worker.process.pid
-    runner.cancel("a", token)
-    assert finish(runner, "a", token).error.code == "E-CANCEL"
-    next_job_works(runner)
-    assert runner._worker.process.pid == pid
+def test_leaving_a_willing_job_keeps_the_worker():
+    async def scenario(worker):
+        job = follow(worker.run("a", observe("fake-slow")))
+        await until(lambda: worker.line and worker.line[0].stage.startswith("Layer"))
+        pid = worker.process.process.pid
+        await leave(job)
+        assert not worker.line
+        await next_job_works(worker)
+        assert worker.process.process.pid == pid
+
+    use(scenario)
 
 
-def test_waiting_jobs_know_their_place_and_cancel_at_once(runner):
-    first = runner.submit("a", load("fake-endless"))
-    running(runner, "a", first)
-    second, third = runner.submit("b", load("fake")), runner.submit("c", load("fake"))
-    assert [runner.view("b", second).ahead, runner.view("c", third).ahead] == [1, 2]
-    runner.cancel("b", second)
-    assert runner.view("b", second).state == "cancelled"
-    assert runner.view("c", third).ahead == 1
-    runner.cancel("a", first)
-    assert finish(runner, "c", third).state == "done"
+def test_closing_the_generator_ends_the_job():
+    async def scenario(worker):
+        views = worker.run("a", load("fake-endless"))
+        await anext(views)
+        await anext(views)
+        await views.aclose()
+        assert not worker.line
+        await next_job_works(worker)
+
+    use(scenario)
 
 
-def test_one_running_and_one_waiting_per_session(runner):
-    first = runner.submit("a", load("fake-endless"))
-    runner.submit("a", load("fake"))
-    with pytest.raises(ResourceError) as caught:
-        runner.submit("a", load("fake"))
-    assert caught.value.code == "E-BUSY"
-    runner.submit("b", load("fake"))
-    assert runner.cancel_all("a") == 2
-    assert finish(runner, "a", first).state == "cancelled"
+def test_waiting_jobs_know_their_place_and_leave_at_once():
+    async def scenario(worker):
+        first = follow(worker.run("a", load("fake-endless")))
+        await started(worker)
+        second, third = worker.run("b", load("fake")), worker.run("c", load("fake"))
+        assert [(await anext(second)).ahead, (await anext(third)).ahead] == [1, 2]
+        await second.aclose()
+        assert (await anext(third)).ahead == 1
+        await leave(first)
+        assert (await end_of(third)).state == "done"
+
+    use(scenario)
 
 
-def test_only_the_owner_may_read_or_cancel(runner):
-    token = runner.submit("a", load("fake-endless"))
-    for call in (runner.view, runner.cancel):
-        with pytest.raises(ResourceError):
-            call("b", token)
-        with pytest.raises(ResourceError):
-            call("a", token + "x")
-    assert runner.cancel_all("b") == 0
-    assert not runner.view("a", token).finished
-    runner.cancel("a", token)
+def test_one_running_and_one_waiting_per_session():
+    async def scenario(worker):
+        jobs = [follow(worker.run("a", load(model))) for model in ("fake-endless", "fake")]
+        await started(worker)
+        assert (await end_of(worker.run("a", load("fake")))).code == "E-BUSY"
+        other = follow(worker.run("b", load("fake")))
+        for job in jobs:
+            await leave(job)
+        assert (await other).state == "done"
+
+    use(scenario)
 
 
-def test_public_jobs_are_read_by_all_and_cancelled_by_none(runner):
-    token = runner.submit(PUBLIC, observe("fake-slow"))
-    runner.cancel("visitor", token)
-    assert runner.cancel_all("visitor") == 0
-    assert finish(runner, "visitor", token).state == "done"
+def test_a_full_line_says_so():
+    async def scenario(worker):
+        jobs = [follow(worker.run(f"visitor {n}", load("fake-endless" if n == 0 else "fake"))) for n in range(65)]
+        await started(worker)
+        error = await end_of(worker.run("one more", load("fake")))
+        assert error.code == "E-BUSY" and "64 jobs are waiting" in str(error)
+        await leave(jobs[0])
+        assert {view.state for view in await asyncio.gather(*jobs[1:])} == {"done"}
+
+    use(scenario)
 
 
 def test_a_job_over_its_time_is_ended():
-    runner = JobRunner(Settings(model="fake", workbench=FAKE, job_seconds=4))
-    try:
-        view = finish(runner, "a", runner.submit("a", load("fake-endless")))
-        assert view.error.code == "E-TIME"
-        next_job_works(runner)
-    finally:
-        runner.close()
+    async def scenario(worker):
+        error = await end_of(worker.run("a", load("fake-endless")))
+        assert error.code == "E-TIME" and not worker.process.alive
+        worker.settings = replace(worker.settings, job_seconds=60)
+        await next_job_works(worker)
+
+    use(scenario, job_seconds=4)
+
+
+@pytest.mark.parametrize("said", ["no pickle", "negative size", "endless size", "no tuple", "a call", "nothing", "no job"])
+def test_what_cannot_be_read_ends_the_job_with_a_sentence(said):
+    async def scenario(worker):
+        async with asyncio.timeout(20):
+            error = await end_of(worker.run("a", load(f"fake-says {said}")))
+        assert isinstance(error, ResourceError) and error.code == "E-WORKER" and "stopped unexpectedly" in str(error)
+        await next_job_works(worker)
+
+    use(scenario)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ("progress",),
+        ("progress", 2, "stage", 0.5),
+        ("progress", 0, "stage", "half"),
+        ("progress", 0, b"stage", 0.5),
+        ("text", 5, "x"),
+        ("result", -1, None),
+        ("result", 1, None),
+        ("done",),
+        ("failed", "E-BUG"),
+        ("failed", None, None),
+        ("exec", "rm"),
+    ],
+)
+def test_messages_of_no_known_form_are_refused(rest):
+    job = Job("a", observe("fake"))
+    with pytest.raises(Malformed):
+        job.take((rest[0], job.name, *rest[1:]))
+    assert not job.take((rest[0], "another job", *rest[1:])), "they may belong to a job that was stopped"
+
+
+def test_a_job_takes_the_messages_of_its_worker():
+    job = Job("a", observe("fake"))
+    assert not job.take(("ready",))
+    job.start()
+    assert job.take(("progress", job.name, 0, "Reading", None)) and job.view().stage == "Reading" and job.view().fraction == 0
+    job.take(("progress", job.name, 0, "Reading", 0.5))
+    job.take(("progress", job.name, 0, "Checking", None))
+    assert job.view().fraction == 0.125, "a stage without a share takes nothing back"
+    job.take(("result", job.name, 0, "info"))
+    assert (job.view().fraction, job.view().stage) == (0.25, "Observing ranges")
+    job.take(("text", job.name, 1, "a"))
+    job.take(("text", job.name, 1, "b"))
+    job.take(("result", job.name, 1, "ranges"))
+    job.take(("done", job.name))
+    view = job.view()
+    assert (view.state, view.fraction, view.results, view.texts) == ("done", 1.0, ("info", "ranges"), ("", "ab"))
+
+
+@pytest.mark.parametrize(("code", "kind"), [("E-CANCEL", Cancelled), ("E-TEXT-SHORT", QuantscopeError)])
+def test_a_failed_job_raises_its_error(code, kind):
+    job = Job("a", load("fake"))
+    with pytest.raises(kind) as caught:
+        job.take(("failed", job.name, code, "Too short."))
+    assert caught.value.code == code
+
+
+def test_light_jobs_do_not_wait_behind_a_long_one():
+    async def body() -> None:
+        workers = Workers(Settings(model="fake", workbench=FAKE))
+        try:
+            await next_job_works(workers.main)
+            await next_job_works(workers.light)
+            long = [follow(workers.run(f"v{n}", load("fake-endless"))) for n in range(10)]
+            await started(workers.main)
+            start = time.monotonic()
+            view = await end_of(workers.run("v0", load("fake"), light=True))
+            assert view.state == "done" and time.monotonic() - start < 5
+            assert len(workers.main.line) == 10
+            for job in reversed(long):
+                await leave(job)
+            pid = workers.light.process.process.pid
+            await end_of(workers.run("v0", load("fake"), light=True))
+            assert not workers.light.line and workers.light.process.process.pid == pid, "an idle main worker takes them"
+        finally:
+            workers.close()
+
+    asyncio.run(body())
+
+
+def test_an_idle_light_worker_gives_its_memory_back():
+    async def scenario(worker):
+        await next_job_works(worker)
+        first = worker.process.process
+        await until(lambda: worker.process.process is not first)
+        assert first.wait(2.0) == -signal.SIGKILL
+        await next_job_works(worker)
+
+    use(scenario, idle_seconds=0.5)
+
+
+def test_memory_is_split_where_it_is_enough_for_two():
+    small, large = Settings("m", memory_bytes=2 * LIGHT_BYTES - 1), Settings("m", memory_bytes=16 * GIB)
+    assert small.light is None and small.main == small
+    assert Settings("m").light.memory_bytes is None and Settings("m").main.memory_bytes is None
+    assert (large.main.memory_bytes, large.light.memory_bytes) == (12 * GIB, 4 * GIB)
+    assert large.light.model_bytes < large.main.model_bytes and large.light.nice < large.main.nice
 
 
 def test_the_worker_leaves_with_the_server():
     script = (
-        "import os, time; from app.worker.jobs import *; from app.settings import Settings;"
-        f"r = JobRunner(Settings(model='fake', workbench='{FAKE}'))\n"
-        "t = r.submit('a', [Step('load', {'model': 'fake-endless'})])\n"
-        "while r.view('a', t).stage != 'Loading': time.sleep(0.01)\n"
-        "print(r._worker.process.pid, flush=True); os._exit(9)"
+        "import asyncio, os; from app.worker.client import *; from app.settings import Settings;"
+        "from app.worker.job import Step\n"
+        "async def main():\n"
+        f"    worker = Worker(Settings(model='fake', workbench='{FAKE}'))\n"
+        "    async for view in worker.run('a', [Step('load', {'model': 'fake-endless'})]):\n"
+        "        if view.stage == 'Loading':\n"
+        "            print(worker.process.process.pid, flush=True); os._exit(9)\n"
+        "asyncio.run(main())"
     )
-    server = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    server = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     worker = Path("/proc") / server.stdout.strip()
     limit = time.monotonic() + 5
     while worker.exists() and time.monotonic() < limit:
@@ -200,25 +359,17 @@ def test_the_worker_leaves_with_the_server():
 
 
 def test_memory_limit_reaches_the_worker():
-    runner = JobRunner(Settings(model="fake", workbench=FAKE, memory_bytes=3 * 1024**3))
-    try:
-        next_job_works(runner)
-        limits = Path(f"/proc/{runner._worker.process.pid}/limits").read_text()
+    async def scenario(worker):
+        await next_job_works(worker)
+        limits = Path(f"/proc/{worker.process.process.pid}/limits").read_text()
         line = next(row for row in limits.splitlines() if row.startswith("Max address space"))
-        assert str(3 * 1024**3) in line
-    finally:
-        runner.close()
+        assert str(3 * GIB) in line
+
+    use(scenario, memory_bytes=3 * GIB)
 
 
 def test_the_worker_gets_no_secrets():
-    given = {
-        "PATH": "/bin",
-        "HF_TOKEN": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "OPENAI_API_KEY": "x",
-        "MY_PASSWORD": "x",
-        "HF_HOME": "/h",
-    }
-    passed = worker_environment(Settings("fake"), given)
+    secrets = {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "MY_PASSWORD"}
+    passed = worker_environment(Settings("fake"), {"PATH": "/bin", "HF_HOME": "/h", **dict.fromkeys(secrets, "x")})
     assert passed["PATH"] == "/bin" and passed["HF_HOME"] == "/h"
-    assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "MY_PASSWORD"} & set(passed)
+    assert not secrets & set(passed)

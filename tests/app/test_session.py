@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from app.session import MAX_RUNS, Run, SessionStore, SharedReports
+from app.session import MAX_RUNS, Run, SessionStore
 from core.privacy import is_public_text
 from core.recipe import QuantRecipe
 
 
 def test_keys_are_long_random_and_separate():
     store = SessionStore(seconds=60, capacity=10)
-    a, b = store.open("tab-a"), store.open("tab-b")
-    assert a.key != b.key and len(a.key) >= 43
+    a, b = store.open("page-a"), store.open("page-b")
+    assert a.key != b.key and len(a.key) == 43
     a.add_run(Run("secret", "secret"))
     assert store.get(b.key).runs == [] and store.get(a.key) is a
-    assert store.of_tab("tab-a") is a and store.of_tab("unknown") is None
 
 
-def test_a_reloaded_tab_finds_its_session_and_nobody_chooses_a_key():
+def test_a_reloaded_page_finds_its_session_and_nobody_chooses_a_key():
     store = SessionStore(seconds=60, capacity=10)
-    first = store.open("tab-a")
+    first = store.open("page")
     first.add_run(Run("m", "m"))
-    assert store.open("tab-a-reloaded", first.key) is first
-    assert store.of_tab("tab-a-reloaded") is first
+    assert store.open("reloaded", first.key) is first
+    assert store.close("page") is None, "another page shows it"
+    assert store.close("reloaded") is first and store.close("unknown") is None
     for unknown in ("x" * 43, "", None, 7, ["a"]):
-        other = store.open("tab-b", unknown)
+        other = store.open("other", unknown)
         assert other is not first and other.key != unknown and other.runs == []
 
 
@@ -33,7 +35,7 @@ def test_a_reload_after_the_sessions_lifetime_starts_a_new_one():
     store = SessionStore(seconds=0, capacity=10)
     first = store.open()
     store.open()
-    assert store.open("tab", first.key).key != first.key
+    assert store.open("page", first.key).key != first.key
 
 
 def test_the_oldest_goes_beyond_the_cap_and_comes_back_empty():
@@ -47,18 +49,43 @@ def test_the_oldest_goes_beyond_the_cap_and_comes_back_empty():
     assert again.key == first.key and again.runs == []
 
 
-def test_idle_sessions_are_forgotten():
+@pytest.mark.parametrize("key", [None, "", "short", "x" * 5000, 7, "ö" * 43])
+def test_a_key_of_another_form_is_not_kept(key):
+    store = SessionStore(seconds=60, capacity=3)
+    assert store.get(key).key != key and len(store.get(key).key) == 43
+
+
+def test_sessions_at_work_or_on_a_page_go_last():
+    store = SessionStore(seconds=60, capacity=3)
+    at_work, on_page = store.open(), store.open("page")
+    at_work.handlers.add("task")
+    for _ in range(5):
+        store.open()
+    assert store.get(at_work.key) is at_work and store.get(on_page.key) is on_page and len(store) == 3
+
+
+def test_only_idle_sessions_without_a_page_are_forgotten_with_time():
     store = SessionStore(seconds=0, capacity=10)
-    first = store.open()
+    alone, on_page = store.open(), store.open("page")
     store.open()
-    assert store.get(first.key) is not first
+    assert store.get(alone.key) is not alone and store.get(on_page.key) is on_page
 
 
 def test_thousands_of_visitors_stay_within_the_cap():
     store = SessionStore(seconds=60, capacity=20)
-    for i in range(5000):
-        store.open(f"tab-{i}")
-    assert len(store) == 20 and len(store._tabs) <= 41
+    for i in range(2000):
+        store.open(f"page-{i}")
+    assert len(store) == 20
+
+
+def test_what_is_posted_without_a_page_waits_for_one():
+    session = SessionStore(seconds=60, capacity=1).open()
+    session.post({"chart": 1, "status": "old"})
+    session.post({"status": "new"})
+    assert asyncio.run(session.page("page").take(0)) == {"chart": 1, "status": "new"}
+    session.post({"chart": 2})
+    assert asyncio.run(session.page("page").take(0)) == {"chart": 2}
+    assert asyncio.run(session.page("page").take(0)) == {}
 
 
 def test_a_run_is_kept_once_and_base_models_outlive_old_runs():
@@ -80,20 +107,11 @@ def test_only_named_texts_are_public(text, public):
     assert is_public_text(text) is public
 
 
-def test_shared_reports_drop_the_least_used():
-    shared = SharedReports(2)
-    shared.put("a", 1)
-    shared.put("b", 2)
-    assert shared.get("a") == 1
-    shared.put("c", 3)
-    assert (shared.get("a"), shared.get("b"), shared.get("c")) == (1, None, 3)
-
-
 def test_a_page_without_ranges_says_whether_they_come():
     from app.tabs.explore import no_ranges
     from app.view import texts
 
     session = SessionStore(seconds=60, capacity=1).open()
     assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.NO_RANGES
-    session.jobs["observe"] = "token"
+    session.jobs["observe"] = "task"
     assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.STARTING

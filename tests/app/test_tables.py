@@ -11,7 +11,7 @@ import pytest
 from app.session import Run
 from app.view import cards, tables
 from app.view.tables import Estimate
-from app.worker.jobs import JobView
+from app.worker.job import JobView
 from core.errors import Cancelled, InputError, ModelError
 from core.recipe import QuantRecipe
 
@@ -31,7 +31,6 @@ def job(state="running", **more):
         "ahead": 0,
         "results": (),
         "texts": ("",),
-        "error": None,
     }
     return JobView(state, **(base | more))
 

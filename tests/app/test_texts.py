@@ -10,7 +10,7 @@ import pytest
 from app.settings import REAL_WORKBENCH, Settings, machine_memory
 from app.tabs.sidebar import scheme_choices
 from app.view import texts
-from app.worker.process import worker_environment
+from app.worker.environment import worker_environment
 from core.errors import InputError
 from core.quant.dynamic import INPUT_KINDS
 from core.recipe import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe

@@ -47,14 +47,14 @@ def serve(model: str, log: Path, **environment: str) -> Iterator[str]:
             stderr=subprocess.STDOUT,
         )
         try:
-            limit = time.monotonic() + 90
+            limit = time.monotonic() + 240
             while "Quantscope is at" not in log.read_text():
                 assert server.poll() is None and time.monotonic() < limit, log.read_text()[-2000:]
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}/"
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(60)
 
 
 @pytest.fixture(scope="session")
