@@ -1,8 +1,9 @@
 """From a run's checkpoint to a model folder: weights, tokenizer, `card.json` and `README.md`.
 
-Float models are stored as float16 safetensors; BitNet models in the packed 2-bit format of `core/models/io/bitnet.py`. What
-the card says is measured on the written folder's source, the float32 masters in the mode of the last step: perplexity on
-non-overlapping windows of the training context, every token but the first of a window predicted.
+Float models are stored as float16 safetensors; BitNet models in the packed 2-bit format of `core/models/io/bitnet.py`, with
+float32 for everything that is not ternary. transformers opens both. What the card says is measured on the written folder's
+source, the float32 masters in the mode of the last step: perplexity on non-overlapping windows of the training context, every
+token but the first of a window predicted.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda 
     card = _card(config, document, read_log(run / LOG), measured)
     progress("Writing the model", None)
     if config.architecture == "bitnet":
-        model.get_input_embeddings().half()  # the projections stay float32: they are rounded to ternary once
         mode = config.mode_at(config.steps)
         save_bitnet(out, model, tokenizer, mode=mode, keep=config.keep, card=card, readme=readme(card))
         return card

@@ -208,8 +208,9 @@ def save_bitnet(
 ) -> None:
     """Write a trained model as a folder that `load_model` and transformers read; an earlier model is replaced in one step.
 
-    Decoder linears are packed from their masters (`ternary_absmean`); everything else is stored as it is. With mode "fp"
-    nothing is packed.
+    Decoder linears are packed from their masters (`ternary_absmean`); everything else is stored in float32, since transformers
+    keeps stored types and cannot multiply two different ones. With mode "fp" nothing is packed. Inputs of 4 bits exist in
+    Quantscope alone: transformers runs every packed model with 8-bit inputs.
 
     Args:
         model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
@@ -225,7 +226,8 @@ def save_bitnet(
         raise InputError(f"The card needs a text for each of {', '.join(_CARD_KEYS)}.", code="E-PARAM-CARD")
     adapter = adapter_for(model.config)
     tensors = dict(_stored(model, adapter, packed=mode != "fp"))
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantscope": {"mode": mode, "keep": keep}}
+    own = {"architectures": [type(model).__name__], "dtype": "float32", "quantscope": {"mode": mode, "keep": keep}}
+    config = model.config.to_dict() | own
     if mode != "fp":
         config["quantization_config"] = {
             "quant_method": "bitnet",
@@ -244,7 +246,7 @@ def save_bitnet(
 
 
 def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor as stored, each storage once (a tied head is left out)."""
+    """Name and tensor as stored, packed uint8 or float32, each storage once (a tied head is left out)."""
     linears = {f".{path}.weight" for path in (adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down)}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -253,7 +255,7 @@ def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> I
         seen.add(tensor.data_ptr())
         layer, _, path = name.removeprefix(adapter.layers + ".").partition(".")
         if not packed or not layer.isdigit() or f".{path}" not in linears:
-            yield name, tensor.detach().contiguous()
+            yield name, tensor.detach().to(torch.float32).contiguous()
             continue
         codes, scale = ternary_absmean(tensor.detach())
         if len(codes) % 4:

@@ -1,0 +1,73 @@
+"""BitNet folders that this project writes run in plain transformers, which knows 8-bit inputs only, and give our logits there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core.models.io.bitnet import save_bitnet
+from core.models.io.catalog import EMBEDDED
+from core.models.io.load import load_model
+from core.models.tiny import tiny_model
+from core.storage import verify
+from tests.core.tools import relative, tokens
+
+EMBEDDED_BITNET = ("quantscope-bitnet-a4.8-6m", "quantscope-bitnet-b1.58-6m")
+CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
+
+
+@pytest.fixture(autouse=True)
+def no_compiler():
+    """transformers decorates its quantisers with torch.compile, which needs a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def with_eight_bit_inputs(folder: Path, target: Path):
+    """Our own model of a folder, run by the rules that transformers runs it by."""
+    shutil.copytree(folder, target)
+    (target / "manifest.json").unlink()
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantscope": {"mode": "w1.58a8"}}))
+    return load_model(str(target)).model
+
+
+@torch.inference_mode()
+def compare(folder: Path, tmp_path: Path, most: float) -> None:
+    theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = tokens(2, 48, seed=5)
+    expected = with_eight_bit_inputs(folder, tmp_path / "copy")(ids).logits
+    assert relative(theirs(ids).logits, expected) <= most
+    assert {t.dtype for t in theirs.state_dict().values()} <= {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("name", EMBEDDED_BITNET)
+def test_the_embedded_models_run_in_transformers(name, tmp_path):
+    compare(EMBEDDED / name, tmp_path, 5e-3)  # measured: 2.2e-3, roundings on the edge of a code
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / name)
+    assert tokenizer.decode(tokenizer("Once upon a time").input_ids) == "Once upon a time"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EMBEDDED.iterdir()))
+def test_the_embedded_files_are_those_of_their_manifest(name):
+    verify(EMBEDDED / name, checksums=True)
+    assert all(path.stat().st_size < 9_500_000 for path in (EMBEDDED / name).iterdir())
+
+
+@pytest.mark.parametrize("mode", ["w1.58a8", "a4.8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_written_runs_in_transformers(mode, tied, tmp_path):
+    """A model whose parts have different types in memory, as training leaves them."""
+    loaded = tiny_model("bitnet", tie_word_embeddings=tied)
+    loaded.model.get_input_embeddings().half()
+    loaded.model.model.norm.bfloat16()
+    save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode=mode, card=CARD)
+    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.float32, torch.uint8}
+    compare(tmp_path / "m", tmp_path, 1e-2)
