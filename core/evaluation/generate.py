@@ -16,7 +16,7 @@ from core.checks import require_int
 from core.errors import Cancelled, InputError, NumericError
 from core.evaluation.graph import captured_step
 from core.models.adapter import ModelAdapter
-from core.models.io.foreign import tokenizer_errors
+from core.models.io.chat import render_chat
 from core.models.io.load import context_of
 from core.models.shell import new_cache
 from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
@@ -145,13 +145,7 @@ def _encode(
         raise InputError("The prompt is not valid Unicode: remove broken characters.", code="E-PARAM-PROMPT") from error
     templated = chat and bool(getattr(tokenizer, "chat_template", None))
     if templated:
-        message = [{"role": "user", "content": prompt}]
-        with tokenizer_errors(
-            "The model's chat template refuses this prompt: continue it without the template.",
-            code="E-PARAM-CHAT",
-            kind=InputError,
-        ):
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt = render_chat(tokenizer, prompt)
     ids = encode(prompt, tokenizer, special=not templated and not prefix)
     ids = torch.cat([torch.tensor(prefix, dtype=torch.int64), ids])
     if not 1 <= len(ids) <= limit:

@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 from core.errors import BackendError, InputError, ModelError, NumericError
 from core.models.io.catalog import resolve
 from core.models.io.foreign import library_errors, quiet, tokenizer_errors
+from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.models.io.preflight.folder import FolderReport, check_files, check_folder
@@ -76,7 +77,8 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     Raises:
         ModelError: cannot be found or is refused; E-MODEL-ARCH for an architecture without adapter, E-MODEL-MISSING
             naming up to three tensors, E-MODEL-TOKENIZER; E-NUM-NAN naming a tensor with NaN or infinity in a ternary model.
-        NumericError E-NUM-NAN: the same of a float model. ArtifactError: a quantised folder that is damaged, NaN included.
+        NumericError E-NUM-NAN: the same of a float model. ArtifactError: a damaged folder of the cache, an embedded or a
+            quantised one; of the latter NaN too.
         InputError, BackendError: `device` is unknown or not there.
     """
     _check_device(device, dtype)
@@ -89,6 +91,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
         loaded.model.to(device)
         return loaded
     progress("Checking the model's files", None)
+    check_contents(resolved.path)
     report = check_folder(resolved.path)
     check_architecture(report.config)
     outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
@@ -122,6 +125,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
 
     path = resolve(name).path
     if not (path / QUANTSCOPE_FILE).exists():
+        check_contents(path)
         report = check_folder(path)
         check_architecture(report.config)
         return _configuration(path, report)
