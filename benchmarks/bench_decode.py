@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from benchmarks.common import Result, absent, interleave, limits
 from benchmarks.peers import LlamaCpp, torchao
 from core import Calibration, QuantRecipe
-from core.models.adapter import ModelAdapter
+from core.models.architectures import ModelAdapter
 from core.models.io.quantized import modules_of
 from core.models.shell import new_cache
 from core.workbench import Workbench

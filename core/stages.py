@@ -37,7 +37,7 @@ def observe(
     tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
     spec = loaded.adapter.spec(loaded.model.config)
     sites = {}
-    for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, tokens, progress=progress)):
+    for layer, ranges in enumerate(observe_layers(loaded.model, tokens, progress=progress)):
         for kind, found in ranges.items():
             block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
             name = f"layers.{layer}.{kind}"
@@ -64,7 +64,7 @@ def quantize(
     require_float(base, "quantise")
     start = time.perf_counter()
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
-    model, outcomes, stages = quantize_layers(base.model, base.adapter, method(recipe.method), recipe, tokens, progress=progress)
+    model, outcomes, stages = quantize_layers(base.model, method(recipe.method), recipe, tokens, progress=progress)
     label = " · ".join(filter(None, (recipe.label(), fidelity_of(model, base.adapter))))
     origin = f"Quantised by Quantscope from {base.name}. {base.source}"
     loaded = replace(base, model=model, source=origin, path=None, label=label)
@@ -137,7 +137,7 @@ def evaluate(
 
 def require_float(loaded: LoadedModel, verb: str) -> None:
     """Check that a model was not quantised here. Raises: ModelError E-MODEL-QUANTIZED; `verb` says what to do with another."""
-    if already_quantized(loaded.model, loaded.adapter):
+    if already_quantized(loaded.model):
         raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
 
 

@@ -188,7 +188,6 @@ class Workbench:
         made = generate(
             loaded.model,
             loaded.tokenizer,
-            loaded.adapter,
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

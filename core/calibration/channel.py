@@ -10,7 +10,6 @@ from torch import Tensor
 from core.calibration.observe import embed
 from core.calibration.report import ChannelDetail, TokenExtreme
 from core.errors import InputError
-from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
 from core.progress import Progress, silent
 from core.recipe import SITES
@@ -56,23 +55,19 @@ def channel_detail(
 
 def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
     match = re.fullmatch(r"layers\.(\d{1,4})\.([a-z_]+)", str(site), re.ASCII)
-    count = len(loaded.adapter.decoder_layers(loaded.model))
+    count = len(loaded.model.blocks)
     if match is None or match[2] not in SITES or int(match[1]) >= count:
         raise InputError(
             f"Site {str(site)[:40]!r} does not exist: use layers.0.attn_in to layers.{count - 1}.down_in.", code="E-PARAM-SITE"
         )
-    width = loaded.adapter.spec(loaded.model.config).width(match[2])
+    width = loaded.model.blocks[0].spec.width(match[2])
     if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < width:
         raise InputError(f"Channel {str(channel)[:20]} does not exist in {site}: use 0 to {width - 1}.", code="E-PARAM-CHANNEL")
     return int(match[1]), match[2]
 
 
 def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel: int, progress: Progress) -> Tensor:
-    layers, spec = loaded.adapter.decoder_layers(loaded.model), loaded.adapter.spec(loaded.model.config)
-    block = layers[layer]
-    if not isinstance(block, DecoderBlock):
-        block = DecoderBlock.from_layer(block, loaded.adapter, spec, layer)
-    inputs = embed(loaded.model, loaded.adapter, windows)
+    blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
     seen: list[Tensor] = []
 
     def observe(site: str, x: Tensor) -> None:
@@ -84,9 +79,9 @@ def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel
         hidden = item.hidden
         for j in range(layer):
             progress(f"Looking at layer {layer + 1}", (i + j / max(layer, 1)) / len(inputs))
-            hidden = layers[j](hidden, **item.kwargs[j])
+            hidden = blocks[j](hidden, item.rotary)
         try:
-            block(hidden, **item.kwargs[layer], observe=observe)
+            blocks[layer](hidden, item.rotary, observe=observe)
         except _Found:
             continue
     return torch.cat(seen).cpu()  # histograms are made there only

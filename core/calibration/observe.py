@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.errors import NumericError
-from core.models.adapter import ModelAdapter
-from core.models.block import DecoderBlock
-from core.models.shell import BlockInputs, block_inputs
+from core.models.block import Rotary
+from core.models.decoder import CausalModel
 from core.progress import Progress, silent
 from core.quant.ranges import ChannelRanges
 from core.recipe import SITES
@@ -86,27 +84,34 @@ def batches(windows: Tensor) -> list[Tensor]:
     return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-def embed(model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor) -> list[BlockInputs]:
-    """Inputs of the first decoder layer for every batch of windows [S, T]."""
-    return [block_inputs(model, adapter, part) for part in batches(windows)]
+@dataclass(frozen=True)
+class BlockInputs:
+    """What enters the first decoder block for one batch of windows: hidden states [B, T, D], and the rotation of all blocks."""
+
+    hidden: Tensor
+    rotary: Rotary
+
+
+@torch.inference_mode()
+def embed(model: CausalModel, windows: Tensor) -> list[BlockInputs]:
+    """Compute the inputs of the first decoder block for every batch of windows [S, T] int64."""
+    places = torch.arange(windows.shape[1], device=model.device)[None]
+    return [BlockInputs(*model.decoder.enter(part.to(model.device), places)) for part in batches(windows)]
 
 
 @torch.inference_mode()
 def observe_layers(
-    model: PreTrainedModel, adapter: ModelAdapter, windows: Tensor, *, progress: Progress = silent
+    model: CausalModel, windows: Tensor, *, progress: Progress = silent
 ) -> Iterator[dict[str, ChannelRanges]]:
     """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
 
     Raises: NumericError naming the first site with NaN or infinity.
     """
-    layers = adapter.decoder_layers(model)
-    spec = adapter.spec(model.config)
-    inputs = embed(model, adapter, windows)
+    inputs = embed(model, windows)
     hidden = [item.hidden for item in inputs]
-    for index, layer in enumerate(layers):
-        block = layer if isinstance(layer, DecoderBlock) else DecoderBlock.from_layer(layer, adapter, spec, index)
+    for index, block in enumerate(model.blocks):
         recorder = Recorder(index, len(windows), hessians_wanted=False)
         for i, item in enumerate(inputs):
-            progress(f"Observing layer {index + 1} of {len(layers)}", (index + i / len(inputs)) / len(layers))
-            hidden[i] = block(hidden[i], **item.kwargs[index], observe=recorder)
+            progress(f"Observing layer {index + 1} of {len(model.blocks)}", (index + i / len(inputs)) / len(model.blocks))
+            hidden[i] = block(hidden[i], item.rotary, observe=recorder)
         yield recorder.ranges()

@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
 from core.methods.sequential import LayerOutcome
-from core.models.adapter import ModelAdapter
+from core.models.architectures import ModelAdapter
 from core.models.io.load import LoadedModel, context_of
 from core.models.io.quantized import modules_of, parameters_of
-from core.models.shell import quantized_blocks
 from core.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from kernels import Backend
 
@@ -27,7 +26,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         loaded.source,
         config.model_type,
         parameters_of(loaded.model),
-        len(loaded.adapter.decoder_layers(loaded.model)),
+        len(loaded.model.blocks),
         spec.hidden,
         spec.heads,
         spec.kv_heads,
@@ -68,8 +67,8 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
 
 def fidelity_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
     """What a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
-    blocks = quantized_blocks(model, adapter)
-    return blocks[0].rules.fidelity if blocks and blocks[0].rules is not None else None
+    rules = model.blocks[0].rules
+    return None if rules is None else rules.fidelity
 
 
 def label_of(loaded: LoadedModel) -> str:

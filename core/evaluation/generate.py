@@ -9,17 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from core.calibration.data import encode, require_embedded
 from core.checks import require_int
 from core.errors import Cancelled, InputError, NumericError
 from core.evaluation.graph import captured_step
-from core.models.adapter import ModelAdapter
+from core.models.decoder import CausalModel
 from core.models.io.chat import render_chat
 from core.models.io.load import context_of
-from core.models.shell import new_cache
-from core.quant.kv_cache import QuantizedKVCache, cache_layer_bytes
 
 MAX_NEW_TOKENS = 512
 MAX_PROMPT_CHARACTERS = 20_000
@@ -55,9 +53,8 @@ class Continuation:
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
+    model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
-    adapter: ModelAdapter,
     prompt: str,
     *,
     max_new_tokens: int = 64,
@@ -85,17 +82,17 @@ def generate(
     seed = require_int("seed", seed, 0, 2**31 - 1, "use 0 to 2147483647")
     max_new_tokens, room = _room(model, max_new_tokens)
     ids = _encode(model, tokenizer, prompt, chat, prefix, room)
-    cache = new_cache(model, adapter) or DynamicCache(config=model.config)
+    decoder, cache = model.decoder, model.decoder.new_cache()
     generator = torch.Generator().manual_seed(seed)
     stop_ids = _stop_ids(model, tokenizer)
     produced: list[int] = []
     shown, stopped, decoding = "", "length", ""
     start = first = time.perf_counter()
-    step, token, captured = ids[None].to(model.device), 0, None
+    step, token, captured = ids[None], 0, None
     for _ in range(max_new_tokens):
         if len(produced) == 1:
-            captured, decoding = captured_step(model, adapter, cache, max_new_tokens - 1)
-        logits = captured(token) if captured else model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
+            captured, decoding = captured_step(model, cache, max_new_tokens - 1)
+        logits = captured(token) if captured else decoder.head(decoder(step, cache)[0, -1])
         token = _pick(logits.float().cpu(), temperature, generator)
         if not produced:
             first = time.perf_counter()
@@ -103,7 +100,7 @@ def generate(
             stopped = "eos"
             break
         produced.append(token)
-        step = torch.tensor([[token]], device=model.device)
+        step = torch.tensor([[token]])
         text = tokenizer.decode(produced, skip_special_tokens=True)
         if on_text is not None and len(text) > len(shown) and not text.endswith("\ufffd"):
             try:
@@ -113,15 +110,16 @@ def generate(
                 break
             shown = text
     end = time.perf_counter()
-    stored, plain = _cache_bytes(cache, model, adapter)
+    spec = model.blocks[0].spec
+    plain = 2 * len(cache.layers) * cache.get_seq_length() * spec.kv_heads * spec.head_dim * model.dtype.itemsize
     text = tokenizer.decode(produced, skip_special_tokens=True)
     if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
         with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
             on_text(text[len(shown) :])
-    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, stored, plain, decoding)
+    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, cache.nbytes, plain, decoding)
 
 
-def _room(model: PreTrainedModel, max_new_tokens: int) -> tuple[int, int]:
+def _room(model: CausalModel, max_new_tokens: int) -> tuple[int, int]:
     """(new tokens, checked; tokens that are left for the prompt)."""
     new = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
     context = context_of(model) or 2048
@@ -133,7 +131,7 @@ def _room(model: PreTrainedModel, max_new_tokens: int) -> tuple[int, int]:
 
 
 def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, prefix: tuple[int, ...], limit: int
 ) -> Tensor:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
@@ -166,14 +164,8 @@ def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int
     return int(torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator))
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _stop_ids(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     eos = getattr(model.generation_config, "eos_token_id", None)
     ids = eos if isinstance(eos, list) else [eos]
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
-
-def _cache_bytes(cache: DynamicCache | QuantizedKVCache, model: PreTrainedModel, adapter: ModelAdapter) -> tuple[int, int]:
-    spec = adapter.spec(model.config)
-    stored = sum(cache_layer_bytes(layer) for layer in cache.layers)
-    width = next(model.parameters()).element_size()
-    return stored, 2 * len(cache.layers) * cache.get_seq_length() * spec.kv_heads * spec.head_dim * width

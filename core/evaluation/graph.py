@@ -4,9 +4,6 @@ Its inputs (token, position, place in the cache) are tensors on the device that 
 the device; the cache has all its room before; and what is built on first use (working copies, compiled kernels, cuBLAS handles)
 is built by warm-up runs on a side stream, which write the slot that the first replay writes again.
 
-A pinned cache belongs to one sequence without padding: the mask handed in, a single value, keeps transformers from computing one
-that depends on the length (versions below 5.19 make one whenever they are captured), and the blocks do not look at it.
-
 Not yet run on a GPU: the step with static inputs is tested without its capture.
 """
 
@@ -14,12 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from core.models.adapter import ModelAdapter
-from core.models.shell import quantized_blocks
-from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.models.decoder import CausalModel
+from core.quant.kv_cache import KVCache
 from kernels import Backend
 from kernels.backend import triton_unsupported_reason
 
@@ -37,11 +31,10 @@ class DecodeStep:
         left: how many of them may still come.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: QuantizedKVCache, room: int) -> None:
+    def __init__(self, model: CausalModel, cache: KVCache, room: int) -> None:
         self.model, self.cache, self.device, self.left = model, cache, model.device, room
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.position = torch.full((1, 1), cache.get_seq_length(), dtype=torch.int64, device=self.device)
-        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         cache.pin(room)
@@ -79,23 +72,23 @@ class DecodeStep:
         return self.logits[0, -1]
 
     def _forward(self) -> Tensor:
-        inputs = {"input_ids": self.token, "position_ids": self.position, "attention_mask": self.mask}
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
+        decoder = self.model.decoder
+        return decoder.head(decoder(self.token, self.cache, self.position))
 
 
-def unsupported_reason(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, room: int) -> str | None:
+def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | None:
     """Why a model's step cannot be captured, None if nothing is known against it."""
     reason = triton_unsupported_reason(model.device)
     if reason is not None:
         return reason
     if room < FEWEST_TOKENS:
         return f"{room} new tokens do not pay for it"
-    if not isinstance(cache, QuantizedKVCache) or not all(isinstance(layer, QuantizedKVLayer) for layer in cache.layers):
+    if not all(layer.packed for layer in cache.layers):
         return "the cache grows, because keys and values are not packed"
-    blocks, length = quantized_blocks(model, adapter), cache.get_seq_length()
+    blocks, length = model.blocks, cache.get_seq_length()
     if any(length < block.sink_tokens for block in blocks):
         return "the prompt ends among the tokens that stay in float"
-    window = getattr(model.config, "sliding_window", None)
+    window = min((block.window for block in blocks if block.window is not None), default=None)
     if window is not None and length + room >= window:
         return f"{length + room} tokens leave the window of {window}"
     if any(block.qkv.requested is Backend.REFERENCE for block in blocks):
@@ -104,17 +97,17 @@ def unsupported_reason(model: PreTrainedModel, adapter: ModelAdapter, cache: Cac
     return next(filter(None, reasons), None)
 
 
-def captured_step(model: PreTrainedModel, adapter: ModelAdapter, cache: Cache, room: int) -> tuple[DecodeStep | None, str]:
+def captured_step(model: CausalModel, cache: KVCache, room: int) -> tuple[DecodeStep | None, str]:
     """The captured decoding step or None, and how kernels are launched: "a graph per token", or "one by one" and why; nothing
     on a CPU.
 
     Args:
-        cache: filled by the prompt's pass, one sequence. It stays pinned to the step: see `QuantizedKVCache.pin`.
+        cache: filled by the prompt's pass, one sequence. It stays pinned to the step: see `KVCache.pin`.
         room: tokens that will be decoded at most.
     """
     if model.device.type == "cpu":
         return None, ""
-    reason = unsupported_reason(model, adapter, cache, room)
+    reason = unsupported_reason(model, cache, room)
     if reason is not None:
         return None, f"one by one: {reason}"
     from kernels._triton import ERRORS

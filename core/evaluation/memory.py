@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the formula needs neither: a page or a command that only pr
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from core.models.adapter import BlockSpec, ModelAdapter
+    from core.models.architectures import BlockSpec, ModelAdapter
 
 
 OPT_POSITION_OFFSET = 2
@@ -206,7 +206,7 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
         "norms, biases and orders": 0,
     }
     seen: set[int] = set()
-    layers = adapter.decoder_layers(model)
+    layers = model.blocks
     for module in layers.modules():
         for name, tensor in _own_tensors(module):
             if tensor.data_ptr() in seen:
@@ -231,23 +231,18 @@ def working_bytes(model: PreTrainedModel) -> int:
 
 def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
     """Stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
-    from core.models.shell import quantized_blocks
     from core.quant.kv_cache import bytes_per_token
     from core.quant.kv_cache_dynamic import dynamic_bytes_per_token
 
     spec = adapter.spec(model.config)
-    blocks = quantized_blocks(model, adapter)
-    if not blocks:
-        width = next(model.parameters()).element_size()
-        return len(adapter.decoder_layers(model)) * 2 * bytes_per_token(spec.kv_heads, spec.head_dim, 16, float_bytes=width)
     total = 0
-    for block in blocks:
+    for block in model.blocks:
         if block.rules is not None:
             total += 2 * dynamic_bytes_per_token(spec.kv_heads, spec.head_dim, block.rules.attention)
             continue
         packed = block.k_quantizer is not None and block.v_quantizer is not None
         for q in (block.k_quantizer, block.v_quantizer):
-            total += bytes_per_token(spec.kv_heads, spec.head_dim, q.bits if packed else 16)
+            total += bytes_per_token(spec.kv_heads, spec.head_dim, q.bits if packed else 16, float_bytes=model.dtype.itemsize)
     return total
 
 

@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.errors import NumericError
 from core.evaluation.paired import mean_and_error
-from core.models.shell import final_hidden
+from core.models.decoder import CausalModel
 from core.progress import Progress, silent
 from core.report import Scores
 
@@ -52,19 +51,19 @@ class Reference:
 
 @torch.inference_mode()
 def hidden_windows(
-    model: PreTrainedModel, windows: Tensor, *, progress: Progress = silent, title: str = "Running"
+    model: CausalModel, windows: Tensor, *, progress: Progress = silent, title: str = "Running"
 ) -> list[Tensor]:
     """Run a model on windows [S, T] and keep the hidden states before its head: S tensors [T, D]."""
     result = []
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
-        result.append(final_hidden(model, window[None])[0])
+        result.append(model.decoder(window[None])[0])
     return result
 
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel,
+    model: CausalModel,
     windows: Tensor,
     *,
     reference: Reference | None = None,
@@ -80,7 +79,7 @@ def score(
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
         start = time.perf_counter()
-        log_p = torch.log_softmax(head(final_hidden(model, window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
+        log_p = torch.log_softmax(head(model.decoder(window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
         right = log_p.gather(1, window[1:, None])[:, 0]
         loss = -float(right.mean())  # a number: what runs on a GPU has ended
         seconds += time.perf_counter() - start

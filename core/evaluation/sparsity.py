@@ -18,7 +18,6 @@ from core.calibration.observe import embed
 from core.errors import InputError, ModelError
 from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
-from core.models.shell import quantized_blocks
 from core.progress import Progress, silent
 from core.quant.linear.ternary import TernaryLinear
 from core.recipe import INPUT_SITE, SITES
@@ -80,7 +79,7 @@ def input_histogram(
 
     Raises: InputError E-PARAM-SITE, E-PARAM-LAYER.
     """
-    depth = len(loaded.adapter.decoder_layers(loaded.model))
+    depth = len(loaded.model.blocks)
     if site not in SITES:
         raise InputError(f"site is {str(site)[:30]!r}: use one of {', '.join(SITES)}.", code="E-PARAM-SITE")
     if not isinstance(layer, int) or not 0 <= layer < depth:
@@ -117,19 +116,15 @@ Observe = Callable[[str, Tensor], None]
 
 def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> list[tuple[int, Callable[[Observe | None], None]]]:
     """(index, function that runs this layer on all windows and carries the hidden states on), to be called in order."""
-    model, adapter = loaded.model, loaded.adapter
-    layers, spec = adapter.decoder_layers(model), adapter.spec(model.config)
-    inputs = embed(model, adapter, windows)
+    blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
     hidden = [item.hidden for item in inputs]
 
     def run(index: int, observe: Observe | None) -> None:
-        layer = layers[index]
-        block = layer if isinstance(layer, DecoderBlock) else DecoderBlock.from_layer(layer, adapter, spec, index)
-        progress(f"Layer {index + 1} of {len(layers)}", index / len(layers))
+        progress(f"Layer {index + 1} of {len(blocks)}", index / len(blocks))
         for i, item in enumerate(inputs):
-            hidden[i] = block(hidden[i], **item.kwargs[index], observe=observe)
+            hidden[i] = blocks[index](hidden[i], item.rotary, observe=observe)
 
-    return [(index, lambda observe, i=index: run(i, observe)) for index in range(len(layers))]
+    return [(index, lambda observe, i=index: run(i, observe)) for index in range(len(blocks))]
 
 
 class _Counter:
@@ -179,8 +174,8 @@ def _sizes(block: DecoderBlock) -> dict[str, int]:
 
 
 def _ternary_blocks(loaded: LoadedModel) -> list[DecoderBlock]:
-    blocks = quantized_blocks(loaded.model, loaded.adapter)
-    if not blocks or any(b.rules is None for b in blocks):
+    blocks = list(loaded.model.blocks)
+    if any(b.rules is None for b in blocks):
         raise ModelError(
             "This model has no ternary weights: choose a BitNet model, or quantise with the method bitnet.", code="E-MODEL-ARCH"
         )
@@ -189,8 +184,6 @@ def _ternary_blocks(loaded: LoadedModel) -> list[DecoderBlock]:
 
 def _reader(loaded: LoadedModel, site: str, layer: int) -> TernaryLinear | None:
     """The ternary layer that quantises this site, if there is one."""
-    block = loaded.adapter.decoder_layers(loaded.model)[layer]
-    if not isinstance(block, DecoderBlock):
-        return None
-    found = next((linear for name, linear in block.linears().items() if INPUT_SITE[name] == site), None)
+    linears = loaded.model.blocks[layer].linears()
+    found = next((linear for name, linear in linears.items() if INPUT_SITE[name] == site), None)
     return found if isinstance(found, TernaryLinear) and found.kind != "fp" else None

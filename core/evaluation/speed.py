@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from core.evaluation.memory import measured_parts
-from core.models.adapter import ModelAdapter
+from core.models.architectures import ModelAdapter
 from core.models.io.quantized import modules_of
 from core.report import SpeedLimit
 

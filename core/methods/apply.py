@@ -12,7 +12,6 @@ from torch import Tensor
 
 from core.methods.base import LayerPlan
 from core.models.block import DecoderBlock
-from core.models.shell import shallow_copy
 from core.quant.affine import Grid
 from core.quant.gptq import quantize_weight
 from core.quant.linear.quant import QuantLinear
@@ -41,17 +40,17 @@ def build_block(
     Returns: (new block, error of each fused weight by name).
     Raises: NumericError if a weight holds NaN or infinity.
     """
-    new, errors, orders = shallow_copy(block), {}, orders or {}
-    new.softmax_bits, new.sink_tokens = plan.softmax_bits, plan.sink_tokens
-    for site in ("q", "k", "v"):
-        setattr(new, f"{site}_quantizer", quantizer(plan.sites[site]))
+    layers, errors, orders = {}, {}, orders or {}
     for name, linear in block.linears().items():
         site = INPUT_SITE[name]
         hessian, order = hessians.get(site), orders.get(site)
         if hessian is not None and order is not None:
             hessian = hessian[order][:, order]
-        layer, errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits, grid)
-        setattr(new, name, layer)
+        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits, grid)
+    new = block.with_linears(layers)
+    new.softmax_bits, new.sink_tokens = plan.softmax_bits, plan.sink_tokens
+    for site in ("q", "k", "v"):
+        setattr(new, f"{site}_quantizer", quantizer(plan.sites[site]))
     return new, errors
 
 

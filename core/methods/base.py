@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, SitePlan

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.methods.base import LayerPlan, LayerStatistics
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
 from core.quant.dynamic import MODES, quantize_input
@@ -61,16 +61,13 @@ class BitNet:
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Build a block of the same norms around ternary layers: the block's own ternary weights, or its float ones rounded."""
-        options, errors = recipe.bitnet, {}
+        options, layers, errors = recipe.bitnet, {}, {}
         rules = replace(
             block.rules or BitNetRules(options.mode),
             mode=options.mode,
             keep=options.keep,
             attention=AttentionBits(options.kv_bits, options.bos_bits, options.q_bits),
         )
-        new = DecoderBlock(block.spec, block.layer_index)
-        for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm"):
-            setattr(new, name, getattr(block, name))
         for name, linear in block.linears().items():
             kind = rules.kind(INPUT_SITE[name])
             if isinstance(linear, TernaryLinear):
@@ -82,9 +79,10 @@ class BitNet:
                 layer = TernaryLinear.from_weights(parts, None if bias is None else bias.detach(), kind=kind, keep=rules.keep)
                 noise = sqnr_db(weight, layer.dequantized_weight())
                 errors[name] = WeightError(2, "ternary", noise, None, layer.effective_bits)
-            setattr(new, name, layer)
+            layers[name] = layer
+        new = block.with_linears(layers)
         new.rules = rules
-        return new.eval(), errors
+        return new, errors
 
 
 def _rows(name: str, spec: BlockSpec) -> list[int]:

@@ -22,7 +22,7 @@ from core.methods.base import (
     channel_importance,
     rounds_by_gptq,
 )
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, plan_site

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from core.calibration.observe import Recorder, embed
+from core.calibration.observe import BlockInputs, Recorder, embed
 from core.errors import NumericError
 from core.methods.base import LayerPlan, LayerStatistics, Method
-from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.block import DecoderBlock
-from core.models.shell import BlockInputs, with_layers
+from core.models.decoder import CausalModel
 from core.progress import Progress, silent
 from core.quant.observer import decibels
 from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
@@ -59,14 +57,13 @@ class Stopwatch:
 
 @torch.inference_mode()
 def quantize_layers(
-    model: PreTrainedModel,
-    adapter: ModelAdapter,
+    model: CausalModel,
     method: Method,
     recipe: QuantRecipe,
     windows: Tensor,
     *,
     progress: Progress = silent,
-) -> tuple[PreTrainedModel, list[LayerOutcome], dict[str, float]]:
+) -> tuple[CausalModel, list[LayerOutcome], dict[str, float]]:
     """Quantise every decoder layer of a float model.
 
     Args:
@@ -74,21 +71,21 @@ def quantize_layers(
     Returns: (a model sharing all but its layers with `model`, one outcome per layer, seconds per stage).
     Raises: NumericError if a site or a layer's output has NaN or infinity.
     """
-    layers, spec = adapter.decoder_layers(model), adapter.spec(model.config)
+    count = len(model.blocks)
     watch, outcomes, blocks = Stopwatch(), [], []
     watch.start()
-    inputs = embed(model, adapter, windows)
+    inputs = embed(model, windows)
     hidden = [item.hidden for item in inputs]
-    for index, layer in enumerate(layers):
+    for index, start in enumerate(model.blocks):
 
-        def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {len(layers)}", done: int = index) -> None:
-            progress(f"{title}: {stage}", (done + within) / len(layers))
+        def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {count}", done: int = index) -> None:
+            progress(f"{title}: {stage}", (done + within) / count)
 
-        block = _start(layer, adapter, spec, index, method)
+        block = start if start.is_float or method.keeps_ternary else start.dequantized()
         stats, outputs = _observe(block, hidden, inputs, method, recipe, tell)
         watch.lap("observe")
         tell("clustering and scales", 0.4)
-        plan = method.plan_layer(stats, recipe, spec)
+        plan = method.plan_layer(stats, recipe, block.spec)
         watch.lap("cluster and plan")
         tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
         quantized, errors = method.apply_layer(block, plan, stats, recipe)
@@ -100,14 +97,7 @@ def quantize_layers(
         outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
         blocks.append(quantized)
         watch.lap("propagate")
-    return with_layers(model, adapter, blocks), outcomes, watch.seconds
-
-
-def _start(layer: torch.nn.Module, adapter: ModelAdapter, spec: BlockSpec, index: int, method: Method) -> DecoderBlock:
-    """The block that a method quantises: a layer of transformers as a float block; ternary weights as they are, or as α t."""
-    if not isinstance(layer, DecoderBlock):
-        return DecoderBlock.from_layer(layer, adapter, spec, index)
-    return layer if method.keeps_ternary else layer.dequantized()
+    return model.with_blocks(blocks), outcomes, watch.seconds
 
 
 def _observe(
@@ -152,7 +142,7 @@ def _run(
     outputs = []
     for i, (states, item) in enumerate(zip(hidden, inputs, strict=True)):
         tell(i / len(inputs))
-        outputs.append(block(states, **item.kwargs[block.layer_index], observe=observe))
+        outputs.append(block(states, item.rotary, observe=observe))
     return outputs
 
 

@@ -1,30 +1,13 @@
-"""BitNet: Llama's layer with a squared ReLU gate and an RMSNorm before o and before down (arXiv:2504.12285).
-
-The weights are trained to be ternary; how such checkpoints are stored is `core/models/io/bitnet.py`. As a plain float model
-this adapter describes what transformers computes without a quantisation configuration.
-"""
+"""The rules by which a model with ternary weights runs: its mode, its share of TopK, its bits of attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from core.checks import FLOAT_BITS
-from core.models.adapter import ADAPTERS, ModelAdapter
 from core.quant.dynamic import MODES
 from core.quant.kv_cache_dynamic import AttentionBits
 from core.recipe import BITNET_MODES
-
-BITNET = ADAPTERS.register(
-    "bitnet",
-    ModelAdapter(
-        name="BitNet",
-        model_types=("bitnet",),
-        norm="rms",
-        attn_sub_norm="self_attn.attn_sub_norm",
-        ffn_sub_norm="mlp.ffn_sub_norm",
-    ),
-)
-
 
 @dataclass(frozen=True)
 class BitNetRules:

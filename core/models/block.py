@@ -18,12 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 
-from core.models.adapter import BlockSpec, ModelAdapter
+from core.models.architectures import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
-from core.quant.attention import attend
-from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.quant.attention import attend, window_mask
+from core.quant.kv_cache import FloatKVLayer, QuantizedKVLayer
+from core.quant.kv_cache_dynamic import DynamicKVLayer
 from core.quant.linear.base import FloatLinear, LinearLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer, Codes, KeepFloat
@@ -32,6 +32,8 @@ from kernels.backend import triton_runs_on
 from kernels.ternary import ROW_DENSITY
 
 Observer = Callable[[str, Tensor], None]
+Rotary = tuple[Tensor, Tensor] | None
+"""Cosines and sines of the tokens' positions, [1, T, E] each; None with learned positions."""
 ZERO_GATES = ("relu", "relu2")
 """Activations that are exactly zero for negative gates: there the up projection need not be computed."""
 GATE_FIRST_WEIGHTS = 2**22
@@ -51,17 +53,16 @@ class ReorderNorm(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("order", None)
 
-    def reorder(self, order: Tensor) -> None:
-        """Store in `order` [D] int64 from now on; gain and bias are permuted with it."""
-        self.order = order.to(torch.int32)
-        self.permute(order)
+    def reordered(self, order: Tensor) -> ReorderNorm:
+        """Make the norm that stores its output in `order` [D] int64."""
+        made = self.permuted(order)
+        made.order = order.to(torch.int32)
+        return made
 
-    def permute(self, order: Tensor) -> None:
-        """Expect an input whose channels lie in `order` [D] int64 from now on: gain and bias follow it."""
-        if self.weight is not None:
-            self.weight = self.weight[order].contiguous()
-        if self.bias is not None:
-            self.bias = self.bias[order].contiguous()
+    def permuted(self, order: Tensor) -> ReorderNorm:
+        """Make the norm of an input whose channels lie in `order` [D] int64: gain and bias follow it."""
+        weight, bias = (None if t is None else t[order].contiguous() for t in (self.weight, self.bias))
+        return ReorderNorm(self.kind, weight, bias, self.eps)
 
     def codes(self, x: Tensor, reader: LinearLayer, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
         """(x + residual, codes of its norm for `reader`) in one kernel, on CUDA; see `LinearLayer.norm_codes`."""
@@ -89,7 +90,7 @@ class ReorderNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A pre-norm decoder layer over a transformers model's call convention.
+    """A pre-norm decoder layer; `window` positions are visible to each token, itself included, None for all before it.
 
     Attributes set by quantisation: `qkv`, `o`, `up`, `down` become QuantLinear; `q_quantizer`, `k_quantizer`,
     `v_quantizer` ActivationQuantizer or None; `softmax_bits`; `rope_order` [Hkv, E] (R2, None keeps the order);
@@ -98,9 +99,9 @@ class DecoderBlock(nn.Module):
     decides whether up is computed only where the gate is not zero; the result is the same.
     """
 
-    def __init__(self, spec: BlockSpec, layer_index: int) -> None:
+    def __init__(self, spec: BlockSpec, layer_index: int, window: int | None = None) -> None:
         super().__init__()
-        self.spec, self.layer_index = spec, layer_index
+        self.spec, self.layer_index, self.window = spec, layer_index, window
         self.activation = ACT2FN[spec.activation]
         self.norm1: ReorderNorm
         self.norm2: ReorderNorm
@@ -118,9 +119,10 @@ class DecoderBlock(nn.Module):
         self.gate_first = "auto"
 
     @classmethod
-    def from_layer(cls, layer: nn.Module, adapter: ModelAdapter, spec: BlockSpec, layer_index: int) -> DecoderBlock:
-        """The float block that computes what `layer` of a transformers model computes. Weights are copied."""
-        block = cls(spec, layer_index)
+    def from_layer(cls, model: nn.Module, adapter: ModelAdapter, index: int) -> DecoderBlock:
+        """Make the float block that computes what layer `index` of a transformers model computes. Weights are copied."""
+        layer, spec = adapter.decoder_layers(model)[index], adapter.spec(model.config)
+        block = cls(spec, index, adapter.windows(model.config)[index])
 
         def linear(*paths: str) -> FloatLinear:
             parts = [layer.get_submodule(p) for p in paths]
@@ -148,49 +150,65 @@ class DecoderBlock(nn.Module):
             block.k_norm = layer.get_submodule(adapter.k_norm).weight.detach().clone()
         return block.eval()
 
-    def dequantized(self) -> DecoderBlock:
-        """A float block with this one's weights (α t where they are ternary): what another method starts from."""
-        block = DecoderBlock(self.spec, self.layer_index)
+    def with_linears(self, linears: dict[str, LinearLayer]) -> DecoderBlock:
+        """Make a block with these norms and orders around other linear layers, given by the names of `linears`; no quantisers."""
+        made = DecoderBlock(self.spec, self.layer_index, self.window)
         for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm", "rope_order"):
-            setattr(block, name, getattr(self, name))
-        for name, linear in self.linears().items():
-            setattr(block, name, FloatLinear(linear.dequantized_weight(), linear.bias))
-        return block.eval()
+            setattr(made, name, getattr(self, name))
+        for name, linear in linears.items():
+            setattr(made, name, linear)
+        return made.eval()
 
-    def linears(self) -> dict[str, nn.Module]:
+    def dequantized(self) -> DecoderBlock:
+        """Make the float block with this one's weights (α t where they are ternary): what another method starts from."""
+        return self.with_linears({n: FloatLinear(x.dequantized_weight(), x.bias) for n, x in self.linears().items()})
+
+    def linears(self) -> dict[str, LinearLayer]:
         """The four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
         return {"qkv": self.qkv, "o": self.o, "up": self.up, "down": self.down}
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the block's weights are plain floating-point matrices, as in the model it was made from."""
+        return isinstance(self.qkv, FloatLinear)
+
+    def new_cache(self) -> FloatKVLayer | QuantizedKVLayer:
+        """An empty store for this block's keys and values: packed where both are quantised."""
+        if self.rules is not None and self.rules.attention.packs:
+            return DynamicKVLayer(self.rules.attention)
+        if self.k_quantizer is None or self.v_quantizer is None:
+            return FloatKVLayer()
+        return QuantizedKVLayer(self.k_quantizer, self.v_quantizer, self.sink_tokens)
+
     def forward(
         self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        x: Tensor,
+        rotary: Rotary,
+        cache: FloatKVLayer | QuantizedKVLayer | None = None,
         observe: Observer | None = None,
-        cache: Cache | None = None,
-        use_cache: bool = True,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; the other arguments are transformers' (mask None means causal). Versions below 5.24 hand the
-        cache over as `past_key_values`, later ones as `cache`; it is None when `use_cache` is false."""
-        past_key_values = past_key_values if cache is None else cache
-        packed = self._packed(past_key_values)
-        if packed is not None and packed.pinned:  # one token that sees all of its sequence: a mask says nothing
-            attention_mask = None
-        keep_float = self._keep_float(hidden_states, position_ids, past_key_values, attention_mask is not None)
-        fused = keep_float is None and observe is None and triton_runs_on(hidden_states.device)
+        """Compute the layer for tokens that follow those of `cache`, or begin a sequence without one.
+
+        Args:
+            x: [B, T, D].
+            rotary: of these tokens.
+            cache: of `new_cache`; it stores the keys and values of these tokens too.
+            observe: called with each of the seven sites and its tensor [B, T, C], before quantisation.
+        Returns: [B, T, D].
+        """
+        keep_float = self._keep_float(x.shape[1], cache)
+        fused = keep_float is None and observe is None and triton_runs_on(x.device)
         own = {"inplace": observe is None}  # inputs of the linear layers belong to nobody else
-        _, n1 = self._norm(self.norm1, hidden_states, self.qkv, fused)
+        _, n1 = self._norm(self.norm1, x, self.qkv, fused)
         if observe is not None:
             observe("attn_in", n1)
-        q, k, v = self._project(n1, keep_float, position_embeddings, observe)
-        mixed = self._attend(q, k, v, attention_mask, past_key_values, keep_float)
+        q, k, v = self._project(n1, keep_float, rotary, observe)
+        mixed = self._attend(q, k, v, cache, keep_float)
         if self.attn_sub_norm is not None:
             _, mixed = self._norm(self.attn_sub_norm, mixed, self.o, fused)
         if observe is not None:
             observe("o_in", mixed)
-        h, n2 = self._norm(self.norm2, hidden_states, self.up, fused, self.o(mixed, keep_float, **own))
+        h, n2 = self._norm(self.norm2, x, self.up, fused, self.o(mixed, keep_float, **own))
         if observe is not None:
             observe("mlp_in", n2)
         mlp = self._mlp(n2, keep_float, **own)
@@ -201,11 +219,6 @@ class DecoderBlock(nn.Module):
         skips = self._looks_at_gate(n2, keep_float) and self.down.bias is None and self.down.sparse != "never"
         sparse = observe is None and skips and self.down.choice.backend is Backend.TRITON
         return (self.down.sparse_product(mlp) if sparse else self.down(mlp, keep_float, **own)).add_(h)
-
-    def _packed(self, cache: Cache | None) -> QuantizedKVLayer | None:
-        """This block's part of a cache, if it is packed."""
-        layer = cache.layers[self.layer_index] if isinstance(cache, QuantizedKVCache) else None
-        return layer if isinstance(layer, QuantizedKVLayer) else None
 
     def _runs_kernels(self, device: torch.device) -> bool:
         """Whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
@@ -221,23 +234,13 @@ class DecoderBlock(nn.Module):
         h = x if residual is None else x + residual
         return h, norm(h)
 
-    def _keep_float(self, x: Tensor, position_ids: Tensor | None, cache: Cache | None, padded: bool) -> KeepFloat | None:
-        """Which tokens are sinks; None when there are none. Looking at positions on a GPU would wait for it: there the slots
-        count where nothing is padded."""
-        if self.sink_tokens == 0:
-            return None
-        if position_ids is None or (x.is_cuda and not padded):
-            past = cache.get_seq_length(self.layer_index) if cache is not None else 0
-            return min(max(0, self.sink_tokens - past), x.shape[1]) or None
-        mask = position_ids < self.sink_tokens
-        total = int(mask.sum())
-        first = total // len(mask)
-        if first * len(mask) == total and bool(mask[:, :first].all()):
-            return first or None
-        return mask
+    def _keep_float(self, tokens: int, cache: FloatKVLayer | QuantizedKVLayer | None) -> int | None:
+        """How many of the next `tokens` are among the sequence's first `sink_tokens`; None when there are none."""
+        past = 0 if cache is None else cache.length
+        return min(max(0, self.sink_tokens - past), tokens) or None
 
     def _project(
-        self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: tuple[Tensor, Tensor] | None, observe: Observer | None
+        self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: Rotary, observe: Observer | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
@@ -264,7 +267,7 @@ class DecoderBlock(nn.Module):
             q = self.q_quantizer.fake_heads(q, keep_float, inplace=observe is None)
         return q, k, v
 
-    def _rotate_and_store(self, qk: Tensor, keep_float: KeepFloat | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotate_and_store(self, qk: Tensor, keep_float: KeepFloat | None, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """[B, T, H + Hkv, E] -> q and k of `_project`: rotation, order R2, scaling and q's grid in one pass each, on CUDA."""
         from kernels.rope import HeadGrid, rope_store
 
@@ -285,21 +288,27 @@ class DecoderBlock(nn.Module):
         return qk.flatten(2).flatten(0, 1).index_select(1, order.flatten()).view(qk.shape)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache | None, keep_float: KeepFloat | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: FloatKVLayer | QuantizedKVLayer | None,
+        keep_float: KeepFloat | None,
     ) -> Tensor:
+        past = 0 if cache is None else cache.length
+        mask = window_mask(q.shape[2], past + q.shape[2], self.window, q.device)
         if self.rules is not None:
             q = self.rules.attention.fake_query(q)
-        packed = self._packed(cache)
-        if packed is None:
+        if cache is not None and cache.packed:
+            if cache.pinned or mask is None and self._attends_packed(cache, q):
+                return cache.attend(q, k, v, self.softmax_bits)
+        else:
             k = k if self.k_quantizer is None else self.k_quantizer.fake_heads(k, keep_float)
             v = v if self.v_quantizer is None else self.v_quantizer.fake_heads(v, keep_float)
             if self.rules is not None:
-                past = 0 if cache is None else cache.get_seq_length(self.layer_index)
                 k, v = (self.rules.attention.fake_states(x, past) for x in (k, v))
-        elif packed.pinned or mask is None and self._attends_packed(packed, q):
-            return packed.attend(q, k, v, self.softmax_bits)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_index)
+            k, v = cache.update(k, v)
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
 
     def _attends_packed(self, packed: QuantizedKVLayer, q: Tensor) -> bool:

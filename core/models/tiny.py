@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from core.errors import InputError
+from core.models.architectures import adapter_for
+from core.models.decoder import CausalModel
 from core.models.io.foreign import quiet
 from core.models.io.load import LoadedModel
 from core.storage import atomic_dir
@@ -47,17 +49,26 @@ def tiny_architectures() -> list[str]:
 
 
 def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> LoadedModel:
-    """A random model of `architecture` in memory, float32 on the CPU, the same for the same arguments.
+    """Make the model of `tiny_transformers` ready to be observed and run: a LoadedModel without path.
+
+    Raises: as `tiny_transformers`; ModelError E-MODEL-ARCH as `adapter_for`.
+    """
+    source = tiny_transformers(architecture, seed=seed, layers=layers, **overrides)
+    adapter = adapter_for(source.config)
+    model = CausalModel.from_transformers(source, adapter).requires_grad_(False)
+    return LoadedModel(model, tiny_tokenizer(), adapter, f"tiny-random-{architecture}", None, f"random weights, seed {seed}", None)
+
+
+def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
+    """Make a random transformers model of `architecture`, float32 on the CPU, the same for the same arguments.
 
     Args:
         architecture: one of `tiny_architectures()`.
         layers: decoder layers, 1 or more.
         overrides: fields of the architecture's transformers configuration, such as `hidden_size`.
-    Returns: LoadedModel without path; its outputs are finite and of order one.
-    Raises: InputError E-PARAM-ARCHITECTURE for an unknown name; ModelError E-MODEL-ARCH as `adapter_for`.
+    Returns: a causal model in eval mode whose outputs are finite and of order one.
+    Raises: InputError E-PARAM-ARCHITECTURE for an unknown name.
     """
-    from core.models.adapter import adapter_for
-
     if architecture not in _CONFIGS:
         raise InputError(f"No tiny model {architecture[:40]!r}: use one of {', '.join(_CONFIGS)}.",
                          code="E-PARAM-ARCHITECTURE")
@@ -68,9 +79,7 @@ def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     _randomize(model, torch.Generator().manual_seed(seed))
-    model = model.eval().requires_grad_(False)
-    return LoadedModel(model, tiny_tokenizer(), adapter_for(config), f"tiny-random-{architecture}", None,
-                       f"random weights, seed {seed}", None)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,10 +98,11 @@ def save_tiny(folder: Path | str, architecture: str, *, seed: int = 0, layers: i
 
     Returns: the folder. Raises: as `tiny_model` and `atomic_dir`.
     """
-    loaded = tiny_model(architecture, seed=seed, layers=layers, **overrides)
+    model = tiny_transformers(architecture, seed=seed, layers=layers, **overrides)
+    adapter_for(model.config)
     with atomic_dir(folder) as stage, quiet():
-        loaded.model.save_pretrained(stage)
-        loaded.tokenizer.save_pretrained(stage)
+        model.save_pretrained(stage)
+        tiny_tokenizer().save_pretrained(stage)
     return Path(folder)
 
 

@@ -38,6 +38,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
     return _quantized_softmax(q if scaling == 1.0 else q * scaling, k, v, mask, 2**softmax_bits - 1)
 
 
+@lru_cache(maxsize=8)
+def window_mask(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[1, 1, T, S] bool, True where the last `tokens` of `keys` positions see a key: at most `window` back, itself included.
+
+    None where that is plain causal attention.
+    """
+    if window is None or keys <= window:
+        return None
+    visible = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril_(keys - tokens).triu_(keys - tokens - window + 1)
+    return visible[None, None]
+
+
 def _per_query_head(states: Tensor, heads: int) -> Tensor:
     """[B, Hkv, S, E] -> [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without this, all
     scores are written to memory."""

@@ -1,16 +1,14 @@
-"""A key/value cache that stores packed low-bit codes: a transformers `Cache`, used by `generate` and in prefill.
+"""Keys and values of the tokens that a model has read: packed low-bit codes, or floats where a layer does not quantise them.
 
-Keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
+Packed keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
 R3); the first `sink_tokens` positions stay in float. Slots grow by doubling, so appending a token copies nothing else.
-Reading dequantises what the attention needs; a single new token attends to the codes as they are. With left-padded
-batches the float slots are the first slots, padding included; single sequences and right padding are exact.
+Reading dequantises what the attention needs; a single new token attends to the codes as they are.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from core.checks import FLOAT_BITS
 from core.quant.attention import attend
@@ -50,7 +48,7 @@ class PackedStates:
         return self._decode(codes) if first == 0 else self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """`QuantizedKVCache.pin` for these states."""
+        """`KVCache.pin` for these states."""
         self._reserve(self.packed, self.length + room)
         self.cursor = (ends[1:2], ends[2:3])
 
@@ -86,12 +84,6 @@ class PackedStates:
             return 0
         sink = 0 if self.sink is None else self.sink.numel() * self.sink.element_size()
         return self.packed[:, :, : self.length].numel() + sink
-
-    def crop(self, length: int) -> None:
-        """Keep the first `length` positions."""
-        self.length = min(self.length, length)
-        if self.sink is not None:
-            self.sink = self.sink[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
         """Keep or repeat batch rows."""
@@ -135,40 +127,65 @@ class PackedStates:
             self.packed = grown
 
 
-class QuantizedKVLayer(CacheLayerMixin):
-    """One layer of `QuantizedKVCache`."""
+class FloatKVLayer:
+    """Keys and values of one layer in their own float type."""
 
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
+    packed = pinned = False
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._slots: Tensor | None = None  # [2, B, Hkv, slots, E]
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, Hkv, t, E]; returns all stored ones, [B, Hkv, S, E], which later calls may overwrite."""
+        stop = self.length + keys.shape[2]
+        held = 0 if self._slots is None else self._slots.shape[3]
+        if held < stop:
+            grown = keys.new_empty(2, *keys.shape[:2], max(stop, 2 * held), keys.shape[3])
+            if held:
+                grown[:, :, :, : self.length] = self._slots[:, :, :, : self.length]
+            self._slots = grown
+        self._slots[0, :, :, self.length : stop], self._slots[1, :, :, self.length : stop] = keys, values
+        self.length = stop
+        return self._slots[0, :, :, :stop], self._slots[1, :, :, :stop]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat the given rows of the batch."""
+        if self._slots is not None:
+            self._slots = self._slots.index_select(1, rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        return 0 if self._slots is None else self._slots[:, :, :, : self.length].numel() * self._slots.element_size()
+
+
+class QuantizedKVLayer:
+    """Keys and values of one layer as packed codes with static scales."""
+
+    packed = True
 
     def __init__(self, key: ActivationQuantizer, value: ActivationQuantizer, sink_tokens: int) -> None:
-        super().__init__()
         self.key_states, self.value_states = PackedStates(key, sink_tokens), PackedStates(value, sink_tokens)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate before the first update."""
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Store new float keys and values [B, Hkv, t, E]; returns all of them dequantised, [B, Hkv, S, E].
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new float keys and values [B, Hkv, t, E]; returns all stored ones dequantised, [B, Hkv, S, E].
 
         Raises: RuntimeError while the cache is pinned, when its length is on the device.
         """
         if self.pinned:
             raise RuntimeError("a pinned cache takes single tokens: unpin it first")
-        self.is_initialized = True
-        return self.key_states.append(key_states), self.value_states.append(value_states)
+        return self.key_states.append(keys), self.value_states.append(values)
 
     @property
     def pinned(self) -> bool:
-        """Between `QuantizedKVCache.pin` and `unpin`: one sequence without padding, a token at a time."""
+        """Between `KVCache.pin` and `unpin`: one sequence without padding, a token at a time."""
         return self.key_states.cursor is not None
 
     def attends(self, q: Tensor, softmax_bits: int) -> bool:
         """Whether `attend` does without dequantising for queries [B, H, T, E]: one new token, something to look back at, and a
         softmax that stays in float."""
-        return q.shape[2] == 1 and softmax_bits >= FLOAT_BITS and self.get_seq_length() > 0
+        return q.shape[2] == 1 and softmax_bits >= FLOAT_BITS and self.length > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_bits: int) -> Tensor:
         """Store one token's keys and values [B, Hkv, 1, E] and attend to all stored ones, without a mask.
@@ -198,70 +215,43 @@ class QuantizedKVLayer(CacheLayerMixin):
 
         return unsupported_reason(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
 
-    def get_seq_length(self) -> int:
+    @property
+    def length(self) -> int:
         """Stored positions."""
         return self.key_states.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys the mask must cover, offset of the first one)."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum (older name of `get_max_length`)."""
-        return -1
-
-    def crop(self, tokens: int) -> None:
-        """Remove -`tokens` positions from the end; a positive number (older transformers) is the length to keep."""
-        keep = tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)
-        self.key_states.crop(keep)
-        self.value_states.crop(keep)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        for name in ("key_states", "value_states"):
-            old = getattr(self, name)
-            setattr(self, name, PackedStates(old.quantizer, old.sink_tokens))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row."""
-        if self.key_states.packed is not None:
-            packed = self.key_states.packed
-            self.batch_select_indices(torch.arange(len(packed), device=packed.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given batch rows."""
-        self.key_states.select(indices)
-        self.value_states.select(indices)
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat the given rows of the batch."""
+        self.key_states.select(rows)
+        self.value_states.select(rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored keys and values."""
+        """Bytes of the stored keys and values."""
         return self.key_states.nbytes + self.value_states.nbytes
 
 
-class QuantizedKVCache(Cache):
-    """Packed cache of a whole model: one layer per decoder block; blocks whose keys and values stay in float get a
-    plain dynamic layer.
+class KVCache:
+    """Keys and values of a whole model, one layer per decoder block.
 
     Args:
-        pairs: per layer (key quantiser, value quantiser), either both or neither None.
-        sink_tokens: first positions kept in float.
+        layers: `FloatKVLayer`, `QuantizedKVLayer` or `core.quant.kv_cache_dynamic.DynamicKVLayer`.
     """
 
-    def __init__(self, pairs: list[tuple[ActivationQuantizer | None, ActivationQuantizer | None]], sink_tokens: int = 0) -> None:
-        layers = [QuantizedKVLayer(k, v, sink_tokens) if k is not None and v is not None else DynamicLayer() for k, v in pairs]
-        super().__init__(layers=layers)
+    def __init__(self, layers: list[FloatKVLayer | QuantizedKVLayer]) -> None:
+        self.layers = layers
+
+    def get_seq_length(self) -> int:
+        """Count the stored positions. transformers' `generate` calls this name."""
+        return self.layers[0].length
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep or repeat the given rows of the batch, int64. The beam search of transformers' `generate` calls this name."""
+        for layer in self.layers:
+            layer.select(rows)
 
     def pin(self, room: int) -> None:
-        """Prepare for a captured graph: make room for `room` more tokens now, and take their place from device tensors.
+        """Make room for `room` more tokens and take their places from device tensors: what a captured graph needs.
 
         From here to `unpin` every token comes alone, through `QuantizedKVLayer.attend`, and is counted by `advance`. All layers
         hold packed states, sinks included.
@@ -278,7 +268,7 @@ class QuantizedKVCache(Cache):
             states.length += 1
 
     def unpin(self) -> None:
-        """Back to ordinary use."""
+        """Return to tokens in any number, with the length on the host."""
         for states in self._states():
             states.cursor = None
 
@@ -288,14 +278,7 @@ class QuantizedKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Measured bytes of all stored keys and values."""
-        return sum(cache_layer_bytes(layer) for layer in self.layers)
-
-
-def cache_layer_bytes(layer: CacheLayerMixin) -> int:
-    """Bytes held by one cache layer, packed or plain."""
-    if isinstance(layer, QuantizedKVLayer):
-        return layer.nbytes
-    return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
+        return sum(layer.nbytes for layer in self.layers)
 
 
 def bytes_per_token(heads: int, dim: int, bits: int, *, float_bytes: int = 4) -> int:

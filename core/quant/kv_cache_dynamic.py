@@ -5,7 +5,7 @@
 
 The first token of a sequence (bos) has bits of its own: the paper keeps it at 4 where the others have 3. Codes are written once
 and never touched again. Source: arXiv:2411.04965, section 2.3, which names absmax and unsigned integers; the offset and the scale
-per token and head are our reading. With left padding the first slot, padding or not, counts as the first token.
+per token and head are our reading.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.checks import FLOAT_BITS
-from core.quant.kv_cache import QuantizedKVCache, QuantizedKVLayer
+from core.quant.kv_cache import QuantizedKVLayer
 from kernels import dequantize_rows, pack, packed_width, quantize_rows, unpack
 from kernels.backend import triton_runs_on
 from kernels.kv import PackedHeads
@@ -91,7 +91,7 @@ class DynamicStates:
         return self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """`QuantizedKVCache.pin` for these states; the first token has no slot."""
+        """`KVCache.pin` for these states; the first token has no slot."""
         self._reserve(self.packed, self.length - 1 + room)
         self.cursor = (ends[0:1], ends[1:2])
 
@@ -131,12 +131,6 @@ class DynamicStates:
         stored = (*self.first, self.packed[:, :, :rest], self.scale[:, :, :rest])
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
-    def crop(self, length: int) -> None:
-        """Keep the first `length` positions."""
-        self.length = min(self.length, length)
-        if self.length == 0:
-            self.first = self._first_values = None
-
     def select(self, rows: Tensor) -> None:
         """Keep or repeat batch rows."""
         if self.packed is not None:
@@ -169,11 +163,9 @@ class DynamicStates:
 
 
 class DynamicKVLayer(QuantizedKVLayer):
-    """One layer of `DynamicKVCache`."""
+    """Keys and values of one layer as packed codes with a scale per token and head."""
 
     def __init__(self, bits: AttentionBits) -> None:
-        super(QuantizedKVLayer, self).__init__()
-        self.bits = bits
         self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
 
     def unsupported_reason(self, softmax_bits: int) -> str | None:
@@ -181,17 +173,6 @@ class DynamicKVLayer(QuantizedKVLayer):
         if softmax_bits < FLOAT_BITS:
             return "the softmax over scales per token is quantised"
         return super().unsupported_reason(softmax_bits)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.key_states, self.value_states = DynamicStates(self.bits), DynamicStates(self.bits)
-
-
-class DynamicKVCache(QuantizedKVCache):
-    """Packed cache of a whole model whose keys and values are quantised per token and head: a layer per decoder block."""
-
-    def __init__(self, bits: list[AttentionBits]) -> None:
-        super(QuantizedKVCache, self).__init__(layers=[DynamicKVLayer(b) for b in bits])
 
 
 def dynamic_bytes_per_token(heads: int, dim: int, bits: AttentionBits, *, float_bytes: int = 4) -> int:

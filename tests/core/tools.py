@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from core.methods import method
 from core.methods.sequential import LayerOutcome, quantize_layers
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
 from core.models.tiny import tiny_architectures, tiny_model

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
-from core.models.shell import shallow_copy
 from core.quant.linear.base import FloatLinear
 
 
@@ -43,24 +42,27 @@ class Orders:
 
 def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
     """A block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
-    spec, new = block.spec, shallow_copy(block)
-    if orders.R1 is not None:
-        new.norm1 = _reordered_norm(block.norm1, orders.R1)
-    if orders.R4 is not None:
-        new.norm2 = _reordered_norm(block.norm2, orders.R4)
-    if orders.R2 is not None and spec.rope:
-        new.rope_order = orders.R2.to(torch.int32)
-    new.qkv = _permuted(block.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1)
-    new.o = _permuted(block.o, columns=None if orders.R3 is None else query_channels(orders.R3, spec.groups))
-    mlp_rows = None
+    spec, mlp_rows = block.spec, None
     if orders.R5 is not None:
         mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
-    new.up = _permuted(block.up, rows=mlp_rows, columns=orders.R4)
-    new.down = _permuted(block.down, columns=orders.R5)
+    new = block.with_linears(
+        {
+            "qkv": _permuted(block.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
+            "o": _permuted(block.o, columns=None if orders.R3 is None else query_channels(orders.R3, spec.groups)),
+            "up": _permuted(block.up, rows=mlp_rows, columns=orders.R4),
+            "down": _permuted(block.down, columns=orders.R5),
+        }
+    )
+    if orders.R1 is not None:
+        new.norm1 = block.norm1.reordered(orders.R1)
+    if orders.R4 is not None:
+        new.norm2 = block.norm2.reordered(orders.R4)
+    if orders.R2 is not None and spec.rope:
+        new.rope_order = orders.R2.to(torch.int32)
     if spec.sub_norms and orders.R3 is not None:
-        new.attn_sub_norm = _permuted_norm(block.attn_sub_norm, query_channels(orders.R3, spec.groups))
+        new.attn_sub_norm = block.attn_sub_norm.permuted(query_channels(orders.R3, spec.groups))
     if spec.sub_norms and orders.R5 is not None:
-        new.ffn_sub_norm = _permuted_norm(block.ffn_sub_norm, orders.R5)
+        new.ffn_sub_norm = block.ffn_sub_norm.permuted(orders.R5)
     return new
 
 
@@ -94,15 +96,3 @@ def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor 
     if columns is not None:
         weight = weight[:, columns]
     return FloatLinear(weight.contiguous(), bias)
-
-
-def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
-    new = shallow_copy(norm)
-    new.reorder(order)
-    return new
-
-
-def _permuted_norm(norm: nn.Module, order: Tensor) -> nn.Module:
-    new = shallow_copy(norm)
-    new.permute(order)
-    return new

@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import InputError, ModelError
-from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
+from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
+from core.models.decoder import CausalModel
 from core.models.io.foreign import library_errors
 from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
 from core.models.io.preflight.folder import FolderReport, TensorInfo
-from core.models.shell import with_layers
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.storage import atomic_dir, check_target
@@ -87,7 +87,7 @@ class _Folder:
             yield name, self.take(name).to(torch.float32)
 
 
-def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) -> PreTrainedModel:
+def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) -> CausalModel:
     """The native model of a checked folder: decoder layers with packed ternary weights, everything else in float32.
 
     Args:
@@ -106,7 +106,8 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     with library_errors("The weights do not fit config.json. Download the model again."):
         spec, source = adapter.spec(config), _Folder(folder, report.tensors)
         blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
-        return _assemble(config, adapter, blocks, dict(source.rest()))
+        model = CausalModel(config, adapter, blocks, dict(source.rest()))
+        return model.requires_grad_(False)
 
 
 def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, fmt: str, rules: BitNetRules) -> DecoderBlock:
@@ -155,23 +156,6 @@ def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> 
             code="E-MODEL-BAD",
         )
     return codes, scale
-
-
-def _assemble(
-    config: PreTrainedConfig, adapter: ModelAdapter, blocks: list[DecoderBlock], state: dict[str, Tensor]
-) -> PreTrainedModel:
-    from core.models.io.quantized import empty_shell
-
-    model = with_layers(empty_shell(config), adapter, blocks)
-    inside = [name for name in state if name.startswith(adapter.layers + ".")]
-    missing, unexpected = model.load_state_dict({n: t for n, t in state.items() if n not in inside}, strict=False, assign=True)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    absent = [n for n in missing if not n.startswith(adapter.layers + ".") and not (tied and n == "lm_head.weight")]
-    for names, fault in ((absent, "are missing from the weights"), (inside + unexpected, "do not belong to this architecture")):
-        if names:
-            raise ModelError(f"{len(names)} tensors {fault}: {', '.join(n[:60] for n in names[:3])}.", code="E-MODEL-MISSING")
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
 
 
 def _require(fits: bool, fault: str) -> None:

@@ -36,7 +36,8 @@ from core.progress import Progress, silent
 from core.storage import verify
 
 if TYPE_CHECKING:
-    from core.models.adapter import ModelAdapter
+    from core.models.architectures import ModelAdapter
+    from core.models.decoder import CausalModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class LoadedModel:
         label: what a model quantised here was made by, one line for tables; None for every other model.
     """
 
-    model: PreTrainedModel
+    model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     adapter: ModelAdapter
     name: str
@@ -104,16 +105,17 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
     if packed is None:
-        model = _load_weights(resolved.path, dtype)
+        from core.models.decoder import CausalModel
+
+        source = _load_weights(resolved.path, dtype)
+        require_finite(source.state_dict().items())
+        model = CausalModel.from_transformers(source, adapter, consume=True).requires_grad_(False)
     else:
         from core.models.io.bitnet import load_bitnet
 
         model = load_bitnet(resolved.path, report, config)
     _check_vocabulary(model, tokenizer)
-    progress("Checking the weights", 0.9)
-    require_finite(model.state_dict().items())
-    model = model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
+    return LoadedModel(model.to(device), tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
 
 
 def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
@@ -121,7 +123,7 @@ def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
 
     Raises: as `load_model`.
     """
-    from core.models.adapter import adapter_for
+    from core.models.architectures import adapter_for
 
     path = resolve(name).path
     if not (path / QUANTSCOPE_FILE).exists():
@@ -159,7 +161,7 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
     """The folder's configuration, checked with transformers' defaults filled in, and its adapter."""
-    from core.models.adapter import adapter_for
+    from core.models.architectures import adapter_for
 
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -188,7 +190,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A token beyond the embedding would end the first forward pass with an index error."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
@@ -209,7 +211,7 @@ def _check_device(device: str, dtype: torch.dtype) -> None:
         raise BackendError("No CUDA device is available here: use the device cpu.")
 
 
-def context_of(model: PreTrainedModel) -> int | None:
+def context_of(model: CausalModel) -> int | None:
     """Tokens that a model can look back on, None where its configuration does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 

@@ -1,7 +1,7 @@
 """Save and load a quantised model: one folder with everything, readable without the float model.
 
     quantscope.json       format, recipe, report, and the structure of every layer (bits, clusters, shapes)
-    model.safetensors     shell tensors under their transformers names, block tensors under blocks.<layer>.<path>
+    model.safetensors     tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>
     config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
 Tensor names are looked up in the structure, never used as attribute paths; every file is checked against its checksum.
@@ -9,7 +9,6 @@ Tensor names are looked up in the structure, never used as attribute paths; ever
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from dataclasses import asdict
@@ -19,18 +18,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
-from core.models.adapter import BlockSpec, ModelAdapter, adapter_for
+from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
+from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS
 from core.models.io.limits import check_memory
 from core.models.io.load import QUANTSCOPE_FILE, LoadedModel, load_tokenizer
 from core.models.io.preflight.folder import check_files
-from core.models.shell import quantized_blocks, with_layers
 from core.progress import Progress, silent
 from core.quant.affine import QParams
 from core.quant.kv_cache_dynamic import AttentionBits
@@ -74,10 +73,10 @@ def save_quantized(
     """
     if not replace:
         check_output(folder)
-    blocks = quantized_blocks(loaded.model, loaded.adapter)
-    if not blocks:
+    blocks = loaded.model.blocks
+    if any(block.is_float for block in blocks):
         raise ArtifactError("This model is not quantised: run quantize first.", code="E-CKPT-KIND")
-    tensors = {f"shell.{name}": tensor for name, tensor in _shell_tensors(loaded.model, loaded.adapter).items()}
+    tensors = {f"shell.{name}": tensor for name, tensor in loaded.model.decoder.outside().items()}
     structure = []
     for block in blocks:
         prefix = f"blocks.{block.layer_index}."
@@ -139,16 +138,6 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
     return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label))
 
 
-def _shell_tensors(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Tensor]:
-    """Tensors outside the decoder layers, each storage once (a tied head is left out)."""
-    kept, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(adapter.layers + ".") and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor
-    return kept
-
-
 def _structure(block: DecoderBlock) -> dict[str, Any]:
     linears = {name: _linear_facts(layer) for name, layer in block.linears().items()}
     sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
@@ -171,7 +160,7 @@ def _linear_facts(layer: QuantLinear | TernaryLinear) -> dict[str, Any]:
 
 def _build(
     config: PreTrainedConfig, adapter: ModelAdapter, layers: list[dict[str, Any]], tensors: dict[str, Tensor]
-) -> PreTrainedModel:
+) -> CausalModel:
     if len(layers) != config.num_hidden_layers:
         raise ValueError("layer count differs from the configuration")
     names = {f"blocks.{i}.{name}" for i, facts in enumerate(layers) for name in facts["tensors"]}
@@ -179,39 +168,16 @@ def _build(
         raise ValueError("block tensors are missing or left over")
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
         raise ValueError("a tensor holds NaN or infinity")
-    shell = empty_shell(config)
     blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
-    model = with_layers(shell, adapter, blocks)
-    state = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    left = [n for n in missing if not n.startswith(adapter.layers + ".")]
-    tied = getattr(config, "tie_word_embeddings", False)
-    if unexpected or [n for n in left if not (tied and n == "lm_head.weight")]:
-        raise ValueError("shell tensors are missing or left over")
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def empty_shell(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of one layer per kind, to be given its own layers: everything outside the layers has full size."""
-    small = copy.deepcopy(config)
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    small.num_hidden_layers = max(1, len(kinds))
-    if kinds:
-        small.layer_types = kinds
-    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
-    config._attn_implementation = "sdpa"
-    for module in model.modules():
-        if getattr(module, "config", None) is small:
-            module.config = config
-    return model
+    outside = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
+    return CausalModel(config, adapter, blocks, outside).requires_grad_(False)
 
 
 def _block(
     config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
 ) -> DecoderBlock:
     spec, prefix = adapter.spec(config), f"blocks.{index}."
-    block = DecoderBlock(spec, index)
+    block = DecoderBlock(spec, index, adapter.windows(config)[index])
 
     def get(name: str) -> Tensor | None:
         return tensors.get(prefix + name)
@@ -284,9 +250,9 @@ def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> Act
     return ActivationQuantizer(bits, QParams(scale, zero), offsets)
 
 
-def already_quantized(model: PreTrainedModel, adapter: ModelAdapter) -> bool:
-    """Whether a model was quantised here. A trained BitNet model was not: its ternary weights are what it is."""
-    return any(block.rules is None or block.rules.trained is None for block in quantized_blocks(model, adapter))
+def already_quantized(model: CausalModel) -> bool:
+    """Tell whether a model was quantised here. A trained BitNet model was not: its ternary weights are what it is."""
+    return any(not block.is_float and (block.rules is None or block.rules.trained is None) for block in model.blocks)
 
 
 def weights_id(loaded: LoadedModel) -> str:
@@ -297,12 +263,18 @@ def weights_id(loaded: LoadedModel) -> str:
     return digest.hexdigest()[:8]
 
 
-def modules_of(model: PreTrainedModel) -> list[QuantLinear | TernaryLinear]:
+def modules_of(model: nn.Module) -> list[QuantLinear | TernaryLinear]:
     """Every low-bit linear layer of a model."""
     return [m for m in model.modules() if isinstance(m, (QuantLinear, TernaryLinear))]
 
 
-def parameters_of(model: nn.Module) -> int:
-    """Number of parameters, tied ones once; of blocks with low-bit layers all but norms and biases."""
-    packed = sum(m.in_features * m.out_features for m in modules_of(model))
-    return packed + sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+def parameters_of(model: CausalModel) -> int:
+    """Count the parameters of a model, tied ones once. Quantising changes their bits, not their number."""
+    floats, packed = {id(p): p for p in model.parameters()}, 0
+    for module in model.modules():
+        if isinstance(module, (QuantLinear, TernaryLinear)):
+            packed += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
+        elif isinstance(module, (ReorderNorm, DecoderBlock)):
+            names = ("weight", "bias") if isinstance(module, ReorderNorm) else ("q_norm", "k_norm")
+            floats |= {id(t): t for t in (getattr(module, name) for name in names) if t is not None}
+    return packed + sum(p.numel() for p in floats.values())

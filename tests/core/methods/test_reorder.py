@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.methods.rptq.reorder import head_channels, qkv_rows, query_channels, reorder_block
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.io.load import LoadedModel
 from core.models.shell import block_inputs, with_layers
 from core.models.tiny import tiny_model

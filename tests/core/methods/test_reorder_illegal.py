@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, reorder_block
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
 from core.models.shell import with_layers

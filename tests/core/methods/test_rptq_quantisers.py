@@ -15,7 +15,7 @@ import core.methods.apply as build
 from core.methods.base import LayerPlan
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
-from core.models.adapter import BlockSpec
+from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.shell import block_inputs
 from core.quant.affine import Grid, QParams, choose_qparams, round_scale

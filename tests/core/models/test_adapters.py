@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from core.errors import ModelError
-from core.models.adapter import ADAPTERS, adapter_for, supported_model_types
+from core.models.architectures import ADAPTERS, adapter_for, supported_model_types
 from core.models.tiny import tiny_model
 from core.recipe import SITES
 from tests.core.tools import ARCHITECTURES, spec_of, tokens

@@ -112,7 +112,7 @@ def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, it
 
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
-    from core.models.adapter import supported_model_types  # heavy: it imports torch and transformers
+    from core.models.architectures import supported_model_types  # heavy: it imports torch and transformers
 
     known = supported_model_types()
     if config.get("model_type") not in known:

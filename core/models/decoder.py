@@ -1,0 +1,244 @@
+"""The causal model as a loop over our own blocks: transformers gives tensors, configuration and tokenizer, not control flow.
+
+    h = embed(ids) [+ positions]        for block in blocks: h = block(h)        logits = head(norm(h))
+
+Float, ternary and quantised models are the same `Decoder` with other linear layers in its blocks. The loop can be entered behind
+any block with hidden states of one's own (`run`), which is how calibration goes layer by layer. `CausalModel` is the decoder as
+a transformers model, for programs that want one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import ModelOutput
+
+from core.errors import InputError, ModelError
+from core.models.architectures import HEAD, POSITION_OFFSET, ModelAdapter
+from core.models.block import DecoderBlock, ReorderNorm, Rotary
+from core.quant.kv_cache import KVCache
+
+
+class Decoder(nn.Module):
+    """Embeddings, decoder blocks, last norm and head of one model.
+
+    Args:
+        config: the model's configuration.
+        blocks: one per decoder layer; shared, not copied.
+        tensors: what is outside the blocks, by its name in a checkpoint (`ModelAdapter.outside`); shared, not copied. A model
+            with tied embeddings may leave its head out; a head that is there is used.
+    Raises: ModelError E-MODEL-MISSING naming tensors that are missing or belong to no part of the model, E-MODEL-BAD naming one
+        that has another shape than `config` says.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, adapter: ModelAdapter, blocks: Iterable[DecoderBlock], tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.adapter, self._names = adapter, {place: name for place, (name, _) in adapter.outside(config).items()}
+        parts = _sorted_out(config, adapter, tensors)
+        self.embed = nn.Embedding.from_pretrained(parts["embed.weight"])
+        self.positions = nn.Embedding.from_pretrained(parts["positions.weight"]) if "positions.weight" in parts else None
+        # one class serves every supported architecture with rotary positions: their transformers code is the same
+        self.rotary = LlamaRotaryEmbedding(config) if self.positions is None else None
+        self.project_in, self.project_out = (_linear(parts.get(f"project_{side}.weight")) for side in ("in", "out"))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm: ReorderNorm | None = None
+        if not getattr(config, "_remove_final_layer_norm", False):
+            eps = adapter.spec(config).eps
+            self.norm = ReorderNorm(adapter.norm, parts.get("norm.weight"), parts.get("norm.bias"), eps)
+        self.head = _linear(parts.get("head.weight", parts["embed.weight"]))
+        if self.head.weight.data_ptr() == self.embed.weight.data_ptr():
+            self.head.weight = self.embed.weight
+
+    def outside(self) -> dict[str, Tensor]:
+        """Collect the tensors outside the blocks by their names in a checkpoint; a head that is the embedding is left out."""
+        own = self.state_dict()
+        tied = self.head.weight is self.embed.weight
+        return {name: own[place] for place, name in self._names.items() if not (tied and name == HEAD)}
+
+    def new_cache(self) -> KVCache:
+        """Make an empty cache: packed where a block quantises its keys and values, in float where it does not."""
+        return KVCache([block.new_cache() for block in self.blocks])
+
+    def enter(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Rotary]:
+        """Compute what enters the first block, and the rotation of every block.
+
+        Args:
+            ids: [B, T] int64. places: their positions, [1, T] int64. Both on the model's device.
+        Returns: hidden states [B, T, D]; cosines and sines [1, T, E], None with learned positions.
+        """
+        h = self.embed(ids)
+        if self.project_in is not None:
+            h = self.project_in(h)
+        if self.positions is None:
+            return h, self.rotary(h, places)
+        return h + self.positions(places + POSITION_OFFSET), None
+
+    def run(self, h: Tensor, rotary: Rotary, cache: KVCache | None = None, *, first: int = 0, last: int | None = None) -> Tensor:
+        """Run blocks `first` to before `last` (None: all that remain) on hidden states [B, T, D] of their input."""
+        for index in range(first, len(self.blocks) if last is None else last):
+            h = self.blocks[index](h, rotary, None if cache is None else cache.layers[index])
+        return h
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, places: Tensor | None = None) -> Tensor:
+        """Compute the hidden states that the head reads.
+
+        Args:
+            ids: [B, T] int64, on any device: sequences without padding on their left.
+            cache: of `new_cache`; the tokens follow those that it holds and are stored in it.
+            places: positions of the tokens, [1, T] int64 on the model's device; None: behind what the cache holds.
+        Returns: [B, T, D]; `head` makes logits [B, T, V] of them.
+        """
+        device = self.embed.weight.device
+        if places is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            places = torch.arange(past, past + ids.shape[1], device=device)[None]
+        h = self.run(*self.enter(ids.to(device), places), cache)
+        h = h if self.norm is None else self.norm(h)
+        return h if self.project_out is None else self.project_out(h)
+
+
+def _sorted_out(config: PreTrainedConfig, adapter: ModelAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their place in `Decoder`, checked to be complete, of the right shapes, and no more than that."""
+    places = adapter.outside(config)
+    optional = {HEAD} if getattr(config, "tie_word_embeddings", False) else set()
+    names = {name for name, _ in places.values()}
+    for found, fault in (
+        (names - optional - set(tensors), "are missing from the weights"),
+        (set(tensors) - names, "do not belong to this architecture"),
+    ):
+        if found:
+            listed = ", ".join(name[:60] for name in sorted(found)[:3])
+            raise ModelError(f"{len(found)} tensors {fault}: {listed}.", code="E-MODEL-MISSING")
+    for name, shape in places.values():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ModelError(
+                f"{name[:80]} has the shape {tuple(tensors[name].shape)}, config.json says {shape}. Download the model again.",
+                code="E-MODEL-BAD",
+            )
+    return {place: tensors[name] for place, (name, _) in places.items() if name in tensors}
+
+
+def _linear(weight: Tensor | None) -> nn.Linear | None:
+    """A linear layer without bias around `weight` [N, K], shared with it."""
+    if weight is None:
+        return None
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return made
+
+
+@dataclass
+class CausalOutput(ModelOutput):
+    """What `CausalModel` returns: logits [B, T, V], and the cache under the name by which it was given."""
+
+    logits: Tensor | None = None
+    cache: KVCache | None = None
+    past_key_values: KVCache | None = None
+
+
+class CausalModel(PreTrainedModel, GenerationMixin):
+    """A decoder as a transformers model: `generate`, lm-eval and other programs that take one can run it.
+
+    It takes sequences of one length, or padded on the right. Arguments are those of `Decoder`.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "decoder"
+    _supports_sdpa = True  # says only that a configuration which asks for it is right: attention is our own
+
+    def __init__(
+        self, config: PreTrainedConfig, adapter: ModelAdapter, blocks: Iterable[DecoderBlock], tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(config, adapter, blocks, tensors)
+        self.eval()
+
+    @classmethod
+    def from_transformers(cls, source: PreTrainedModel, adapter: ModelAdapter, *, consume: bool = False) -> CausalModel:
+        """Make the model that computes what a float model of transformers computes; weights of its layers are copied.
+
+        Args:
+            consume: drop each layer of `source` once it is copied, so that no weight is in memory twice. It cannot run then.
+        """
+        layers, blocks = adapter.decoder_layers(source), []
+        for index in range(len(layers)):
+            blocks.append(DecoderBlock.from_layer(source, adapter, index))
+            if consume:
+                layers[index] = nn.Identity()
+        outside = {name: t for name, t in source.state_dict().items() if not name.startswith(f"{adapter.layers}.")}
+        made = cls(source.config, adapter, blocks, outside)
+        made.generation_config = source.generation_config
+        return made
+
+    def with_blocks(self, blocks: Iterable[DecoderBlock]) -> CausalModel:
+        """Make a model that shares everything with this one but its blocks."""
+        made = CausalModel(self.config, self.decoder.adapter, blocks, self.decoder.outside())
+        made.generation_config = self.generation_config
+        return made
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks in order."""
+        return self.decoder.blocks
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, weight [V, D]."""
+        return self.decoder.embed
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, weight [V, D]."""
+        return self.decoder.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: object | None = None,
+        cache: object | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalOutput:
+        """Compute logits by transformers' convention.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, S]; zeros may only stand on the right, where they change no other token's result.
+            position_ids: [B, T]; may only say what follows from the cache.
+            past_key_values, cache: the cache under its older and its newer name. One of transformers' own is replaced by an empty
+                one of ours while it is empty itself.
+            logits_to_keep: last positions to compute; 0 computes all.
+            return_dict: only True.
+        Raises: InputError E-PARAM-INPUT for padding on the left, other positions, a filled foreign cache or tuples as output.
+        """
+        given = past_key_values if cache is None else cache
+        known = given if isinstance(given, KVCache) else None
+        if known is None and given is not None and given.get_seq_length() > 0:
+            raise InputError("The cache was filled by another model: begin with an empty one.", code="E-PARAM-INPUT")
+        if known is None and (given is not None or use_cache):
+            known = self.decoder.new_cache()
+        _require_plain(input_ids, attention_mask, position_ids, 0 if known is None else known.get_seq_length())
+        if not return_dict:
+            raise InputError("Outputs as tuples are not supported: leave return_dict at True.", code="E-PARAM-INPUT")
+        hidden = self.decoder(input_ids, known)
+        logits = self.decoder.head(hidden[:, -logits_to_keep:])
+        return CausalOutput(logits, past_key_values=known) if past_key_values is not None else CausalOutput(logits, cache=known)
+
+
+def _require_plain(ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
+    """Refuse what would make the tokens stand elsewhere than behind the `past` ones of the cache."""
+    padded = mask is not None and bool((mask.diff(dim=-1) > 0).any())
+    moved = positions is not None and bool((positions != torch.arange(past, past + ids.shape[1], device=positions.device)).any())
+    if padded or moved:
+        raise InputError(
+            "Padding on the left and positions of one's own are not supported: give sequences of one length, or pad on the right.",
+            code="E-PARAM-INPUT",
+        )
