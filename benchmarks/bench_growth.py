@@ -11,7 +11,6 @@ from benchmarks.common import Result, interleave
 from core import Calibration, Clusters, QuantRecipe
 from core.evaluation.perplexity import score
 from core.methods.rptq.cluster import cluster_channels
-from core.models.shell import with_layers
 from core.quant.affine import Grid, choose_qparams
 from core.quant.gptq import quantize_weight, round_to_nearest
 from core.quant.linear.quant import QuantLinear
@@ -67,10 +66,10 @@ def run(model: str) -> list[Result]:
     base = bench.model(model)
     recipe = QuantRecipe(model=model, clusters=Clusters(), weights="rtn", calibration=Calibration(tokens=1024))
     loaded = bench.model(bench.quantize(recipe).key)
-    layers = list(loaded.adapter.decoder_layers(loaded.model))
+    layers = list(loaded.model.blocks)
     windows, _ = evaluation_windows(base, "sotu", tokens=512, window=512)
     counts = sorted({max(1, len(layers) // 4), max(1, len(layers) // 2), len(layers)})
-    shortened = {n: with_layers(loaded.model, loaded.adapter, layers[:n]) for n in counts}
+    shortened = {n: loaded.model.with_blocks(layers[:n]) for n in counts}
     results += series("layers (perplexity, 512 tokens)", counts, lambda n: lambda: score(shortened[n], windows))
     results += series(
         "tokens of a window (perplexity)", (64, 128, 256, 512), lambda t: lambda: score(loaded.model, windows[:, :t])

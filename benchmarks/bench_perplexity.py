@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
 
 from benchmarks.common import Result, absent, interleave, limits
-from benchmarks.peers import LlamaCpp, torchao
+from benchmarks.peers import LlamaCpp, score_transformers, torchao, transformers_model
 from core import Calibration, QuantRecipe
 from core.evaluation.perplexity import score
 from core.workbench import Workbench, evaluation_windows
@@ -24,17 +23,19 @@ def run(model: str) -> list[Result]:
         report = bench.quantize(QuantRecipe(model=model, method=method, weights="rtn", calibration=Calibration(tokens=1024)))
         models[method] = (report, bench.model(report.key).model)
     (fake, fake_model), (real, real_model) = models["rptq"], models["rtn"]
-    entries = [base.model, fake_model, real_model, copy.deepcopy(base.model).to(torch.bfloat16)]
-    passes, peers = [functools.partial(score, m, parts) for m in entries], ["transformers bfloat16"]
-    if (changed := torchao(base.model, activations=True)) is not None:
-        passes.append(functools.partial(score, changed, parts))
+    theirs, narrow = (transformers_model(base, dtype) for dtype in (torch.float32, torch.bfloat16))
+    passes, peers = [functools.partial(score_transformers, theirs, parts)], ["transformers bfloat16"]
+    passes += [functools.partial(score, m, parts) for m in (fake_model, real_model)]
+    passes.append(functools.partial(score_transformers, narrow, parts))
+    if (changed := torchao(theirs, activations=True)) is not None:
+        passes.append(functools.partial(score_transformers, changed, parts))
         peers.append("torchao int8")
     if LlamaCpp.runs(model):
         llama = LlamaCpp(context=parts.shape[1], logits="all")
         passes.append(lambda: [llama.read(window.tolist()) for window in parts])
         peers.append("llama.cpp Q4_0, head included")
     plain, c3, c4, *others = interleave(*passes, rounds=5)
-    operations = 2 * parts.numel() * sum(p.numel() for p in base.model.parameters())
+    operations = 2 * parts.numel() * sum(p.numel() for p in theirs.parameters())
     results = []
     for number, report, seconds, target in (("C3", fake, c3, "≤ 1.05×"), ("C4", real, c4, "≤ 0.75×")):
         backends = ", ".join(f"{use.backend} × {use.layers}" for use in report.backends)

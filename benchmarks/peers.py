@@ -7,11 +7,29 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import installed
 from core.models.io.catalog import DEFAULT_MODEL, DEFAULT_WHEEL
+from core.models.io.load import LoadedModel
 from core.models.io.wheel import fetch_member
+
+
+def transformers_model(loaded: LoadedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the same weights as transformers' own model."""
+    options = {"trust_remote_code": False, "local_files_only": True, "attn_implementation": "sdpa"}
+    return AutoModelForCausalLM.from_pretrained(loaded.path, dtype=dtype, **options).eval()
+
+
+@torch.inference_mode()
+def score_transformers(model: PreTrainedModel, windows: Tensor) -> float:
+    """Compute the mean loss of transformers' own model on windows [S, T], as `core.evaluation.perplexity.score` does."""
+    losses = []
+    for window in windows:
+        log_p = torch.log_softmax(model(window[None], use_cache=False).logits[0, :-1].float(), dim=-1)
+        losses.append(-float(log_p.gather(1, window[1:, None]).mean()))
+    return sum(losses) / len(losses)
 
 
 def torchao(model: nn.Module, *, activations: bool) -> nn.Module | None:

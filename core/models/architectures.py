@@ -20,7 +20,6 @@ from transformers import PretrainedConfig
 from core.errors import ModelError
 from core.registry import Registry
 
-
 HEAD = "lm_head.weight"
 """Name of the output embedding in every supported checkpoint."""
 POSITION_OFFSET = 2

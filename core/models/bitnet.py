@@ -9,6 +9,7 @@ from core.quant.dynamic import MODES
 from core.quant.kv_cache_dynamic import AttentionBits
 from core.recipe import BITNET_MODES
 
+
 @dataclass(frozen=True)
 class BitNetRules:
     """By which rules a model with ternary weights runs, and which it was trained for.

@@ -10,13 +10,13 @@ a transformers model, for programs that want one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
 
 from core.errors import InputError, ModelError
 from core.models.architectures import HEAD, POSITION_OFFSET, ModelAdapter
@@ -134,13 +134,8 @@ def _linear(weight: Tensor | None) -> nn.Linear | None:
     return made
 
 
-@dataclass
-class CausalOutput(ModelOutput):
-    """What `CausalModel` returns: logits [B, T, V], and the cache under the name by which it was given."""
-
-    logits: Tensor | None = None
-    cache: KVCache | None = None
-    past_key_values: KVCache | None = None
+CACHE_FIELD = "cache" if any(f.name == "cache" for f in fields(CausalLMOutputWithPast)) else "past_key_values"
+"""What the installed version of transformers calls the cache."""
 
 
 class CausalModel(PreTrainedModel, GenerationMixin):
@@ -206,7 +201,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
-    ) -> CausalOutput:
+    ) -> CausalLMOutputWithPast:
         """Compute logits by transformers' convention.
 
         Args:
@@ -230,7 +225,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
             raise InputError("Outputs as tuples are not supported: leave return_dict at True.", code="E-PARAM-INPUT")
         hidden = self.decoder(input_ids, known)
         logits = self.decoder.head(hidden[:, -logits_to_keep:])
-        return CausalOutput(logits, past_key_values=known) if past_key_values is not None else CausalOutput(logits, cache=known)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_FIELD: known})
 
 
 def _require_plain(ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
@@ -239,6 +234,6 @@ def _require_plain(ids: Tensor, mask: Tensor | None, positions: Tensor | None, p
     moved = positions is not None and bool((positions != torch.arange(past, past + ids.shape[1], device=positions.device)).any())
     if padded or moved:
         raise InputError(
-            "Padding on the left and positions of one's own are not supported: give sequences of one length, or pad on the right.",
+            "Padding on the left and other positions are not supported: give sequences of one length, or pad on the right.",
             code="E-PARAM-INPUT",
         )

@@ -56,7 +56,8 @@ def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides
     source = tiny_transformers(architecture, seed=seed, layers=layers, **overrides)
     adapter = adapter_for(source.config)
     model = CausalModel.from_transformers(source, adapter).requires_grad_(False)
-    return LoadedModel(model, tiny_tokenizer(), adapter, f"tiny-random-{architecture}", None, f"random weights, seed {seed}", None)
+    name, origin = f"tiny-random-{architecture}", f"random weights, seed {seed}"
+    return LoadedModel(model, tiny_tokenizer(), adapter, name, None, origin, None)
 
 
 def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:

@@ -52,7 +52,7 @@ def everything(folder: str, recipe: QuantRecipe, out, device: str) -> dict[str, 
         "ranges": {name: entry.to_dict() for name, entry in ranges.sites.items()},
         "layers": report.layers,
         "scores": [(s.nll, s.kld_mean, s.same_top_token) for s in scores],
-        "texts": [generate(m.model, m.tokenizer, m.adapter, "number", max_new_tokens=4).text for m in (base, back)],
+        "texts": [generate(m.model, m.tokenizer, "number", max_new_tokens=4).text for m in (base, back)],
         "channel": channel_detail(base, windows, "layers.1.down_in", 3),
         "histogram": input_histogram(back, parts, "t", "attn_in", 1).counts,
     }

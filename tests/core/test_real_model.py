@@ -16,7 +16,6 @@ from core.methods import method
 from core.methods.rptq.reorder import Orders, reorder_block
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.io.load import LoadedModel, load_model
-from core.models.shell import new_cache, with_layers
 from core.quant.kv_cache import QuantizedKVLayer
 from core.recipe import Bits, Calibration, QuantRecipe
 from kernels import unpack
@@ -73,7 +72,7 @@ def reordered(loaded: LoadedModel) -> torch.nn.Module:
         heads = [torch.stack([torch.randperm(spec.head_dim, generator=g) for _ in range(spec.kv_heads)]) for _ in range(2)]
         r1, r4, r5 = (torch.randperm(n, generator=g) for n in (spec.hidden, spec.hidden, spec.ffn))
         blocks.append(reorder_block(block, Orders(r1, heads[0], heads[1], r4, r5)))
-    return with_layers(loaded.model, loaded.adapter, blocks)
+    return loaded.model.with_blocks(blocks)
 
 
 def check_reordering(loaded: LoadedModel, ids: Tensor) -> None:
@@ -86,7 +85,7 @@ def check_reordering(loaded: LoadedModel, ids: Tensor) -> None:
 
 def quantised(loaded: LoadedModel, calibration: Tensor, **options) -> tuple[torch.nn.Module, list[LayerOutcome]]:
     recipe = QuantRecipe(loaded.name, calibration=Calibration(tokens=512, window=128), **options)
-    model, outcomes, _ = quantize_layers(loaded.model, loaded.adapter, method(recipe.method), recipe, calibration)
+    model, outcomes, _ = quantize_layers(loaded.model, method(recipe.method), recipe, calibration)
     return model, outcomes
 
 
@@ -112,10 +111,10 @@ def test_kv_cache_of_smollm(smollm, windows):
     model, _ = quantised(smollm, calibration[:2], scheme="custom", bits=Bits(k=4, v=4), weights="rtn")
     base, found = score(smollm.model, ids).perplexity, score(model, ids).perplexity
     assert found < 1.3 * base, f"{base:.2f} -> {found:.2f}"  # measured: 28.85 -> 31.09
-    whole, stepwise = new_cache(model, smollm.adapter), new_cache(model, smollm.adapter)
+    whole, stepwise = model.decoder.new_cache(), model.decoder.new_cache()
     short = ids[:1, :20]
-    logits = model(short, past_key_values=whole, use_cache=True).logits
-    assert torch.equal(logits, model(short, use_cache=False).logits)
+    logits = model(short, cache=whole).logits
+    assert torch.equal(logits, model(short).logits)
     # Sums of another length round differently, now and then across a boundary of a 4-bit code, and later layers carry that on.
     assert relative(in_steps(model, short, stepwise, steps=(12,)), logits) < 0.15
     differing = [code_difference(a, b) for a, b in zip(whole.layers, stepwise.layers, strict=True)]

@@ -192,7 +192,7 @@ def test_observe_is_exact_and_json(bench, folder):
     from core.calibration.data import calibration_windows, resolve_text
 
     windows = calibration_windows(resolve_text(TEXT, split="calibration"), loaded.tokenizer, tokens=256, window=32, seed=0)
-    for layer, ranges in enumerate(observe_layers(loaded.model, loaded.adapter, windows)):
+    for layer, ranges in enumerate(observe_layers(loaded.model, windows)):
         for kind, found in ranges.items():
             entry = report.sites[f"layers.{layer}.{kind}"]
             assert entry.low.tolist() == found.low.tolist() and entry.high.tolist() == found.high.tolist()

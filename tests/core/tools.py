@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 
+from core.calibration.observe import BlockInputs
 from core.methods import method
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
+from core.models.decoder import CausalModel
 from core.models.io.load import LoadedModel
-from core.models.tiny import tiny_architectures, tiny_model
+from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
+from core.quant.kv_cache import KVCache
 from core.recipe import Calibration, QuantRecipe
 
 ARCHITECTURES = tiny_architectures()
@@ -42,6 +44,11 @@ def tiny(architecture: str) -> LoadedModel:
     return tiny_model(architecture)
 
 
+def tiny_source(architecture: str, **options: Any) -> LoadedModel:
+    """`tiny_model` with transformers' own model in it: what a training hands over, and what files are written from."""
+    return replace(tiny_model(architecture, **options), model=tiny_transformers(architecture, **options))
+
+
 def tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:
     """Random byte tokens [rows, length]."""
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -57,9 +64,14 @@ def spec_of(loaded: LoadedModel) -> BlockSpec:
 
 
 def float_blocks(loaded: LoadedModel) -> list[DecoderBlock]:
-    """The model's layers as float blocks."""
-    layers = loaded.adapter.decoder_layers(loaded.model)
-    return [DecoderBlock.from_layer(layer, loaded.adapter, spec_of(loaded), i) for i, layer in enumerate(layers)]
+    """Copies of a float model's blocks, to be changed."""
+    return list(copy.deepcopy(loaded.model.blocks))
+
+
+def block_inputs(model: CausalModel, ids: Tensor) -> BlockInputs:
+    """What enters the first block for the tokens [B, T]."""
+    places = torch.arange(ids.shape[1], device=model.device)[None]
+    return BlockInputs(*model.decoder.enter(ids.to(model.device), places))
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,12 @@ class Quantised:
     recipe: QuantRecipe
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> CausalModel:
         return self.loaded.model
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.loaded.adapter.decoder_layers(self.loaded.model)
+        return self.loaded.model.blocks
 
 
 def quantised(
@@ -94,17 +106,18 @@ def quantised(
     made = QuantRecipe(base.name, calibration=Calibration(tokens=256, window=32), **recipe)
     options = {} if progress is None else {"progress": progress}
     windows = tokens(8, 32) if windows is None else windows
-    model, outcomes, _ = quantize_layers(base.model, base.adapter, method(made.method), made, windows, **options)
+    model, outcomes, _ = quantize_layers(base.model, method(made.method), made, windows, **options)
     return Quantised(base, replace(base, model=model), outcomes, made)
 
 
 @torch.inference_mode()
-def in_steps(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None, steps: tuple[int, ...] = (7, 3)) -> Tensor:
+def in_steps(model: CausalModel, ids: Tensor, cache: KVCache | None = None, steps: tuple[int, ...] = (7, 3)) -> Tensor:
     """Logits [B, T, V] with a cache: first `steps` tokens at a time, the rest one by one."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    decoder = model.decoder
+    cache = decoder.new_cache() if cache is None else cache
     out, start = [], 0
-    sizes = [*steps, *[1] * (ids.shape[1] - sum(steps))]
-    for size in sizes:
-        out.append(model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True).logits)
+    for size in [*steps, *[1] * (ids.shape[1] - sum(steps))]:
+        out.append(decoder.head(decoder(ids[:, start : start + size], cache)))
         start += size
+        assert cache.get_seq_length() == start and cache.nbytes > 0
     return torch.cat(out, dim=1)

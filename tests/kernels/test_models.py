@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 
 from core.evaluation.graph import DecodeStep, unsupported_reason
-from core.models.shell import new_cache
 from core.recipe import BitNetOptions, Clusters
 from kernels import Backend
 from tests.core.tools import in_steps, quantised, relative, tokens
@@ -54,7 +53,7 @@ def logits(made, device, *, rows=2):
     for block in made.blocks:
         for linear in block.linears().values():
             linear.set_backend(linear.requested)  # chosen anew, as a move to another device does
-    cache = new_cache(model, made.loaded.adapter)
+    cache = model.decoder.new_cache()
     ids = tokens(rows, PROMPT + NEW).to(device)
     return in_steps(model, ids, cache, steps=(PROMPT,)).cpu(), cache
 
@@ -131,9 +130,9 @@ def test_a_step_with_static_inputs(method, request):
         made = quantised("bitnet", layers=1, method="bitnet", bitnet=BitNetOptions(kv_bits=3))
     device = request.getfixturevalue("triton_everywhere")
     expected, plain = logits(made, device, rows=1)
-    cache, ids = new_cache(made.model, made.loaded.adapter), tokens(1, PROMPT + NEW).to(device)
+    cache, ids = made.model.decoder.new_cache(), tokens(1, PROMPT + NEW).to(device)
     in_steps(made.model, ids[:, :PROMPT], cache, steps=(PROMPT,))
-    reason = unsupported_reason(made.model, made.loaded.adapter, cache, 32)
+    reason = unsupported_reason(made.model, cache, 32)
     assert reason == (None if device == "cuda" else "kernels run on cuda, not on cpu")
     step = DecodeStep(made.model, cache, NEW)
     if device == "cuda":
@@ -146,7 +145,7 @@ def test_a_step_with_static_inputs(method, request):
     for one, other in zip(cache.layers, plain.layers, strict=True):
         assert relative(one.key_states.read().cpu(), other.key_states.read().cpu()) < BOUND
     with pytest.raises(RuntimeError, match="unpin"):
-        made.model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+        made.model(ids[:, :2], cache=cache)
     cache.unpin()
-    after = [made.model(input_ids=ids[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, plain)]
+    after = [made.model(ids[:, :1], cache=c).logits for c in (cache, plain)]
     assert relative(*(x.cpu() for x in after)) < BOUND, "and goes on as any cache"

@@ -12,10 +12,9 @@ from core.calibration.channel import channel_detail
 from core.calibration.observe import BATCH_TOKENS, SAMPLED_ROWS, Recorder, batches, observe_layers
 from core.calibration.report import RangesReport, SiteRanges
 from core.errors import InputError, NumericError
-from core.models.shell import block_inputs
 from core.quant.ranges import ChannelRanges, cluster_bounds, ema_bounds
 from core.recipe import SITES
-from tests.core.tools import ARCHITECTURES, float_blocks, spec_of, tiny, tokens
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, spec_of, tiny, tokens
 
 
 def ranges_of(sample_low: torch.Tensor, sample_high: torch.Tensor) -> ChannelRanges:
@@ -76,12 +75,12 @@ def test_permuting_permutes_everything():
 def test_observed_ranges_are_exact(architecture):
     loaded, windows = tiny(architecture), tokens(70, 32, seed=2)  # two batches
     assert len(batches(windows)) == 2
-    inputs = block_inputs(loaded.model, loaded.adapter, windows)
+    inputs = block_inputs(loaded.model, windows)
     hidden, spec = inputs.hidden, spec_of(loaded)
-    for index, found in enumerate(observe_layers(loaded.model, loaded.adapter, windows)):
+    for index, found in enumerate(observe_layers(loaded.model, windows)):
         seen: dict[str, torch.Tensor] = {}
         block = float_blocks(loaded)[index]
-        hidden = block(hidden, **inputs.kwargs[index], observe=lambda s, x, seen=seen: seen.update({s: x.clone()}))
+        hidden = block(hidden, inputs.rotary, observe=lambda s, x, seen=seen: seen.update({s: x.clone()}))
         assert tuple(found) == SITES
         for site, ranges in found.items():
             x = seen[site]
@@ -100,7 +99,7 @@ def test_observed_ranges_are_exact(architecture):
 def test_observing_leaves_no_hook_and_no_change():
     loaded = tiny("llama")
     before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-    list(observe_layers(loaded.model, loaded.adapter, tokens(2, 16)))
+    list(observe_layers(loaded.model, tokens(2, 16)))
     assert all(torch.equal(v, loaded.model.state_dict()[k]) for k, v in before.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
 
@@ -166,7 +165,7 @@ def test_report_finds_the_planted_outlier():
 def test_channel_detail_agrees_with_the_ranges(site, channel):
     loaded, windows = tiny("llama"), tokens(3, 20, seed=4)
     layer, kind = int(site.split(".")[1]), site.split(".")[2]
-    ranges = list(observe_layers(loaded.model, loaded.adapter, windows))[layer][kind]
+    ranges = list(observe_layers(loaded.model, windows))[layer][kind]
     found = channel_detail(loaded, windows, site, channel)
     assert found.low == pytest.approx(float(ranges.low[channel]), rel=1e-4) and found.high == pytest.approx(
         float(ranges.high[channel]), rel=1e-4

@@ -23,7 +23,7 @@ PROMPT = "The quick brown fox"
 
 def run(loaded, prompt: str = PROMPT, **options) -> tuple[Continuation, list[str]]:
     pieces: list[str] = []
-    return generate(loaded.model, loaded.tokenizer, loaded.adapter, prompt, on_text=pieces.append, **options), pieces
+    return generate(loaded.model, loaded.tokenizer, prompt, on_text=pieces.append, **options), pieces
 
 
 def greedy(loaded, count: int) -> list[int]:
@@ -31,7 +31,7 @@ def greedy(loaded, count: int) -> list[int]:
     ids = loaded.tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False).input_ids
     made: list[int] = []
     for _ in range(count):
-        made.append(int(loaded.model(ids, use_cache=False).logits[0, -1].argmax()))
+        made.append(int(loaded.model(ids).logits[0, -1].argmax()))
         ids = torch.cat([ids, torch.tensor([[made[-1]]])], dim=1)
     return made
 
@@ -86,7 +86,7 @@ def test_cancelling_keeps_the_text(after, quantise):
         if len(seen) == after:
             raise Cancelled
 
-    found = generate(loaded.model, loaded.tokenizer, loaded.adapter, PROMPT, max_new_tokens=20, on_text=stop)
+    found = generate(loaded.model, loaded.tokenizer, PROMPT, max_new_tokens=20, on_text=stop)
     assert found.stopped == "cancelled" and found.text == "".join(seen) == "".join(pieces[:after])
     assert found.new_tokens == after and full.text.startswith(found.text) and found.kv_bytes > 0
 
@@ -250,7 +250,7 @@ def test_whole_numbers_from_a_page_are_taken():
 
 def test_scores_that_are_not_finite_are_an_error():
     loaded = tiny_model("llama")
-    loaded.model.lm_head.weight.data[3] = math.nan
+    loaded.model.decoder.head.weight.data[3] = math.nan
     with pytest.raises(NumericError):
         run(loaded)
 

@@ -214,7 +214,7 @@ def test_a_float_model_weighs_its_parameters(architecture):
     parts = measured_parts(loaded.model, loaded.adapter)
     assert sum(parts.values()) == distinct(loaded.model) == 4 * parameters_of(loaded.model)
     assert "packed weights" not in parts and "scales and zero points" not in parts
-    layer = loaded.adapter.decoder_layers(loaded.model)[0]
+    layer = loaded.model.blocks[0]
     assert parts["decoder weights (float)"] == 2 * 4 * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
 
 

@@ -126,14 +126,14 @@ def test_equal_windows_have_equal_ids():
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity():
     loaded = tiny_model("llama")
-    loaded.model.lm_head.weight.data.zero_()
+    loaded.model.decoder.head.weight.data.zero_()
     found = score(loaded.model, tokens(2, 9))
     assert found.perplexity == pytest.approx(259, rel=1e-5) and found.perplexity_stderr == pytest.approx(0, abs=1e-3)
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
     loaded = tiny_model("llama")
-    loaded.model.lm_head.weight.data[5] = math.nan
+    loaded.model.decoder.head.weight.data[5] = math.nan
     with pytest.raises(NumericError, match="window 1") as caught:
         score(loaded.model, tokens(2, 9))
     assert caught.value.code == "E-NUM-NAN" and len(str(caught.value)) < 240
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 def test_a_hopeless_model_does_not_overflow():
     loaded = tiny_model("llama")
-    loaded.model.lm_head.weight.data.mul_(1e5)
+    loaded.model.decoder.head.weight.data.mul_(1e5)
     found = score(loaded.model, tokens(2, 9))
     assert math.isfinite(found.perplexity) and found.nll > 700 and math.isfinite(found.perplexity_stderr)
 

@@ -12,12 +12,11 @@ from core.errors import InputError, ModelError
 from core.evaluation.sparsity import BINS, account, input_histogram, measure_sparsity, weight_histogram
 from core.models.io.bitnet import save_bitnet
 from core.models.io.load import LoadedModel, load_model
-from core.models.shell import block_inputs, quantized_blocks
-from core.models.tiny import tiny_model
+from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import quantize_input
 from core.recipe import BitNetOptions
 from core.workbench import Workbench
-from tests.core.tools import quantised, tokens
+from tests.core.tools import block_inputs, quantised, tokens
 
 WINDOWS = tokens(3, 24, seed=2)
 TABLE = [  # hidden, ffn, layers; QKV, Out, Up, Gate, Down; overall; active of a4.8, in billions
@@ -31,11 +30,9 @@ TABLE = [  # hidden, ffn, layers; QKV, Out, Up, Gate, Down; overall; active of a
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    loaded = tiny_model("bitnet")
     target = tmp_path_factory.mktemp("sparsity") / "m"
-    save_bitnet(
-        target, loaded.model, loaded.tokenizer, mode="a4.8", card={"title": "t", "description": "d", "licence": "Apache-2.0"}
-    )
+    card = {"title": "t", "description": "d", "licence": "Apache-2.0"}
+    save_bitnet(target, tiny_transformers("bitnet"), tiny_tokenizer(), mode="a4.8", card=card)
     return target
 
 
@@ -58,12 +55,12 @@ def test_the_published_accounting(hidden, ffn, layers, shares, overall, active):
 
 def test_counts_are_those_of_the_codes(native):
     report = measure_sparsity(native, WINDOWS, "random")
-    blocks = quantized_blocks(native.model, native.adapter)
-    inputs = block_inputs(native.model, native.adapter, WINDOWS)
+    blocks = native.model.blocks
+    inputs = block_inputs(native.model, WINDOWS)
     hidden = inputs.hidden
     for index, block in enumerate(blocks):
         seen: dict[str, torch.Tensor] = {}
-        hidden = block(hidden, **inputs.kwargs[index], observe=lambda site, x, s=seen: s.update({site: x}))
+        hidden = block(hidden, inputs.rotary, observe=lambda site, x, s=seen: s.update({site: x}))
         zero = {
             site: float((quantize_input(seen[site], kind)[0] == 0).float().mean())
             for site, kind in (("attn_in", "int4"), ("o_in", "topk8"), ("mlp_in", "int4"), ("down_in", "int8"))
@@ -86,7 +83,7 @@ def test_counts_are_those_of_the_codes(native):
 
 def test_measuring_leaves_no_hook_behind(native):
     measure_sparsity(native, WINDOWS, "random")
-    assert all(not b.activation._forward_hooks for b in quantized_blocks(native.model, native.adapter))
+    assert all(not b.activation._forward_hooks for b in native.model.blocks)
 
 
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
@@ -104,7 +101,7 @@ def test_simulated_models_are_counted_too(architecture):
 def test_weights_are_shares_of_three_values(native):
     report = weight_histogram(native)
     assert len(report.layers) == 2
-    for table, block in zip(report.layers, quantized_blocks(native.model, native.adapter), strict=True):
+    for table, block in zip(report.layers, native.model.blocks, strict=True):
         assert list(table) == ["q", "k", "v", "o", "gate", "up", "down"]
         assert all(abs(s.minus + s.zero + s.plus - 1) < 1e-6 and 0.25 < s.zero < 0.37 for s in table.values())
         codes, scale = block.qkv.projections()[1]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.models.shell import block_inputs
 from core.quant.ranges import ChannelRanges
-from tests.core.tools import Quantised, float_blocks, quantised, tiny, tokens
+from tests.core.tools import Quantised, block_inputs, float_blocks, quantised, tiny, tokens
 
 _DONE: dict[tuple, Quantised] = {}
 
@@ -22,8 +21,8 @@ def made(architecture: str, **recipe) -> Quantised:
 def observed(architecture: str, skip: int) -> dict[str, Tensor]:
     """Every site of the first layer on the default calibration windows, [S, T - skip, C]."""
     base, seen = tiny(architecture), {}
-    inputs = block_inputs(base.model, base.adapter, tokens(8, 32))
-    float_blocks(base)[0](inputs.hidden, **inputs.kwargs[0], observe=lambda site, x: seen.update({site: x[:, skip:].clone()}))
+    inputs = block_inputs(base.model, tokens(8, 32))
+    float_blocks(base)[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: x[:, skip:].clone()}))
     return seen
 
 

@@ -12,15 +12,15 @@ from core.evaluation.windows import evaluation_windows
 from core.models.io.bitnet import save_bitnet
 from core.models.io.load import LoadedModel, load_model
 from core.models.io.quantized import already_quantized, load_quantized, read_description, save_quantized
-from core.models.shell import block_inputs, new_cache, quantized_blocks
-from core.models.tiny import tiny_model
+from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import MODES, ternary_absmean
-from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVCache
+from core.quant.kv_cache import FloatKVLayer
+from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.recipe import BITNET_MODES, INPUT_SITE, SITES, BitNetOptions, Calibration, QuantRecipe
 from core.stages import evaluate, quantize
 from core.workbench import Workbench
-from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, tokens
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, in_steps, quantised, relative, tokens
 
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
 IDS = tokens(2, 20, seed=3)
@@ -34,8 +34,7 @@ def folder(tmp_path_factory):
 
 
 def trained(target, mode: str, **options):
-    loaded = tiny_model("bitnet")
-    save_bitnet(target, loaded.model, loaded.tokenizer, mode=mode, card=CARD, **options)
+    save_bitnet(target, tiny_transformers("bitnet"), tiny_tokenizer(), mode=mode, card=CARD, **options)
     return target
 
 
@@ -68,7 +67,7 @@ def test_float_models_are_rounded_projection_by_projection(architecture):
 def test_another_mode_changes_no_weight(folder, mode):
     base = load_model(str(folder))
     made = apply(base, mode=mode, keep=0.25)
-    for block, old in zip(made.blocks, quantized_blocks(base.model, base.adapter), strict=True):
+    for block, old in zip(made.blocks, base.model.blocks, strict=True):
         mine, theirs = block.state_dict(), old.state_dict()
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
         assert block.qkv.packed is old.qkv.packed, "shared, not copied"
@@ -137,21 +136,21 @@ def test_gate_first_and_sparse_inputs_are_exact(folder, mode):
     """Every switch gives the same bits, for one token and for many."""
     made = apply(load_model(str(folder)), mode=mode)
     for rows, length in ((1, 1), (2, 9)):
-        inputs = block_inputs(made.model, made.loaded.adapter, tokens(rows, length))
-        for index, block in enumerate(made.blocks):
+        inputs = block_inputs(made.model, tokens(rows, length))
+        for block in made.blocks:
             outputs = []
             for gate_first in ("never", "always", "auto"):
                 for sparse in ("never", "always"):
                     block.gate_first = gate_first
                     for linear in block.linears().values():
                         linear.sparse = sparse
-                    outputs.append(block(inputs.hidden, **inputs.kwargs[index]))
+                    outputs.append(block(inputs.hidden, inputs.rotary))
             assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 def test_the_gate_really_skips(folder, monkeypatch):
     """With a forced gate, up multiplies fewer rows; "auto" does so for one token of a large layer with few live gates."""
-    block = quantized_blocks(*(lambda m: (m.model, m.adapter))(load_model(str(folder))))[0]
+    block = load_model(str(folder)).model.blocks[0]
     asked: list[int] = []
     original = TernaryLinear.product
 
@@ -183,7 +182,7 @@ def test_the_gate_really_skips(folder, monkeypatch):
 
 
 def test_zeros_survive_the_sub_norm(folder):
-    block = quantized_blocks(*(lambda m: (m.model, m.adapter))(load_model(str(folder))))[0]
+    block = load_model(str(folder)).model.blocks[0]
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(1))
     h = block._mlp(x, None)
     assert 0.3 < float((h == 0).float().mean()) < 0.7
@@ -198,8 +197,8 @@ def test_zeros_survive_the_sub_norm(folder):
 @pytest.mark.parametrize("options", [{"kv_bits": 3}, {"kv_bits": 4, "q_bits": 4}, {"kv_bits": 8}], ids=str)
 def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
     made = apply(load_model(str(folder)), **options)
-    cache = new_cache(made.model, made.loaded.adapter)
-    assert isinstance(cache, DynamicKVCache)
+    cache = made.model.decoder.new_cache()
+    assert all(isinstance(layer, DynamicKVLayer) for layer in cache.layers)
     expected, found = made.model(IDS).logits, in_steps(made.model, IDS, cache)
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(errors.median()) < 1e-5 and float(errors.max()) < 0.2, "a sum in another order may move a value to the next code"
@@ -213,7 +212,7 @@ def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
 
 def test_sixteen_bit_attention_has_no_packed_cache(folder):
     made = apply(load_model(str(folder)))
-    assert new_cache(made.model, made.loaded.adapter) is None
+    assert all(isinstance(layer, FloatKVLayer) for layer in made.model.decoder.new_cache().layers)
     assert kv_bytes_per_token(made.model, made.loaded.adapter) == 2 * 2 * 2 * 16 * 4
 
 
@@ -226,7 +225,7 @@ def test_a_round_trip_is_bit_identical(tmp_path, architecture):
     save_quantized(tmp_path / "q", made.loaded, {"report": {"label": made.recipe.label()}})
     again = load_quantized(tmp_path / "q")
     assert torch.equal(again.model(IDS).logits, made.model(IDS).logits)
-    for old, new in zip(made.blocks, quantized_blocks(again.model, again.adapter), strict=True):
+    for old, new in zip(made.blocks, again.model.blocks, strict=True):
         assert old.rules == new.rules and old.o.keep == new.o.keep == 0.25
     assert label_of(again) == "BITNET · a4.8 (keeps 0.25) · KV 3 bits, first token 4 · Q 4 bits"
     assert torch.equal(load_model(str(tmp_path / "q")).model(IDS).logits, again.model(IDS).logits)
@@ -235,7 +234,7 @@ def test_a_round_trip_is_bit_identical(tmp_path, architecture):
 def test_bytes_are_measured(folder):
     base = load_model(str(folder))
     parts = measured_parts(base.model, base.adapter)
-    linears = [x for b in quantized_blocks(base.model, base.adapter) for x in b.linears().values()]
+    linears = [x for b in base.model.blocks for x in b.linears().values()]
     weights = sum(x.in_features * x.out_features for x in linears)
     assert parts["packed weights"] == weights // 4
     assert parts["scales and zero points"] == 2 * 4 * (7 + 7 + 4), "7 scales, 7 + 4 row bounds per layer"
@@ -270,10 +269,10 @@ def test_the_whole_way(folder, tmp_path):
 
 def test_what_counts_as_quantised(folder):
     native = load_model(str(folder))
-    assert not already_quantized(native.model, native.adapter)
-    assert not already_quantized(apply(native).model, native.adapter), "its weights are still the trained ones"
+    assert not already_quantized(native.model)
+    assert not already_quantized(apply(native).model), "its weights are still the trained ones"
     simulated = apply(tiny_model("llama")).loaded
-    assert already_quantized(simulated.model, simulated.adapter)
+    assert already_quantized(simulated.model)
     with pytest.raises(ModelError, match="already quantised"):
         quantize(simulated, QuantRecipe("m", calibration=Calibration(TEXT, 256, 64)))
 

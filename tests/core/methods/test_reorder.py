@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from core.methods.rptq.reorder import head_channels, qkv_rows, query_channels, reorder_block
 from core.models.architectures import BlockSpec
 from core.models.io.load import LoadedModel
-from core.models.shell import block_inputs, with_layers
 from core.models.tiny import tiny_model
 from tests.core.methods.reorder_tools import IDS, ILLEGAL, LEGAL, NAMES, ROTARY, random_orders
-from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, relative, spec_of, tiny
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, in_steps, relative, spec_of, tiny
 
 
 def reordered(loaded: LoadedModel, names: tuple[str, ...] = NAMES, seed: int = 0) -> nn.Module:
     spec = spec_of(loaded)
     blocks = [reorder_block(b, random_orders(spec, seed + i, names)) for i, b in enumerate(float_blocks(loaded))]
-    return with_layers(loaded.model, loaded.adapter, blocks)
+    return loaded.model.with_blocks(blocks)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,18 +58,15 @@ def test_other_shapes_of_llama(options):
 
 
 def double(loaded: LoadedModel) -> LoadedModel:
-    """The model in float64, its final norm (computed in float32 by transformers) taken out."""
+    """The model in float64."""
     loaded.model.double()
-    base = loaded.model.base_model
-    if hasattr(base, "norm"):
-        base.norm = nn.Identity()
     return loaded
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_reordering_changes_nothing_in_float64(architecture):
     loaded = double(tiny_model(architecture))
-    plain = with_layers(loaded.model, loaded.adapter, float_blocks(loaded))
+    plain = loaded.model.with_blocks(float_blocks(loaded))
     expected = plain(IDS).logits
     assert expected.dtype == torch.float64
     model = reordered(loaded)
@@ -105,10 +101,10 @@ def test_sites_come_out_permuted(architecture):
     loaded = tiny(architecture)
     spec, block = spec_of(loaded), float_blocks(loaded)[0]
     orders = random_orders(spec, 3)
-    inputs = block_inputs(loaded.model, loaded.adapter, IDS)
+    inputs = block_inputs(loaded.model, IDS)
     seen: dict[str, dict[str, Tensor]] = {"old": {}, "new": {}}
     for name, b in (("old", block), ("new", reorder_block(block, orders))):
-        b(inputs.hidden, **inputs.kwargs[0], observe=lambda site, x, n=name: seen[n].update({site: x.clone()}))
+        b(inputs.hidden, inputs.rotary, observe=lambda site, x, n=name: seen[n].update({site: x.clone()}))
     expected = {
         "attn_in": orders.R1,
         "q": query_channels(orders.R2, spec.groups),

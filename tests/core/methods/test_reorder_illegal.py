@@ -15,7 +15,6 @@ from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, reorder_b
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.io.load import LoadedModel
-from core.models.shell import with_layers
 from core.models.tiny import tiny_model
 from tests.core.methods.reorder_tools import IDS, ILLEGAL, LEGAL, NAMES, ROTARY, random_orders
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, relative, spec_of, tiny
@@ -26,7 +25,7 @@ def broken(loaded: LoadedModel, change, names: tuple[str, ...] = NAMES) -> float
     spec, blocks = spec_of(loaded), float_blocks(loaded)
     orders = random_orders(spec, 5, names)
     new = copy.deepcopy(reorder_block(blocks[0], orders))
-    model = with_layers(loaded.model, loaded.adapter, [new, *blocks[1:]])
+    model = loaded.model.with_blocks([new, *blocks[1:]])
     expected = loaded.model(IDS).logits
     assert relative(model(IDS).logits, expected) < LEGAL, "legal before the change"
     change(new, blocks[0], orders, spec)
@@ -207,7 +206,7 @@ def shared_order(spec: BlockSpec, *, pairs: bool) -> Tensor:
 
 def permuted_tables(model: nn.Module, order: Tensor):
     """Make the model's rotary tables come out with their columns in `order`."""
-    rotary = model.base_model.rotary_emb
+    rotary = model.decoder.rotary
     plain = rotary.forward
     rotary.forward = lambda *args, **kwargs: tuple(t[..., order] for t in plain(*args, **kwargs))
 
@@ -238,7 +237,7 @@ class TestRotation:
         changed = [copy.deepcopy(b) for b in blocks]
         for new, old in zip(changed, blocks, strict=True):
             rows_of_q_and_k(new, old, order, spec)
-        model = with_layers(loaded.model, loaded.adapter, changed)
+        model = loaded.model.with_blocks(changed)
         permuted_tables(model, order[0])
         error = relative(model(IDS).logits, expected)
         assert error < LEGAL if pairs else error > ILLEGAL

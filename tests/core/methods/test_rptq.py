@@ -75,7 +75,7 @@ def test_the_base_model_is_not_changed(architecture, recipe):
     quantised(architecture, base=base, **recipe)
     after = base.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
-    assert torch.equal(base.model(ids).logits, logits) and not any(isinstance(m, DecoderBlock) for m in base.model.modules())
+    assert torch.equal(base.model(ids).logits, logits) and all(block.is_float for block in base.model.blocks)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_nan_in_the_weights_names_the_site():
     from core.models.tiny import tiny_model
 
     base = tiny_model("llama")
-    base.adapter.decoder_layers(base.model)[1].get_submodule("mlp.down_proj").weight.data[3, 4] = math.inf
-    base.adapter.decoder_layers(base.model)[1].get_submodule("self_attn.v_proj").weight.data[0, 0] = math.nan
+    base.model.blocks[1].down.weight.data[3, 4] = math.inf
+    base.model.blocks[1].qkv.weight.data[-1, 0] = math.nan
     with pytest.raises(NumericError, match=r"layers\.1\.v") as caught:
         quantised("llama", base=base)
     assert caught.value.code == "E-NUM-NAN" and len(str(caught.value)) < 240

@@ -16,8 +16,7 @@ from core.methods.base import LayerPlan
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
 from core.models.architectures import BlockSpec
-from core.models.block import DecoderBlock
-from core.models.shell import block_inputs
+from core.models.block import DecoderBlock, Rotary
 from core.quant.affine import Grid, QParams, choose_qparams, round_scale
 from core.quant.observer import RangeRules, decibels, plan_site, sqnr_db
 from core.quant.segments import expand, segment_max, segment_min
@@ -25,7 +24,7 @@ from core.quant.static import ActivationQuantizer
 from core.recipe import INPUT_SITE, PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
 from kernels import Backend, code_limits, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
-from tests.core.tools import ARCHITECTURES, Quantised, float_blocks, quantised, relative, spec_of, tiny, tokens
+from tests.core.tools import ARCHITECTURES, Quantised, block_inputs, float_blocks, quantised, relative, spec_of, tiny, tokens
 
 
 def site_order(plan: LayerPlan, site: str, spec: BlockSpec) -> Tensor:
@@ -124,7 +123,7 @@ def in_double(block: DecoderBlock) -> DecoderBlock:
     return new.double()
 
 
-def recorded(block: DecoderBlock, hidden: Tensor, kwargs: dict) -> dict[str, Tensor]:
+def recorded(block: DecoderBlock, hidden: Tensor, rotary: Rotary) -> dict[str, Tensor]:
     """Outputs of every quantiser of a block by site, [B, T, C], and of the block."""
     seen: dict[str, Tensor] = {}
     hooks = {INPUT_SITE[n]: x.quantizer for n, x in block.linears().items()} | {
@@ -135,7 +134,7 @@ def recorded(block: DecoderBlock, hidden: Tensor, kwargs: dict) -> dict[str, Ten
             continue
         q.fake = lambda x, keep_float=None, s=site, f=q.fake, **_: seen.setdefault(s, f(x, keep_float))
         q.fake_heads = lambda x, keep_float=None, s=site, f=q.fake_heads, **_: seen.setdefault(s, f(x, keep_float))
-    seen["out"] = block(hidden, **kwargs)
+    seen["out"] = block(hidden, rotary)
     return {s: x.transpose(1, 2).flatten(2) if x.dim() == 4 else x for s, x in seen.items()}
 
 
@@ -154,13 +153,11 @@ def test_fake_quantisation_by_label_on_the_unpermuted_block(architecture, scheme
     """Bit for bit at the output of every quantiser: in float64 the order of sums cannot reach a rounding boundary."""
     q = made(architecture, scheme=scheme, variant=variant, weights="rtn")
     spec, grid = spec_of(q.base), Grid.OFFICIAL if variant == "official" else Grid.EXACT
-    inputs = block_inputs(q.base.model, q.base.adapter, tokens(2, 18, seed=9))
+    inputs = block_inputs(q.base.model, tokens(2, 18, seed=9))
     for index, outcome in enumerate(q.outcomes):
-        kwargs = dict(inputs.kwargs[index])
-        if spec.rope:
-            kwargs["position_embeddings"] = tuple(t.double() for t in kwargs["position_embeddings"])
-        found = recorded(in_double(q.blocks[index]), inputs.hidden.double(), kwargs)
-        expected = recorded(unpermuted(float_blocks(q.base)[index], outcome.plan, grid), inputs.hidden.double(), kwargs)
+        rotary = None if inputs.rotary is None else tuple(t.double() for t in inputs.rotary)
+        found = recorded(in_double(q.blocks[index]), inputs.hidden.double(), rotary)
+        expected = recorded(unpermuted(float_blocks(q.base)[index], outcome.plan, grid), inputs.hidden.double(), rotary)
         below = {s for s in SITES if outcome.plan.sites[s].bits < 16}
         assert set(found) == set(expected) == below | {"out"}
         for site in below:
@@ -196,9 +193,9 @@ def test_gptq_sees_the_hessian_in_the_order_of_its_columns(architecture, monkeyp
     windows = tokens(4, 24, seed=3)
     q = quantised(architecture, base=tiny(architecture), windows=windows)
     block, plan = float_blocks(q.base)[0], q.outcomes[0].plan
-    inputs = block_inputs(q.base.model, q.base.adapter, windows)
+    inputs = block_inputs(q.base.model, windows)
     new, rows = reorder_block(block, Orders(**plan.orders)), {}
-    new(inputs.hidden, **inputs.kwargs[0], observe=lambda site, x: rows.update({site: x.flatten(0, 1).clone()}))
+    new(inputs.hidden, inputs.rotary, observe=lambda site, x: rows.update({site: x.flatten(0, 1).clone()}))
     for (name, linear), (weight, hessian, offsets) in zip(new.linears().items(), seen[:4], strict=True):
         x = rows[INPUT_SITE[name]]
         assert torch.equal(weight, linear.weight) and torch.equal(offsets, plan.sites[INPUT_SITE[name]].offsets)

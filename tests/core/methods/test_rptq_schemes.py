@@ -64,7 +64,7 @@ def test_quantiser_calls_of_a_forward_pass(scheme, variant, monkeypatch):
     for name in ("fake", "fake_heads", "codes"):
         real = getattr(ActivationQuantizer, name)
         monkeypatch.setattr(ActivationQuantizer, name, lambda self, *a, f=real, **k: calls.append(self.bits) or f(self, *a, **k))
-    q.model(tokens(1, 8), use_cache=False)
+    q.model(tokens(1, 8))
     norm, query, kv, _, o_in, down, _ = TABLE[scheme]
     norm = o_in if variant == "strict" else norm
     assert sorted(calls) == sorted(2 * [b for b in (norm, query, kv, kv, o_in, norm, down) if b < 16])

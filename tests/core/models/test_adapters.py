@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from core.errors import ModelError
 from core.models.architectures import ADAPTERS, adapter_for, supported_model_types
-from core.models.tiny import tiny_model
+from core.models.decoder import CausalModel
+from core.models.tiny import tiny_model, tiny_transformers
 from core.recipe import SITES
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 
@@ -20,7 +21,7 @@ from tests.core.tools import ARCHITECTURES, spec_of, tokens
 def test_paths_resolve(architecture):
     loaded = tiny_model(architecture, layers=3)
     adapter, spec = loaded.adapter, spec_of(loaded)
-    layers = adapter.decoder_layers(loaded.model)
+    layers = adapter.decoder_layers(tiny_transformers(architecture, layers=3))
     assert isinstance(layers, nn.ModuleList) and len(layers) == 3
     width = {"q": spec.heads * spec.head_dim, "k": spec.kv_heads * spec.head_dim, "v": spec.kv_heads * spec.head_dim}
     for layer in layers:
@@ -47,7 +48,7 @@ def test_no_weight_of_a_layer_is_left_out(architecture):
     paths = [adapter.norm1, adapter.norm2, adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down]
     paths += [p for p in (adapter.q_norm, adapter.k_norm, adapter.attn_sub_norm, adapter.ffn_sub_norm) if p]
     covered = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
-    for name, _ in adapter.decoder_layers(loaded.model)[0].named_parameters():
+    for name, _ in adapter.decoder_layers(tiny_transformers(architecture))[0].named_parameters():
         assert name in covered, f"{name} is not part of the block"
 
 
@@ -60,7 +61,7 @@ def test_spec_describes_the_layer(architecture):
     assert spec.norm == ("layer" if architecture == "opt" else "rms") and spec.gated == (architecture != "opt")
     assert spec.rope == (architecture != "opt") and spec.qk_norm == (architecture == "qwen3")
     assert spec.sub_norms == (architecture == "bitnet")
-    layer = loaded.adapter.decoder_layers(loaded.model)[0]
+    layer = loaded.adapter.decoder_layers(tiny_transformers(architecture))[0]
     norm = layer.get_submodule(loaded.adapter.norm1)
     assert spec.eps == getattr(norm, "eps", None) or spec.eps == norm.variance_epsilon
     assert [spec.width(s) for s in SITES] == [
@@ -120,9 +121,5 @@ def test_partial_rotary_positions_are_refused_or_right(architecture):
         return
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    from core.models.block import DecoderBlock
-    from core.models.shell import with_layers
-
     expected = model(tokens(1, 9)).logits
-    layers = [DecoderBlock.from_layer(x, adapter, adapter.spec(config), i) for i, x in enumerate(adapter.decoder_layers(model))]
-    assert torch.allclose(with_layers(model, adapter, layers)(tokens(1, 9)).logits, expected, atol=1e-4)
+    assert torch.allclose(CausalModel.from_transformers(model, adapter)(tokens(1, 9)).logits, expected, atol=1e-4)

@@ -1,157 +1,30 @@
-"""The float DecoderBlock computes what transformers' layer computes, for every architecture, with and without a cache."""
+"""One decoder block: what its sites and its parts are. Whole models are compared with transformers in test_decoder.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from core.models.architectures import adapter_for
 from core.models.block import DecoderBlock, ReorderNorm
-from core.models.io.load import LoadedModel
-from core.models.shell import block_inputs, final_hidden, quantized_blocks, with_layers
-from core.models.tiny import tiny_model
+from core.models.tiny import tiny_model, tiny_transformers
 from core.quant.affine import QParams
 from core.quant.static import ActivationQuantizer
-from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, quantised, relative, spec_of, tokens
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, quantised, relative, spec_of, tokens
 
 BOUND = 1e-5
 """Float32 sums in another order; measured: at most 1.3e-6."""
 
 
-def with_blocks(loaded: LoadedModel) -> nn.Module:
-    return with_layers(loaded.model, loaded.adapter, float_blocks(loaded))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_prefill(architecture):
-    loaded = tiny_model(architecture, layers=3)
-    ids = tokens(2, 33)
-    assert relative(with_blocks(loaded)(ids).logits, loaded.model(ids).logits) < BOUND
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_layer_alone(architecture):
-    """Errors cannot cancel between layers: same input, every layer compared by itself."""
-    loaded = tiny_model(architecture, layers=3)
-    inputs = block_inputs(loaded.model, loaded.adapter, tokens(2, 17))
-    for index, (layer, block) in enumerate(zip(loaded.adapter.decoder_layers(loaded.model), float_blocks(loaded), strict=True)):
-        expected = layer(inputs.hidden, **inputs.kwargs[index])
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        update = block(inputs.hidden, **inputs.kwargs[index]) - inputs.hidden
-        assert relative(update, expected - inputs.hidden) < BOUND
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("steps", [(1,), (7, 3), (19,)], ids=str)
-def test_incremental_decode(architecture, steps):
-    loaded = tiny_model(architecture)
-    ids = tokens(2, 20, seed=1)
-    found = in_steps(with_blocks(loaded), ids, steps=steps)
-    assert relative(found, loaded.model(ids).logits) < BOUND
-    assert relative(found, in_steps(loaded.model, ids, steps=steps)) < BOUND
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("side", ("left", "right"))
-def test_padded_batches(architecture, side):
-    loaded = tiny_model(architecture)
-    ids, mask = tokens(3, 18, seed=2), torch.ones(3, 18, dtype=torch.int64)
-    real = slice(6, None) if side == "left" else slice(None, 12)
-    mask[1] = 0
-    mask[1, real] = 1
-    expected = loaded.model(ids, attention_mask=mask).logits
-    found = with_blocks(loaded)(ids, attention_mask=mask).logits
-    assert torch.isfinite(found).all()
-    assert relative(found[mask.bool()], expected[mask.bool()]) < BOUND
-    if side == "right":
-        assert relative(found[1, :12], loaded.model(ids[1:2, :12]).logits[0]) < BOUND
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generate_is_unchanged(architecture):
-    loaded = tiny_model(architecture)
-    ids = tokens(2, 9, seed=3)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
-    assert with_blocks(loaded).generate(ids, **options).tolist() == loaded.model.generate(ids, **options).tolist()
-
-
-def test_a_sliding_window_is_kept():
-    loaded = tiny_model("mistral", sliding_window=8)
-    ids = tokens(1, 30)
-    expected = loaded.model(ids).logits
-    assert relative(expected, tiny_model("mistral").model(ids).logits) > 0.01, "the window acts"
-    assert relative(with_blocks(loaded)(ids).logits, expected) < BOUND
-    assert relative(in_steps(with_blocks(loaded), ids), expected) < BOUND
-
-
-@pytest.mark.parametrize(
-    "architecture, options",
-    [
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("qwen3", {"attention_bias": True}),
-        ("llama", {"hidden_act": "gelu"}),
-        ("llama", {"num_key_value_heads": 8}),
-        ("llama", {"num_key_value_heads": 1}),
-        ("llama", {"head_dim": 32}),
-        ("qwen3", {"head_dim": 32}),
-        ("llama", {"rms_norm_eps": 0.1}),
-        ("opt", {"activation_function": "gelu"}),
-        ("opt", {"enable_bias": False}),
-        ("opt", {"layer_norm_elementwise_affine": False}),
-        ("opt", {"word_embed_proj_dim": 32}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "factor": 4.0,
-                    "rope_theta": 10000.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-        ),
-    ],
-    ids=lambda v: (
-        v if isinstance(v, str) else ",".join(f"{k}={x if not isinstance(x, dict) else x['rope_type']}" for k, x in v.items())
-    ),
-)
-def test_every_option_of_an_architecture(architecture, options):
-    loaded = tiny_model(architecture, **options)
-    ids = tokens(2, 20)
-    expected = loaded.model(ids).logits
-    assert relative(with_blocks(loaded)(ids).logits, expected) < BOUND
-    assert relative(in_steps(with_blocks(loaded), ids), expected) < BOUND
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_model_is_not_touched(architecture):
-    loaded = tiny_model(architecture)
-    before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-    layers = list(loaded.adapter.decoder_layers(loaded.model))
-    other = with_blocks(loaded)
-    for block in loaded.adapter.decoder_layers(other):
-        for tensor in (*block.parameters(), *block.buffers()):
-            tensor.zero_()  # a copy: the source must not notice
-    assert all(torch.equal(v, loaded.model.state_dict()[k]) for k, v in before.items())
-    assert all(a is b for a, b in zip(loaded.adapter.decoder_layers(loaded.model), layers, strict=True))
-    assert other.get_input_embeddings() is loaded.model.get_input_embeddings(), "the shell is shared, not copied"
-    assert quantized_blocks(loaded.model, loaded.adapter) == [] and len(quantized_blocks(other, loaded.adapter)) == 2
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_inputs_of_the_block_are_not_touched(architecture):
     loaded = tiny_model(architecture)
-    inputs = block_inputs(loaded.model, loaded.adapter, tokens(2, 9))
+    inputs = block_inputs(loaded.model, tokens(2, 9))
     kept = inputs.hidden.clone()
     seen = {}
     block = float_blocks(loaded)[0]
-    block(inputs.hidden, **inputs.kwargs[0], observe=lambda site, x: seen.update({site: (x, x.clone())}))
+    block(inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: (x, x.clone())}))
     assert torch.equal(inputs.hidden, kept)
     for site in ("attn_in", "q", "k", "v", "o_in", "mlp_in"):
         assert torch.equal(*seen[site]), f"{site} was changed in place after it was observed"
@@ -160,8 +33,9 @@ def test_inputs_of_the_block_are_not_touched(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_observed_sites_are_what_they_say(architecture):
     """Against hooks on the transformers layer: inputs of its linears; q and k recomputed from their outputs."""
-    loaded = tiny_model(architecture)
-    layer, spec, adapter = loaded.adapter.decoder_layers(loaded.model)[0], spec_of(loaded), loaded.adapter
+    loaded, source = tiny_model(architecture), tiny_transformers(architecture)
+    adapter = adapter_for(source.config)
+    layer, spec = adapter.decoder_layers(source)[0], spec_of(loaded)
     hooked: dict[str, Tensor] = {}
 
     def keep(name: str, output: bool):
@@ -173,12 +47,12 @@ def test_observed_sites_are_what_they_say(architecture):
         layer.get_submodule(p).register_forward_hook(keep(n, True))
         for n, p in zip("qkv", (adapter.q, adapter.k, adapter.v), strict=True)
     ]
-    inputs = block_inputs(loaded.model, adapter, tokens(2, 14))
-    layer(inputs.hidden, **inputs.kwargs[0])
+    inputs = block_inputs(loaded.model, tokens(2, 14))
+    source(tokens(2, 14))
     for handle in handles:
         handle.remove()
     seen: dict[str, Tensor] = {}
-    float_blocks(loaded)[0](inputs.hidden, **inputs.kwargs[0], observe=lambda site, x: seen.update({site: x.clone()}))
+    float_blocks(loaded)[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: x.clone()}))
     assert list(seen) == ["attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in"]
     expected = {site: hooked[site].reshape(seen[site].shape) for site in (*paths, "v")}
     for name in "qk":
@@ -186,7 +60,7 @@ def test_observed_sites_are_what_they_say(architecture):
         if spec.qk_norm:
             heads = layer.get_submodule(adapter.q_norm if name == "q" else adapter.k_norm)(heads)
         if spec.rope:
-            cos, sin = (t.unsqueeze(1) for t in inputs.kwargs[0]["position_embeddings"])
+            cos, sin = (t.unsqueeze(1) for t in inputs.rotary)
             half = spec.head_dim // 2
             heads = heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), -1) * sin
         heads = heads * spec.head_dim**-0.5 if name == "q" else heads
@@ -212,15 +86,15 @@ def test_norm_stores_in_any_order(kind, affine):
     )
     assert relative(plain, expected) < 1e-6
     kept = x.clone()
-    norm.reorder(order)
-    assert relative(norm(x), plain[:, order]) < 1e-6 and torch.equal(x, kept)
+    assert relative(norm.reordered(order)(x), plain[:, order]) < 1e-6 and torch.equal(x, kept)
+    assert torch.equal(norm(x), plain), "the norm itself keeps its order"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
     """The first position of a sequence is keep_float at every site; with a cache, later pieces have none."""
     q = quantised(architecture, scheme="W4A4")
-    block, inputs = q.blocks[0], block_inputs(q.model, q.loaded.adapter, tokens(2, 6))
+    block, inputs = q.blocks[0], block_inputs(q.model, tokens(2, 6))
     calls = []
     for name in ("qkv", "o", "up", "down"):
         linear = getattr(block, name)
@@ -229,27 +103,13 @@ def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
             return old(x, sizes, keep_float, **own)
 
         linear.parts = parts
-    block(inputs.hidden, **inputs.kwargs[0])
+    block(inputs.hidden, inputs.rotary)
     assert calls == [1, 1, 1, 1]  # the first token of every sequence
     calls.clear()
-    cache = DynamicCache(config=q.model.config)
-    q.model(tokens(2, 6), past_key_values=cache, use_cache=True)
-    q.model(tokens(2, 1), past_key_values=cache, use_cache=True)
+    cache = q.model.decoder.new_cache()
+    q.model(tokens(2, 6), cache=cache)
+    q.model(tokens(2, 1), cache=cache)
     assert len(calls) == 8 and all(c is None for c in calls[4:])
-
-
-def test_left_padding_is_exact_without_sink_tokens():
-    q, ids = quantised("llama", scheme="W4A4KV", variant="official"), tokens(2, 14, seed=4)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    found = q.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-    assert relative(found[0, 5:], q.model(ids[:1, 5:]).logits[0]) < BOUND
-
-
-def test_hidden_states_before_the_head_are_the_last_layers():
-    loaded, ids = tiny_model("llama"), tokens(2, 11)
-    hidden = final_hidden(loaded.model, ids)
-    assert relative(loaded.model.get_output_embeddings()(hidden), loaded.model(ids).logits) < 1e-6
 
 
 def test_a_quantiser_of_the_head_layout_reaches_the_right_channels():
@@ -261,10 +121,10 @@ def test_a_quantiser_of_the_head_layout_reaches_the_right_channels():
     block.v_quantizer = ActivationQuantizer(8, QParams(scale, torch.zeros(32)), torch.arange(33))
     block.v_quantizer.lower.fill_(-1e9)
     block.v_quantizer.upper.fill_(1e9)
-    inputs = block_inputs(loaded.model, loaded.adapter, tokens(1, 8))
+    inputs = block_inputs(loaded.model, tokens(1, 8))
     seen: dict[str, Tensor] = {}
     for name, b in (("changed", block), ("plain", float_blocks(loaded)[0])):
-        b(inputs.hidden, **inputs.kwargs[0], observe=lambda site, x, n=name: seen.update({n: x}) if site == "o_in" else None)
+        b(inputs.hidden, inputs.rotary, observe=lambda site, x, n=name: seen.update({n: x}) if site == "o_in" else None)
     changed = ((seen["changed"] - seen["plain"]).abs().amax((0, 1)) > 1e-2).nonzero().flatten().tolist()
     assert changed == [h * 16 + 3 for h in (4, 5, 6, 7)], "the four query heads of kv head 1"
 

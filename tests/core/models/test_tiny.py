@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from core.errors import InputError
 from core.models.tiny import VOCAB_SIZE, save_tiny, tiny_architectures, tiny_model, tiny_tokenizer
 from core.storage import verify
+from tests.core.tools import block_inputs
 
 
 def gains(loaded, *, last: bool = False) -> list[torch.Tensor]:
     """Gains of the norms over the hidden width; the last norm only on request."""
-    hidden = loaded.model.config.hidden_size
-    return [p for name, p in loaded.model.named_parameters()
-            if "norm" in name and name.endswith("weight") and len(p) == hidden and (".layers." in name) != last]
+    norms = [loaded.model.decoder.norm] if last else [n for block in loaded.model.blocks for n in (block.norm1, block.norm2)]
+    return [norm.weight for norm in norms]
 
 
 @pytest.mark.parametrize("architecture", tiny_architectures())
@@ -25,7 +25,7 @@ def test_outputs_are_finite_and_of_order_one(architecture):
     ids = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(0))
     logits = loaded.model(ids).logits
     assert logits.shape == (2, 100, VOCAB_SIZE) and 0.3 < logits.std() < 3 and logits.abs().max() < 30
-    assert loaded.adapter.decoder_layers(loaded.model)[1] is not None and loaded.path is None
+    assert loaded.model.blocks[1] is not None and loaded.path is None
 
 
 @pytest.mark.parametrize("architecture", tiny_architectures())
@@ -36,10 +36,8 @@ def test_norm_gains_have_outliers_and_activations_follow(architecture):
         assert (ratio > 5).sum() == 3 and gain.std() > 0
     assert all(gain.abs().max() < 2 for gain in gains(loaded, last=True))
     seen = []
-    layer = loaded.adapter.decoder_layers(loaded.model)[0]
-    handle = layer.get_submodule(loaded.adapter.q).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    loaded.model(torch.arange(200)[None])
-    handle.remove()
+    inputs = block_inputs(loaded.model, torch.arange(200)[None])
+    loaded.model.blocks[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.append(x) if site == "attn_in" else None)
     ranges = (seen[0].amax((0, 1)) - seen[0].amin((0, 1))).sort().values
     assert ranges[-1] > 5 * ranges[len(ranges) // 2]
 
@@ -48,11 +46,11 @@ def test_norm_gains_have_outliers_and_activations_follow(architecture):
 def test_shapes_and_biases_are_those_of_the_architecture(architecture):
     loaded = tiny_model(architecture, layers=3)
     spec = loaded.adapter.spec(loaded.model.config)
-    biases = [p for name, p in loaded.model.named_parameters() if name.endswith("bias")]
-    assert len(loaded.adapter.decoder_layers(loaded.model)) == 3 and spec.head_dim == 16
+    biases = [t for name, t in loaded.model.state_dict().items() if name.endswith("bias")]
+    assert len(loaded.model.blocks) == 3 and spec.head_dim == 16
     assert (spec.heads, spec.kv_heads) == ((4, 4) if architecture == "opt" else (8, 2))
     assert bool(biases) == (architecture in ("opt", "qwen2")) and all(bias.abs().min() > 0 for bias in biases)
-    tied = loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+    tied = loaded.model.decoder.head.weight is loaded.model.get_input_embeddings().weight
     assert tied == (architecture in ("opt", "smollm"))
     assert spec.qk_norm == (architecture == "qwen3")
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from core.evaluation.memory import kv_bytes_per_token
-from core.models.shell import new_cache
 from core.models.tiny import tiny_model
 from core.quant.affine import Grid, choose_qparams
-from core.quant.kv_cache import PackedStates, QuantizedKVCache, QuantizedKVLayer, bytes_per_token, cache_layer_bytes
+from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer, bytes_per_token
 from core.quant.static import ActivationQuantizer
 from core.recipe import Bits
 from kernels import packed_width
@@ -84,70 +82,33 @@ def test_the_caller_may_reuse_its_tensors():
     assert torch.equal(store.read(), before)
 
 
-@pytest.mark.parametrize("sink", (0, 1, 4))
-@pytest.mark.parametrize("keep", (0, 1, 3, 6, 9))
-def test_crop_then_continue_equals_never_having_seen_the_rest(keep, sink):
-    x, other = states(9), states(5, seed=1)
-    layer, fresh = (QuantizedKVLayer(quantizer(4), quantizer(2), sink) for _ in range(2))
-    layer.update(x, x * 2)
-    layer.crop(-(9 - keep)) if keep < 9 else layer.crop(0)
-    assert layer.get_seq_length() == keep and layer.get_mask_sizes(2) == (keep + 2, 0)
-    found = layer.update(other, other * 2)
-    if keep:
-        fresh.update(x[:, :, :keep], x[:, :, :keep] * 2)
-    expected = fresh.update(other, other * 2)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and layer.nbytes == fresh.nbytes
-
-
-@pytest.mark.parametrize("amount", (-9, -10, -1000))
-def test_cropping_everything_or_more_empties(amount):
-    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
-    layer.update(states(9), states(9))
-    layer.crop(amount)
-    assert layer.get_seq_length() == 0 and layer.nbytes == 0
-    keys, _ = layer.update(states(3), states(3))
-    assert keys.shape[2] == 3
-
-
-def test_crop_to_a_length_as_older_transformers_did():
-    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
-    layer.update(states(9), states(9))
-    layer.crop(4)
-    assert layer.get_seq_length() == 4
-
-
-@pytest.mark.parametrize("sink", (0, 3))
-def test_batch_rows_are_selected_repeated_and_reordered(sink):
+@pytest.mark.parametrize("sink", (0, 3, None), ids=("packed", "packed behind sinks", "float"))
+def test_rows_of_the_batch_are_selected_repeated_and_reordered(sink):
     x = states(6, batch=3)
-    for change, rows in (
-        ("reorder_cache", [2, 0, 0]),
-        ("batch_select_indices", [1]),
-        ("batch_repeat_interleave", [0, 0, 1, 1, 2, 2]),
-    ):
-        layer = QuantizedKVLayer(quantizer(), quantizer(), sink)
-        before = layer.update(x, x)[0]
-        getattr(layer, change)(2 if "repeat" in change else torch.tensor(rows))
+    for rows in ([2, 0, 0], [1], [0, 0, 1, 1, 2, 2]):
+        layer = FloatKVLayer() if sink is None else QuantizedKVLayer(quantizer(), quantizer(), sink)
+        cache = KVCache([layer])
+        before = layer.update(x, x)[0].clone()
+        cache.reorder_cache(torch.tensor(rows))
         more = states(1, batch=len(rows), seed=2)
         found = layer.update(more, more)[0]
-        assert torch.equal(found[:, :, :6], before[rows]), change
-
-
-def test_reset_forgets():
-    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
-    layer.update(states(6), states(6))
-    layer.reset()
-    assert layer.get_seq_length() == 0 and layer.nbytes == 0
-    x = states(2, seed=3)
-    assert torch.equal(layer.update(x, x)[0][:, :, :1], x[:, :, :1])
+        assert torch.equal(found[:, :, :6], before[rows]) and cache.get_seq_length() == 7
 
 
 def test_before_the_first_token():
-    layer = QuantizedKVLayer(quantizer(), quantizer(), 1)
-    layer.crop(0)
-    layer.crop(-3)
-    layer.reorder_cache(torch.tensor([0]))
-    layer.batch_repeat_interleave(3)
-    assert layer.get_seq_length() == 0 and layer.nbytes == 0 and layer.get_max_cache_shape() == -1
+    for layer in (QuantizedKVLayer(quantizer(), quantizer(), 1), FloatKVLayer()):
+        cache = KVCache([layer])
+        cache.reorder_cache(torch.tensor([0]))
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+def test_a_float_layer_keeps_what_it_is_given():
+    x, layer, start = states(20), FloatKVLayer(), 0
+    for size in (3, 1, 1, 8, 7):
+        keys, values = layer.update(x[:, :, start : start + size], 2 * x[:, :, start : start + size])
+        start += size
+        assert torch.equal(keys, x[:, :, :start]) and torch.equal(values, 2 * x[:, :, :start])
+        assert layer.length == start and layer.nbytes == 2 * x[:, :, :start].numel() * 4
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 5, 8, 16))
@@ -166,16 +127,16 @@ def kv_only() -> dict[str, Quantised]:
     return {a: quantised(a, scheme="W4A4KV") for a in ARCHITECTURES}
 
 
-def cache_of(q: Quantised) -> QuantizedKVCache:
-    return new_cache(q.model, q.loaded.adapter)
+def cache_of(q: Quantised) -> KVCache:
+    return q.model.decoder.new_cache()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decoding_equals_prefill(kv_only, architecture):
     """Oracle 13, on a scheme without other quantisers: nothing but float32 sums can differ."""
     q, ids = kv_only[architecture], tokens(2, 24, seed=5)
-    whole = q.model(ids, use_cache=False).logits
-    packed = q.model(ids, past_key_values=cache_of(q), use_cache=True).logits
+    whole = q.model(ids).logits
+    packed = q.model(ids, cache=cache_of(q)).logits
     assert torch.equal(packed, whole), "prefill through the packed cache is prefill"
     for steps in ((1,), (7, 3), (23,)):
         assert relative(in_steps(q.model, ids, cache_of(q), steps), whole) < 1e-5  # measured: 1.1e-6
@@ -188,7 +149,7 @@ def test_decoding_equals_prefill(kv_only, architecture):
 def test_decoding_equals_prefill_with_every_site_quantised(architecture, variant):
     """Float32 sums may move a value across a rounding boundary here: most positions agree, none drifts."""
     q, ids = quantised(architecture, scheme="W4A4", variant=variant), tokens(2, 24, seed=5)
-    whole = q.model(ids, use_cache=False).logits
+    whole = q.model(ids).logits
     found = in_steps(q.model, ids, cache_of(q))
     per_token = (found - whole).norm(dim=-1) / whole.norm(dim=-1)
     assert float((per_token < 1e-4).float().mean()) > 0.6 and relative(found, whole) < 0.1
@@ -200,18 +161,17 @@ def test_decoding_equals_prefill_with_every_site_quantised(architecture, variant
 def test_measured_bytes_are_the_formula(architecture, bits):
     q = quantised(architecture, scheme="custom", bits=Bits(k=bits, v=bits), layers=1)
     spec, cache = spec_of(q.base), cache_of(q)
-    q.model(tokens(2, 19), past_key_values=cache, use_cache=True)
+    q.model(tokens(2, 19), cache=cache)
     sink = q.blocks[0].sink_tokens
     per_token = 2 * spec.kv_heads * packed_width(spec.head_dim, bits)
     assert kv_bytes_per_token(q.model, q.loaded.adapter) == per_token
     assert sink == 1 and cache.nbytes == 2 * (19 * per_token + sink * 2 * spec.kv_heads * spec.head_dim * 4)
-    assert cache.nbytes == sum(cache_layer_bytes(layer) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("bits", (Bits(k=4, v=2), Bits(k=3, v=8), Bits(k=4, v=4, q=4)), ids=("k4 v2", "k3 v8", "k4 v4 q4"))
 def test_keys_and_values_of_different_bits(bits):
     q, ids = quantised("qwen3", scheme="custom", bits=bits), tokens(1, 20, seed=2)
-    whole = q.model(ids, use_cache=False).logits
+    whole = q.model(ids).logits
     found = in_steps(q.model, ids, cache_of(q))
     assert relative(found, whole) < (1e-5 if bits.q == 16 else 0.05)
     assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 16 * (bits.k + bits.v) // 8
@@ -220,59 +180,25 @@ def test_keys_and_values_of_different_bits(bits):
 @pytest.mark.parametrize("bits", (Bits(k=4), Bits(v=4)), ids=("keys only", "values only"))
 def test_half_a_pair_stays_in_a_float_cache(bits):
     q, ids = quantised("llama", scheme="custom", bits=bits), tokens(1, 20, seed=2)
-    assert new_cache(q.model, q.loaded.adapter) is None
-    assert relative(in_steps(q.model, ids), q.model(ids, use_cache=False).logits) < 1e-5
+    assert all(isinstance(layer, FloatKVLayer) for layer in cache_of(q).layers)
+    assert relative(in_steps(q.model, ids), q.model(ids).logits) < 1e-5
     assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 2 * 16 * 4
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_transformers_cache_gives_the_same_logits(kv_only, architecture):
-    """A caller that knows nothing of Quantscope passes its own cache: keys and values are then fake-quantised."""
-    q, ids = kv_only[architecture], tokens(2, 20, seed=6)
-    assert relative(in_steps(q.model, ids, DynamicCache(config=q.model.config)), in_steps(q.model, ids, cache_of(q))) < 1e-5
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_transformers_generate_takes_the_cache(kv_only, architecture):
-    q, ids = kv_only[architecture], tokens(1, 8, seed=7)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
-    cache = cache_of(q)
-    made = q.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
-    expected = ids
-    for _ in range(12):
-        expected = torch.cat([expected, q.model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert made.tolist() == expected.tolist() and cache.get_seq_length() == 19
-
-
-def test_transformers_beam_search_reorders_the_cache(kv_only):
-    q, ids = kv_only["llama"], tokens(2, 8, seed=8)
-    options = {
-        "max_new_tokens": 8,
-        "num_beams": 3,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 257,
-        "attention_mask": torch.ones_like(ids),
-    }
-    packed = q.model.generate(ids, past_key_values=cache_of(q), **options)
-    plain = q.model.generate(ids, past_key_values=DynamicCache(config=q.model.config), **options)
-    assert packed.tolist() == plain.tolist()
 
 
 def test_right_padding_does_not_reach_real_tokens(kv_only):
     q, ids = kv_only["llama"], tokens(2, 12, seed=9)
     mask = torch.ones_like(ids)
     mask[0, 8:] = 0
-    padded = q.model(ids, attention_mask=mask, past_key_values=cache_of(q), use_cache=True).logits
-    alone = q.model(ids[:1, :8], past_key_values=cache_of(q), use_cache=True).logits
+    padded = q.model(ids, attention_mask=mask, cache=cache_of(q)).logits
+    alone = q.model(ids[:1, :8], cache=cache_of(q)).logits
     assert relative(padded[:1, :8], alone) < 1e-5
 
 
 def test_a_sliding_window_decodes_as_it_prefills():
     base = tiny_model("mistral", sliding_window=9)
     q, ids = quantised("mistral", base=base, scheme="W4A4KV"), tokens(1, 30, seed=3)
-    whole = q.model(ids, use_cache=False).logits
-    assert relative(whole, quantised("mistral", scheme="W4A4KV").model(ids, use_cache=False).logits) > 0.01, "the window acts"
+    whole = q.model(ids).logits
+    assert relative(whole, quantised("mistral", scheme="W4A4KV").model(ids).logits) > 0.01, "the window acts"
     assert relative(in_steps(q.model, ids, cache_of(q)), whole) < 1e-5
 
 

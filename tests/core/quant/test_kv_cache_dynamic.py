@@ -7,11 +7,11 @@ import torch
 
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
-from core.models.shell import new_cache, with_layers
 from core.models.tiny import tiny_model
+from core.quant.kv_cache import FloatKVLayer, KVCache
 from core.quant.kv_cache_dynamic import (
     AttentionBits,
-    DynamicKVCache,
+    DynamicKVLayer,
     DynamicStates,
     dynamic_bytes_per_token,
     fake_heads,
@@ -30,7 +30,7 @@ def model_with(bits: AttentionBits | None):
     blocks: list[DecoderBlock] = float_blocks(loaded)
     for block in blocks:
         block.rules = None if bits is None else BitNetRules("w1.58a8", attention=bits)
-    return with_layers(loaded.model, loaded.adapter, blocks), loaded.adapter
+    return loaded.model.with_blocks(blocks)
 
 
 def test_codes_by_hand():
@@ -85,48 +85,40 @@ def test_the_first_token_has_bits_of_its_own():
 @pytest.mark.parametrize(("bits", "bos", "token", "first"), [(3, 4, 8, 10), (4, 4, 10, 10), (3, 16, 8, 64), (8, 8, 18, 18)])
 def test_bytes_are_counted(bits, bos, token, first):
     rule = AttentionBits(bits, bos=bos)
-    cache = DynamicKVCache([rule, rule])
-    for layer in range(2):
-        cache.update(gaussian(1, 3, 9, 16), gaussian(1, 3, 9, 16), layer)
+    cache = KVCache([DynamicKVLayer(rule), DynamicKVLayer(rule)])
+    for layer in cache.layers:
+        layer.update(gaussian(1, 3, 9, 16), gaussian(1, 3, 9, 16))
     assert cache.nbytes == 2 * 2 * 3 * (first + 8 * token)
     assert dynamic_bytes_per_token(3, 16, rule) == 3 * token
     assert dynamic_bytes_per_token(5, 128, AttentionBits(4)) == 5 * (64 + 2), "3.9 times less than 16 bits"
     assert dynamic_bytes_per_token(5, 128, AttentionBits(3)) == 5 * (48 + 2)
 
 
-def test_cropping_selecting_and_resetting():
+def test_rows_of_the_batch_are_selected_and_repeated():
     rule, states = AttentionBits(3), gaussian(3, 2, 9, 16)
-    cache = DynamicKVCache([rule])
-    cache.update(states, states, 0)
-    cache.crop(5)
-    assert cache.get_seq_length() == 5
-    keys, _ = cache.update(states[:, :, 5:6], states[:, :, 5:6], 0)
-    assert torch.equal(keys, rule.fake_states(states[:, :, :6], 0))
+    cache = KVCache([DynamicKVLayer(rule)])
+    keys, _ = cache.layers[0].update(states, states)
     cache.reorder_cache(torch.tensor([2, 0]))
     assert torch.equal(cache.layers[0].key_states.read(), keys[[2, 0]])
-    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([0, 0, 1, 1]))
     assert torch.equal(cache.layers[0].key_states.read(), keys[[2, 2, 0, 0]])
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.nbytes == 0
-    keys, _ = cache.update(states, states, 0)
-    assert torch.equal(keys, rule.fake_states(states, 0))
 
 
 @pytest.mark.parametrize("bits", [AttentionBits(3), AttentionBits(4, q=4), AttentionBits(8), AttentionBits(3, bos=16)], ids=str)
 def test_decoding_with_the_cache_equals_prefill(bits):
-    model, adapter = model_with(bits)
+    model = model_with(bits)
     ids = tokens(2, 20, seed=3)
     expected = model(ids).logits
-    cache = new_cache(model, adapter)
-    assert isinstance(cache, DynamicKVCache)
+    cache = model.decoder.new_cache()
+    assert all(isinstance(layer, DynamicKVLayer) for layer in cache.layers)
     assert relative(in_steps(model, ids, cache), expected) < 1e-5
-    assert relative(in_steps(model, ids), expected) < 1e-5, "transformers' own cache holds the rounded states"
-    plain, _ = model_with(None)
+    plain = model_with(None)
     assert relative(plain(ids).logits, expected) > 1e-3, "the bits act"
 
 
 def test_sixteen_bits_are_the_unquantised_model():
-    model, adapter = model_with(AttentionBits())
-    plain, _ = model_with(None)
+    model = model_with(AttentionBits())
+    plain = model_with(None)
     ids = tokens(2, 20)
-    assert torch.equal(model(ids).logits, plain(ids).logits) and new_cache(model, adapter) is None
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert all(isinstance(layer, FloatKVLayer) for layer in model.decoder.new_cache().layers)

@@ -15,13 +15,11 @@ from core.calibration.observe import observe_layers
 from core.errors import InputError, ModelError
 from core.models.io.bitnet import SHARD_BYTES, pack_rows, save_bitnet, unpack_rows
 from core.models.io.load import LoadedModel, load_model
-from core.models.shell import quantized_blocks
-from core.models.tiny import tiny_model
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.recipe import SITES, Bits
 from core.storage import atomic_dir, verify
-from tests.core.tools import quantised, relative, tokens
+from tests.core.tools import quantised, relative, tiny_source, tokens
 from training.bitlinear import convert_to_bitlinear
 
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0", "steps": 0}
@@ -34,10 +32,6 @@ def no_compiler():
     """transformers decorates its quantisers with torch.compile, which needs a C++ compiler."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def masters(**options) -> LoadedModel:
-    return tiny_model("bitnet", **options)
 
 
 def write(folder: Path, form: str, loaded: LoadedModel, **quantization) -> Path:
@@ -69,7 +63,7 @@ def write(folder: Path, form: str, loaded: LoadedModel, **quantization) -> Path:
 
 def as_transformers_computes(loaded: LoadedModel) -> nn.Module:
     """The same masters behind transformers' own layers, rounding online in float32."""
-    model = masters().model
+    model = tiny_source("bitnet").model
     model.load_state_dict(loaded.model.state_dict())
     for layer in model.model.layers:
         for name, linear in list(layer.named_modules()):
@@ -101,23 +95,23 @@ def test_rows_are_packed_as_published():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_agrees_with_transformers(tmp_path, form):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     if form == "bfloat16":
         loaded.model.to(torch.bfloat16).to(torch.float32)
     expected = as_transformers_computes(loaded)(IDS).logits
     native = load_model(str(write(tmp_path / "m", form, loaded)))
     assert relative(native.model(IDS).logits, expected) <= 1e-3  # measured: at most 3e-6
-    assert type(native.model).__name__ == "BitNetForCausalLM" and native.model.config.model_type == "bitnet"
-    assert len(quantized_blocks(native.model, native.adapter)) == 2
+    assert native.model.config.model_type == "bitnet"
+    assert len(native.model.blocks) == 2
     assert relative(loaded.model(IDS).logits, expected) > 0.1, "without rounding it is another function"
 
 
 @pytest.mark.parametrize("packed", ["autobitlinear", "bitlinear"])
 def test_packed_weights_agree_with_transformers_own_packed_layer(tmp_path, packed):
     """transformers' offline layer on the very tensors of the folder: which of the two divides by weight_scale."""
-    folder = write(tmp_path / "m", "saved" if packed == "autobitlinear" else "bitlinear", masters())
+    folder = write(tmp_path / "m", "saved" if packed == "autobitlinear" else "bitlinear", tiny_source("bitnet"))
     state = load_file(folder / "model.safetensors")
-    block = quantized_blocks(*_model_and_adapter(folder))[0]
+    block = load_model(str(folder)).model.blocks[0]
     name = "model.layers.0.self_attn.o_proj"
     weight, scale = state[f"{name}.weight"], state[f"{name}.weight_scale"]
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
@@ -131,20 +125,15 @@ def test_packed_weights_agree_with_transformers_own_packed_layer(tmp_path, packe
     assert relative(block.o(x), theirs(x).detach()) < 1e-5
 
 
-def _model_and_adapter(folder: Path):
-    loaded = load_model(str(folder))
-    return loaded.model, loaded.adapter
-
-
 def test_the_four_formats_are_one_model(tmp_path):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     logits = [load_model(str(write(tmp_path / form, form, loaded))).model(IDS).logits for form in FORMATS[:3]]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 def test_code_that_the_published_repositories_name_is_not_looked_for(tmp_path):
     """Their config.json has an auto_map of classes that transformers has; nothing of it is loaded, and no other is let pass."""
-    folder = write(tmp_path / "m", "online", masters())
+    folder = write(tmp_path / "m", "online", tiny_source("bitnet"))
     expected = load_model(str(folder)).model(IDS).logits
     config = json.loads((folder / "config.json").read_text())
     named = {"AutoConfig": "configuration_bitnet.BitNetConfig", "AutoModelForCausalLM": "modeling_bitnet.BitNetForCausalLM"}
@@ -159,10 +148,10 @@ def test_code_that_the_published_repositories_name_is_not_looked_for(tmp_path):
 
 def test_llama_with_divided_scales_is_read(tmp_path):
     """The first published BitNet conversions are Llama models with BitLinear layers and no sub-norms."""
-    loaded = tiny_model("llama")
+    loaded = tiny_source("llama")
     native = load_model(str(write(tmp_path / "m", "bitlinear", loaded)))
     assert native.model.config.model_type == "llama" and native.adapter.name == "Llama"
-    for layer in native.adapter.decoder_layers(loaded.model):
+    for layer in loaded.model.model.layers:
         for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
             codes, scale = ternary_absmean(linear.weight)
             linear.weight.data = codes * scale
@@ -172,54 +161,54 @@ def test_llama_with_divided_scales_is_read(tmp_path):
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"fp"}))
 def test_the_mode_of_the_training_decides_the_quantisers(tmp_path, mode):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode=mode, keep=0.25, card=CARD)
-    block = quantized_blocks(*_model_and_adapter(tmp_path / "m"))[0]
+    block = load_model(str(tmp_path / "m")).model.blocks[0]
     kinds = {site: linear.kind for site, linear in zip(MODES[mode], block.linears().values(), strict=True)}
     assert kinds == MODES[mode] and block.rules.trained == block.rules.mode == mode
     assert all(linear.keep == 0.25 for linear in block.linears().values())
 
 
 def test_float_mode_is_a_plain_model(tmp_path):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="fp", card=CARD)
     plain = load_model(str(tmp_path / "m"))
-    assert not quantized_blocks(plain.model, plain.adapter)
-    assert torch.equal(plain.model(IDS).logits, loaded.model(IDS).logits)
+    assert all(block.is_float for block in plain.model.blocks)
+    assert relative(plain.model(IDS).logits, loaded.model(IDS).logits) < 1e-5
 
 
 def test_a_tied_head_is_stored_once(tmp_path):
-    loaded = masters(tie_word_embeddings=True)
+    loaded = tiny_source("bitnet", tie_word_embeddings=True)
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="a4.8", card=CARD)
     assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     native = load_model(str(tmp_path / "m"))
-    assert native.model.lm_head.weight is native.model.get_input_embeddings().weight
+    assert native.model.decoder.head.weight is native.model.get_input_embeddings().weight
 
 
 # writing
 
 
 def test_a_round_trip_is_bit_identical(tmp_path):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="a4.8", card=CARD)
     assert all(torch.equal(t, loaded.model.state_dict()[n]) for n, t in before.items()), "the masters are not touched"
     verify(tmp_path / "m", checksums=True)
     native = load_model(str(tmp_path / "m"))
-    for index, block in enumerate(quantized_blocks(native.model, native.adapter)):
+    for index, block in enumerate(native.model.blocks):
         prefix = f"model.layers.{index}."
         parts = dict(zip(("q_proj", "k_proj", "v_proj"), block.qkv.projections(), strict=True))
         for name, (codes, scale) in parts.items():
             expected, alpha = ternary_absmean(before[f"{prefix}self_attn.{name}.weight"])
             assert torch.equal(codes, expected) and torch.equal(scale, alpha)
         assert torch.equal(block.ffn_sub_norm.weight, before[f"{prefix}mlp.ffn_sub_norm.weight"])
-    assert torch.equal(native.model.lm_head.weight, before["lm_head.weight"])
+    assert torch.equal(native.model.decoder.head.weight, before["lm_head.weight"])
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     assert card == CARD
 
 
 def test_file_bytes_are_a_quarter_per_ternary_weight_and_the_rest(tmp_path):
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="a4.8", card=CARD)
     state = load_file(tmp_path / "m" / "model.safetensors")
     linears = [m.weight.numel() for layer in loaded.model.model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -230,7 +219,7 @@ def test_file_bytes_are_a_quarter_per_ternary_weight_and_the_rest(tmp_path):
 
 def test_large_models_are_split_into_files(tmp_path, monkeypatch):
     monkeypatch.setattr("core.models.io.bitnet.SHARD_BYTES", 50_000)
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="w1.58a8", card=CARD)
     files = sorted((tmp_path / "m").glob("model-*.safetensors"))
     assert len(files) > 2 and SHARD_BYTES < 9_000_000
@@ -243,7 +232,7 @@ def test_large_models_are_split_into_files(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
-    loaded = masters(intermediate_size=90)
+    loaded = tiny_source("bitnet", intermediate_size=90)
     with pytest.raises(InputError, match="90 rows"):
         save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="a4.8", card=CARD)
     with pytest.raises(InputError, match="a4.9"):
@@ -256,7 +245,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["thesis.txt", "state.json"])
 def test_only_an_earlier_model_is_replaced(tmp_path, name):
     """A folder of somebody's own, and one that Quantscope wrote for another purpose."""
-    loaded, folder = masters(), tmp_path / "m"
+    loaded, folder = tiny_source("bitnet"), tmp_path / "m"
     with atomic_dir(folder) as stage:
         (stage / name).write_text("kept")
     if name == "thesis.txt":
@@ -278,12 +267,12 @@ def test_only_an_earlier_model_is_replaced(tmp_path, name):
 def test_files_beside_the_checked_ones_are_not_opened(tmp_path, monkeypatch, shards, stray):
     """A tensor comes from the file that the preflight checked, whatever else the folder holds."""
     monkeypatch.setattr("core.models.io.bitnet.SHARD_BYTES", 50_000 if shards else SHARD_BYTES)
-    folder = write(tmp_path / "m", "saved", masters())
+    folder = write(tmp_path / "m", "saved", tiny_source("bitnet"))
     assert (folder / "model.safetensors").exists() != shards
     expected = load_model(str(folder)).model(IDS).logits
     file = folder / "stray.safetensors"
     if stray == "other weights":
-        save_file({"model.norm.weight": torch.full((masters().model.config.hidden_size,), 7.0)}, file)
+        save_file({"model.norm.weight": torch.full((tiny_source("bitnet").model.config.hidden_size,), 7.0)}, file)
     elif stray == "junk":
         file.write_bytes(b"junk")
     else:
@@ -293,7 +282,7 @@ def test_files_beside_the_checked_ones_are_not_opened(tmp_path, monkeypatch, sha
 
 
 def test_an_unknown_activation_is_one_sentence(tmp_path):
-    folder = write(tmp_path / "m", "saved", masters())
+    folder = write(tmp_path / "m", "saved", tiny_source("bitnet"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "foo"}))
     with pytest.raises(ModelError, match="unknown activation 'foo'"):
@@ -326,14 +315,14 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_weights_are_one_sentence(tmp_path, fault):
     expected, change = FAULTS[fault]
-    folder = damage(write(tmp_path / "m", "saved", masters()), change)
+    folder = damage(write(tmp_path / "m", "saved", tiny_source("bitnet")), change)
     with pytest.raises(ModelError, match=expected) as caught:
         load_model(str(folder))
     assert 30 < len(str(caught.value)) < 240 and "\n" not in str(caught.value)
 
 
 def test_masters_of_zeros_are_refused(tmp_path):
-    folder = damage(write(tmp_path / "m", "online", masters()), lambda s: s[GATE].zero_())
+    folder = damage(write(tmp_path / "m", "online", tiny_source("bitnet")), lambda s: s[GATE].zero_())
     with pytest.raises(ModelError, match="owner/name@commit"):
         load_model(str(folder))
 
@@ -352,14 +341,14 @@ def test_masters_of_zeros_are_refused(tmp_path):
 )
 def test_variants_that_are_not_read(tmp_path, change):
     with pytest.raises(ModelError, match="variant"):
-        load_model(str(write(tmp_path / "m", "online", masters(), **change)))
+        load_model(str(write(tmp_path / "m", "online", tiny_source("bitnet"), **change)))
 
 
 @pytest.mark.parametrize(
     "entry", [{"mode": "a4.9"}, {"mode": "a4.8", "keep": 0}, {"mode": "a4.8", "keep": "half"}, [], {"mode": {}}], ids=str
 )
 def test_an_own_entry_that_is_not_understood(tmp_path, entry):
-    folder = write(tmp_path / "m", "quantscope masters", masters())
+    folder = write(tmp_path / "m", "quantscope masters", tiny_source("bitnet"))
     config = json.loads((folder / "config.json").read_text()) | {"quantscope": entry}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantscope"):
@@ -367,7 +356,7 @@ def test_an_own_entry_that_is_not_understood(tmp_path, entry):
 
 
 def test_other_quantised_models_are_still_refused(tmp_path):
-    folder = write(tmp_path / "m", "online", masters(), quant_method="gptq")
+    folder = write(tmp_path / "m", "online", tiny_source("bitnet"), quant_method="gptq")
     with pytest.raises(ModelError, match="This is a GPTQ checkpoint"):
         load_model(str(folder))
 
@@ -376,17 +365,17 @@ def test_other_quantised_models_are_still_refused(tmp_path):
 
 
 def test_a_native_model_can_be_observed(tmp_path):
-    loaded = load_model(str(write(tmp_path / "m", "saved", masters())))
-    found = list(observe_layers(loaded.model, loaded.adapter, tokens(2, 16)))
+    loaded = load_model(str(write(tmp_path / "m", "saved", tiny_source("bitnet"))))
+    found = list(observe_layers(loaded.model, tokens(2, 16)))
     assert len(found) == 2 and all(set(layer) == set(SITES) for layer in found)
 
 
 @pytest.mark.parametrize("method", ["rptq", "rtn"])
 def test_a_native_model_is_a_base_for_the_other_methods(tmp_path, method):
-    base = load_model(str(write(tmp_path / "m", "saved", masters())))
+    base = load_model(str(write(tmp_path / "m", "saved", tiny_source("bitnet"))))
     made = quantised("bitnet", base=base, method=method, scheme="custom", bits=Bits())
     assert not any(isinstance(m, TernaryLinear) for m in made.model.modules())
-    blocks = quantized_blocks(base.model, base.adapter)
+    blocks = base.model.blocks
     assert isinstance(blocks[0].qkv, TernaryLinear), "the base is left alone"
     for block in blocks:
         for name, linear in block.linears().items():
@@ -395,14 +384,14 @@ def test_a_native_model_is_a_base_for_the_other_methods(tmp_path, method):
 
 
 def test_load_bitnet_leaves_no_trace_in_the_configuration(tmp_path):
-    loaded = load_model(str(write(tmp_path / "m", "saved", masters())))
+    loaded = load_model(str(write(tmp_path / "m", "saved", tiny_source("bitnet"))))
     assert not hasattr(loaded.model.config, "quantization_config") and not hasattr(loaded.model.config, "quantscope")
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_the_native_model_is_the_trained_one(tmp_path, mode):
     """Fake quantisation while training and integer products afterwards are one function."""
-    loaded = masters()
+    loaded = tiny_source("bitnet")
     model = convert_to_bitlinear(loaded.model, mode)
     save_bitnet(tmp_path / "m", model, loaded.tokenizer, mode=mode, card=CARD)
     with torch.inference_mode():

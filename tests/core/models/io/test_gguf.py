@@ -16,8 +16,8 @@ from core.errors import ModelError, QuantscopeError
 from core.models.io.gguf import convert_gguf
 from core.models.io.gguf_config import rope_with_factors
 from core.models.io.load import LoadedModel, load_model
-from core.models.tiny import tiny_model
 from tests.core.models.io.gguf_files import REMOVE, add_key, write_gguf
+from tests.core.tools import tiny_source
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 LLAMA3 = {
@@ -123,7 +123,7 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_the_file_is_the_model(case, tmp_path):
     architecture, overrides, keys, tensors = EXACT[case]
-    made = tiny_model(architecture, seed=3, **overrides)
+    made = tiny_source(architecture, seed=3, **overrides)
     path = write_gguf(tmp_path / "tiny.gguf", made, architecture=architecture, keys=keys, tensors=tensors)
     found = load_model(str(path))
     assert divergence(found, made) <= 1e-6  # measured: 0, and 1e-12 with rebuilt Llama 3 parameters
@@ -132,22 +132,22 @@ def test_the_file_is_the_model(case, tmp_path):
 
 def test_each_of_these_parts_changes_the_model():
     """Otherwise the test above could not see that one is dropped."""
-    plain = tiny_model("llama", seed=3)
+    plain = tiny_source("llama", seed=3)
     for overrides in (EXACT["linear"][1], EXACT["llama3"][1]):
-        assert divergence(tiny_model("llama", seed=3, **overrides), plain) > 1e-3
-    biased = tiny_model("llama", seed=3, attention_bias=True, mlp_bias=True)
+        assert divergence(tiny_source("llama", seed=3, **overrides), plain) > 1e-3
+    biased = tiny_source("llama", seed=3, attention_bias=True, mlp_bias=True)
     for name, parameter in biased.model.named_parameters():
         if name.endswith("bias"):
             kept = parameter.clone()
             parameter.zero_()
-            changed = divergence(biased, tiny_model("llama", seed=3, attention_bias=True, mlp_bias=True))
+            changed = divergence(biased, tiny_source("llama", seed=3, attention_bias=True, mlp_bias=True))
             parameter.copy_(kept)
             assert changed > 1e-9 or "k_proj" in name, name  # softmax does not see what is added to every key alike
 
 
 def test_a_missing_bias_is_zero(tmp_path):
     """Llama files with biases of q, k and v only: transformers has one switch for all four."""
-    made = tiny_model("llama", seed=3, attention_bias=True)
+    made = tiny_source("llama", seed=3, attention_bias=True)
     for name, parameter in made.model.named_parameters():
         if name.endswith("o_proj.bias"):
             parameter.zero_()
@@ -157,7 +157,7 @@ def test_a_missing_bias_is_zero(tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K", "Q4_K"])
 def test_blocks_are_unpacked_to_the_values_of_the_package(kind, tmp_path):
-    made = tiny_model("llama", seed=3, hidden_size=256, head_dim=32, intermediate_size=256)
+    made = tiny_source("llama", seed=3, hidden_size=256, head_dim=32, intermediate_size=256)
     qtype, weight = gguf.GGMLQuantizationType[kind], made.model.model.layers[1].mlp.up_proj.weight
     try:
         packed = gguf.quantize(weight.numpy(), qtype)
@@ -247,7 +247,7 @@ REFUSED = {
 @pytest.mark.parametrize("named", REFUSED)
 def test_what_is_not_read_is_named(named, tmp_path):
     architecture, keys, tensors = REFUSED[named]
-    made = tiny_model("llama" if architecture == "gemma3" else architecture, seed=3)
+    made = tiny_source("llama" if architecture == "gemma3" else architecture, seed=3)
     path = write_gguf(tmp_path / "tiny.gguf", made, architecture=architecture, keys=keys, tensors=tensors)
     with pytest.raises(ModelError) as caught:
         load_model(str(path))
@@ -290,7 +290,7 @@ def test_any_factors_are_applied_exactly(factors):
 
 
 def test_texts_are_cut_as_the_name_says(tmp_path):
-    made = tiny_model("llama", seed=3)
+    made = tiny_source("llama", seed=3)
     letters = [made.tokenizer.convert_ids_to_tokens(index) for index in range(256)]
     words = ["12", "123", "'s", "'S", "ab", "Ġab"]
     tokens = [*letters, "<s>", "</s>", "<unk>", *words]
@@ -319,7 +319,7 @@ def test_texts_are_cut_as_the_name_says(tmp_path):
 
 
 def test_added_tokens_ends_and_template_are_kept(tmp_path):
-    made = tiny_model("llama", seed=3)
+    made = tiny_source("llama", seed=3)
     tokens = [made.tokenizer.convert_ids_to_tokens(index) for index in range(256)] + ["<|start|>", "<|end|>", "<think>"]
     keys = {
         "tokenizer.ggml.tokens": tokens,
@@ -340,7 +340,7 @@ def test_added_tokens_ends_and_template_are_kept(tmp_path):
 
 
 def test_a_sentencepiece_vocabulary_merges_by_score(tmp_path):
-    made = tiny_model("llama", seed=3)
+    made = tiny_source("llama", seed=3)
     pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(230)], "▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab"]
     pieces += [f"<pad{index}>" for index in range(259 - len(pieces))]
     scores = {"bc": -1.0, "ab": -2.0, "▁a": -3.0, "▁ab": -4.0}
@@ -364,7 +364,7 @@ def test_a_sentencepiece_vocabulary_merges_by_score(tmp_path):
 
 
 def test_what_was_converted_opens_in_plain_transformers(tmp_path):
-    made = tiny_model("llama", seed=3, rope_parameters=LLAMA3)
+    made = tiny_source("llama", seed=3, rope_parameters=LLAMA3)
     path = write_gguf(tmp_path / "x.gguf", made, tensors={"rope_freqs.weight": llama3_factors(LLAMA3, 16)})
     convert_gguf(path, tmp_path / "out", source={"source": "x", "revision": "y"}, progress=lambda text, part: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -375,7 +375,7 @@ def test_what_was_converted_opens_in_plain_transformers(tmp_path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_a_header_is_read_or_refused_in_words(tmp_path, data):
-    made = tiny_model("llama", seed=3, layers=1)
+    made = tiny_source("llama", seed=3, layers=1)
     path = tmp_path / "fuzz.gguf"
     if not path.exists():
         write_gguf(path, made, keys=scaling("llama", "yarn", context=64), tensors={"rope_freqs.weight": np.ones(8, np.float32)})

@@ -130,7 +130,7 @@ def test_half_precision_is_widened(copy):
 
     loaded = load_model(str(copy("qwen3", halve, {"dtype": "bfloat16"})))
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-    assert torch.equal(loaded.model.lm_head.weight.bfloat16().float(), loaded.model.lm_head.weight)
+    assert torch.equal(loaded.model.decoder.head.weight.bfloat16().float(), loaded.model.decoder.head.weight)
 
 
 @pytest.mark.parametrize(("config", "code"), [

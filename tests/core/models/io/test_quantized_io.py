@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from core.errors import ArtifactError, ModelError, QuantscopeError
+from core.evaluation.perplexity import hidden_windows, score
 from core.models.io.load import load_model, read_config
 from core.models.io.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
-from core.models.shell import new_cache
-from core.models.tiny import tiny_model
+from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.recipe import Bits
 from core.storage import atomic_dir
-from tests.core.tools import ARCHITECTURES, Quantised, in_steps, quantised, tokens
+from tests.core.tools import ARCHITECTURES, Quantised, in_steps, quantised, relative, tokens
 
 RECIPES = {
     "rptq": {},
@@ -66,8 +66,8 @@ def round_trip(q: Quantised, folder: Path) -> None:
     back = load_quantized(folder)
     ids = tokens(2, 21, seed=1)
     assert torch.equal(back.model(ids).logits, q.model(ids).logits)
-    caches = new_cache(q.model, q.loaded.adapter), new_cache(back.model, back.adapter)
-    assert (caches[0] is None) == (caches[1] is None)
+    caches = q.model.decoder.new_cache(), back.model.decoder.new_cache()
+    assert [type(layer) for layer in caches[0].layers] == [type(layer) for layer in caches[1].layers]
     assert torch.equal(in_steps(back.model, ids, caches[1]), in_steps(q.model, ids, caches[0]))
     one, other = (dict(m.state_dict()) for m in (q.model, back.model))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
@@ -331,5 +331,28 @@ def test_parameters_of_counts_tied_weights_once():
 
 def test_parameters_of_counts_the_weights_of_low_bit_layers():
     made = quantised("llama", scheme="W4A4")
-    norms = sum(p.numel() for name, p in made.base.model.named_parameters() if "layernorm" in name)
-    assert parameters_of(made.model) == parameters_of(made.base.model) - norms
+    assert parameters_of(made.model) == parameters_of(made.base.model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters_of_counts_what_transformers_counts(architecture):
+    theirs = tiny_transformers(architecture)
+    assert parameters_of(tiny_model(architecture).model) == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("source", ["in memory", "from a folder"])
+def test_a_head_of_its_own_beside_a_flag_that_says_tied(source, tmp_path):
+    """`tie_word_embeddings` is true, and the checkpoint has an lm_head all the same: the head is what counts."""
+    theirs = tiny_transformers("llama")
+    theirs.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    base = load_model(str(tmp_path / "base"))
+    assert relative(base.model(tokens(1, 9)).logits, theirs(tokens(1, 9)).logits) < 1e-5
+    made = quantised("llama", base=base, scheme="W4A4KV", weights="rtn")
+    save_quantized(tmp_path / "q", made.loaded, {})
+    back = load_quantized(tmp_path / "q") if source == "in memory" else load_model(str(tmp_path / "q"))
+    windows = tokens(2, 16)
+    scored = score(back.model, windows, reference=hidden_windows(made.model, windows), reference_head=made.model.decoder.head)
+    assert scored.kld_mean <= 1e-6 and torch.equal(back.model.decoder.head.weight, theirs.lm_head.weight)
