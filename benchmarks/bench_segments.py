@@ -32,5 +32,5 @@ def run(model: str) -> list[Result]:
             backends = ", ".join(f"{use.backend} × {use.layers}" for use in report.backends)
             note = f"perplexity {perplexity:.2f}, exact {perplexity / exact - 1:+.1%}, float32 {plain_perplexity:.2f}; {backends}"
             job = f"segments {scheme} {variant}, {mode}: time over float32"
-            results.append(Result(job, seconds / plain, f"transformers float32, {plain:.2f} s", "", seconds, note=note))
+            results.append(Result(job, seconds / plain, f"float32, {plain:.2f} s", "", seconds, note=note))
     return results

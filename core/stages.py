@@ -128,7 +128,7 @@ def evaluate(
         kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
         device=device,
         dtype=dtype,
-        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"transformers {dtype}",
+        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"torch {dtype}",
         protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens{whole} of {source.name}; mean next-token loss over "
         f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
         f"{dtype} on {device}, one window at a time",

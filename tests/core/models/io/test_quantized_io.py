@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from core.errors import ArtifactError, ModelError, QuantscopeError
-from core.evaluation.perplexity import hidden_windows, score
+from core.evaluation.perplexity import Reference, hidden_windows, score
 from core.models.io.load import load_model, read_config
 from core.models.io.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
 from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
@@ -354,5 +354,6 @@ def test_a_head_of_its_own_beside_a_flag_that_says_tied(source, tmp_path):
     save_quantized(tmp_path / "q", made.loaded, {})
     back = load_quantized(tmp_path / "q") if source == "in memory" else load_model(str(tmp_path / "q"))
     windows = tokens(2, 16)
-    scored = score(back.model, windows, reference=hidden_windows(made.model, windows), reference_head=made.model.decoder.head)
+    reference = Reference("before", made.model.decoder.head, hidden_windows(made.model, windows))
+    scored = score(back.model, windows, reference=reference)
     assert scored.kld_mean <= 1e-6 and torch.equal(back.model.decoder.head.weight, theirs.lm_head.weight)
