@@ -152,7 +152,7 @@ def test_a_missing_bias_is_zero(tmp_path):
         if name.endswith("o_proj.bias"):
             parameter.zero_()
     gone = {f"blk.{index}.attn_output.bias": REMOVE for index in range(2)}
-    assert divergence(load_model(str(write_gguf(tmp_path / "x.gguf", made, tensors=gone))), made) == 0
+    assert divergence(load_model(str(write_gguf(tmp_path / "x.gguf", made, tensors=gone))), made) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K", "Q4_K"])
@@ -170,7 +170,7 @@ def test_blocks_are_unpacked_to_the_values_of_the_package(kind, tmp_path):
     raw_writer(path, made, packed, qtype)
     with torch.no_grad():
         weight.copy_(torch.from_numpy(gguf.dequantize(packed, qtype)))
-    found = load_model(str(path)).model.model.layers[1].mlp.up_proj.weight
+    found = load_model(str(path)).model.blocks[1].up.weight[256:]  # behind the gate
     assert torch.equal(found, weight)
 
 
