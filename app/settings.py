@@ -5,6 +5,7 @@ QUANTSCOPE_DEVICE           where models run: cpu (without it) or cuda
 QUANTSCOPE_WORKER_GB        memory limit of the worker processes together in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
+QUANTSCOPE_CACHE_GB         limit of the cache folder in gigabytes (20 without it); what was used longest ago goes first
 QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with its options as keywords
 SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
 """
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from core.cache import cache_limit
 from core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,7 @@ class Settings:
         """
         from app.engine import first_model
 
+        cache_limit()
         return cls(
             model=model or environment.get("QUANTSCOPE_MODEL") or first_model(),
             device=_device(environment),

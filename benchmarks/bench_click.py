@@ -61,7 +61,7 @@ def run(model: str) -> list[Result]:
 
 def _cache_without_results(scratch: Path) -> str:
     """A cache folder that has the downloaded models but no quantised ones, so nothing is only read back."""
-    from core.storage import cache_root
+    from core.cache import cache_root
 
     scratch = scratch / "cache"
     scratch.mkdir()

@@ -1,4 +1,4 @@
-"""Putting one folder in another's place, in one step where the system can, and small helpers around folders.
+"""Put one folder in another's place, in one step where the system can; and small functions of folders.
 
 renameat2(RENAME_EXCHANGE) swaps two names atomically on Linux's own file systems. Where it is missing (some network
 and sandbox file systems) the old folder is moved aside first, and `recover` undoes that if the writer died in between.
@@ -38,7 +38,7 @@ def publish(stage: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically (renameat2 with RENAME_EXCHANGE). False where the system cannot; nothing moved then."""
+    """Swap two names in one step (renameat2 with RENAME_EXCHANGE). Returns: False where the system cannot; nothing moved then."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -59,7 +59,7 @@ def _replace_in_two_steps(stage: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back a folder that a replacement in two steps had moved aside when it was killed. Else do nothing."""
+    """Put back the folder that a replacement in two steps had moved aside when it was killed; do nothing if there is none."""
     if os.path.lexists(target) or not target.parent.is_dir():
         return
     for old in sorted(target.parent.glob(f"{glob_name(target)}.old-*")):
@@ -69,12 +69,12 @@ def recover(target: Path) -> None:
 
 
 def glob_name(path: Path) -> str:
-    """The name of `path` as a glob pattern that matches only itself."""
+    """Return the name of `path` as a glob pattern that matches only itself."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path.name)
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder. Raises OSError."""
+    """Write a file's or a folder's data through to the disk (fsync). Raises: OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -96,7 +96,7 @@ def remove(path: Path) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of all files under `folder`; files that vanish while counting are skipped."""
+    """Count the bytes of all files under `folder`; files that vanish while they are counted are skipped."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -125,9 +125,3 @@ def state_of(name: str) -> str | None:
 def _facts(path: str) -> tuple[str, int, int]:
     info = os.stat(path)
     return os.path.basename(path), info.st_size, info.st_mtime_ns
-
-
-def mark_used(folder: Path) -> None:
-    """Record that a folder of the cache is used now, as its time of change; a folder that cannot be changed is left alone."""
-    with contextlib.suppress(OSError):
-        os.utime(folder)

@@ -1,10 +1,11 @@
-"""Folders that are either whole or absent, whatever interrupts the writer.
+"""Folders and files that are either whole or absent, whatever interrupts the writer.
 
 `atomic_dir(target)` gives a stage beside the target. On success every file is flushed to disk, `manifest.json` (size
 and SHA-256 of each file) is written last, and the stage takes the target's place in one rename; where a folder is
 already there the two are exchanged in one system call (renameat2, Linux), so that a reader or a crash sees the old
 folder or the new one. On failure the stage is removed. A stage is locked while its writer lives (flock on the folder),
-so that the stages of dead writers can be told apart and swept.
+so that the stages of dead writers can be told apart and swept. A folder that is added to the cache makes the cache look at
+its size (`core.cache`).
 
 `verify(folder)` accepts only a folder with its full manifest. Source of the recipe: write, fsync, rename, fsync of the
 parent, as in SQLite's and LMDB's notes on atomic commit.
@@ -13,7 +14,6 @@ parent, as in SQLite's and LMDB's notes on atomic commit.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,10 +22,13 @@ import os
 import secrets
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock, Timeout
+
+from core.cache import cache_limit, cache_root, mark_used, sweep
+from core.disk import disk_errors
 from core.errors import ArtifactError, InputError, ResourceError
 from core.folders import flush, glob_name, publish, recover, remove
 
@@ -35,33 +38,10 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "quantscope-manifest"
 MAX_MANIFEST_BYTES = 8 * 2**20
 _CHUNK = 2**20
-_DISK_REASONS = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only",
-    errno.EIO: "the disk reports an error", errno.EFBIG: "a file would exceed the size limit",
-}
-_PLACE_REASONS = _DISK_REASONS | {
-    errno.EACCES: "no permission to write there", errno.EPERM: "no permission to write there",
-    errno.ENOTDIR: "a part of its path is a file", errno.EEXIST: "a part of its path is a file",
-    errno.ENAMETOOLONG: "its name is too long", errno.ENOENT: "no folder can be made there",
-}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def cache_root() -> Path:
-    """Folder of everything Quantscope may delete: `$QUANTSCOPE_CACHE`, else the XDG cache folder / `quantscope`.
-
-    Returns: an absolute path. It is not created here: writers create it.
-    """
-    chosen = os.environ.get("QUANTSCOPE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"  # the XDG rule: ignore a relative value
-    return base / "quantscope"
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as 64 lower-case hex digits. `on_bytes` is called with the count of bytes read so far."""
+    """Return the SHA-256 of a file as 64 lower-case hex digits; `on_bytes` is called with the count of bytes read so far."""
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_CHUNK):
@@ -86,7 +66,10 @@ def atomic_dir(target: Path | str, *, replace: bool = False, private: bool = Fal
         ResourceError E-DISK: the disk is full, read-only or not writable. The target is then as it was.
     """
     target = Path(os.path.realpath(target))
-    with _disk_errors(target, _PLACE_REASONS):
+    cached = target.is_relative_to(cache_root())
+    if cached:
+        cache_limit()  # a limit that is no number is refused before the work
+    with disk_errors(target, every_path=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         _check_replaceable(target, replace)
@@ -95,45 +78,54 @@ def atomic_dir(target: Path | str, *, replace: bool = False, private: bool = Fal
         try:
             with disk_errors(target):
                 yield stage
-            with _disk_errors(target, _PLACE_REASONS):
+            with disk_errors(target, every_path=True):
                 _seal(stage)
                 publish(stage, target)
         finally:  # after a publication this is the folder that was replaced, if any
             remove(stage)
     finally:
         os.close(lock)
+    if cached:
+        with contextlib.suppress(OSError):
+            sweep(keep=target)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write one file of a folder that has a single writer, in one step: a reader or a crash sees the old content or the new.
+    """Write one file in one step: a reader or a crash sees the old content or the new.
 
-    Raises: ResourceError E-DISK; the file is then as it was.
+    Raises: ResourceError E-DISK; the file is then as it was, and nothing else is left.
     """
-    part = path.with_name(f"{path.name}.part")
-    with _disk_errors(path, _PLACE_REASONS):
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+    part = path.with_name(f".{secrets.token_hex(6)}.part")
+    with disk_errors(path, every_path=True):
+        try:
+            with open(part, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
         flush(path.parent)
 
 
 def check_target(target: Path | str) -> None:
-    """Refuse at once what `atomic_dir` would refuse after the work: call it before a long job.
+    """Refuse before a long job what `atomic_dir` would refuse after it.
 
     Raises: InputError E-PARAM-OUT, ResourceError E-DISK.
     """
     if not str(target).strip() or "\0" in str(target):
         raise InputError("No output folder was named: give the name of a new or empty folder.", code="E-PARAM-OUT")
     target = Path(os.path.realpath(target))
-    with _disk_errors(target, _PLACE_REASONS):
+    with disk_errors(target, every_path=True):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(target)  # says whether the name is too long, or leads through a file
         recover(target)
         _check_replaceable(target, replace=False)
         parent = next(place for place in target.parents if place.is_dir())
-        os.rmdir(tempfile.mkdtemp(prefix=".quantscope-", dir=parent))  # asked by doing: root may everything, but not in /proc
+        # tried out, as permissions do not tell: root may write anywhere, but not in /proc
+        os.rmdir(tempfile.mkdtemp(prefix=".quantscope-", dir=parent))
 
 
 def verify(folder: Path | str, checksums: bool = False) -> None:
@@ -160,16 +152,17 @@ def verify(folder: Path | str, checksums: bool = False) -> None:
 
 
 def is_whole(folder: Path | str) -> bool:
-    """Whether `verify` accepts a folder, checksums left out."""
+    """Say whether `verify` accepts a folder, checksums left out; a whole folder of the cache counts as used now."""
     try:
         verify(folder)
     except ArtifactError:
         return False
+    mark_used(Path(folder))
     return True
 
 
 def read_manifest(folder: Path | str) -> dict[str, dict]:
-    """File name → {"size": bytes, "sha256": hex} of a folder written by `atomic_dir`.
+    """Read the manifest of a folder written by `atomic_dir`: file name → {"size": bytes, "sha256": hex digits}.
 
     Raises: ArtifactError E-CKPT-BAD when it is missing, not ours, or names a file outside the folder.
     """
@@ -201,49 +194,29 @@ def file_lock(path: Path | str, *, timeout: float = 600.0) -> Iterator[None]:
     Raises: ResourceError E-TIME naming the holder's process id; E-DISK when the lock cannot be created.
     """
     path = Path(path)
-    with _disk_errors(path, _PLACE_REASONS):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = FileLock(path, timeout=timeout, thread_local=False, poll_interval=0.05)
     try:
-        deadline = time.monotonic() + timeout
-        while not _try_lock(handle, unsupported=True):
-            if time.monotonic() >= deadline:
-                holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                waited = f" for more than {timeout:.0f} s" if timeout else ""
-                raise ResourceError(f"In use by process {holder}{waited}. Wait for it to finish, or stop it.", code="E-TIME")
-            time.sleep(0.05)
-        with disk_errors(path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        with disk_errors(path, every_path=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout:
+        holder = f"process {found}" if (found := _read_line(path)) else "another process"
+        waited = f" for more than {timeout:.0f} s" if timeout else ""
+        raise ResourceError(f"In use by {holder}{waited}. Wait for it to finish, or stop it.", code="E-TIME") from None
+    try:
+        with disk_errors(path, every_path=True):
+            path.write_text(str(os.getpid()), encoding="ascii")
         yield
     finally:
-        os.close(handle)  # closing releases the lock
+        lock.release()
 
 
-def disk_errors(target: Path) -> contextlib.AbstractContextManager[None]:
-    """A context in which a full, read-only or failing disk becomes ResourceError E-DISK naming `target`."""
-    return _disk_errors(target, _DISK_REASONS)
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path, reasons: dict[int, str]) -> Iterator[None]:
-    """Turn an OSError with one of `reasons` (by errno) into ResourceError E-DISK; everything else passes."""
+def _read_line(path: Path) -> str:
+    """What a lock file says, at most 32 characters."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in reasons:
-            raise
-        raise _disk_error(target, reasons[error.errno], full=error.errno in _FULL) from error
-    except Exception as error:
-        if "os error 28" not in str(error):  # how Rust libraries (safetensors) say ENOSPC
-            raise
-        raise _disk_error(target, _DISK_REASONS[errno.ENOSPC], full=True) from error
-
-
-def _disk_error(target: Path, reason: str, *, full: bool) -> ResourceError:
-    remedy = "Free some space, or choose" if full else "Choose"
-    return ResourceError(f"Cannot write {target.name[:60]!r}: {reason}. {remedy} another folder "
-                         "(QUANTSCOPE_CACHE moves the cache).", code="E-DISK")
+        return path.read_text(encoding="ascii", errors="replace")[:32].strip()
+    except OSError:
+        return ""
 
 
 def _is_inside(name: str) -> bool:
@@ -304,15 +277,15 @@ def _sweep(leftover: Path) -> None:
         os.close(handle)
 
 
-def _try_lock(handle: int, *, wait: bool = False, unsupported: bool = False) -> bool:
-    """Lock an open file or folder. False when another holder has it; `unsupported` where locks do not exist."""
+def _try_lock(handle: int, *, wait: bool = False) -> bool:
+    """Lock an open folder. Returns: False when another holder has it, or where the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
         logger.warning("this file system has no locks (%s)", error.strerror)
-        return unsupported
+        return False
     return True
 
 

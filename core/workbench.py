@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from core.cache import cache_limit, in_use
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
 from core.calibration.report import ChannelDetail, RangesReport
@@ -29,7 +30,7 @@ from core.evaluation.memory import measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
-from core.folders import mark_used, state_of
+from core.folders import state_of
 from core.models.io import saved
 from core.models.io.load import LoadedModel, load_model, prefix_ids
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
@@ -63,9 +64,11 @@ class Workbench:
             reference models comes on top (`REFERENCE_SHARE`).
         allow_local: whether local paths may be typed as models and texts; off on a public server.
         device: where models run, "cpu" or "cuda" ("cuda:1").
+    Raises: InputError E-PARAM-CACHE-GB when the limit of the cache is no number.
     """
 
     def __init__(self, *, max_bytes: int = DEFAULT_BUDGET, allow_local: bool = True, device: str = "cpu") -> None:
+        cache_limit()
         saved.remove_pasted()
         self.max_bytes, self.allow_local, self.device = max_bytes, allow_local, device
         self._models: OrderedDict[_Name, LoadedModel] = OrderedDict()
@@ -291,8 +294,8 @@ class Workbench:
         return name
 
     def _load_saved(self, folder: Path, progress: Progress) -> LoadedModel:
-        mark_used(folder)  # of several folders of one recipe, its hash means the one used last
-        loaded = load_quantized(folder, progress=progress)
+        with in_use(folder):  # of several folders of one recipe, its hash means the one used last
+            loaded = load_quantized(folder, progress=progress)
         loaded.model.to(self.device)
         return loaded
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from core.disk import disk_errors
 from core.errors import ArtifactError
 from core.folders import publish
-from core.storage import atomic_dir, disk_errors, verify
+from core.storage import atomic_dir, verify
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from core.cache import cache_root
 from core.calibration.data import TextSource, decode_text, resolve_text
 from core.errors import ArtifactError, InputError, TextError
-from core.storage import atomic_dir, cache_root, file_lock, verify
+from core.storage import atomic_dir, file_lock, is_whole
 
 Progress = Callable[[str, float | None], None]
 
@@ -72,9 +73,7 @@ def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progr
     key = json.dumps([_VERSION, vocab, HELD_OUT, [(source.sha256, whole, repeat) for source, whole, repeat in sources]])
     folder = cache_root() / "corpus" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with file_lock(folder.with_name(f"{folder.name}.lock")):
-        try:
-            verify(folder)
-        except ArtifactError:
+        if not is_whole(folder):
             _build(folder, sources, vocab, progress)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Corpus(folder, _read(folder / "train.bin"), _read(folder / "held_out.bin"), meta["sources"])
@@ -184,8 +183,8 @@ def _build(folder: Path, sources: list[tuple[TextSource, bool, int]], vocab: int
             }
         )
     with atomic_dir(folder, replace=True) as stage:
-        numpy.concatenate(streams).tofile(stage / "train.bin")
-        numpy.concatenate(held_out).tofile(stage / "held_out.bin")
+        for name, parts in (("train.bin", streams), ("held_out.bin", held_out)):
+            (stage / name).write_bytes(numpy.concatenate(parts).data)  # numpy's own `tofile` fails without an errno
         tokenizer.save(str(stage / "tokenizer.json"))
         (stage / "meta.json").write_text(json.dumps({"vocab": tokenizer.get_vocab_size(), "sources": facts}, indent=1) + "\n")
 

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from core.disk import disk_errors
 from core.errors import ArtifactError, InputError, NumericError, ResourceError
 from core.provenance import provenance
-from core.storage import disk_errors, file_lock, write_file
+from core.storage import file_lock, write_file
 from training.bitlinear import set_mode
 from training.checkpoint import load_optimizer, load_weights, newest, read_state, save_checkpoint, save_latest
 from training.config import TrainConfig

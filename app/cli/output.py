@@ -6,29 +6,20 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from core.errors import InputError, ResourceError
+from core.disk import PLACE, disk_errors
+from core.errors import InputError, QuantscopeError
+from core.storage import write_file
 
 STDOUT = "-"
 FIRST_LINE_S, NEXT_LINE_S, REDRAW_S = 10.0, 15.0, 0.1
 BAR = 24
-_REASONS = {
-    errno.ENOENT: "there is no such folder",
-    errno.ENOTDIR: "a part of its path is a file",
-    errno.EISDIR: "it is a folder",
-    errno.EACCES: "no permission to write there",
-    errno.EPERM: "no permission to write there",
-    errno.EROFS: "the disk is read-only",
-    errno.ENAMETOOLONG: "its name is too long",
-}
 
 
 class Progress:
@@ -112,10 +103,17 @@ class Console:
             sys.stdout.flush()
 
     def finish(self, document: dict[str, Any], text: str) -> None:
-        """Write the result: first the JSON object (so that a closed pipe cannot lose it), then the text."""
+        """Write the result: first the JSON object (so that a closed pipe cannot lose it), then the text.
+
+        Raises: as `write_json`; the text is written all the same.
+        """
         self.progress.close()
-        if self.json_target is not None:
-            write_json(self.json_target, document)
+        try:
+            if self.json_target is not None:
+                write_json(self.json_target, document)
+        except QuantscopeError:
+            self.write(text)
+            raise
         self.write(text)
 
 
@@ -171,7 +169,7 @@ def check_json_target(target: str) -> None:
 def write_json(target: str, document: dict[str, Any]) -> None:
     """Write one JSON object, indented unless it is large: to stdout, or to a file that is whole or absent.
 
-    Raises: InputError or ResourceError if the file cannot be written; an earlier one is then as it was.
+    Raises: ResourceError E-DISK if the file cannot be written; an earlier one is then as it was.
     """
     text = json.dumps(document, allow_nan=False, indent=None if "sites" in document else 2) + "\n"
     if target == STDOUT:
@@ -179,34 +177,16 @@ def write_json(target: str, document: dict[str, Any]) -> None:
         sys.stdout.flush()
         return
     path = Path(os.path.realpath(target))
-    try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if path.exists() and not path.is_file():
+        with disk_errors(path, every_path=True):
             path.write_text(text, encoding="utf-8")  # a pipe or a device cannot be replaced
-        else:
-            _replace(path, text)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise ResourceError(
-                "The JSON file cannot be written: the disk is full or failing. Free some space.", code="E-DISK"
-            ) from error
-        raise _no_json(target, error) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{secrets.token_hex(6)}.part")
-    try:
-        with open(part, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+    else:
+        write_file(path, text.encode("utf-8"))
 
 
 def _no_json(target: str, error: Exception) -> InputError:
-    reason = _REASONS.get(getattr(error, "errno", None) or 0, "it cannot be written")
+    number = getattr(error, "errno", None)
+    reason = "there is no such folder" if number == errno.ENOENT else PLACE.get(number, ("it cannot be written",))[0]
     return InputError(
         f"The JSON file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists.", code="E-PARAM-JSON"
     )

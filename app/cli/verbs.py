@@ -110,10 +110,14 @@ def quantize(args: Namespace, console: Console) -> None:
     _require_text(recipe.calibration.text, "calibration")
     base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
     made, report = run(base, recipe, progress=console.progress)
-    report = replace(report, folder=args.out)
+    saved = replace(report, folder=args.out)
     console.progress("Saving the quantised model", None)
-    save_quantized(args.out, made, {"recipe": recipe.to_dict(), "report": report.to_dict()})
-    console.finish(report.to_dict() | {"out": args.out, "provenance": provenance()}, _quantize_text(report, args.out))
+    try:
+        save_quantized(args.out, made, {"recipe": recipe.to_record(), "report": saved.to_dict()})
+    except ResourceError as error:  # what was found out in the run is shown all the same
+        console.write(_quantize_text(replace(report, unsaved=str(error))))
+        raise
+    console.finish(saved.to_dict() | {"out": args.out, "provenance": provenance()}, _quantize_text(saved))
 
 
 def evaluate(args: Namespace, console: Console) -> None:
@@ -331,7 +335,7 @@ def _evaluation_text(report: Any, reference: str | None) -> str:
     )
 
 
-def _quantize_text(report: Any, out: str) -> str:
+def _quantize_text(report: Any) -> str:
     rows = [
         [str(entry.layer), _decibels(entry.output_sqnr_db), *_worst(entry.sites), *_worst(entry.weights)]
         for entry in report.layers
@@ -349,6 +353,9 @@ def _quantize_text(report: Any, out: str) -> str:
     text += "\nSignal to quantisation noise, dB\n"
     text += table(["layer", "output", "worst site", "dB", "worst weight", "dB"], rows, left=0)
     text += "".join(f"{note}\n" for note in report.fallbacks)
+    if report.unsaved:
+        return text + "\nNot saved.\n"
+    out = report.folder
     return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
 
 

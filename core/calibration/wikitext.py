@@ -12,9 +12,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from core.cache import cache_root
+from core.disk import disk_errors
 from core.errors import ModelError, TextError
 from core.models.io.hub import fetch_dataset_file, is_offline
-from core.storage import atomic_dir, cache_root, disk_errors, file_lock, is_whole
+from core.storage import atomic_dir, file_lock, is_whole
 
 logger = logging.getLogger(__name__)
 

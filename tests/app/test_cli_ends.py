@@ -40,7 +40,9 @@ def test_an_interrupted_save_leaves_nothing(call, place, monkeypatch, fault, sta
     monkeypatch.setattr(module, "save_file", torn)
     before = sorted(p.name for p in place.iterdir())
     code, out, err = call("quantize", "--model", "base", *CALIBRATION, "--out", "new", "--json", "new.json")
-    assert code == status and out == "" and err.count("\n") == 1 and "Traceback" not in err and "secret" not in err
+    kept = "Not saved" if isinstance(fault, OSError) else ""  # what a finished run has found is shown all the same
+    assert code == status and kept in out and bool(out) == bool(kept)
+    assert err.count("\n") == 1 and "Traceback" not in err and "secret" not in err
     assert sorted(p.name for p in place.iterdir()) == before
 
 
@@ -72,7 +74,9 @@ def test_json_is_whole_or_absent(call, monkeypatch):
     old = Path("kept.json").read_text()
     monkeypatch.setattr(cli_output.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "full")))
     before = sorted(os.listdir())
-    refused(call(*argv), "E-DISK")
+    code, out, err = call(*argv)
+    refused((code, "", err), "E-DISK")
+    assert "weights" in out, "the table is shown all the same"
     assert Path("kept.json").read_text() == old and sorted(os.listdir()) == before
 
 

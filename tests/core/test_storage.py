@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core import folders, storage
+from core.cache import cache_root
 from core.errors import ArtifactError, InputError, ResourceError
-from core.storage import MANIFEST, atomic_dir, cache_root, file_lock, read_manifest, verify
+from core.storage import MANIFEST, atomic_dir, file_lock, read_manifest, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 

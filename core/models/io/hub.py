@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from core.cache import cache_root
+from core.disk import disk_errors
 from core.errors import ModelError
 from core.folders import bytes_in, remove
 from core.models.io.gguf import write_source
@@ -24,7 +26,7 @@ from core.models.io.limits import check_disk, check_memory
 from core.models.io.preflight.config import check_architecture, check_config, weight_bytes
 from core.models.io.preflight.folder import PICKLE_SUFFIXES, check_folder, read_json
 from core.progress import Progress
-from core.storage import atomic_dir, cache_root, disk_errors, file_lock, file_sha256, is_whole
+from core.storage import atomic_dir, file_lock, file_sha256, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def fetch_model(repo: str, revision: str | None, *, progress: Progress, timeout_
         logger.warning("the Hub did not answer: using the copy of %s from commit %s", repo, known[:8])
         return home / known, known
     folder = home / info.sha
-    with file_lock(home / "download.lock"), disk_errors(folder):
+    with file_lock(home / "download.lock"), disk_errors(home):
         if not is_whole(folder):
             _download(repo, info, folder, progress)
         _remember(home, revision or "main", info.sha)

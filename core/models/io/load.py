@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from core.cache import in_use
 from core.errors import BackendError, InputError, ModelError, NumericError
-from core.models.io.catalog import resolve
+from core.models.io.catalog import ResolvedModel, resolve
 from core.models.io.foreign import library_errors, quiet, tokenizer_errors
 from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
@@ -84,6 +85,12 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     """
     _check_device(device, dtype)
     resolved = resolve(name, revision=revision, progress=progress, allow_local=allow_local)
+    with in_use(resolved.path):
+        return _load(resolved, dtype, device, progress)
+
+
+def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Progress) -> LoadedModel:
+    """Load the checked folder that a name stands for."""
     if (resolved.path / QUANTSCOPE_FILE).exists():
         from core.models.io.quantized import load_quantized
 

@@ -13,11 +13,12 @@ import os
 import re
 from pathlib import Path
 
+from core.cache import cache_root
 from core.errors import ArtifactError
 from core.folders import remove
 from core.models.io.quantized import read_description
 from core.privacy import PASTED, is_public_text, owner_tag
-from core.storage import MANIFEST, cache_root
+from core.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
 

