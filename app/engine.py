@@ -55,27 +55,10 @@ def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:
 
 
 def project_model(info: Any, bits: Bits, *, batch: int, sequence: int) -> Any:
-    """Projected memory of a loaded model; whether it shares embedding and head is told from its parameter count."""
-    from core.evaluation.memory import Shape, estimate
+    """Project the memory of a loaded model from the shape in its report."""
+    from core.evaluation.memory import estimate, shape_of_loaded
 
-    gated = 2 if info.architecture == "opt" else 3
-    shapes = [
-        Shape(
-            info.layers,
-            info.hidden,
-            info.heads,
-            info.kv_heads,
-            info.head_dim,
-            info.ffn,
-            info.vocab,
-            gated,
-            positions=info.context + 2 if gated == 2 else 0,
-            tied=tied,
-        )
-        for tied in (True, False)
-    ]
-    nearest = min(shapes, key=lambda shape: abs(shape.parameters - info.parameters))
-    return estimate(nearest, bits, batch=batch, sequence=sequence, label=info.name)
+    return estimate(shape_of_loaded(info), bits, batch=batch, sequence=sequence, label=info.name)
 
 
 def projected_schemes() -> dict[str, Bits]:

@@ -1,4 +1,7 @@
-"""Results that leave core: frozen dataclasses of plain numbers and strings, picklable, with `to_dict` for JSON."""
+"""Results that leave core: frozen dataclasses of plain numbers and strings, picklable, with `to_dict` for JSON.
+
+Observed ranges, which are arrays, are in `core.calibration.report`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 
 def jsonable(value: Any) -> Any:
-    """Nested dataclass content as JSON types; infinities and NaN become None (JSON has neither)."""
+    """Convert nested content of a dataclass to JSON types; infinities and NaN become None (JSON has neither)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -21,10 +24,10 @@ def jsonable(value: Any) -> Any:
 
 
 class Report:
-    """Adds `to_dict` to a dataclass."""
+    """Add `to_dict` to a dataclass."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """Return the fields as JSON types."""
         return jsonable(asdict(self))
 
 
@@ -33,7 +36,12 @@ class ModelInfo(Report):
     """What was loaded.
 
     Attributes:
-        weight_bytes: measured from the tensors. source: where the weights came from.
+        source: where the weights came from. parameters: tied ones counted once.
+        hidden, heads, kv_heads, head_dim, ffn, vocab: D, H, Hkv, E, F, V.
+        context: tokens that the model can look back on, 0 where its configuration does not say.
+        weight_bytes: measured from the tensors. dtype: float type that it computes in.
+        gated: whether the feed-forward part has three matrices instead of two.
+        tied: whether the head is the embedding table. positions: rows of a learned position embedding, 0 without one.
         fidelity: what a BitNet model's rules are worth for it (`BitNetRules.fidelity`), None for every other model.
     """
 
@@ -54,6 +62,9 @@ class ModelInfo(Report):
     dtype: str
     load_seconds: float
     fidelity: str | None = None
+    gated: bool = True
+    tied: bool = False
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,14 @@ class SiteError(Report):
 
 @dataclass(frozen=True)
 class WeightError(Report):
-    """One fused weight: bits, "gptq" or "rtn", signal to noise in dB, why GPTQ was not used, stored bits per weight."""
+    """One fused weight after quantisation.
+
+    Attributes:
+        bits: 2 to 8, or 16 for a float weight. method: "gptq", "rtn", "ternary" or "float".
+        sqnr_db: signal to quantisation noise, dB; infinite for an exact copy.
+        fallback: why GPTQ was not used although asked for, else None.
+        effective_bits: stored bits per weight with scales and zero points.
+    """
 
     bits: int
     method: str
@@ -125,7 +143,7 @@ class QuantizeReport(Report):
 
     @property
     def fallbacks(self) -> list[str]:
-        """Weights that GPTQ could not do, with the reason."""
+        """List the weights that GPTQ could not quantise, with the reason."""
         return [
             f"layers.{entry.layer}.{name}: {note.fallback}"
             for entry in self.layers
@@ -231,7 +249,7 @@ class SpeedLimit(Report):
     threads: int
 
     def tokens_per_second(self, kv_bytes: int = 0) -> float:
-        """The limit with a cache of that many bytes."""
+        """Divide the memory's speed by the bytes of weights and of a cache of `kv_bytes`."""
         return self.bytes_per_second / (self.weight_bytes + kv_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Facts about a model in memory as reports: what it is, which backends it runs on, what quantising a layer cost."""
+"""Describe a model in memory as reports: what it is, which backends it runs on, what quantising a layer cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from core.errors import InputError
-from core.evaluation.memory import measured_parts
+from core.evaluation.memory import measured_parts, position_rows
 from core.methods.sequential import LayerOutcome
 from core.models.architectures import ModelAdapter
 from core.models.io.load import LoadedModel, context_of
@@ -17,32 +17,35 @@ from kernels import Backend
 
 
 def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
-    """Facts of a loaded model."""
+    """Describe a loaded model; `seconds`: how long loading took."""
     config, spec = loaded.model.config, loaded.adapter.spec(loaded.model.config)
-    parts = measured_parts(loaded.model, loaded.adapter)
+    table, head = loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight
     return ModelInfo(
-        loaded.name,
-        loaded.revision,
-        loaded.source,
-        config.model_type,
-        parameters_of(loaded.model),
-        len(loaded.model.blocks),
-        spec.hidden,
-        spec.heads,
-        spec.kv_heads,
-        spec.head_dim,
-        spec.ffn,
-        config.vocab_size,
-        context_of(loaded.model) or 0,
-        sum(parts.values()),
-        dtype_of(loaded.model),
-        seconds,
-        fidelity_of(loaded.model, loaded.adapter),
+        name=loaded.name,
+        revision=loaded.revision,
+        source=loaded.source,
+        architecture=config.model_type,
+        parameters=parameters_of(loaded.model),
+        layers=len(loaded.model.blocks),
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ffn=spec.ffn,
+        vocab=config.vocab_size,
+        context=context_of(loaded.model) or 0,
+        weight_bytes=sum(measured_parts(loaded.model, loaded.adapter).values()),
+        dtype=dtype_of(loaded.model),
+        load_seconds=seconds,
+        fidelity=fidelity_of(loaded.model, loaded.adapter),
+        gated=spec.gated,
+        tied=table.data_ptr() == head.data_ptr(),
+        positions=position_rows(spec, config.max_position_embeddings),
     )
 
 
 def dtype_of(model: PreTrainedModel) -> str:
-    """The float type a model computes in, such as "float32"."""
+    """Name the float type that a model computes in, such as "float32"."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
@@ -57,7 +60,7 @@ def set_backend(loaded: LoadedModel, backend: str) -> None:
 
 
 def backend_use(loaded: LoadedModel) -> list[BackendUse]:
-    """Which backends the linear layers run on, and why; empty for a float model."""
+    """Count the linear layers by the backend that they run on and its reason; empty for a float model."""
     counts: dict[tuple[str, str], int] = {}
     for linear in modules_of(loaded.model):
         name = (str(linear.choice.backend), linear.choice.reason)
@@ -66,13 +69,13 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
 
 
 def fidelity_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
-    """What a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
+    """Say what a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
     rules = model.blocks[0].rules
     return None if rules is None else rules.fidelity
 
 
 def label_of(loaded: LoadedModel) -> str:
-    """One line for tables: what a model quantised here was made by, else its name and what its rules are worth."""
+    """Name a model in one line for tables: the recipe of one quantised here, else its name and what its rules are worth."""
     return loaded.label or " · ".join(filter(None, (loaded.name, fidelity_of(loaded.model, loaded.adapter))))
 
 
@@ -83,7 +86,7 @@ def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
 
 
 def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
-    """Inverse of `QuantizeReport.to_dict` (infinite decibels were stored as None and come back infinite)."""
+    """Read what `QuantizeReport.to_dict` wrote; infinite decibels were stored as None and come back infinite."""
 
     def decibels(value: float | None) -> float:
         return float("inf") if value is None else value

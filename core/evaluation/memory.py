@@ -1,4 +1,4 @@
-"""Bytes of a model: measured from its tensors, and projected by formula to any shape.
+"""Count the bytes of a model: measured from its tensors, or projected by formula to any shape.
 
 Measured: every distinct tensor once (tied embeddings count once), by part. Formula, for L layers of width D with
 feed-forward width F at batch B and sequence T, in the published accounting (every parameter at the weights' bits; one
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the formula needs neither: a page or a command that only pr
     from transformers import PreTrainedModel
 
     from core.models.architectures import BlockSpec, ModelAdapter
+    from core.report import ModelInfo
 
 
 OPT_POSITION_OFFSET = 2
@@ -47,7 +48,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters; with two feed-forward matrices (OPT) biases and LayerNorms are counted, with three (Llama) RMSNorms."""
+        """Count all parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
         biased = self.ffn_matrices == 2
         attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
         small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
@@ -87,28 +88,31 @@ class MemoryEstimate:
     assumptions: str
 
     def to_dict(self) -> dict[str, object]:
-        """JSON types."""
+        """Return the fields as JSON types."""
         return asdict(self)
 
 
 def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool, positions: int = 0) -> Shape:
-    """The shape of a loaded model; `positions`: rows of a learned position embedding."""
+    """Make the shape of a model of `layers` equal decoder layers; `positions`: rows of a learned position embedding."""
+    size = (spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn)
+    return Shape(layers, *size, vocab, ffn_matrices=3 if spec.gated else 2, positions=positions, tied=tied)
+
+
+def shape_of_loaded(info: ModelInfo) -> Shape:
+    """Make the shape of a loaded model from its report."""
+    size = (info.hidden, info.heads, info.kv_heads, info.head_dim, info.ffn)
     return Shape(
-        layers,
-        spec.hidden,
-        spec.heads,
-        spec.kv_heads,
-        spec.head_dim,
-        spec.ffn,
-        vocab,
-        3 if spec.gated else 2,
-        positions,
-        tied,
+        info.layers, *size, info.vocab, ffn_matrices=3 if info.gated else 2, positions=info.positions, tied=info.tied
     )
 
 
+def position_rows(spec: BlockSpec, context: int) -> int:
+    """Count the rows of a learned position embedding; 0 where positions are rotary."""
+    return 0 if spec.rope else context + OPT_POSITION_OFFSET
+
+
 def model_shape(name: str) -> Shape:
-    """The shape of a named size, or of an embedded or local model (float or quantised) from its configuration alone.
+    """Find the shape of a named size, or of an embedded or local model (float or quantised) from its configuration alone.
 
     Raises: InputError for a name that is neither; ModelError for a model that is refused.
     """
@@ -123,13 +127,13 @@ def model_shape(name: str) -> Shape:
 
         config, adapter = read_config(name)
         spec = adapter.spec(config)
-        positions = 0 if spec.rope else config.max_position_embeddings + OPT_POSITION_OFFSET
         tied = bool(getattr(config, "tie_word_embeddings", False))
+        positions = position_rows(spec, config.max_position_embeddings)
         return shape_of(spec, config.num_hidden_layers, config.vocab_size, tied=tied, positions=positions)
 
 
 def find_shape(name: str) -> Shape:
-    """A named shape, or one written as layers=..,hidden=..,heads=..[,kv_heads=..,ffn=..,vocab=..].
+    """Find a named shape, or read one written as layers=..,hidden=..,heads=..[,kv_heads=..,ffn=..,vocab=..].
 
     Raises: InputError naming the known shapes, or the numbers that do not divide.
     """
@@ -152,7 +156,7 @@ def find_shape(name: str) -> Shape:
 
 
 def _own_shape(*, hidden: int, heads: int, **others: int) -> Shape:
-    """A shape from numbers; what is left out is as in OPT."""
+    """Make a shape from numbers; what is left out is as in OPT."""
     kv_heads = others.setdefault("kv_heads", heads)
     for name, whole, by, parts in (("hidden", hidden, "heads", heads), ("heads", heads, "kv_heads", kv_heads)):
         if whole % parts and not (name == "hidden" and "head_dim" in others):
@@ -189,7 +193,7 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
 
 
 def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:
-    """`estimate` for a named shape or a model that is here (`model_shape`) and a scheme ("W16A16" is the float baseline)."""
+    """Project the memory of a model by name (`model_shape`) under a scheme; "W16A16" is the float baseline."""
     known = {**SCHEMES, "W16A16": Bits()}
     if scheme not in known:
         raise InputError(f"scheme is {str(scheme)[:40]!r}: use one of {', '.join(known)}.", code="E-PARAM-SCHEME")
@@ -197,7 +201,7 @@ def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> Mem
 
 
 def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, int]:
-    """Bytes of a model's tensors by part, each distinct storage once. Working copies are not part of the model."""
+    """Count the bytes of a model's tensors by part, each distinct storage once; working copies of backends are left out."""
     parts = {
         "packed weights": 0,
         "scales and zero points": 0,
@@ -223,14 +227,14 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
 
 
 def working_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the backends' working copies that exist right now."""
+    """Count the bytes of the backends' working copies that exist right now."""
     from core.models.io.quantized import modules_of
 
     return sum(m.working_bytes for m in modules_of(model))
 
 
 def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
-    """Stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
+    """Count the stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
     from core.quant.kv_cache import bytes_per_token
     from core.quant.kv_cache_dynamic import dynamic_bytes_per_token
 

@@ -28,7 +28,7 @@ BAD = [
     (["inspect", "--model", "base", *CALIBRATION, "--calibration-tokens", "abc"], "E-PARAM-CALIBRATION-TOKENS", "abc"),
     (["inspect", "--model", "base", *CALIBRATION, "--calibration-tokens", "-1"], "E-PARAM-CALIBRATION-TOKENS", "-1"),
     (["inspect", "--model", "base", *CALIBRATION, "--window", "4"], "E-PARAM-CALIBRATION-WINDOW", "8 to 8192"),
-    (["inspect", "--model", "base", "--calibration", "text.txt", "--window", "2048"], "E-PARAM-", "1024"),
+    (["inspect", "--model", "base", "--calibration", "text.txt", "--window", "9000"], "E-PARAM-", "9000"),
     (["inspect", "--model", "base", *CALIBRATION, "--seed", "-3"], "E-PARAM-SEED", "-3"),
     (["quantize", "--model", "base"], "E-PARAM-USAGE", "--out"),
     (["quantize", "--out", "new"], "E-PARAM-MODEL", "--model"),

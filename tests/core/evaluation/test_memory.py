@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.errors import InputError
+from core.evaluation.describe import model_info
 from core.evaluation.memory import (
     SHAPES,
     estimate,
@@ -14,6 +15,7 @@ from core.evaluation.memory import (
     measured_parts,
     memory_estimate,
     shape_of,
+    shape_of_loaded,
     working_bytes,
 )
 from core.models.io.quantized import parameters_of
@@ -107,6 +109,9 @@ def test_parameters_of_a_shape_are_those_of_the_model(architecture):
         "bitnet": 2 * (spec.width("o_in") + spec.ffn),
     }.get(architecture, 0)
     assert found == parameters_of(loaded.model) - left_out
+    info = model_info(loaded, 0.0)
+    assert (info.gated, info.tied) == (spec.gated, bool(config.tie_word_embeddings)) and info.positions == positions
+    assert shape_of_loaded(info) == shape_of(spec, 2, info.vocab, tied=info.tied, positions=positions)
 
 
 def test_the_input_of_the_output_projection_is_as_wide_as_the_heads():
