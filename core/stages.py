@@ -16,8 +16,8 @@ from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_b
 from core.evaluation.perplexity import Reference, score
 from core.methods import method
 from core.methods.sequential import quantize_layers
-from core.models.io.load import LoadedModel, context_of
 from core.models.io.quantized import already_quantized, modules_of
+from core.models.loaded import LoadedModel, context_of
 from core.privacy import text_record
 from core.progress import Progress, silent
 from core.quant.ranges import channel_ema

@@ -32,8 +32,9 @@ from core.evaluation.speed import speed_limit
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.folders import state_of
 from core.models.io import saved
-from core.models.io.load import LoadedModel, load_model, prefix_ids
+from core.models.io.load import load_model
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
+from core.models.loaded import LoadedModel, prefix_ids
 from core.privacy import is_public_text, owner_tag
 from core.progress import Progress, silent
 from core.provenance import provenance

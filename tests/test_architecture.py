@@ -100,6 +100,45 @@ def test_core_imports_from_left_to_right():
     assert not found
 
 
+def file_of(module: str) -> Path | None:
+    """The file of this project that a dotted name stands in; None for other packages."""
+    while module:
+        base = ROOT.joinpath(*module.split("."))
+        found = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+        if found:
+            return found
+        module = module.rpartition(".")[0]
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions count: they may keep an import cheap, not hide a circle."""
+    edges = {path: {f for module in imports(path) if (f := file_of(module)) not in (None, path)} for path in sources(*PACKAGES)}
+    reached: dict[Path, set[Path]] = {}
+    for start in edges:
+        seen, pending = set(), [start]
+        while pending:
+            new = edges.get(pending.pop(), set()) - seen
+            seen |= new
+            pending += new
+        reached[start] = seen
+    circles = {tuple(sorted(name(q) for q in edges if q in reached[p] and p in reached[q])) for p in edges if p in reached[p]}
+    assert not circles
+
+
+def test_no_function_swallows_arguments():
+    """A renamed argument of a library ended in a `**_` once, and every model forgot what it had read."""
+    found = []
+    for path in sources(*PACKAGES):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and node.args.kwarg:
+                body = node.body if isinstance(node.body, list) else [node.body]
+                used = {n.id for part in body for n in ast.walk(part) if isinstance(n, ast.Name)}
+                if node.args.kwarg.arg not in used:
+                    found.append(f"{name(path)}:{node.lineno} **{node.args.kwarg.arg} is not read")
+    assert not found
+
+
 def test_kernels_and_tests_are_not_imported_by_the_app():
     found = [name(path) for path in sources(*PACKAGES) for module in imports(path) if module.split(".")[0] == "tests"]
     assert not found

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.calibration.observe import embed
 from core.calibration.report import ChannelDetail, TokenExtreme
 from core.errors import InputError
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.recipe import SITES
 

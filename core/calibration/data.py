@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.calibration.wikitext import FILES, wikitext_file
 from core.errors import InputError, TextError
 from core.models.io.foreign import tokenizer_errors
-from core.models.io.load import LoadedModel, context_of, prefix_ids
+from core.models.loaded import LoadedModel, context_of, prefix_ids
 from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import Calibration
 

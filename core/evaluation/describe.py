@@ -10,8 +10,8 @@ from core.errors import InputError
 from core.evaluation.memory import measured_parts, position_rows
 from core.methods.sequential import LayerOutcome
 from core.models.architectures import ModelAdapter
-from core.models.io.load import LoadedModel, context_of
 from core.models.io.quantized import modules_of, parameters_of
+from core.models.loaded import LoadedModel, context_of
 from core.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
 from kernels import Backend
 

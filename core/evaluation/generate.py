@@ -17,7 +17,7 @@ from core.errors import Cancelled, InputError, NumericError
 from core.evaluation.graph import captured_step
 from core.models.decoder import CausalModel
 from core.models.io.chat import render_chat
-from core.models.io.load import context_of
+from core.models.loaded import context_of
 
 MAX_NEW_TOKENS = 512
 MAX_PROMPT_CHARACTERS = 20_000

@@ -17,7 +17,7 @@ from torch import Tensor
 from core.calibration.observe import embed
 from core.errors import InputError, ModelError
 from core.models.block import DecoderBlock
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.quant.linear.ternary import TernaryLinear
 from core.recipe import INPUT_SITE, SITES

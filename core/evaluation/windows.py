@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.calibration.data import TextSource, fit_window, require_embedded, resolve_text, tokenize, windows
 from core.checks import require_int, require_text
-from core.models.io.load import LoadedModel, prefix_ids
+from core.models.loaded import LoadedModel, prefix_ids
 
 MAX_TOKENS, MAX_WINDOW = 2**20, 8192
 

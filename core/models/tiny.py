@@ -19,7 +19,7 @@ from core.errors import InputError
 from core.models.architectures import adapter_for
 from core.models.decoder import CausalModel
 from core.models.io.foreign import quiet
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 from core.storage import atomic_dir
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")

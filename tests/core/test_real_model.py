@@ -15,7 +15,8 @@ from core.evaluation.perplexity import Reference, hidden_windows, score
 from core.methods import method
 from core.methods.rptq.reorder import Orders, reorder_block
 from core.methods.sequential import LayerOutcome, quantize_layers
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
+from core.models.loaded import LoadedModel
 from core.quant.kv_cache import QuantizedKVLayer
 from core.recipe import Bits, Calibration, QuantRecipe
 from kernels import unpack

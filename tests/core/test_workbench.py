@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from core.calibration.observe import observe_layers
 from core.errors import BackendError, Cancelled, InputError, ModelError, QuantscopeError
 from core.evaluation.windows import evaluation_windows
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
+from core.models.loaded import LoadedModel
 from core.models.tiny import save_tiny
 from core.recipe import SITES, Bits, Calibration, QuantRecipe
 from core.stages import evaluate, quantize

@@ -18,7 +18,7 @@ from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
 from core.quant.kv_cache import KVCache
 from core.recipe import Calibration, QuantRecipe

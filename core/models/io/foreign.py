@@ -7,9 +7,11 @@ import io
 import logging
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from core.errors import ModelError, QuantscopeError, ResourceError
@@ -65,3 +67,9 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer of a checked model folder. Raises: ModelError E-MODEL-TOKENIZER."""
+    with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)

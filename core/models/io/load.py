@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,46 +23,22 @@ from transformers.activations import ACT2FN
 
 from core.cache import in_use
 from core.errors import BackendError, InputError, ModelError, NumericError
+from core.models.architectures import ModelAdapter, adapter_for
+from core.models.decoder import CausalModel
+from core.models.io.bitnet import load_bitnet
 from core.models.io.catalog import ResolvedModel, resolve
-from core.models.io.foreign import library_errors, quiet, tokenizer_errors
+from core.models.io.foreign import library_errors, load_tokenizer, quiet
 from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.models.io.preflight.folder import FolderReport, check_files, check_folder
+from core.models.io.quantized import QUANTSCOPE_FILE, load_quantized
 from core.models.io.skeleton import HARMLESS, check_tensors, refuse_tensors
+from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.storage import verify
 
-if TYPE_CHECKING:
-    from core.models.architectures import ModelAdapter
-    from core.models.decoder import CausalModel
-
 logger = logging.getLogger(__name__)
-
-QUANTSCOPE_FILE = "quantscope.json"
-"""Present in a folder that Quantscope saved itself."""
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to be observed and run.
-
-    Attributes:
-        model: in eval mode, no parameter requires a gradient.
-        adapter: where its sites are.
-        name, revision: what `resolve` accepts to get the same weights again.
-        source: a sentence for reports on where the weights came from.
-        path: the folder it was loaded from; None for a model made in memory.
-        label: what a model quantised here was made by, one line for tables; None for every other model.
-    """
-
-    model: CausalModel
-    tokenizer: PreTrainedTokenizerBase
-    adapter: ModelAdapter
-    name: str
-    revision: str | None
-    source: str
-    path: Path | None
-    label: str | None = None
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -92,8 +65,6 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
 def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Progress) -> LoadedModel:
     """Load the checked folder that a name stands for."""
     if (resolved.path / QUANTSCOPE_FILE).exists():
-        from core.models.io.quantized import load_quantized
-
         verify(resolved.path)
         loaded = load_quantized(resolved.path, progress=progress)
         loaded.model.to(device)
@@ -112,14 +83,10 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
     if packed is None:
-        from core.models.decoder import CausalModel
-
         source = _load_weights(resolved.path, dtype)
         require_finite(source.state_dict().items())
         model = CausalModel.from_transformers(source, adapter, consume=True).requires_grad_(False)
     else:
-        from core.models.io.bitnet import load_bitnet
-
         model = load_bitnet(resolved.path, report, config)
     _check_vocabulary(model, tokenizer)
     return LoadedModel(model.to(device), tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
@@ -130,8 +97,6 @@ def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
 
     Raises: as `load_model`.
     """
-    from core.models.architectures import adapter_for
-
     path = resolve(name).path
     if not (path / QUANTSCOPE_FILE).exists():
         check_contents(path)
@@ -143,12 +108,6 @@ def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
     with quiet(), library_errors("config.json cannot be read: quantise the model again."):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     return config, adapter_for(config)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a checked model folder. Raises: ModelError E-MODEL-TOKENIZER."""
-    with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
 
 
 def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -168,8 +127,6 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
     """The folder's configuration, checked with transformers' defaults filled in, and its adapter."""
-    from core.models.architectures import adapter_for
-
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         complete = json.loads(config.to_json_string(use_diff=False))
@@ -216,17 +173,3 @@ def _check_device(device: str, dtype: torch.dtype) -> None:
         raise InputError(f"Device {kind!r} is not supported: use cpu or cuda.", code="E-PARAM-DEVICE")
     if kind == "cuda" and not torch.cuda.is_available():
         raise BackendError("No CUDA device is available here: use the device cpu.")
-
-
-def context_of(model: CausalModel) -> int | None:
-    """Tokens that a model can look back on, None where its configuration does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    """Token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
-    for source in (loaded.model.generation_config, loaded.model.config):
-        ids = getattr(source, "prefix_token_ids", None)
-        if ids:
-            return tuple(int(i) for i in ids)
-    return ()

@@ -26,10 +26,10 @@ from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock, ReorderNorm
 from core.models.decoder import CausalModel
-from core.models.io.foreign import LIBRARY_ERRORS
+from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
-from core.models.io.load import QUANTSCOPE_FILE, LoadedModel, load_tokenizer
 from core.models.io.preflight.folder import check_files
+from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.quant.affine import QParams
 from core.quant.kv_cache_dynamic import AttentionBits
@@ -38,6 +38,8 @@ from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer
 from core.storage import atomic_dir, check_target, verify
 
+QUANTSCOPE_FILE = "quantscope.json"
+"""Present in a folder that Quantscope saved itself."""
 FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")

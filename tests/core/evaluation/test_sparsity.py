@@ -11,7 +11,8 @@ import torch
 from core.errors import InputError, ModelError
 from core.evaluation.sparsity import BINS, account, input_histogram, measure_sparsity, weight_histogram
 from core.models.io.bitnet import save_bitnet
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
+from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import quantize_input
 from core.recipe import BitNetOptions

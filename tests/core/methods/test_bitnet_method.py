@@ -10,8 +10,9 @@ from core.evaluation.describe import backend_use, fidelity_of, label_of, report_
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.windows import evaluation_windows
 from core.models.io.bitnet import save_bitnet
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
 from core.models.io.quantized import already_quantized, load_quantized, read_description, save_quantized
+from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.kv_cache import FloatKVLayer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, reorder_block
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model
 from tests.core.methods.reorder_tools import IDS, ILLEGAL, LEGAL, NAMES, ROTARY, random_orders
 from tests.core.tools import ARCHITECTURES, float_blocks, in_steps, relative, spec_of, tiny

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from core.models.io.load import LoadedModel
+from core.models.loaded import LoadedModel
 
 REMOVE = object()
 """As the value of a key or a tensor: leave it out."""

@@ -14,7 +14,8 @@ from transformers.integrations import bitnet as published
 from core.calibration.observe import observe_layers
 from core.errors import InputError, ModelError
 from core.models.io.bitnet import SHARD_BYTES, pack_rows, save_bitnet, unpack_rows
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
+from core.models.loaded import LoadedModel
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.recipe import SITES, Bits

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.errors import ModelError, QuantscopeError
 from core.models.io.gguf import convert_gguf
 from core.models.io.gguf_config import rope_with_factors
-from core.models.io.load import LoadedModel, load_model
+from core.models.io.load import load_model
+from core.models.loaded import LoadedModel
 from tests.core.models.io.gguf_files import REMOVE, add_key, write_gguf
 from tests.core.tools import tiny_source
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import ArtifactError, BackendError, InputError, ModelError, NumericError, QuantscopeError
 from core.models.io.foreign import library_errors, quiet, tokenizer_errors
-from core.models.io.load import LoadedModel, load_model, require_finite
+from core.models.io.load import load_model, require_finite
+from core.models.loaded import LoadedModel
 from core.models.tiny import save_tiny, tiny_architectures, tiny_model
 from core.storage import atomic_dir
 
@@ -227,9 +227,7 @@ def test_options_are_checked(saved, monkeypatch, options, kind, code):
 def test_a_folder_of_our_own_goes_to_its_loader(tmp_path, monkeypatch, saved):
     made = tiny_model("llama")
     seen = []
-    fake = types.ModuleType("core.models.io.quantized")
-    fake.load_quantized = lambda path, progress=None: seen.append(path) or made
-    monkeypatch.setitem(sys.modules, "core.models.io.quantized", fake)
+    monkeypatch.setattr("core.models.io.load.load_quantized", lambda path, progress=None: seen.append(path) or made)
     with atomic_dir(tmp_path / "mine") as stage:
         (stage / "quantscope.json").write_text("{}")
     assert load_model(str(tmp_path / "mine")) is made and seen == [tmp_path / "mine"]

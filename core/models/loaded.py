@@ -1,0 +1,48 @@
+"""A model in memory with what is needed to run it, and what its configuration says about texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from core.models.architectures import ModelAdapter
+from core.models.decoder import CausalModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be observed and run.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient.
+        adapter: its entry in the table of architectures.
+        name, revision: what `core.models.io.catalog.resolve` accepts to get the same weights again.
+        source: a sentence for reports on where the weights came from.
+        path: the folder it was loaded from; None for a model made in memory.
+        label: what a model quantised here was made by, one line for tables; None for every other model.
+    """
+
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: ModelAdapter
+    name: str
+    revision: str | None
+    source: str
+    path: Path | None
+    label: str | None = None
+
+
+def context_of(model: CausalModel) -> int | None:
+    """Read how many tokens a model can look back on; None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Read the token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
+    for source in (loaded.model.generation_config, loaded.model.config):
+        ids = getattr(source, "prefix_token_ids", None)
+        if ids:
+            return tuple(int(i) for i in ids)
+    return ()
