@@ -1,0 +1,181 @@
+"""W1 to W4: what a visitor waits for while others' jobs, or a job of their own, run; the visitor in headless Chromium.
+
+W1 to W3: 64 visitors have asked for a quantised model, each another one, and their pages listen for news as a browser's do. The
+65th opens the page (to the first chart drawn), moves g by one step (to painted strips) and clicks a channel (to its tokens).
+W4: a visitor clicks channels while a model of their own is being quantised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from statistics import median
+from typing import Any
+
+import httpx
+
+from benchmarks.bench_redraw import CELL, CLICKED, PAINTED, SHOWN, TITLED, WATCH
+from benchmarks.browser import chromium, page_server, visit
+from benchmarks.common import Result
+from core import embedded_cards
+
+VISITORS = 64
+MOVES = 12
+CLICKS = 6
+MARK = "≤ 2 s"
+LISTEN_SECONDS = 0.1
+RUNNING = "() => document.querySelector('#status').innerText.includes('Layer')"
+
+
+def run(model: str) -> list[Result]:
+    """Measure on the first embedded model, whatever `model` is: the mark is for embedded ones."""
+    del model
+    embedded = next(name for name, card in embedded_cards().items() if card.get("mode") == "fp")
+    with chromium() as browser, tempfile.TemporaryDirectory() as folder:
+        os.environ["QUANTSCOPE_CACHE"] = folder  # models quantised by an earlier run would only be loaded
+        with page_server(embedded) as address:
+            visit(browser, address).close()
+            with crowd(address) as waiting:
+                results = _newcomer(browser, address)
+                left = waiting()
+            results = [Result(r.job, None, "-", MARK, seconds=r.seconds, note=f"{r.note}{left} jobs in line") for r in results]
+        with page_server(embedded) as address:
+            return [*results, _own_click(browser, address)]
+
+
+def _newcomer(browser: Any, address: str) -> list[Result]:
+    """Time the 65th visitor's opening, moves of g, and a channel."""
+    start = time.perf_counter()
+    page = visit(browser, address)
+    opened = time.perf_counter() - start
+    page.wait_for_selector("#tokens mark")
+    clicks = _clicks(page)
+    page.get_by_role("tab", name="Reorder").click()
+    page.wait_for_selector("#strips .js-plotly-plot")
+    page.wait_for_timeout(500)
+    page.evaluate(WATCH)
+    page.locator("#g input[type=range]").focus()
+    moves = []
+    for _ in range(MOVES):
+        page.keyboard.press("ArrowLeft")
+        moves.append(page.wait_for_function(PAINTED).json_value() / 1000)
+        page.wait_for_timeout(150)
+    page.close()
+    return [
+        Result("W1 65th visitor: page opened, first chart drawn", None, "-", seconds=opened),
+        Result("W2 65th visitor: g to painted strips", None, "-", seconds=median(moves), note=f"slowest {max(moves):.2f} s, "),
+        Result("W3 65th visitor: click to a channel's tokens", None, "-", seconds=median(clicks), note=_slowest(clicks)),
+    ]
+
+
+def _own_click(browser: Any, address: str) -> Result:
+    """Time clicks on channels while the visitor's own run is at work."""
+    page = visit(browser, address)
+    page.wait_for_selector("#tokens mark")
+    page.get_by_role("tab", name="Quantise").click()
+    page.locator("#quantize-tokens input[type=number]").fill("16384")
+    page.locator("#quantize-tokens input[type=number]").press("Enter")
+    page.locator("#quantize").click()
+    page.wait_for_function(RUNNING)
+    page.get_by_role("tab", name="Explore").click()
+    clicks = _clicks(page)
+    still = "still running" if page.evaluate(RUNNING) else "ended meanwhile"
+    page.close()
+    job = "W4 click to a channel's tokens during one's own run"
+    return Result(job, None, "-", MARK, seconds=median(clicks), note=f"{_slowest(clicks)}run {still}")
+
+
+def _slowest(times: list[float]) -> str:
+    return f"slowest of {len(times)} {max(times):.2f} s, "
+
+
+def _clicks(page: Any) -> list[float]:
+    """Seconds from clicks on cells of the heat map, each another layer and channel, to the channel's histogram and tokens."""
+    page.evaluate(CLICKED)
+    last = int(page.evaluate("() => document.querySelector('#heatmap .qs-chart')._fullLayout.yaxis.range[1]"))
+    times = []
+    for step in range(CLICKS):
+        layer, channel = last - step * last // (CLICKS - 1), 20 + 11 * step
+        drawn = page.evaluate("() => Number(document.querySelector('#histogram .qs-chart').dataset.drawn || 0)")
+        page.mouse.click(*page.evaluate(CELL, [layer, channel]))
+        page.wait_for_function(TITLED, arg=f"Layer {layer} ")
+        words = f"channel {page.locator('#channel input').input_value()}"
+        times.append(page.wait_for_function(SHOWN, arg=[words, drawn]).json_value() / 1000)
+    return times
+
+
+@contextmanager
+def crowd(address: str) -> Iterator[Any]:
+    """Let VISITORS visitors ask for a quantised model each; yields a function that says how many still wait or run."""
+    finished: set[int] = set()
+    asked = threading.Barrier(2)
+
+    async def everyone() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
+            config = (await client.get("config")).json()
+            visitors = [Visitor(client, config, number) for number in range(VISITORS)]
+            for visitor in visitors:
+                await visitor.ask()
+            await asyncio.to_thread(asked.wait)
+            await asyncio.gather(*(visitor.listen(finished) for visitor in visitors))
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(everyone())
+
+    def serve() -> None:
+        with suppress(asyncio.CancelledError, httpx.HTTPError):
+            loop.run_until_complete(task)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    asked.wait(600)
+    yield lambda: VISITORS - len(finished)
+    loop.call_soon_threadsafe(task.cancel)
+    thread.join(30)
+
+
+class Visitor:
+    """One visitor without a browser: sends what the page's script sends."""
+
+    def __init__(self, client: httpx.AsyncClient, config: dict[str, Any], number: int) -> None:
+        self.client, self.number, self.key = client, number, None
+        self.components = {c["id"]: c["props"] for c in config["components"]}
+        events = {(*target,): entry for entry in config["dependencies"] if entry["backend_fn"] for target in entry["targets"]}
+        named = {props.get("elem_id"): id_ for id_, props in self.components.items()}
+        self.opening = next(entry for (_, name), entry in events.items() if name == "load")
+        self.news = next(entry for (_, name), entry in events.items() if name == "tick")
+        self.quantize = events[named["side-quantize"], "click"]
+
+    async def ask(self) -> None:
+        """Open the page and press Quantise, with a cluster count of one's own."""
+        answer = await self._send(self.opening, [None])
+        (self.key_id,) = self.opening["inputs"]
+        self.key = answer[self.opening["outputs"].index(self.key_id)]
+        await self._send(self.quantize, [self._value(id_) for id_ in self.quantize["inputs"]])
+
+    async def listen(self, finished: set[int]) -> None:
+        """Fetch news until the run is over."""
+        stopped = False
+        while not stopped:
+            news = await self._send(self.news, [self.key])
+            stopped = any(isinstance(value, dict) and value.get("active") is False for value in news)
+            await asyncio.sleep(LISTEN_SECONDS)
+        finished.add(self.number)
+
+    def _value(self, id_: int) -> Any:
+        props = self.components[id_]
+        if id_ == self.key_id:
+            return self.key
+        return self.number + 1 if props.get("elem_id") == "clusters-R1" else props.get("value")
+
+    async def _send(self, event: dict[str, Any], data: list[Any]) -> list[Any]:
+        body = {"data": data, "fn_index": event["id"], "session_hash": f"visitor{self.number}"}
+        answer = await self.client.post("gradio_api/run/predict", json=body)
+        answer.raise_for_status()
+        return answer.json()["data"]
