@@ -10,3 +10,12 @@ Progress = Callable[[str, float | None], None]
 
 def silent(stage: str, fraction: float | None = None) -> None:
     """A progress callback that shows nothing."""
+
+
+def part(progress: Progress, start: float, end: float) -> Progress:
+    """Return a callback for a part of longer work: its shares from 0 to 1 become shares from `start` to `end` of the whole."""
+
+    def scaled(stage: str, fraction: float | None = None) -> None:
+        progress(stage, None if fraction is None else start + (end - start) * fraction)
+
+    return scaled

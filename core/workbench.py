@@ -36,7 +36,7 @@ from core.models.io.load import load_model
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
 from core.models.loaded import LoadedModel, prefix_ids
 from core.privacy import is_public_text, owner_tag
-from core.progress import Progress, silent
+from core.progress import Progress, part, silent
 from core.provenance import provenance
 from core.recipe import Calibration, QuantRecipe
 from core.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
@@ -45,6 +45,8 @@ from core.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
 
+REFERENCE_TIME = 0.3
+"""Share of a comparison's time that its reference takes: a float pass beside a quantised one and the divergences."""
 DEFAULT_BUDGET = 3 * 2**30
 REFERENCE_SHARE = 1 / 4
 """Hidden states of reference models may take this share of the models' bytes beside them."""
@@ -167,7 +169,8 @@ class Workbench:
             other = self._models[name]
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
-            hidden = self._reference(name, parts, progress)
+            hidden = self._reference(name, parts, part(progress, 0.0, REFERENCE_TIME))
+            progress = part(progress, REFERENCE_TIME, 1.0)
             against = Reference(reference, other.model.get_output_embeddings(), hidden)
         return evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
 

@@ -311,11 +311,11 @@ class Quantize:
         if measure:
             common = {"text": "sotu", "tokens": QUICK_TOKENS, "window": WINDOW}
             steps.append(
-                Step("evaluate", {"key": recipe.hash, "reference": recipe.model, **common}, "Measuring the quantised model", 2.0)
+                Step("evaluate", {"key": recipe.hash, "reference": recipe.model, **common}, "Measuring the quantised model", 4.0)
             )
             if base.evaluation is None:
                 steps.append(
-                    Step("evaluate", {"key": recipe.model, "revision": recipe.revision, **common}, "Measuring the original", 1.0)
+                    Step("evaluate", {"key": recipe.model, "revision": recipe.revision, **common}, "Measuring the original", 1.5)
                 )
         run, seen = None, 0
         async for job in self.ctx.follow(session, "quantize", steps):

@@ -12,9 +12,11 @@ from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
 
 FIRST_SHARE, FIRST_SECONDS = 0.1, 3.0
-"""The remaining time is unknown before this share of the job is done and before it has run this long."""
-RECENT = 0.5
-"""The pace is measured over this last part of the time so far: early steps (reading files) say little about later ones."""
+"""The remaining time is unknown before this share of the work is done and before it has run this long."""
+RECENT = 0.7
+"""The pace is measured over this last part of the time so far: it follows a change, and one slow layer does not turn it."""
+LOAD = "load"
+"""The step whose pace says nothing about the others: it may download a model, or find it in memory."""
 MEMORY = "E-MEM"
 _names = itertools.count(1)
 
@@ -65,27 +67,34 @@ class JobView:
 
 
 class Pace:
-    """Estimates the remaining time of work from the shares it has reported.
+    """Estimates the remaining time of work from the shares it has reported, by the pace of the last `RECENT` of its time.
 
-    remaining = (1 - share) / pace, where pace is the share done per second over the last half of the time it has run. The
-    pace of the whole run would keep what slow beginnings said; the pace of the last report alone jumps from layer to layer.
+    remaining = (1 - share) / pace at the last report, counted down since; but at least half of what it would be if nothing
+    had been done since that report, so that work that has become slow never seems to be over. The clock starts at the last
+    report before anything was done: what comes earlier (imports, reading the text) says nothing about what follows.
     """
 
     def __init__(self) -> None:
-        self.reports: list[tuple[float, float]] = [(0.0, 0.0)]
+        self._reports: list[tuple[float, float]] = []
 
     def report(self, seconds: float, share: float) -> None:
-        """Note that `share` (0 to 1) was done `seconds` after the start. A share below an earlier one is ignored."""
-        if share > self.reports[-1][1]:
-            self.reports.append((seconds, share))
+        """Note that `share` (0 to 1) was done at time `seconds`. A share that is no progress is ignored."""
+        if len(self._reports) <= 1 and (not self._reports or share <= self._reports[0][1]):
+            self._reports = [(seconds, share)]
+        elif share > self._reports[-1][1]:
+            self._reports.append((seconds, share))
 
     def remaining(self, seconds: float) -> float | None:
-        """Seconds still to go `seconds` after the start; None while too little is known."""
-        at, share = self.reports[-1]
-        if share < FIRST_SHARE or seconds < FIRST_SECONDS:
+        """Seconds still to go at time `seconds`; None while too little is known."""
+        if len(self._reports) < 2:
             return None
-        since, before = next(r for r in reversed(self.reports[:-1]) if r[0] <= (1 - RECENT) * at)
-        return max(0.0, (1 - share) * (at - since) / (share - before) - (seconds - at))
+        (start, first), (last, share) = self._reports[0], self._reports[-1]
+        if share < first + FIRST_SHARE * (1 - first) or seconds < start + FIRST_SECONDS:
+            return None
+        horizon = start + (1 - RECENT) * (last - start)
+        since, before = next(report for report in reversed(self._reports[:-1]) if report[0] <= horizon)
+        left = (1 - share) / (share - before)
+        return max(left * (last - since) - (seconds - last), left * (seconds - since) / 2)
 
 
 class Job:
@@ -101,7 +110,7 @@ class Job:
         self.results: list[Any] = []
         self.texts = [""] * len(self.steps)
         self.out_of_memory = False
-        self.pace = Pace()
+        self._pace = Pace()
         self._clock = clock
         self._since = clock()
 
@@ -139,7 +148,7 @@ class Job:
     def view(self, ahead: int = 0) -> JobView:
         """How the job stands now, `ahead` jobs before it."""
         elapsed = self._clock() - self._since
-        remaining = self.pace.remaining(elapsed) if self.state == "running" else None
+        remaining = self._pace.remaining(self._clock()) if self.state == "running" else None
         parts = (tuple(self.results), tuple(self.texts))
         return JobView(self.state, self.stage, self.fraction, elapsed, remaining, ahead, *parts)
 
@@ -148,7 +157,8 @@ class Job:
         weights = [s.weight for s in self.steps]
         done = sum(weights[:step]) + min(max(within, 0.0), 1.0) * sum(weights[step : step + 1])
         self.fraction = max(self.fraction or 0.0, done / sum(weights))
-        self.pace.report(self._clock() - self._since, self.fraction)
+        if any(s.method != LOAD for s in self.steps[step : step + 1]):
+            self._pace.report(self._clock(), self.fraction)
 
     def _error(self, code: str, sentence: str) -> QuantscopeError:
         if code == Cancelled.code:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from app.settings import GIB, LIGHT_BYTES, Settings
 from app.worker.client import Worker, Workers
 from app.worker.environment import worker_environment
-from app.worker.job import Job, Step
+from app.worker.job import Job, Pace, Step
 from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
 from core.recipe import Calibration
@@ -287,6 +288,54 @@ def test_a_job_takes_the_messages_of_its_worker():
     job.take(("done", job.name))
     view = job.view()
     assert (view.state, view.fraction, view.results, view.texts) == ("done", 1.0, ("info", "ranges"), ("", "ab"))
+
+
+RECORDED = json.loads((Path(__file__).parent / "progress.json").read_text())
+"""Progress of runs (load, quantise, measure both) on two busy cores: [seconds, step, share of the step]; the last is the end."""
+
+
+@pytest.mark.parametrize("recording", RECORDED)
+def test_the_remaining_time_of_recorded_runs_is_right_within_a_factor_of_two(recording):
+    *reports, (end, _, _) = RECORDED[recording]
+    now, shown = 0.0, []
+    steps = [Step(method, {}, weight=w) for method, w in (("load", 1.0), ("quantize", 8.0), ("evaluate", 4.0), ("evaluate", 1.5))]
+    job = Job("a", steps, clock=lambda: now)
+    job.start()
+    while now < end:
+        while reports and reports[0][0] <= now:
+            _, step, share = reports.pop(0)
+            while len(job.results) < step:
+                job.take(("result", job.name, len(job.results), None))
+            job.take(("progress", job.name, step, "", share))
+        remaining, left = job.view().remaining_s, end - now
+        if remaining is not None and left > max(2.0, 0.03 * end):
+            shown.append(now)
+            assert left / 2 <= remaining <= 2 * left, (now, remaining, left)
+        now += 0.25
+    assert shown[0] <= end / 2, "it is known for half of the time at least"
+
+
+def test_the_remaining_time_is_unknown_at_first_and_never_nothing_while_work_stands_still():
+    pace = Pace()
+    assert pace.remaining(100.0) is None
+    pace.report(0.0, 0.0)
+    pace.report(20.0, 0.0)
+    pace.report(21.0, 0.05)
+    assert pace.remaining(30.0) is None, "a twentieth tells nothing"
+    pace.report(22.0, 0.1)
+    assert pace.remaining(22.5) is None, "two seconds neither"
+    assert pace.remaining(23.0) == pytest.approx(17.0), "the clock started at 20 s"
+    assert pace.remaining(26.0) == pytest.approx(27.0)
+    assert pace.remaining(42.0) == pytest.approx(0.9 * 22 / 0.1 / 2)
+
+
+def test_loading_a_model_says_nothing_about_the_remaining_time():
+    now = 0.0
+    job = Job("a", observe("fake"), clock=lambda: now)
+    job.start()
+    for now in (1.0, 50.0, 100.0):
+        job.take(("progress", job.name, 0, "Downloading", now / 100))
+        assert job.view().remaining_s is None
 
 
 @pytest.mark.parametrize(("code", "kind"), [("E-CANCEL", Cancelled), ("E-TEXT-SHORT", QuantscopeError)])
