@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why. AUTO may choose; a backend asked for by name never falls back."""
+"""Choose which implementation of an op runs, and say why. AUTO may choose; a backend asked for by name never falls back."""
 
 from __future__ import annotations
 

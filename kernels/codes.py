@@ -1,4 +1,4 @@
-"""The affine code of a number, the only place that writes this formula.
+"""Compute affine codes of numbers, and numbers of codes: the only place that writes this formula.
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)          x ≈ scale * (q - zero_point)
 

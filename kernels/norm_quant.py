@@ -1,4 +1,4 @@
-"""Residual sum, LayerNorm or RMSNorm, reorder and quantise in one kernel: what stands before every linear layer.
+"""Add a residual, normalise, reorder and quantise in one kernel: what comes before every linear layer.
 
     h = x + r                y[j] = norm(h)[order[j]] · weight[j] + bias[j]         (weight and bias already in the new order)
 
@@ -9,9 +9,9 @@
 
 The statistics do not depend on the order, so the reorder is a gather of the row just read, from the cache. h is rounded to x's
 type before it is normalised, as separate operations would do. Both sums and codes are formed in float32.
-Cost: 2 bytes read and 1 written per entry in bfloat16; 4 more with the residual. Codes of 4 bits take a byte too: products read
-them so. Sources: RPTQ (arXiv:2304.01089)
-for the reorder in the norm, BitNet a4.8 (arXiv:2411.04965, equations 1-3) for the scales per token, clamped at 1e-5.
+Cost: 2 bytes read and 1 written per entry in bfloat16; 4 more with the residual. Codes of 4 bits take a byte too, as products
+read them. Sources: RPTQ (arXiv:2304.01089) for the reorder in the norm, BitNet a4.8 (arXiv:2411.04965, equations 1-3) for the
+scales per token, clamped at 1e-5.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ NORMS = ("rms", "layer")
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm with its store order.
+    """A LayerNorm or RMSNorm that stores its output in another order.
 
-    `kind` is one of NORMS; `weight`, `bias` [D] or None, in the stored order; `order` [D] integer or None: output j takes channel
-    order[j].
+    Attributes:
+        kind: one of NORMS.
+        eps: added to the variance or mean square.
+        weight, bias: [D] in the stored order, or None.
+        order: [D] integer, or None: output j is channel order[j].
     """
 
     kind: str
@@ -48,10 +51,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of a normalised row.
+    """Normalised rows as codes.
 
-    `codes` [M, D] int8; `hidden` [M, D]: x, or x + residual; `scale` [M, 1] float32 and `code_sum` [M] int32 with dynamic scales,
-    else None.
+    Attributes:
+        codes: [M, D] int8.
+        hidden: [M, D], x, or x + residual.
+        scale: [M, 1] float32 with dynamic scales, else None.
+        code_sum: [M] int32, Σ codes of a row, with dynamic scales, else None.
     """
 
     codes: Tensor
@@ -61,7 +67,7 @@ class Quantized:
 
 
 def normalized(x: Tensor, norm: Norm) -> Tensor:
-    """Reference of the norm: [M, D] -> [M, D] float32, in the stored order."""
+    """Compute the norm by torch: [M, D] -> [M, D] float32, in the stored order."""
     x = x.to(torch.float32)
     if norm.kind == "layer":
         variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
@@ -92,7 +98,7 @@ def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static
 @triton.jit
 def _entries(h_ptr, weight_ptr, bias_ptr, order_ptr, mean, factor, j, D, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
              ORDERED: tl.constexpr):  # fmt: skip
-    """Normalised entries j of the row at h_ptr, 0 beyond D."""
+    """Compute the normalised entries j of the row at h_ptr, 0 beyond D."""
     inside = j < D
     source = j
     if ORDERED:
@@ -203,6 +209,7 @@ def norm_quantize(
         x: [M, D] floating; residual: the same, added first.
         scale, zero_point: [D] in the stored order; codes lie within code_limits(bits).
         bits: 2 to 8.
+        backend: AUTO takes Triton for CUDA tensors.
     Raises: ValueError for other norms, shapes or widths, or if TRITON is asked for where it cannot run.
     """
     _checked(norm, x, residual)
@@ -220,6 +227,7 @@ def norm_quantize_dynamic(
     Args:
         x: [M, D] floating; residual: the same, added first.
         kind: one of KINDS.
+        backend: as `norm_quantize`.
     Raises: ValueError for other norms, shapes or kinds, or if TRITON is asked for where it cannot run.
     """
     _checked(norm, x, residual)

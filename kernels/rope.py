@@ -1,4 +1,4 @@
-"""Rotary positions, reorder and scaling in one pass, stored in float or on a grid.
+"""Rotate heads by their positions, reorder and scale them in one pass, and store them in float or on a grid.
 
     r[e] = x[e] cos[e] + rot(x)[e] sin[e]        rot(x)[e] = -x[e + E/2] in the first half, x[e - E/2] in the second
     y[j] = r[order[j]] · scaling                 order per key head (R2 of RPTQ, arXiv:2304.01089): the pairs are rotated before
@@ -21,7 +21,12 @@ from kernels.codes import fake_quantize
 
 @dataclass(frozen=True)
 class HeadGrid:
-    """Static grid of heads: `scale`, `zero_point` [H, E] float32 for codes 0 … 2**bits - 1."""
+    """Static grid of heads.
+
+    Attributes:
+        bits: 2 to 8; codes are unsigned, 0 … 2**bits - 1.
+        scale, zero_point: [H, E] float32.
+    """
 
     bits: int
     scale: Tensor
@@ -29,7 +34,7 @@ class HeadGrid:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, order: Tensor | None, scaling: float) -> Tensor:
-    """Reference of y: [B, H, T, E] float32."""
+    """Compute y by torch: [B, H, T, E] float32."""
     x = x.to(torch.float32)
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
@@ -42,7 +47,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, order: Tensor | None, scaling: 
 
 @triton.jit
 def _rotated(x, cos, sin, order, k, mask, scaling, HALF: tl.constexpr, ORDERED: tl.constexpr):
-    """Entries k of rotated rows that begin at x; k is [1, columns], the pointers are [rows, 1]."""
+    """Compute entries k of rotated rows that begin at x; k is [1, columns], the pointers are [rows, 1]."""
     e = tl.load(order + k, mask=mask, other=0) if ORDERED else k
     upper = e >= HALF
     partner = tl.where(upper, e - HALF, e + HALF)
@@ -105,12 +110,13 @@ def rope_store(
     grid: HeadGrid | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
-    """Rotate and store heads.
+    """Rotate, reorder and scale heads.
 
     Args:
         x: [B, H, T, E] floating, E even, any strides.
         cos, sin: [B or 1, T, E].
         order: [Hkv, E] or [H, E] int32, or None.
+        scaling: multiplies every entry.
         grid: static grid of the heads, or None for float.
         backend: AUTO takes Triton for CUDA tensors.
     Returns: [B, H, T, E] in x's type, contiguous. Both paths give the same bits up to the rounding of x's type.

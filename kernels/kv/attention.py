@@ -1,4 +1,4 @@
-"""Attention of one new token over packed keys and values, without unpacking the cache: the op `decode_attention`.
+"""Attend to packed keys and values without unpacking the cache, for one new token: the op `decode_attention`.
 
     STATIC   x = s[h, e] (u - z[h, e])            scales per head and channel, known in advance (RPTQ, arXiv:2304.01089)
     DYNAMIC  x = s[t] (u - code_offset(bits))     one scale per token and head (BitNet a4.8, arXiv:2411.04965, section 2.3)

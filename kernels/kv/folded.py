@@ -1,4 +1,4 @@
-"""Attention of one new token over packed keys and values in plain torch, scales outside the products: for CPUs.
+"""Attend to packed keys and values in plain torch, for one new token, with scales outside the products: for CPUs.
 
 Codes are unpacked and multiplied as they are; the dequantised cache is never formed, which takes half the time or less:
 

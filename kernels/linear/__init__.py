@@ -11,7 +11,7 @@ fold into a bias computed once, and only Σ qx per cluster is left for the weigh
 Each backend has its own file with its own operands, the form in which it multiplies with a weight:
 
     operands.py      what all operands offer, and REFERENCE, which multiplies x̂ and Ŵ in float32
-    int8.py          INT8: integer codes on both sides, on CPUs
+    int8.py          INT8: integer codes of inputs and weights, on CPUs
     int4.py          INT4: 4-bit weights and few rows of floats, on CPUs
     cluster.py       TRITON: 4-bit weights and integer codes; the op `cluster_linear`
     weight_only.py   TRITON: weights of 2, 3, 4 or 8 bits and floats; the op `weight_only_linear`

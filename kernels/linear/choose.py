@@ -1,4 +1,4 @@
-"""Which backend a linear layer takes, and why."""
+"""Choose the backend of a linear layer, and say why."""
 
 from __future__ import annotations
 

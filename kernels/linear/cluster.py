@@ -191,7 +191,7 @@ def cluster_linear(
 
 @dataclass(frozen=True)
 class ClusterOperands(LinearOperands):
-    """TRITON, integer inputs: the stored weight as it is, with the other arguments of `cluster_linear`.
+    """Operands of TRITON for integer inputs: the stored weight as it is, with the other arguments of `cluster_linear`.
 
     `backend` is TRITON where it was asked for by name, so that no call falls back to torch, else AUTO.
     """

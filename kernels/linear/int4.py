@@ -1,4 +1,4 @@
-"""INT4: 4-bit weights and at most MAX_ROWS rows of floats on CPUs, through `torch._weight_int4pack_mm_for_cpu`.
+"""INT4: multiply 4-bit weights and at most MAX_ROWS rows of floats on CPUs, through `torch._weight_int4pack_mm_for_cpu`.
 
     y = x Ŵᵀ + b       Ŵ[n, k] = scale[n, g] (u[n, k] - 8) + zero[n, g]       u in 0 … 15, g = group of 32, 64 or 128 columns
 
@@ -39,7 +39,7 @@ def unsupported_reason(weight_bits: int, offsets: tuple[int, ...], rows: int) ->
 
 @dataclass(frozen=True)
 class Int4Operands(LinearOperands):
-    """INT4: a weight as the operation takes it.
+    """Operands of INT4: a weight as the operation takes it.
 
     Attributes:
         packed: [N, K / 2] uint8.

@@ -1,4 +1,4 @@
-"""INT8: integer codes on both sides, multiplied by `torch._int_mm` (exact int32) cluster by cluster, scales in the epilogue.
+"""INT8: multiply integer codes of inputs and weights by `torch._int_mm` (exact int32) cluster by cluster, scales in the epilogue.
 
 The formula is the integer identity of `kernels/linear/__init__.py`. Where qw - zw fits int8 (4-bit weights whose range holds
 zero) those are the codes, and the sums Σ qx are not needed.
@@ -37,7 +37,7 @@ def exact_int8_products() -> bool:
 
 @dataclass(frozen=True)
 class Int8Operands(PartwiseOperands):
-    """INT8: int8 codes of the weight, and the scales of the epilogue.
+    """Operands of INT8: int8 codes of the weight, and the scales of the epilogue.
 
     Attributes:
         codes: [N, K] int8, qw, or qw - zw where `zero_rows` is None.

@@ -1,4 +1,4 @@
-"""What a backend multiplies with in place of a layer's stored weight, and the backend REFERENCE, which takes Ŵ itself."""
+"""Operands: what a backend multiplies with in place of a layer's stored weight; and REFERENCE, which takes Ŵ itself."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def output_parts(sizes: tuple[int, ...] | None) -> list[slice]:
 
 @dataclass(frozen=True)
 class ReferenceOperands(PartwiseOperands):
-    """REFERENCE: the dequantised weight Ŵ [N, K] float32 and the bias [N] or None."""
+    """Operands of REFERENCE: the dequantised weight Ŵ [N, K] float32 and the bias [N] or None."""
 
     weight: Tensor
     bias: Tensor | None = None

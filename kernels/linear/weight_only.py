@@ -152,7 +152,7 @@ def launch(
 
 
 def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool, wide: bool, device: torch.device) -> Tile:
-    """`wide`: float32 inputs. They, several clusters and 3 bits hold more in registers per step, so their steps are smaller."""
+    """Choose a tile. Float32 inputs (`wide`), several clusters and 3 bits hold more in registers per step: smaller steps."""
     block = {2: 64, 3: 32, 4: 128, 8: 64}[bits]
     if clustered:
         block = 64 if bits == 4 else 32
@@ -237,7 +237,7 @@ def weight_only_linear(
 
 @dataclass(frozen=True)
 class WeightOnlyOperands(LinearOperands):
-    """TRITON, float inputs: the stored weight as it is, with the arguments of `weight_only_linear`.
+    """Operands of TRITON for float inputs: the stored weight as it is, with the arguments of `weight_only_linear`.
 
     `backend` is TRITON where it was asked for by name, so that no call falls back to torch, else AUTO.
     """

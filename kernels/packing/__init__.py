@@ -1,4 +1,4 @@
-"""Packing codes of 1 to 8 bits into bytes: the ops `pack` and `unpack`, by Triton on CUDA tensors and by torch on others.
+"""Pack codes of 1 to 8 bits into bytes: the ops `pack` and `unpack`, by Triton on CUDA tensors and by torch on others.
 
 `layout.py` says which bit stands where and holds the reference; `kernel.py` holds the Triton kernels. Both write the same bytes.
 """

@@ -1,4 +1,4 @@
-"""A ternary feed-forward layer that reads only the channels it needs, for one or two tokens.
+"""Ternary feed-forward layers that read only the channels they need, for one or two tokens: `gated_up` and `sparse_down`.
 
     gate first   h[m, f] = g[m, f] · up[m, f]     only rows f of W_up where some g is not 0
     down         y[m, n] = Σ_f c[m, f] t[n, f]    only columns f of W_down where some code is not 0
@@ -23,10 +23,12 @@ from kernels.ternary.linear import ternary_linear
 from kernels.tiles import multiprocessors
 
 MAX_TOKENS = 2
+"""Most tokens of a call that skips channels."""
 
 
 @triton.jit
 def _compact_kernel(x_ptr, index_ptr, count_ptr, M, F, stride_x, BLOCK: tl.constexpr):
+    # One program walks over all columns: how many live ones came before says where the next one goes.
     found = 0
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
@@ -46,7 +48,7 @@ def _up_kernel(
 ):  # fmt: skip
     m = tl.program_id(1)
     place = tl.program_id(0) * BR + tl.arange(0, BR)
-    count = tl.load(count_ptr)
+    count = tl.load(count_ptr)  # the host launches a program for every channel: those beyond the count have nothing to do
     if tl.program_id(0) * BR < count:
         live = place < count
         f = tl.load(index_ptr + place, mask=live, other=0)
@@ -74,6 +76,7 @@ def _down_kernel(
     share, m = tl.program_id(1), tl.program_id(2)
     count = tl.load(count_ptr)
     per_share = tl.cdiv(tl.cdiv(count, BF), SPLIT) * BF
+    # A byte of W^T holds the weights of output channels j, j + n, j + 2n and j + 3n, n being ROW_BYTES: one sum for each.
     first = tl.zeros((BN,), tl.int32)
     second, third, fourth = first, first, first
     for start in range(share * per_share, tl.minimum((share + 1) * per_share, count), BF):
@@ -96,7 +99,7 @@ def _down_kernel(
 
 @on_its_device
 def compact(x: Tensor, *, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tensor]:
-    """Columns that are not 0 in every row.
+    """List the columns of x that are not 0 in every row.
 
     Args:
         x: [M, F].
@@ -124,7 +127,7 @@ def gated_up(
     code_sum: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
-    """g · (x̂ Ŵ_upᵀ), rows of W_up whose gates are all 0 left unread.
+    """Compute g · (x̂ Ŵ_upᵀ) without reading the rows of W_up whose gates are all 0.
 
     Args:
         codes: [M, K] int8; input_scale: [M, 1] float32.
@@ -162,7 +165,7 @@ def sparse_down(
     code_sum: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
-    """x̂ Ŵᵀ, columns of W whose codes are all 0 left unread.
+    """Compute x̂ Ŵᵀ without reading the columns of W whose codes are all 0.
 
     Args:
         codes: [M, F] int8; input_scale: [M, 1] float32.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.quant.linear.base import LinearLayer
 from core.quant.segments import expand
 from core.quant.static import ActivationQuantizer, Codes, KeepFloat, keep_float_rows
-from kernels import Backend, Choice, code_offset, dequantize, pack, packed_width, select_linear_backend, unpack
+from kernels import Backend, Choice, code_limits, code_offset, dequantize, pack, packed_width, select_linear_backend, unpack
 from kernels.codes import signed_codes
 from kernels.linear import LinearOperands, ReferenceOperands, int4
 from kernels.linear.choose import kernels_take_codes
@@ -50,7 +50,8 @@ class QuantizedWeight:
     def shifted_codes(self) -> Tensor | None:
         """Compute Ŵ / scale [N, K] int8, or None where it takes more than 7 bits (8 are not exact on every processor)."""
         zero = self.zero_point.to(torch.int32) + code_offset(self.bits)
-        if bool((zero > 64).any() or (zero < 2**self.bits - 64).any()):
+        low, high = code_limits(7)
+        if bool((-zero < low).any() or (2**self.bits - 1 - zero > high).any()):
             return None
         return (self.codes.to(torch.int16) - expand(zero.to(torch.int16), self.offsets)).to(torch.int8)
 
