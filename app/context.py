@@ -106,7 +106,7 @@ class Context:
         try:
             async with contextlib.aclosing(updates):
                 async for update in updates:
-                    session.post(update)
+                    session.post(self.calmed(update, session))
         except asyncio.CancelledError as error:
             if STOP in error.args:
                 session.post(self.failed(Cancelled(), session))
@@ -133,30 +133,47 @@ class Context:
             @functools.wraps(handler)
             async def awaited(*arguments: Any) -> Updates:
                 try:
-                    return await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
+                    done = await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
+                    return self.calmed(done, self._session(arguments))
                 except Exception as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
-                    return self.failed(error)
+                    return self.failed(error, self._session(arguments))
 
             return awaited
 
         @functools.wraps(handler)
         def plain(*arguments: Any) -> Updates:
             try:
-                return handler(*arguments) or {self.status: UNCHANGED}
+                done = handler(*arguments) or {self.status: UNCHANGED}
+                return self.calmed(done, self._session(arguments))
             except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
-                return self.failed(error)
+                return self.failed(error, self._session(arguments))
 
         return plain
+
+    def _session(self, arguments: tuple) -> Session | None:
+        """The session of a handler's arguments, if its inputs hold a session's key."""
+        values = arguments[0] if arguments else None
+        return self.session(values) if isinstance(values, dict) and values.get(self.key) else None
+
+    def calmed(self, updates: Updates, session: Session | None) -> Updates:
+        """Updates of an event that went well, without the card of an earlier error; a running job keeps its status line."""
+        if session is None or not session.failed:
+            return updates
+        session.failed = False
+        told = updates.get(self.status, UNCHANGED) != UNCHANGED
+        return updates if session.jobs or told else {**updates, **self.rest(session)}
 
     def failed(self, error: BaseException, session: Session | None = None) -> Updates:
         """The status line's card for an error; an unexpected one is logged and named by an id.
 
         Args:
-            session: after a Stop, the line says which model the session still has.
+            session: after a Stop, the line says which model the session still has. After an error it goes at the next success.
         """
         if isinstance(error, Cancelled) and session is not None:
             return {self.status: cards.stopped(session.info, session.ranges), self.stop: hidden()}
         known = error if isinstance(error, QuantscopeError) else self.bug(error)
+        if session is not None:
+            session.failed = True
         return {self.status: cards.error_card(known), self.stop: hidden()}
 
     def bug(self, error: BaseException) -> QuantscopeError:

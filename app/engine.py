@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core import catalogue, embedded_cards
+from core.errors import QuantscopeError
 from core.recipe import SCHEMES, Bits, Clusters
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
@@ -55,10 +56,17 @@ def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:
 
 
 def project_model(info: Any, bits: Bits, *, batch: int, sequence: int) -> Any:
-    """Project the memory of a loaded model from the shape in its report."""
+    """Project the memory of a loaded model, given its facts."""
     from core.evaluation.memory import estimate, shape_of_loaded
 
     return estimate(shape_of_loaded(info), bits, batch=batch, sequence=sequence, label=info.name)
+
+
+def decoder_bytes(info: Any, bits: Bits) -> float:
+    """Return the bytes of all layers' weight matrices at the given bits, without scales."""
+    from core.evaluation.memory import shape_of_loaded
+
+    return shape_of_loaded(info).decoder_weights * bits.weights / 8
 
 
 def projected_schemes() -> dict[str, Bits]:
@@ -81,6 +89,28 @@ def first_model() -> str:
 def is_embedded(model: str) -> bool:
     """Whether a model is part of the installation."""
     return model in embedded_cards()
+
+
+def larger_model(model: str) -> str:
+    """Return a model of the catalogue to try after an embedded one; empty text for a model that is no toy."""
+    return next((name for name in model_names() if not is_embedded(name)), "") if is_embedded(model) else ""
+
+
+def ternary_model() -> str:
+    """Return the name of an embedded BitNet model, a4.8 if there is one; empty text if there is none."""
+    modes = {name: card.get("mode", "fp") for name, card in embedded_cards().items()}
+    ternary = [name for name, mode in modes.items() if mode != "fp"]
+    return next((name for name in ternary if modes[name] == "a4.8"), next(iter(ternary), ""))
+
+
+def versions() -> str:
+    """Say in one line which versions run and whether they are tested."""
+    from core.doctor import summary
+
+    try:
+        return summary()
+    except QuantscopeError as error:
+        return str(error)
 
 
 def training_runs() -> list[dict[str, Any]]:

@@ -5,64 +5,72 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
 
+from app import engine
 from app.context import FETCH_SECONDS, LIGHT, Context, Updates, observe_steps, ranges_key
 from app.session import Session
 from app.tabs.bitnet import BitNet
 from app.tabs.compare import Compare
 from app.tabs.explore import Explore
-from app.tabs.quantize import QUICK_TOKENS, Quantize
-from app.tabs.reorder import MAX_CLUSTERS, Reorder
-from app.tabs.sidebar import PASTE, Sidebar
-from app.view import cards, tables, texts
+from app.tabs.quantize import Quantize
+from app.tabs.reorder import Reorder
+from app.tabs.share import TABS, go_to, is_unknown_text
+from app.tabs.sidebar import DEFAULT_TOKENS, PASTE, Sidebar
+from app.view import cards, texts
 from app.view.chart import serve_script
-from core.errors import InputError, QuantscopeError
+from core.errors import QuantscopeError
 from core.folders import state_of
-from core.recipe import Calibration, Clusters, QuantRecipe
+from core.recipe import BITNET_MODES, Calibration, Clusters, QuantRecipe
 
-SAVE_JS = """(file) => {
-  if (!file) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([file.text], { type: file.type }));
-  link.download = file.name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}"""
-LINK_JS = """(query) => {
-  const url = `${location.origin}${location.pathname}?${query}`;
-  if (navigator.clipboard) navigator.clipboard.writeText(url).catch(() => {});
-  return url;
-}"""
-REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
-REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
-"""The session's key outlives a reload of its browser tab; where the browser keeps nothing, a reload starts anew."""
 CLOSE_JS = """
   const side = document.querySelector('#side');
   if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
 """
 """On a phone the side covers the page: put it away once it has been used."""
+START_JS = f"""() => {{
+  const toggle = document.querySelector('#side .toggle-button');
+  toggle?.setAttribute('aria-label', '{texts.SIDE}');
+  toggle?.setAttribute('title', '{texts.SIDE}');
+  {CLOSE_JS}
+}}"""
 TAB_JS = """() => {
   const tabs = [...document.querySelectorAll('#tabs button[role=tab]')];
   tabs.find((tab) => tab.textContent.trim() === '%s' && tab.offsetParent)?.click();
   window.scrollTo({ top: 0 });
   %s
 }"""
-
-
+OPEN_TAB_JS = """(name) => {
+  const tabs = [...document.querySelectorAll('#tabs button[role=tab]')].filter((tab) => tab.offsetParent);
+  const place = %s.indexOf(name);
+  if (place > 0) tabs[place]?.click();
+}"""
+REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
+REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
+"""The session's key outlives a reload of its browser tab; where the browser keeps nothing, a reload starts anew."""
 FIRST_SECONDS = 0.5
 """The page's opening waits this long for ranges that are known already, so that they come with its first answer."""
 
 
 def build_app(ctx: Context) -> gr.Blocks:
-    """The page, ready to launch."""
+    """Build the page, ready to launch."""
     serve_script()
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         page = Page(ctx)
         page.wire(demo)
+    take_as_sent(demo)
     return demo
+
+
+def take_as_sent(demo: gr.Blocks) -> None:
+    """Let fields hand on what was sent: handlers check every value and answer in a sentence, where Gradio would answer 500."""
+    kinds = (gr.Slider, gr.Dropdown, gr.Radio, gr.Number, gr.Checkbox, gr.CheckboxGroup, gr.Textbox)
+    for block in demo.blocks.values():
+        if isinstance(block, kinds):
+            block.preprocess = lambda payload: payload
 
 
 class Page:
@@ -72,34 +80,38 @@ class Page:
         self.ctx = ctx
         ctx.key = gr.Textbox(visible=False)
         ctx.timer = gr.Timer(FETCH_SECONDS, active=False)
-        self.side = Sidebar(ctx.settings.model, on_space=ctx.settings.on_space)
+        self.start_tab = gr.Textbox("", visible=False)
+        self.side = Sidebar(ctx)
         with gr.Row(elem_id="status-row", equal_height=True):
             ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
             ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
-        with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap"):
+        self.intro = gr.HTML(cards.intro(None, ""), elem_id="intro", apply_default_css=False)
+        with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap") as self.tabs:
             self.explore = Explore(ctx)
             self.reorder = Reorder(ctx)
             self.quantize = Quantize(ctx, self.side)
             self.compare = Compare(ctx)
             self.bitnet = BitNet(ctx)
-        self.saved = gr.JSON(None, visible=False)
+        gr.HTML(cards.footer(engine.versions()), elem_id="footer", apply_default_css=False)
 
     def wire(self, demo: gr.Blocks) -> None:
         """Connect all events of the page."""
-        ctx, side = self.ctx, self.side
+        ctx, side, quantize = self.ctx, self.side, self.quantize
         self._wire_steps()
-        self.quantize.wire(self.compare.choices, [self.compare.runs])
+        quantize.wire(self.open_for, self.after_run, [*self.range_outputs, *self.compare.keep.outputs])
         self.compare.wire()
-        self.bitnet.wire()
+        self.bitnet.wire(self.open_ternary, self.range_outputs)
         self._wire_side()
-        self._wire_saving()
+        side.share.wire({*side.source, *side.recipe, *quantize.inputs}, quantize.recipe, self.fill)
         self.explore.wire()
-        self.reorder.wire([side.clusters, *self.quantize.clusters.values()])
-        demo.load(None, None, None, js=f"() => {{{CLOSE_JS}}}", api_visibility="private")
-        filled = self.fill(default_recipe(ctx))
-        outputs = list(dict.fromkeys([ctx.key, ctx.timer, *filled, *self.range_outputs]))
+        self.reorder.wire([side.clusters, *quantize.clusters.values()])
+        demo.load(None, None, None, js=START_JS, api_visibility="private")
+        own = [ctx.key, ctx.timer, self.start_tab]
+        filled = [*self.fill(default_recipe(ctx)), *quantize.results]
+        outputs = list(dict.fromkeys([*own, *filled, *self.range_outputs]))
         opened = demo.load(ctx.guard(self.opened), ctx.key, outputs, js=REMEMBERED_JS, **LIGHT)
         opened.then(None, ctx.key, None, js=REMEMBER_JS, api_visibility="private")
+        opened.then(None, self.start_tab, None, js=OPEN_TAB_JS % list(TABS), api_visibility="private")
         ctx.timer.tick(ctx.guard(self.news), ctx.key, ctx.followed, trigger_mode="once", **LIGHT)
         demo.unload(self.closed)
 
@@ -107,24 +119,11 @@ class Page:
         ctx, side = self.ctx, self.side
         side.observe.click(None, None, None, js=f"() => {{{CLOSE_JS}}}", show_progress="hidden", api_visibility="private")
         side.text.input(lambda choice: gr.update(visible=choice == PASTE), side.text, side.pasted, **LIGHT)
-        ctx.stop.click(ctx.guard(self.stopped), {ctx.key}, [ctx.status, ctx.stop], **LIGHT)
-        ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, self.range_outputs)
-
-    def _wire_saving(self) -> None:
-        ctx, side = self.ctx, self.side
-        inputs = {ctx.key, *side.source, *side.recipe, *self.quantize.inputs}
         status = [ctx.status, ctx.stop]
-        files = {
-            side.save_recipe: self.recipe_file,
-            side.save_ranges: self.ranges_file,
-            side.save_report: self.report_file,
-        }
-        for button, handler in files.items():
-            written = button.click(ctx.guard(handler), inputs, [self.saved, *status], **LIGHT)
-            written.then(None, self.saved, None, js=SAVE_JS, api_visibility="private")
-        side.link.click(ctx.guard(self.link), inputs, [side.link_text, *status], **LIGHT).success(
-            None, side.link_text, side.link_text, js=LINK_JS, api_visibility="private"
-        )
+        ctx.stop.click(ctx.guard(self.stopped), {ctx.key}, status, **LIGHT)
+        for name, tab in zip(TABS, (self.explore, self.reorder, self.quantize, self.compare, self.bitnet), strict=True):
+            tab.tab.select(ctx.guard(self._chooser(name)), {ctx.key}, status, **LIGHT)
+        ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, self.range_outputs)
 
     def _wire_steps(self) -> None:
         """The buttons that lead to the next tab."""
@@ -137,20 +136,36 @@ class Page:
         for button, label in steps.items():
             button.click(None, None, None, js=TAB_JS % (label, CLOSE_JS), show_progress="hidden", api_visibility="private")
 
+    def _chooser(self, name: str) -> Any:
+        def chosen(values: Updates) -> Updates:
+            """Remember the tab for links and reloads; the card of an error belongs to the tab that was left."""
+            self.ctx.session(values).tab = name
+            return {}
+
+        return chosen
+
     @property
     def range_outputs(self) -> list:
         """Targets of `show_ranges`."""
-        return [*self.explore.outputs, *self.reorder.outputs, self.compare.runs, self.ctx.status, self.ctx.stop]
+        side, quantize = self.side, self.quantize
+        method = [side.method, side.mode, *side.show("rptq"), *quantize.show("rptq"), side.model, self.intro]
+        shown = [*self.explore.outputs, *self.reorder.outputs, self.compare.runs, *method, self.ctx.status, self.ctx.stop]
+        return list(dict.fromkeys(shown))
 
     def show_ranges(self, session: Session) -> Updates:
-        """Explore for new ranges, the selectors of Reorder, and the base model among the runs."""
+        """Explore for new ranges, the selectors of Reorder, the base model among the runs, and what the model is."""
         return {
             **self.explore.render(session),
             **self.explore.glance(session),
             **self.reorder.controls(session),
             **self.compare.choices(session),
+            self.intro: cards.intro(session.info, engine.larger_model(session.info.name)),
             **self.ctx.rest(session),
         }
+
+    def after_run(self, session: Session) -> Updates:
+        """The lists of runs once a run is there."""
+        return {**self.compare.choices(session), **self.compare.keep.render(session)}
 
     def fill(self, recipe: QuantRecipe) -> Updates:
         """All fields of the recipe, set to `recipe`."""
@@ -158,23 +173,30 @@ class Page:
 
     async def opened(self, key: object, request: gr.Request) -> Updates:
         """Open the session that this browser tab had before a reload, or a new one with the model of the link."""
-        ctx, page = self.ctx, str(request.session_hash)
+        ctx, page, query = self.ctx, str(request.session_hash), dict(request.query_params)
         session = ctx.sessions.open(page, key)
         recipe, refused = default_recipe(ctx), None
-        if query := urlencode(dict(request.query_params)):
-            try:
-                if request.query_params.get("method") == "rtn":
-                    recipe = replace(recipe, weights="rtn")  # as the method's name says, unless the link says otherwise
-                recipe = QuantRecipe.from_query(query, default=recipe)
-            except QuantscopeError as error:
-                refused = error  # a damaged link opens the default model and says so at the end
+        try:
+            if query.get("method") == "rtn":
+                recipe = replace(recipe, weights="rtn")  # as the method's name says, unless the link says otherwise
+            recipe = QuantRecipe.from_query(urlencode(query), default=recipe)
+        except QuantscopeError as error:
+            refused = error  # a damaged link opens the default model and says so at the end
         if session.ranges is not None:
+            recipe = self.recipe_of(session)
             ctx.start(session, self.shown_again(session))
         elif not session.opening:
-            session.selection.clusters = min(recipe.clusters.R1, MAX_CLUSTERS)
-            ctx.start(session, self.observe_linked(session, recipe, refused))
+            session.selection.clusters = recipe.clusters
+            session.tab = query["tab"] if query.get("tab") in TABS else session.tab
+            ctx.start(session, self.observe_linked(session, recipe, refused, query))
         first = await session.page(page).take(FIRST_SECONDS)
-        return {ctx.key: session.key, **ctx.listening, **self.fill(recipe), **first}
+        return {ctx.key: session.key, self.start_tab: session.tab, **ctx.listening, **self.fill(recipe), **first}
+
+    def recipe_of(self, session: Session) -> QuantRecipe:
+        """The recipe that a reloaded page shows: the one quantised last, else the default one for the model at hand."""
+        calibration = replace(session.calibration, tokens=DEFAULT_TOKENS)
+        clusters, model = session.selection.clusters, session.info.name
+        return session.recipe or replace(default_recipe(self.ctx), model=model, calibration=calibration, clusters=clusters)
 
     async def news(self, key: object, request: gr.Request) -> Updates:
         """Fetch what the handlers of this session have to show."""
@@ -185,22 +207,26 @@ class Page:
         self.ctx.closed(str(request.session_hash))
 
     async def observe_linked(
-        self, session: Session, recipe: QuantRecipe, refused: QuantscopeError | None
+        self, session: Session, recipe: QuantRecipe, refused: QuantscopeError | None, query: dict[str, str]
     ) -> AsyncIterator[Updates]:
-        """Show the ranges of a link's model, then why the link was refused if it was."""
+        """Show the ranges of a link's model where the link says, then why a part of the link was refused."""
         text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else self.ctx.settings.text
         calibration = Calibration(text, self.ctx.settings.first_tokens)
-        async for updates in self.observe(session, recipe.model, recipe.revision, calibration):
+        preset = "method" not in query
+        async for updates in self.observe(session, recipe.model, recipe.revision, calibration, preset=preset, place=query):
             yield updates
         if refused:
-            yield self.ctx.failed(refused)
+            raise refused
+        if is_unknown_text(recipe.calibration.text):
+            said = texts.LINK_FOREIGN.format(texts.TEXT_NAMES[text])
+            yield {self.ctx.status: cards.note(session.info.name, said)}
 
     async def shown_again(self, session: Session) -> AsyncIterator[Updates]:
         """Show what a session holds on the page that was reloaded; a running job's line comes from its handler."""
         updates = await asyncio.to_thread(self.show_ranges, session)
         if session.jobs:
             del updates[self.ctx.status], updates[self.ctx.stop]
-        yield updates | {self.side.model: session.ranges.model}
+        yield updates | self.quantize.render(session)
 
     async def observe_clicked(self, values: Updates) -> AsyncIterator[Updates]:
         """Observe the ranges of the model and text at the side."""
@@ -208,10 +234,58 @@ class Page:
         async for updates in self.observe(self.ctx.session(values), model, revision, self.side.calibration(values)):
             yield updates
 
+    async def open_for(self, session: Session, recipe: QuantRecipe) -> AsyncIterator[Updates]:
+        """Open the model that is to be quantised, unless the charts show it already."""
+        session.recipe = recipe
+        shown = session.ranges
+        if shown is None or (shown.model, shown.revision) != (recipe.model, recipe.revision):
+            async for updates in self._open(session, recipe.model, recipe.revision, recipe.calibration, False):
+                yield updates
+
+    async def open_ternary(self, session: Session) -> AsyncIterator[Updates]:
+        """Open the BitNet model that is part of the installation."""
+        model = engine.ternary_model()
+        calibration = Calibration(self.ctx.settings.text, self.ctx.settings.first_tokens)
+        yield {self.side.model: model}
+        async for updates in self._open(session, model, None, calibration, True):
+            yield updates
+
     async def observe(
-        self, session: Session, model: str, revision: str | None, calibration: Calibration
+        self,
+        session: Session,
+        model: str,
+        revision: str | None,
+        calibration: Calibration,
+        *,
+        preset: bool = True,
+        place: dict[str, str] | None = None,
     ) -> AsyncIterator[Updates]:
-        """Show the ranges of a model on a text, then its widest channel. Those of a public text are made once for everyone."""
+        """Show the ranges of a model on a text, then the channel of `place`, or the widest one.
+
+        Args:
+            preset: whether the method may follow the model.
+            place: where to look, as a link says it: layer, site and channel as text.
+        Raises: the job's error; InputError for a place that is not there, once the ranges are shown.
+        """
+        async for updates in self._open(session, model, revision, calibration, preset):
+            yield updates
+        refused = None
+        try:
+            go_to(session, place or {})
+            yield self.show_ranges(session) if place else {}
+        except QuantscopeError as error:
+            refused = error
+        if session.selection.channel is not None:
+            async for updates in self.explore.show_channel(session, session.selection.channel):
+                yield updates
+        yield await asyncio.to_thread(self.reorder.render, session)
+        if refused:
+            raise refused
+
+    async def _open(
+        self, session: Session, model: str, revision: str | None, calibration: Calibration, preset: bool
+    ) -> AsyncIterator[Updates]:
+        """Show the ranges of a model on a text. Those of a public text are made once for everyone."""
         ctx, key = self.ctx, ranges_key(model, revision, calibration)
         try:
             async for job in ctx.follow(session, "observe", observe_steps(model, revision, calibration), key=key):
@@ -223,55 +297,39 @@ class Page:
             if session.ranges is None:
                 yield self.explore.render(session)  # not “starting” any more
             raise
+        chosen = self._take(session, results, calibration, preset)
+        yield {**chosen, **await asyncio.to_thread(self.show_ranges, session)}
+
+    def _take(self, session: Session, results: tuple[Any, Any], calibration: Calibration, preset: bool) -> Updates:
+        """Make ranges the session's: the widest channel is selected, and the method fits the model."""
         session.info, session.ranges = results
+        model = session.info.name
         session.models[model] = session.info
         session.calibration, session.channel = calibration, None
         session.base_run(model, state_of(model))
         widest = session.ranges.outliers(1)[0]
         chosen = session.selection
         chosen.layer, chosen.kind, chosen.channel = widest.layer, widest.kind, widest.channel
-        yield await asyncio.to_thread(self.show_ranges, session)
-        async for updates in self.explore.show_channel(session, widest.channel):
-            yield updates
-        yield await asyncio.to_thread(self.reorder.render, session)
+        return self._fit_method(session) if preset else {}
+
+    def _fit_method(self, session: Session) -> Updates:
+        """Choose the method that fits the model: BitNet for a BitNet model; RPTQ again after one."""
+        fidelity = session.info.fidelity
+        if not fidelity and not session.preset:
+            return {}
+        session.preset = bool(fidelity)
+        method = "bitnet" if fidelity else "rptq"
+        mode = next((mode for mode in BITNET_MODES if fidelity and fidelity.endswith(f" {mode}")), None)
+        chosen = {self.side.mode: mode} if mode else {}
+        return {self.side.method: method, **chosen, **self.side.show(method), **self.quantize.show(method)}
 
     async def stopped(self, values: Updates) -> Updates:
         """Stop every job of the session."""
         session = self.ctx.session(values)
         return {self.ctx.stop: gr.update(visible=False)} if session.stop() else self.ctx.rest(session)
 
-    def calm(self, values: Updates) -> Updates:
-        """Take away an earlier error's card; a running job's line stays."""
-        session = self.ctx.session(values)
-        return {} if session.jobs else self.ctx.rest(session)
-
-    def recipe_file(self, values: Updates) -> Updates:
-        """Hand out the recipe as JSON."""
-        recipe = self.quantize.recipe(values)
-        saved = {"name": f"recipe-{recipe.hash}.json", "type": "application/json", "text": recipe.to_json()}
-        return self.calm(values) | {self.saved: saved}
-
-    def ranges_file(self, values: Updates) -> Updates:
-        """Hand out every channel's range as CSV."""
-        report = self.ctx.session(values).ranges
-        if report is None:
-            raise InputError(texts.NO_RANGES, code="E-PARAM-RANGES")
-        text = tables.ranges_csv(report)
-        return self.calm(values) | {self.saved: {"name": f"ranges-{report.tokens}-tokens.csv", "type": "text/csv", "text": text}}
-
-    def report_file(self, values: Updates) -> Updates:
-        """Hand out all runs of the session as JSON."""
-        text = tables.report_json(self.ctx.session(values).runs)
-        return self.calm(values) | {self.saved: {"name": "report.json", "type": "application/json", "text": text}}
-
-    def link(self, values: Updates) -> Updates:
-        """Write the link to this model and recipe."""
-        query = self.quantize.recipe(values).to_query()
-        return self.calm(values) | {self.side.link_text: gr.update(value=query, visible=True)}
-
 
 def default_recipe(ctx: Context) -> QuantRecipe:
     """The recipe that the page opens with."""
-    return QuantRecipe(
-        ctx.settings.model, clusters=Clusters.uniform(32), calibration=Calibration(ctx.settings.text, QUICK_TOKENS)
-    )
+    settings = ctx.settings
+    return QuantRecipe(settings.model, clusters=Clusters.uniform(32), calibration=Calibration(settings.text, DEFAULT_TOKENS))

@@ -17,7 +17,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.recipe import Calibration, QuantRecipe
+from app.view.names import names_of
+from core.recipe import Calibration, Clusters, QuantRecipe
 
 KEY = re.compile(r"[\w-]{43}", re.ASCII)
 """What a session's key looks like: 256 random bits as text."""
@@ -37,28 +38,49 @@ class TernaryReports:
     inputs: dict[int, list[Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is measured: `text` as `resolve_text` takes it, `tokens` of it in windows of `window`."""
+
+    text: str
+    tokens: int
+    window: int
+
+
 @dataclass
 class Run:
-    """A model that can be compared: the base one or a quantised one.
+    """A model that can be compared: an unquantised one, or a quantised one.
 
     Attributes:
         key: what the workbench knows it by: a model name, or the hash of its recipe.
-        evaluation: None until measured. ternary: what the BitNet tab has read of it.
-        state: of a local model's files, see `core.folders.state_of`.
+        label: the name in full. name: what the visitor calls it, empty for the page's own short name.
+        measured: measurements (EvalReport) by how they were made, the newest last.
+        ternary: what the BitNet tab has read of it. state: of a local model's files, see `core.folders.state_of`.
     """
 
     key: str
     label: str
     recipe: QuantRecipe | None = None
     quantize: Any = None
-    evaluation: Any = None
+    measured: dict[Protocol, Any] = field(default_factory=dict)
     ternary: TernaryReports = field(default_factory=TernaryReports)
     state: str | None = None
+    name: str = ""
 
     @property
     def model(self) -> str:
         """Name of the model it is, or was made from."""
         return self.recipe.model if self.recipe else self.key
+
+    @property
+    def evaluation(self) -> Any:
+        """The newest measurement, None before the first."""
+        return next(reversed(self.measured.values()), None)
+
+    def measure(self, protocol: Protocol, report: Any) -> None:
+        """Keep a measurement as the newest."""
+        self.measured.pop(protocol, None)
+        self.measured[protocol] = report
 
     @property
     def is_base(self) -> bool:
@@ -73,7 +95,7 @@ class Selection:
     layer: int = 0
     kind: str = "down_in"
     channel: int | None = None
-    clusters: int = 32
+    clusters: Clusters = field(default_factory=lambda: Clusters.uniform(32))
     bits: int = 4
     linear: bool = False
     same_axes: bool = False
@@ -113,6 +135,9 @@ class Session:
         handlers: tasks of this session that still have something to show; those of `jobs` are among them.
         pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" what waits for
             a page while there is none.
+        protocol: how the newest measurements were made, None before the first. recipe: what was quantised last.
+        tab: the tab that is open. preset: whether the page chose the method, to fit a BitNet model.
+        failed: whether the status line shows an error.
     """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -127,6 +152,11 @@ class Session:
     jobs: dict[str, asyncio.Task] = field(default_factory=dict)
     handlers: set[asyncio.Task] = field(default_factory=set)
     pages: dict[str, Inbox] = field(default_factory=dict)
+    protocol: Protocol | None = None
+    recipe: QuantRecipe | None = None
+    tab: str = "explore"
+    preset: bool = False
+    failed: bool = False
 
     def add_run(self, run: Run) -> Run:
         """Keep a run, or return the one with the same key. The oldest quantised run goes when there are too many."""
@@ -142,7 +172,7 @@ class Session:
         """The run of an unquantised model; what was measured before its files changed is forgotten."""
         run = self.add_run(Run(model, model, state=state))
         if run.state != state:
-            run.state, run.evaluation, run.ternary = state, None, TernaryReports()
+            run.state, run.measured, run.ternary = state, {}, TernaryReports()
         return run
 
     def run(self, key: object) -> Run | None:
@@ -150,10 +180,9 @@ class Session:
         return next((r for r in self.runs if r.key == key), None)
 
     def title(self, run: Run) -> str:
-        """A run's name in tables: its model where the session has several, and what a BitNet model's rules are worth."""
-        if run.is_base:
-            return " · ".join(filter(None, (run.label, self.fidelity(run))))
-        return f"{run.model} · {run.label}" if len({r.model for r in self.runs}) > 1 else run.label
+        """A run's short name: what differs from the other runs, and what the rules of a BitNet model are worth."""
+        name = names_of(self.runs)[self.runs.index(run)] if run in self.runs else run.label
+        return " · ".join(filter(None, (name, None if run.name else self.fidelity(run))))
 
     def fidelity(self, run: Run) -> str | None:
         """The fidelity of a base model that is a BitNet model itself."""

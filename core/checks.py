@@ -30,6 +30,13 @@ def require_int(name: str, value: object, low: int, high: int, remedy: str) -> i
     return value
 
 
+def require_float(name: str, value: object, low: float, high: float, remedy: str) -> float:
+    """`value` as a float if it is a number (not a bool) in [low, high]. Raises InputError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{name} is {str(value)[:40]!r}: {remedy}.", code=param_code(name))
+    return float(value)
+
+
 def require_bits(name: str, value: object) -> int:
     """`value` if it is 2..8 or 16. Raises InputError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS):

@@ -147,6 +147,23 @@ class Workbench:
             return replace(report, unsaved=f"The model is usable until this program ends, but it is not saved. {error}")
         return kept
 
+    def open_saved(
+        self, *, folder: str = "", archive: str = "", owner: str | None = None, progress: Progress = silent
+    ) -> QuantizeReport:
+        """Load a quantised model from its folder, or from a zip file of one, and return the report that was saved with it.
+
+        A folder's key is its path; a zip file's model becomes the owner's own, under its recipe's hash.
+        Raises: ArtifactError for what is damaged or was not saved by Quantscope; ModelError where no folder may be named.
+        """
+        key, place = saved.receive(archive, owner) if archive else (folder, Path(folder))
+        self._get(key, None, owner, progress)
+        try:
+            report = report_from_dict(read_description(place)["report"])
+            recipe = QuantRecipe.from_dict(report.recipe)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError("The saved model has no readable report: quantise the model again.", code="E-CKPT-BAD") from error
+        return replace(report, key=key, label=str(report.label)[:300], recipe=recipe.to_record(), folder=str(place))
+
     def evaluate(
         self,
         key: str,

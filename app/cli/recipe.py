@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,8 @@ from core.recipe import Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, 
 FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights")}
 """Options that a method would not look at."""
 MAX_BYTES = 2**24
+PASTED_FILE = "my-text.txt"
+"""Where a command expects a text that was pasted into the page."""
 
 
 def recipe_of(args: Namespace) -> QuantRecipe:
@@ -51,6 +54,34 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         recipe = _with_bits(recipe, args.scheme, args.bits)
     seed = recipe.seed if args.seed is None else parse_int("seed", args.seed)
     return replace(recipe, calibration=calibration_of(args, recipe.calibration), seed=seed)
+
+
+def command_of(recipe: QuantRecipe) -> str:
+    """Return the command line that repeats a recipe, the inverse of `recipe_of`.
+
+    A pasted text is named as the file `PASTED_FILE`, which is to be written first.
+    """
+    calibration = recipe.calibration
+    options = {
+        "model": recipe.model + (f"@{recipe.revision}" if recipe.revision else ""),
+        "method": recipe.method,
+        "calibration": PASTED_FILE if calibration.text.startswith("text:") else calibration.text,
+        "calibration-tokens": calibration.tokens,
+        "window": calibration.window,
+        "seed": recipe.seed,
+    }
+    if recipe.bitnet is not None:
+        options |= {name.replace("_", "-"): value for name, value in asdict(recipe.bitnet).items()}
+    else:
+        options |= {"scheme": recipe.scheme, "weights": recipe.weights, "variant": recipe.variant}
+        if recipe.bits is not None:
+            options["bits"] = ",".join(f"{name}={value}" for name, value in asdict(recipe.bits).items())
+    if recipe.method == "rptq" or recipe.variant == "matched":
+        options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
+    if recipe.method == "rptq":
+        options |= {"segments": recipe.segments}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "app.cli", "quantize", *words, "--out", "quantised"])
 
 
 def _no_model() -> QuantRecipe:

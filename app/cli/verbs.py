@@ -5,7 +5,6 @@ Everything cheap to check is checked before a model is loaded. core's heavy part
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from app.cli.output import Console, facts, table
 from app.cli.recipe import calibration_of, recipe_of
 from app.view.figure import bytes_text, number
+from app.view.tables import quantile, share, with_error
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError, ResourceError
 from core.recipe import SITES, Calibration, QuantRecipe
@@ -163,9 +163,9 @@ def compare(args: Namespace, console: Console) -> None:
         [
             name,
             f"{number(r.perplexity, 4)} ± {number(r.perplexity_stderr, 2)}",
-            _with_error(r.ln_ratio, r.ln_ratio_stderr),
-            _with_error(r.kld_mean, r.kld_stderr),
-            _share(r.same_top_token, r.same_top_stderr),
+            with_error(r.ln_ratio, r.ln_ratio_stderr),
+            with_error(r.kld_mean, r.kld_stderr),
+            share(r.same_top_token, r.same_top_stderr),
             bytes_text(r.weight_bytes),
             bytes_text(r.kv_bytes_per_token),
             number(r.tokens_per_second),
@@ -198,7 +198,7 @@ def sparsity(args: Namespace, console: Console) -> None:
     report = Workbench(device=args.device).sparsity(args.model, text=args.text, tokens=tokens, progress=console.progress)
     names = ("qkv", "out", "up", "gate", "down", "gates", "overall")
     named = [*((str(i), layer) for i, layer in enumerate(report.layers)), ("all", report.total)]
-    rows = [[title, *(_share(getattr(layer, name)) for name in names)] for title, layer in named]
+    rows = [[title, *(share(getattr(layer, name)) for name in names)] for title, layer in named]
     text = f"{args.model}: {report.fidelity}\n{report.tokens:,} tokens of {report.text_name}\n\n"
     text += table(["layer", *names], rows)
     text += f"\n{report.active_parameters:,} of {report.parameters:,} decoder weights meet a code that is not zero.\n"
@@ -279,39 +279,21 @@ def _speed(report: Any) -> str:
     return f"{speed}; KV cache {bytes_text(report.kv_bytes)}, as float {bytes_text(report.kv_bytes_float)}"
 
 
-def _with_error(value: float | None, error: float | None) -> str:
-    """A figure with its standard error, to two digits of the error; a dash where it was not measured."""
-    if value is None or error is None:
-        return "–" if value is None else number(value, 4)
-    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
-def _share(value: float | None, error: float | None = None) -> str:
-    """A share as percent, with its standard error where it is known."""
-    return "–" if value is None else f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
-
-
 def _divergence(report: Any) -> list[tuple[str, str]]:
     """List everything that was measured against the reference, as `llama-perplexity` does: names and values."""
     from core.evaluation.paired import against_reference
 
-    quantiles = [f"{_quantile(name)} {number(value)}" for name, value in (report.kld_quantiles or {}).items()]
+    quantiles = [f"{quantile(name)} {number(value)}" for name, value in (report.kld_quantiles or {}).items()]
     change, rms = (
-        _with_error(*(None if v is None else 100 * v for v in pair))
+        with_error(*(None if v is None else 100 * v for v in pair))
         for pair in ((report.delta_p_mean, report.delta_p_stderr), (report.delta_p_rms, report.delta_p_rms_stderr))
     )
     return [
         (f"against {report.reference}", against_reference(report).verdict()),
-        ("KLD", f"{_with_error(report.kld_mean, report.kld_stderr)} nats; {', '.join(quantiles)}"),
+        ("KLD", f"{with_error(report.kld_mean, report.kld_stderr)} nats; {', '.join(quantiles)}"),
         ("Δp", f"{change} %, root mean square {rms} %"),
-        ("same top token", _share(report.same_top_token, report.same_top_stderr)),
+        ("same top token", share(report.same_top_token, report.same_top_stderr)),
     ]
-
-
-def _quantile(name: str) -> str:
-    """Name a quantile of the divergence for people."""
-    return {"50": "median", "100": "max"}.get(name, f"{name} %")
 
 
 def _decibels(value: float | None) -> str:

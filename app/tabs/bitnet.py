@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import gradio as gr
 
@@ -42,6 +42,8 @@ class BitNet:
                 )
                 with gr.Column(scale=1, min_width=140, elem_classes="qs-tight"):
                     self.read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
+            example = engine.ternary_model()
+            self.example = gr.Button(texts.OPEN_TERNARY.format(example), visible=bool(example), size="sm", elem_id="open-ternary")
             self.facts = gr.HTML(cards.hint(texts.TERNARY_EMPTY), elem_id="ternary-facts", apply_default_css=False)
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=300):
@@ -71,7 +73,7 @@ class BitNet:
     @property
     def results(self) -> list:
         """What a reading changes."""
-        return [self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
+        return [self.example, self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
 
     def choices(self, session: Session, chosen: object = None, layer: int = 0) -> Updates:
         """The ternary runs, `chosen` if it is one of them, else the newest; its model's layers, `layer` if it has that."""
@@ -89,10 +91,17 @@ class BitNet:
         if run is None or run.ternary.sparsity is None:
             facts = cards.hint(texts.TERNARY_WAIT if run else texts.TERNARY_EMPTY)
             charts = (self.sparsity, self.weights, *self.inputs.values())
-            return {self.facts: facts, self.layers: "", **{chart: gr.update(visible=False) for chart in charts}}
+            example = gr.update(visible=run is None and bool(engine.ternary_model()))
+            return {
+                self.example: example,
+                self.facts: facts,
+                self.layers: "",
+                **{chart: gr.update(visible=False) for chart in charts},
+            }
         known = run.ternary
         drawn = {report.site: report for report in known.inputs.get(layer, [])}
         return {
+            self.example: gr.update(visible=False),
             self.facts: facts_of(session, run),
             self.sparsity: gr.update(value=plots_bitnet.sparsity_map(known.sparsity), visible=True),
             self.weights: gr.update(value=plots_bitnet.weight_bars(known.weights), visible=True),
@@ -106,16 +115,18 @@ class BitNet:
             },
         }
 
-    def wire(self) -> None:
-        """Connect the tab's events."""
-        guard, status = self.ctx.guard, [self.ctx.status, self.ctx.stop]
+    def wire(self, open_ternary: Callable[[Session], AsyncIterator[Updates]], targets: list) -> None:
+        """Connect the tab's events. `open_ternary(session)`: updates of `targets` that open the embedded BitNet model."""
+        self.open_ternary = open_ternary
+        guard, on, status = self.ctx.guard, self.ctx.on, [self.ctx.status, self.ctx.stop]
         inputs, chosen = {self.ctx.key, *self.selectors}, [self.run, self.layer, *self.results, *status]
         first = self.tab.select(guard(self.opened), inputs, chosen, **LIGHT)
-        self.ctx.on(first.then, self.shown, inputs, [*self.results, *status])
+        on(first.then, self.shown, inputs, [*self.results, *status])
         for control in (self.run, self.layer):
             changed = control.input(guard(self.opened), inputs, chosen, **LIGHT)
-            self.ctx.on(changed.then, self.shown, inputs, [*self.results, *status])
-        self.ctx.on(self.read.click, self.again, inputs, [*self.results, *status])
+            on(changed.then, self.shown, inputs, [*self.results, *status])
+        on(self.example.click, self.example_opened, inputs, list(dict.fromkeys([*targets, *chosen])))
+        on(self.read.click, self.again, inputs, [*self.results, *status])
 
     def opened(self, values: Updates) -> Updates:
         """Show what is known of the chosen run."""
@@ -131,6 +142,16 @@ class BitNet:
         if run is not None:
             async for updates in self.read_run(session, run, values):
                 yield updates
+
+    async def example_opened(self, values: Updates) -> AsyncIterator[Updates]:
+        """Open the embedded BitNet model."""
+        session = self.ctx.session(values)
+        async for updates in self.open_ternary(session):
+            yield updates
+        run = session.run(session.info.name)
+        yield {**self.choices(session, run.key), **self.render(session, run, 0)}
+        async for updates in self.read_run(session, run, values | {self.layer: 0}):
+            yield updates
 
     async def again(self, values: Updates) -> AsyncIterator[Updates]:
         """Read everything of the chosen run anew."""

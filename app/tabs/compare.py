@@ -9,17 +9,23 @@ import gradio as gr
 
 from app import engine
 from app.context import LIGHT, Context, Updates
-from app.session import Run, Session
+from app.session import MAX_RUNS, Protocol, Run, Session
+from app.tabs.keep import Keep
 from app.tabs.measured import estimated_bytes, numbers_table
-from app.tabs.quantize import WINDOW
+from app.tabs.quantize import MEASURED_TEXT, WINDOW, window_of
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name, number
 from app.worker.job import JobView, Step
+from core.checks import require_choice, require_float, require_int
 from core.errors import InputError, QuantscopeError
-from core.recipe import require_choice, require_int
+from core.folders import state_of
+from core.privacy import PASTED
 
 MAX_SHOWN = 4
+MAX_EVAL_TOKENS = 65_536
+MAX_TEMPERATURE = 2.0
+OWN_TEXT = "own"
 MAX_NEW_TOKENS = 256
 MAX_PROMPT = 4000
 THIS_MODEL = "this model"
@@ -34,6 +40,14 @@ class Compare:
         with gr.Tab(texts.COMPARE, id="compare") as self.tab:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.runs = gr.CheckboxGroup([], label=texts.RUNS, elem_id="runs", scale=8, min_width=280)
+                self.eval_text = gr.Dropdown(
+                    [*((label, name) for name, label in texts.TEXT_NAMES.items()), (texts.EVAL_TEXT_OWN, OWN_TEXT)],
+                    value=MEASURED_TEXT,
+                    label=texts.EVAL_TEXT,
+                    min_width=210,
+                    filterable=False,
+                    elem_id="eval-text",
+                )
                 self.eval_tokens = gr.Dropdown(
                     [2048, 8192, 32768],
                     value=2048,
@@ -69,6 +83,7 @@ class Compare:
                 self.temperature = gr.Slider(
                     0.0, 1.5, 0.0, step=0.1, label=texts.TEMPERATURE, scale=2, min_width=150, elem_id="temperature", buttons=[]
                 )
+                self.seed = gr.Number(0, label=texts.SEED, precision=0, min_width=80, elem_id="sampling-seed")
                 with gr.Column(scale=1, min_width=130, elem_classes="qs-tight"):
                     self.chat = gr.Checkbox(False, label=texts.CHAT, container=False, elem_id="chat")
                     self.write = gr.Button(texts.GENERATE, variant="primary", elem_id="write")
@@ -76,6 +91,7 @@ class Compare:
             self.speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
             self.numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
             self.bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
+            self.keep = Keep(ctx)
             with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
                 gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
                 with gr.Row(elem_classes="qs-controls qs-card"):
@@ -96,21 +112,28 @@ class Compare:
             with gr.Accordion(texts.LEARN_COMPARE_TITLE, open=False):
                 gr.Markdown(texts.LEARN_COMPARE)
 
-    def choices(self, session: Session) -> Updates:
-        """The runs to tick. Ticked are the first model, the one at hand and the newest quantised runs, `MAX_SHOWN` at most."""
+    def choices(self, session: Session, ticked: list[str] | None = None) -> Updates:
+        """The runs to tick. Ticked are `ticked`, else the first model, the one at hand and the newest quantised runs."""
         pairs = [(session.title(run), run.key) for run in session.runs]
         bases = [run.key for run in session.runs if run.is_base]
         current = [key for key in bases[1:] if session.info is not None and key == session.info.name]
         quantized = [run.key for run in session.runs if not run.is_base]
-        ticked = [*bases[:1], *current, *quantized[-(MAX_SHOWN - 1 - len(current)) :]]
-        return {self.runs: gr.update(choices=pairs, value=ticked)}
+        usual = [*bases[:1], *current, *quantized[-(MAX_SHOWN - 1 - len(current)) :]]
+        return {self.runs: gr.update(choices=pairs, value=usual if ticked is None else ticked)}
+
+    def listed(self, session: Session) -> Updates:
+        """Everything here that lists the runs."""
+        return {**self.choices(session), **self.render(session)}
 
     def render(self, session: Session, keys: list[str] | None = None) -> Updates:
         """Numbers and bars of the chosen runs."""
         runs = [r for r in session.runs if keys is None or r.key in keys]
         measured = [r for r in runs if r.evaluation is not None]
         bars = plots_runs.bytes_bars(
-            [(axis_name(session.title(r)), dict(r.evaluation.weight_parts), estimated_bytes(session, r)) for r in measured]
+            [
+                (axis_name(session.title(r)), dict(r.evaluation.weight_parts), estimated_bytes(session, r, r.evaluation))
+                for r in measured
+            ]
         )
         return {
             self.numbers: numbers_table(session, runs) or cards.hint(texts.NUMBERS_EMPTY if session.runs else texts.NO_RUNS),
@@ -119,26 +142,27 @@ class Compare:
 
     def wire(self) -> None:
         """Connect the tab's events."""
-        guard, key, status = self.ctx.guard, self.ctx.key, [self.ctx.status, self.ctx.stop]
+        guard, on, key, status = self.ctx.guard, self.ctx.on, self.ctx.key, [self.ctx.status, self.ctx.stop]
         sizes = {key, self.shape, self.batch, self.sequence}
-        shown = [self.runs, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
+        shown = [*self.keep.outputs, self.runs, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
         projection = [self.memory, self.memory_note, *status]
         self.tab.select(guard(self.opened), {*sizes, self.prompt}, [*shown, *status], **LIGHT)
         self.runs.input(guard(self.ticked), {key, self.runs}, [self.numbers, self.bars, *status], **LIGHT)
         for control in (self.shape, self.batch, self.sequence):
             control.input(guard(self.project), sizes, projection, trigger_mode="always_last", **LIGHT)
-        wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.chat}
+        wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.seed, self.chat}
         for event in (self.write.click, self.prompt.submit):
-            self.ctx.on(event, self.generate, wishes, [self.streams, self.speed, *status])
-        wishes = {key, self.runs, self.eval_tokens}
-        self.ctx.on(self.measure.click, self.evaluate, wishes, [self.numbers, self.bars, *status])
+            on(event, self.generate, wishes, [self.streams, self.speed, *status])
+        protocol = {key, self.runs, self.eval_text, self.eval_tokens}
+        on(self.measure.click, self.evaluate, protocol, [self.runs, self.numbers, self.bars, *status])
+        self.keep.wire(self.listed, [self.runs, self.numbers, self.bars])
 
     def opened(self, values: Updates) -> Updates:
         """Show the runs there are; a prompt not yet edited follows the model."""
         session = self.ctx.session(values)
         untouched = values[self.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
         prompt = {self.prompt: prompt_for(session.info.name)} if untouched else {}
-        return {**self.choices(session), **self.render(session), **self.project(values), **prompt}
+        return {**self.listed(session), **self.keep.render(session), **self.project(values), **prompt}
 
     def ticked(self, values: Updates) -> Updates:
         """Show the numbers of the ticked runs."""
@@ -167,29 +191,18 @@ class Compare:
     async def generate(self, values: Updates) -> AsyncIterator[Updates]:
         """Let the ticked runs continue the prompt, one after the other, streaming."""
         session = self.ctx.session(values)
-        runs, prompt = chosen_runs(session, values[self.runs]), str(values[self.prompt] or "")
+        runs, prompt = chosen_runs(session, values[self.runs], MAX_SHOWN), str(values[self.prompt] or "")
         if not prompt.strip():
             raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
         if len(prompt) > MAX_PROMPT:
             raise InputError(f"The prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT:,}.", code="E-PARAM-PROMPT")
         count = require_int("new tokens", values[self.new_tokens], 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
-        temperature = values[self.temperature]
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-            raise InputError("The temperature is out of range: use 0 to 2.", code="E-PARAM-TEMPERATURE")
-        steps = [
-            Step(
-                "generate",
-                {
-                    "key": run.key,
-                    "prompt": prompt,
-                    "max_new_tokens": count,
-                    "temperature": float(temperature),
-                    "chat": bool(values[self.chat]),
-                },
-                f"{session.title(run)} writes",
-            )
-            for run in runs
-        ]
+        temperature = require_float(
+            "temperature", values[self.temperature], 0.0, MAX_TEMPERATURE, f"use 0 to {MAX_TEMPERATURE:g}"
+        )
+        seed = require_int("seed", values[self.seed], 0, 2**31 - 1, "use 0 to 2147483647")
+        wishes = {"max_new_tokens": count, "temperature": temperature, "seed": seed, "chat": bool(values[self.chat])}
+        steps = [Step("generate", {"key": run.key, "prompt": prompt, **wishes}, f"{session.title(run)} writes") for run in runs]
         steps += [Step("speed_limit", {"key": run.key}, "Measuring the memory's speed", 0.1) for run in runs]
         job = None
         try:
@@ -202,38 +215,56 @@ class Compare:
         yield {self.speed: gr.update(value=speeds(session, runs, job), visible=True), **self.ctx.rest(session)}
 
     async def evaluate(self, values: Updates) -> AsyncIterator[Updates]:
-        """Measure the ticked runs on the same tokens; each row appears when it is there."""
+        """Measure the ticked runs, and the models they were made from, by one protocol; each row appears when it is there."""
         session = self.ctx.session(values)
-        runs = chosen_runs(session, values[self.runs])
-        tokens = require_int("tokens", values[self.eval_tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
-        contexts = [
-            info.context for info in map(session.models.get, {run.model for run in runs}) if info is not None and info.context
-        ]
-        window = min([WINDOW, *contexts])
+        ticked = chosen_runs(session, values[self.runs], MAX_RUNS)
+        tokens = require_int("tokens", values[self.eval_tokens], WINDOW, MAX_EVAL_TOKENS, f"use {WINDOW} to {MAX_EVAL_TOKENS}")
+        text = self.chosen_text(session, values)
+        protocol = Protocol(text, tokens, min(window_of(session.models.get(run.model)) for run in ticked))
+        bases = [session.base_run(run.model, state_of(run.model)) for run in ticked if not run.is_base]
+        runs = list({run.key: run for run in (*bases, *ticked)}.values())
         steps = [
             Step(
                 "evaluate",
-                {"key": run.key, "tokens": tokens, "window": window, "reference": run.recipe.model if run.recipe else None},
+                {"key": run.key, **origin_of(session, run), **vars(protocol)},
                 f"Measuring {session.title(run)}",
             )
             for run in runs
         ]
-        seen = 0
+        shown, seen = [run.key for run in runs], 0
         async for job in self.ctx.follow(session, "evaluate", steps):
             while seen < len(job.results):
-                runs[seen].evaluation, seen = job.results[seen], seen + 1
-            yield {**self.render(session, values[self.runs]), **self.ctx.busy(job, "Measuring")}
-        yield self.ctx.rest(session)
+                session.protocol = protocol
+                runs[seen].measure(protocol, job.results[seen])
+                seen += 1
+            yield {**self.render(session, shown), **self.ctx.busy(job, "Measuring")}
+        yield {**self.choices(session, shown), **self.ctx.rest(session)}
+
+    def chosen_text(self, session: Session, values: Updates) -> str:
+        """The text to measure on. Raises InputError for one that is not offered, or a pasted one that is not there."""
+        text = require_choice("evaluation text", values[self.eval_text], (*texts.TEXT_NAMES, OWN_TEXT))
+        if text != OWN_TEXT:
+            return text
+        if session.calibration is None or not session.calibration.text.startswith(PASTED):
+            raise InputError(texts.EVAL_TEXT_NONE, code="E-TEXT-NOTFOUND")
+        return session.calibration.text
 
 
-def chosen_runs(session: Session, keys: object) -> list[Run]:
-    """The ticked runs of this session, in order. Raises InputError if none, or too many to show."""
+def chosen_runs(session: Session, keys: object, most: int) -> list[Run]:
+    """The ticked runs of this session, in order. Raises InputError if none is ticked, or more than `most`."""
     runs = [r for r in session.runs if isinstance(keys, list) and r.key in keys]
     if not runs:
         raise InputError("No run is ticked: tick at least one, two to compare.", code="E-PARAM-RUNS")
-    if len(runs) > MAX_SHOWN:
-        raise InputError(f"{len(runs)} runs are ticked: untick some, {MAX_SHOWN} fit side by side.", code="E-PARAM-RUNS")
+    if len(runs) > most:
+        raise InputError(f"{len(runs)} runs are ticked: untick some, {most} fit side by side.", code="E-PARAM-RUNS")
     return runs
+
+
+def origin_of(session: Session, run: Run) -> dict[str, str | None]:
+    """Arguments that say what a quantised run is compared with, or which revision of an unquantised model is meant."""
+    if run.recipe is not None:
+        return {"reference": run.recipe.model, "reference_revision": run.recipe.revision}
+    return {"revision": getattr(session.models.get(run.key), "revision", None)}
 
 
 def prompt_for(model: str) -> str:

@@ -15,8 +15,9 @@ from app.view import plots_ranges as plots
 from app.view.chart import Chart, PickTable, picked_row
 from app.view.figure import note
 from app.worker.job import Step
+from core.checks import require_choice, require_float, require_int
 from core.errors import InputError, QuantscopeError
-from core.recipe import SITES, Clusters, require_int
+from core.recipe import PER_CHANNEL, SITES
 
 MARKED = 60
 LISTED = 8
@@ -76,11 +77,10 @@ class Explore:
         if session.ranges is not None:
             top = max(s.layer for s in session.ranges.sites.values())
             chosen.layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
-        if values[self.kind] not in SITES:
-            raise InputError("This site is not known: choose one of the list.", code="E-PARAM-SITE")
-        if values[self.kind] != chosen.kind:
+        kind = require_choice("site", values[self.kind], SITES)
+        if kind != chosen.kind:
             chosen.channel = None
-        chosen.kind = values[self.kind]
+        chosen.kind = kind
         chosen.linear, chosen.same_axes = bool(values[self.linear]), bool(values[self.same_axes])
         chosen.averaged = bool(values[self.averaged])
 
@@ -176,9 +176,12 @@ class Explore:
 
     async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Go to the layer and channel of a cell of the heat map."""
-        session, data = self.ctx.session(values), event._data
-        session.selection.layer = require_int("layer", data.get("y"), 0, 10_000, "click inside the map")
-        async for updates in self.show_channel(session, round(float(data.get("x", 0)))):
+        session, data = self.ctx.session(values), event._data if isinstance(event._data, dict) else {}
+        top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
+        layer = require_int("layer", data.get("y"), 0, top, "click inside the map")
+        column = require_float("channel", data.get("x"), -0.5, PER_CHANNEL, "click inside the map")
+        session.selection.layer = layer
+        async for updates in self.show_channel(session, round(column)):
             yield updates
 
     async def clicked_row(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
@@ -226,9 +229,7 @@ class Explore:
         if current():
             session.channel = detail
             yield {self.histogram: plots.channel_histogram(detail), self.tokens: cards.extremes(detail)}
-        clusters = await asyncio.to_thread(
-            engine.recluster, session.ranges, site.site, Clusters.uniform(session.selection.clusters)
-        )
+        clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, session.selection.clusters)
         cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
         if current():
             yield {self.facts: cards.channel_facts(site, number, median, cluster)}

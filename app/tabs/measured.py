@@ -1,28 +1,72 @@
-"""Measured runs as a table, for the tabs Quantise and Compare."""
+"""Measured runs as a table and as a verdict, for the tabs Quantise and Compare: one table, one way of measuring."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from app import engine
-from app.session import Run, Session
+from app.session import Protocol, Run, Session
 from app.view import cards, tables, texts
+from app.view.names import full_name, text_name
+from core.evaluation.paired import against_reference
+
+
+def measurement(session: Session, run: Run) -> tuple[Protocol, Any] | None:
+    """The run's measurement by the session's newest protocol; else its own newest, None if there is none."""
+    if session.protocol in run.measured:
+        return session.protocol, run.measured[session.protocol]
+    return next(reversed(run.measured.items()), None)
 
 
 def numbers_table(session: Session, runs: list[Run]) -> str:
-    """Measured runs as a table with the protocol under it; empty text if none is measured."""
-    measured = [(session.runs.index(run), run) for run in runs if run.evaluation is not None]
-    if not measured:
+    """Measured runs as a table with the protocol under it; empty text if none is measured.
+
+    A run that was measured in another way than the newest runs is marked, and a column says how.
+    """
+    rows: list[tables.Measured] = []
+    protocols: dict[Protocol, str] = {}
+    for run in runs:
+        if (found := measurement(session, run)) is None:
+            continue
+        protocol, report = found
+        protocols[protocol] = str(report.protocol)
+        rows.append(
+            tables.Measured(
+                session.title(run),
+                full_name(run),
+                report,
+                estimated_bytes(session, run, report),
+                f"{report.tokens:,} tokens of {text_name(protocol.text)}, windows of {report.window}",
+                protocol != session.protocol,
+                session.runs.index(run),
+            )
+        )
+    if not rows:
         return ""
-    rows = tables.number_rows([(session.title(run), run.evaluation, estimated_bytes(session, run)) for _, run in measured])
-    protocol = " ".join(dict.fromkeys(str(run.evaluation.protocol) for _, run in measured))
-    table = cards.table(tables.NUMBER_HEADERS, rows, colours=[place for place, _ in measured])
-    models = [session.models.get(name) for name in dict.fromkeys(run.model for _, run in measured)]
-    formula = texts.FORMULA_NOTE if any(run.recipe for _, run in measured) else ""
-    return table + cards.protocol(protocol) + cards.caution(formula) + cards.caution(tables.several_models(models))
+    headers, cells = tables.number_rows(rows)
+    table = cards.table(headers, cells, colours=[row.place for row in rows])
+    models = [session.models.get(name) for name in dict.fromkeys(run.model for run in runs if run.measured)]
+    notes = [texts.MIXED_PROTOCOLS] if len(protocols) > 1 else []
+
+    notes += [texts.PAIRED_NOTE] if any(row.report.ln_ratio is not None for row in rows) else []
+    notes += [texts.FORMULA_NOTE] if any(row.estimate for row in rows) else []
+    notes.append(tables.several_models(models))
+    return table + cards.protocol(" ".join(dict.fromkeys(protocols.values()))) + "".join(map(cards.caution, notes))
 
 
-def estimated_bytes(session: Session, run: Run) -> float | None:
-    """The formula's weight bytes of a quantised run."""
+def verdict(run: Run) -> str:
+    """What quantising did to the perplexity, in words with the ratio; empty text until it is measured against the original."""
+    for protocol, report in reversed(run.measured.items()):
+        if report.ln_ratio is not None:
+            where = f"{report.tokens:,} tokens of {text_name(protocol.text)}"
+            return cards.verdict(report.perplexity, against_reference(report), where)
+    return ""
+
+
+def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:
+    """Bytes of a quantised run by formula: decoder weights at their bits, embeddings and head as they are kept."""
     info = session.models.get(run.model)
     if run.recipe is None or info is None:
         return None
-    return float(engine.project_model(info, run.recipe.tensor_bits, batch=1, sequence=1).weights)
+    kept = report.weight_parts.get(texts.EMBEDDINGS_PART, 0)
+    return engine.decoder_bytes(info, run.recipe.tensor_bits) + kept

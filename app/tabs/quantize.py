@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import gradio as gr
 
 from app.context import LIGHT, Context, Updates
-from app.session import Run, Session
-from app.tabs.measured import numbers_table
-from app.tabs.sidebar import Sidebar, variant_choices
+from app.session import Protocol, Run, Session
+from app.tabs.measured import numbers_table, verdict
+from app.tabs.reorder import require_count
+from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name
+from app.view.names import full_name
 from app.worker.job import Step
 from core.errors import InputError
 from core.folders import state_of
-from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe, require_int
+from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Clusters, QuantRecipe, require_int
 
 QUICK_TOKENS = 2048
 WINDOW = 512
+MEASURED_TEXT = "sotu"
+CURVES = 5
+"""So many runs are drawn over each other: as many as there are colours."""
 BIT_CHOICES = [2, 3, 4, 5, 6, 7, 8, 16]
 ATTENTION_BITS = (16, 8, 4, 3)
 
@@ -56,9 +61,8 @@ class Quantize:
                 with gr.Column(scale=6, min_width=240, visible=False) as self.ternary:
                     self._ternary_options()
                 self.tokens = gr.Slider(
-                    512,
-                    16384,
-                    2048,
+                    *TOKEN_RANGE,
+                    DEFAULT_TOKENS,
                     step=512,
                     label=texts.CALIBRATION_TOKENS,
                     scale=3,
@@ -172,8 +176,7 @@ class Quantize:
         """The recipe the page shows. Raises InputError naming what is out of range."""
         side = self.side
         model, revision = side.chosen_model(values)
-        tokens = require_int("calibration tokens", values[self.tokens], WINDOW, 65_536, f"use {WINDOW} to 65536")
-        calibration = Calibration(side.chosen_text(values), tokens, values[self.window])
+        calibration = replace(side.calibration(values), window=values[self.window])
         seed = values[self.seed]
         if values[side.method] == "bitnet":
             attention = {name: _whole(values[field]) for name, field in self.attention.items()}
@@ -181,10 +184,7 @@ class Quantize:
             return QuantRecipe(model, revision, "bitnet", calibration=calibration, seed=seed, bitnet=options)
         custom = values[side.scheme] == "custom"
         bits = Bits(**{name: _whole(values[field]) for name, field in self.bits.items()}) if custom else None
-        counts = {
-            name: require_int(f"clusters of {name}", values[field], 1, 65536, "use 1 or more")
-            for name, field in self.clusters.items()
-        }
+        counts = {name: require_count(name, values[field]) for name, field in self.clusters.items()}
         return QuantRecipe(
             model,
             revision,
@@ -240,12 +240,12 @@ class Quantize:
                 self.details: "",
             }
         place, last = runs[-1]
-        lines = [(p, axis_name(session.title(run), 48), run.quantize) for p, run in runs[-5:]]
+        lines = [(p, axis_name(session.title(run), 48), run.quantize) for p, run in runs[-CURVES:]]
         kinds = [(kind, texts.SITE_LABELS[kind]) for kind in SITES]
         curve = any(plots_runs.drawable(entry.output_sqnr_db) is not None for _, _, report in lines for entry in report.layers)
         numbers = numbers_table(session, session.runs)
         return {
-            self.summary: cards.run_summary(last.quantize, session.title(last), place),
+            self.summary: cards.run_summary(last.quantize, full_name(last), place, verdict(last)),
             self.numbers: gr.update(value=numbers, visible=bool(numbers)),
             self.sqnr: gr.update(value=plots_runs.layer_sqnr(lines, revision=last.key), visible=curve),
             self.sites: gr.update(
@@ -254,20 +254,28 @@ class Quantize:
             self.details: details(last.quantize),
         }
 
-    def wire(self, after: Callable[[Session], Updates], targets: list) -> None:
-        """Connect the tab's events. `after(session)`: updates of other tabs' `targets` once a run is there."""
+    def wire(self, before: Callable, after: Callable[[Session], Updates], targets: list) -> None:
+        """Connect the tab's events.
+
+        Args:
+            before: before(session, recipe): a stream of updates that opens the recipe's model.
+            after: after(session): updates of other tabs once a run is there.
+            targets: the components that both of them change.
+        """
         guard, side, status = self.ctx.guard, self.side, [self.ctx.status, self.ctx.stop]
-        self.after = after
+        self.before, self.after = before, after
         side.scheme.input(guard(self.scheme_chosen), {side.scheme}, [*self.bits.values(), *status], **LIGHT)
         parts = [*side.show("rptq"), *self.show("rptq"), self.variant, self.weights]
         side.method.input(guard(self.method_chosen), {side.method}, [*parts, *status], **LIGHT)
         self.variant.input(guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT)
         for field in self.bits.values():
             field.input(self.own_bits, None, [side.scheme], **LIGHT)
+        for slider, other in ((side.tokens, self.tokens), (self.tokens, side.tokens)):  # one recipe, one number of tokens
+            slider.input(None, slider, other, js="(tokens) => tokens", api_visibility="private")
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
-        for click in (self.start.click, side.quantize.click):
-            self.ctx.on(click, self.run, inputs, [*self.results, *targets, *status])
+        for button in (self.start, side.quantize):
+            self.ctx.on(button.click, self.run, inputs, [*self.results, *targets, *status])
 
     def scheme_chosen(self, values: Updates) -> Updates:
         """Set every tensor's bits to the scheme's."""
@@ -294,29 +302,34 @@ class Quantize:
         return self.render(self.ctx.session(values))
 
     async def run(self, values: Updates) -> AsyncIterator[Updates]:
-        """Quantise by the recipe that the fields describe."""
+        """Quantise by the recipe that the fields describe. The charts follow when the model at the side is another one."""
         session, recipe = self.ctx.session(values), self.recipe(values)
-        async for updates in self.quantize(session, recipe, measure=bool(values[self.measure])):
+        async for updates in self.before(session, recipe):
+            yield updates
+        async for updates in self.quantize(session, recipe, bool(values[self.measure])):
             yield updates
         yield {**self.render(session), **self.after(session), **self.ctx.rest(session)}
 
-    async def quantize(self, session: Session, recipe: QuantRecipe, *, measure: bool) -> AsyncIterator[Updates]:
-        """Follow one quantisation and its measurements; finished parts appear as they come."""
-        load = Step("load", {"model": recipe.model, "revision": recipe.revision}, "Loading the model", 1.0)
-        steps = [load, Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
+    async def quantize(self, session: Session, recipe: QuantRecipe, measure: bool) -> AsyncIterator[Updates]:
+        """Follow one quantisation and its measurements; finished parts appear as they come.
+
+        Both models are measured by one protocol: the original again, if it was measured only in other ways.
+        """
         state = state_of(recipe.model)
-        base_key = ("evaluation", recipe.model, recipe.revision, state, QUICK_TOKENS, WINDOW)
-        base = session.base_run(recipe.model, state)
-        base.evaluation = base.evaluation or self.ctx.shared.get(base_key)
+        base, model = session.base_run(recipe.model, state), {"model": recipe.model, "revision": recipe.revision}
+        info = session.models.get(recipe.model)
+        protocol = Protocol(MEASURED_TEXT, QUICK_TOKENS, window_of(info))
+        base_key = ("evaluation", recipe.model, recipe.revision, state, protocol)
+        if (known := self.ctx.shared.get(base_key)) and protocol not in base.measured:
+            base.measure(protocol, known)
+        steps = [Step("load", model, "Loading the model", 1.0), Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
         if measure:
-            common = {"text": "sotu", "tokens": QUICK_TOKENS, "window": WINDOW}
-            steps.append(
-                Step("evaluate", {"key": recipe.hash, "reference": recipe.model, **common}, "Measuring the quantised model", 4.0)
-            )
-            if base.evaluation is None:
-                steps.append(
-                    Step("evaluate", {"key": recipe.model, "revision": recipe.revision, **common}, "Measuring the original", 1.5)
-                )
+            common = vars(protocol)
+            both = {"key": recipe.hash, "reference": recipe.model, "reference_revision": recipe.revision, **common}
+            steps.append(Step("evaluate", both, "Measuring the quantised model", 4.0))
+            if protocol not in base.measured:
+                alone = {"key": recipe.model, "revision": recipe.revision, **common}
+                steps.append(Step("evaluate", alone, "Measuring the original", 1.5))
         run, seen = None, 0
         async for job in self.ctx.follow(session, "quantize", steps):
             while seen < len(job.results):
@@ -324,17 +337,23 @@ class Quantize:
                 if seen == 1:
                     session.models[recipe.model] = report
                 elif seen == 2:
-                    run = session.add_run(Run(report.key, run_label(report.label, recipe), recipe))
+                    run = session.add_run(Run(report.key, report.label, recipe))
                     run.quantize = report
                 elif seen == 3:
-                    run.evaluation = report
+                    session.protocol = protocol
+                    run.measure(protocol, report)
                 else:
-                    base.evaluation = report
+                    base.measure(protocol, report)
                     self.ctx.shared.put(base_key, report)
                 yield self.render(session)
             yield self.ctx.busy(job, recipe.label())
         if run is None:
             raise InputError("The run gave no result: try again.", code="E-PARAM-RECIPE")
+
+
+def window_of(info: Any) -> int:
+    """The window that a model is observed and measured in: `WINDOW` tokens, or its whole context where that is shorter."""
+    return min(WINDOW, (info.context if info is not None else 0) or WINDOW)
 
 
 def _whole(value: object) -> int:
@@ -350,8 +369,3 @@ def details(report: Any) -> str:
         cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
     )
     return f'<div class="qs-columns">{"".join(parts)}</div>'
-
-
-def run_label(label: str, recipe: QuantRecipe) -> str:
-    """A run's name; the fidelity at the end of a BitNet run's names the mode again."""
-    return label.replace(f" · {recipe.bitnet.mode} ·", " ·", 1) if recipe.bitnet else label

@@ -12,8 +12,8 @@ from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart
 from app.view.figure import note
-from core.errors import InputError
-from core.recipe import REORDERS, SITES, Clusters, require_int
+from core.checks import require_choice, require_int
+from core.recipe import PER_CHANNEL, REORDERS, SITES, Clusters
 
 MAX_CLUSTERS = 64
 
@@ -39,7 +39,7 @@ class Reorder:
                 )
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.clusters = gr.Slider(
-                    1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTER_SLIDER, scale=6, min_width=240, elem_id="g", buttons=[]
+                    1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, scale=6, min_width=240, elem_id="g", buttons=[]
                 )
                 self.bits = gr.Dropdown(
                     [("2 bits", 2), ("3 bits", 3), ("4 bits", 4), ("8 bits", 8)],
@@ -75,16 +75,15 @@ class Reorder:
         return [self.layer, self.kind, self.clusters, *self.charts]
 
     def take(self, session: Session, values: Updates) -> None:
-        """Read the selectors into the session."""
+        """Read layer, site and bits into the session. Raises: InputError if the model has no such layer or site, or for bits."""
         chosen = session.selection
         chosen.bits = require_int("bits", values[self.bits], 2, 8, "use 2 to 8")
-        chosen.clusters = require_clusters(values[self.clusters])
-        if values[self.kind] not in SITES:
-            raise InputError("This site is not known: choose one of the list.", code="E-PARAM-SITE")
-        layer = require_int("layer", values[self.layer], 0, 10_000, "use a layer of the model")
-        if (layer, values[self.kind]) != (chosen.layer, chosen.kind):
+        top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
+        kind = require_choice("site", values[self.kind], SITES)
+        layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
+        if (layer, kind) != (chosen.layer, chosen.kind):
             chosen.channel = None
-        chosen.layer, chosen.kind = layer, values[self.kind]
+        chosen.layer, chosen.kind = layer, kind
 
     def controls(self, session: Session) -> Updates:
         """The selectors, set to the session's selection."""
@@ -92,8 +91,8 @@ class Reorder:
         top = max(s.layer for s in session.ranges.sites.values())
         return {
             self.layer: gr.update(value=chosen.layer, maximum=top),
-            self.kind: gr.update(value=chosen.kind, label=f"{texts.SITE}: {texts.SITE_HELP[chosen.kind]}"),
-            self.clusters: chosen.clusters,
+            self.kind: gr.update(value=chosen.kind, label=site_title(chosen.kind)),
+            self.clusters: gr.update(**slider_of(chosen.clusters)),
         }
 
     def render(self, session: Session) -> Updates:
@@ -101,7 +100,7 @@ class Reorder:
         if session.ranges is None:
             return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
         site, chosen, bits = site_of(session), session.selection, session.selection.bits
-        view = engine.recluster(session.ranges, site.site, Clusters.uniform(chosen.clusters), bits=bits)
+        view = engine.recluster(session.ranges, site.site, chosen.clusters, bits=bits)
         scale = plots.scale_of([site], linear=chosen.linear)
         curve = engine.error_curve(session.ranges, site.site, bits=bits)
         return {
@@ -121,34 +120,52 @@ class Reorder:
         """Connect the tab's events. `mirrored`: the side's slider and the fields R1 to R5, which follow g."""
         guard, key = self.ctx.guard, self.ctx.key
         self.side, *self.fields = mirrored
-        charts = [*self.charts, self.ctx.status, self.ctx.stop]
-        inputs = {key, self.layer, self.kind, self.clusters, self.bits}
-        for control in (self.layer, self.kind, self.bits):
-            control.input(guard(self.redraw), inputs, charts, trigger_mode="always_last", **LIGHT)
+        drawn = [*self.charts, self.ctx.status, self.ctx.stop]
         dragged = {**LIGHT, "trigger_mode": "always_last"}
-        self.clusters.input(guard(self.redraw), inputs, [*charts, *mirrored], **dragged)
-        self.side.input(guard(self.from_side), {key, self.side}, [*charts, self.clusters, *self.fields], **dragged)
+        for control in (self.layer, self.kind, self.bits):
+            control.input(guard(self.redraw), {key, self.layer, self.kind, self.bits}, [self.kind, *drawn], **dragged)
+        every_g = [self.clusters, *mirrored]
+        for slider, handler in ((self.clusters, self.moved), (self.side, self.moved_at_side)):
+            slider.input(guard(handler), {key, slider}, [*drawn, *every_g], **dragged)
+        for entry in self.fields:
+            entry.input(guard(self.typed), {key, *self.fields}, [*drawn, *every_g], **dragged)
         everything = [*self.outputs, self.ctx.status, self.ctx.stop]
-        self.tab.select(guard(self.opened), {key}, everything, trigger_mode="always_last", **LIGHT)
+        self.tab.select(guard(self.opened), {key}, everything, **dragged)
 
     def redraw(self, values: Updates) -> Updates:
-        """Draw the chosen site with g clusters; the other fields of g follow."""
+        """Draw another layer or site, or the errors at other bits."""
         session = self.ctx.session(values)
-        before = session.selection.clusters
         self.take(session, values)
-        moved = session.selection.clusters != before
-        followers = {self.side: session.selection.clusters, **spread(session.selection.clusters, self.fields)} if moved else {}
-        return {**self.render(session), **followers}
+        label = {self.kind: gr.update(label=site_title(session.selection.kind))}
+        return {**self.render(session), **label}
 
-    def from_side(self, values: Updates) -> Updates:
-        """Take g from the side's slider."""
+    def moved(self, values: Updates) -> Updates:
+        """Take g from the slider of this tab; the side's slider and the fields follow."""
+        return self._spread(values, self.clusters, self.side)
+
+    def moved_at_side(self, values: Updates) -> Updates:
+        """Take g from the side's slider; the slider of this tab and the fields follow."""
+        return self._spread(values, self.side, self.clusters)
+
+    def _spread(self, values: Updates, slider: gr.Slider, other: gr.Slider) -> Updates:
         session = self.ctx.session(values)
-        session.selection.clusters = require_clusters(values[self.side])
+        g = require_clusters(values[slider])
+        session.selection.clusters = Clusters.uniform(g)
+        words = slider_of(session.selection.clusters)
         return {
             **self.render(session),
-            self.clusters: session.selection.clusters,
-            **spread(session.selection.clusters, self.fields),
+            **spread(g, self.fields),
+            slider: gr.update(label=words["label"]),  # its value may be dragged on already
+            other: gr.update(**words),
         }
+
+    def typed(self, values: Updates) -> Updates:
+        """Take the five counts from their fields; both sliders follow, and say where no single g gives these counts."""
+        session = self.ctx.session(values)
+        counts = {name: require_count(name, values[entry]) for name, entry in zip(REORDERS, self.fields, strict=True)}
+        session.selection.clusters = Clusters(**counts)
+        words = gr.update(**slider_of(session.selection.clusters))
+        return {**self.render(session), self.clusters: words, self.side: words}
 
     def opened(self, values: Updates) -> Updates:
         """Draw what was selected on another tab."""
@@ -157,16 +174,32 @@ class Reorder:
         return {**selectors, **self.render(session)}
 
 
-def per_group(kind: str, clusters: int) -> int:
-    """The cluster count the recipe gives a site: g over the whole width, an eighth of it within a head."""
-    chosen = Clusters.uniform(clusters)
-    return getattr(chosen, texts.SITE_REORDER[kind])
+def per_group(kind: str, clusters: Clusters) -> int:
+    """The cluster count that a recipe's clusters give a site, within a head for queries, keys and values."""
+    return getattr(clusters, texts.SITE_REORDER[kind])
+
+
+def site_title(kind: str) -> str:
+    """The label of the sites' buttons: what the chosen one is."""
+    return f"{texts.SITE}: {texts.SITE_HELP[kind]}"
 
 
 def spread(g: int, fields: list) -> Updates:
     """Set the fields R1 to R5 to the counts that one g gives."""
     clusters = Clusters.uniform(g)
     return {field: getattr(clusters, name) for name, field in zip(REORDERS, fields, strict=True)}
+
+
+def slider_of(clusters: Clusters) -> dict[str, object]:
+    """Value and label of a slider of g: five counts that no single g gives are said in its label."""
+    own = clusters != Clusters.uniform(clusters.R1)
+    label = f"{texts.CLUSTERS}: {texts.OWN_CLUSTERS}" if own else texts.CLUSTERS
+    return {"value": min(clusters.R1, MAX_CLUSTERS), "label": label}
+
+
+def require_count(name: str, value: object) -> int:
+    """A cluster count of one reordering. Raises InputError otherwise."""
+    return require_int(f"clusters of {name}", value, 1, PER_CHANNEL, f"use 1 to {PER_CHANNEL}")
 
 
 def require_clusters(value: object) -> int:

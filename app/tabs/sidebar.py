@@ -7,8 +7,10 @@ from typing import Any
 import gradio as gr
 
 from app import engine
-from app.tabs.reorder import MAX_CLUSTERS, require_clusters
-from app.view import texts
+from app.context import Context
+from app.tabs.reorder import MAX_CLUSTERS, slider_of
+from app.tabs.share import Share
+from app.view import cards, texts
 from core.errors import InputError, TextError
 from core.privacy import PASTED
 from core.recipe import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
@@ -16,12 +18,16 @@ from core.recipe import SCHEMES, BitNetOptions, Calibration, QuantRecipe, requir
 PASTE = "paste"
 MAX_TEXT = 2_000_000
 MAX_TOKENS = 65_536
+DEFAULT_TOKENS = 2048
+TOKEN_RANGE = (512, 16_384)
+"""Ends of the sliders of calibration tokens: the side's and that of Quantise are one."""
 
 
 class Sidebar:
     """The side: its widgets, and the recipe's part that is chosen there."""
 
-    def __init__(self, model: str, *, on_space: bool) -> None:
+    def __init__(self, ctx: Context) -> None:
+        model, on_space = ctx.settings.model, ctx.settings.on_space
         names = list(dict.fromkeys([model, *engine.model_names()]))
         with gr.Sidebar(width=300, elem_id="side"):
             gr.HTML(f'<div class="qs-brand"><b>{texts.TITLE}</b><span>{texts.TAGLINE}</span></div>')
@@ -45,7 +51,9 @@ class Sidebar:
                 max_length=MAX_TEXT,
                 elem_id="pasted",
             )
-            self.tokens = gr.Slider(512, 8192, 1024, step=512, label=texts.TOKENS, elem_id="tokens", buttons=[])
+            self.tokens = gr.Slider(
+                *TOKEN_RANGE, DEFAULT_TOKENS, step=512, label=texts.TOKENS, elem_id="observe-tokens", buttons=[]
+            )
             self.observe = gr.Button(texts.OBSERVE, elem_id="observe", size="md")
             gr.HTML('<hr class="qs-rule">')
             self.method = gr.Dropdown(
@@ -70,14 +78,8 @@ class Sidebar:
                     filterable=False,
                 )
             self.quantize = gr.Button(texts.QUANTIZE, variant="primary", elem_id="side-quantize", size="lg")
-            with gr.Accordion(texts.SAVE, open=False):
-                self.link = gr.Button(texts.LINK, size="sm", elem_id="copy-link")
-                self.link_text = gr.Textbox(
-                    "", label=texts.LINK_LABEL, visible=False, buttons=["copy"], interactive=False, elem_id="link", max_lines=3
-                )
-                self.save_recipe = gr.Button(texts.SAVE_RECIPE, size="sm", elem_id="save-recipe")
-                self.save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
-                self.save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
+            self.share = Share(ctx)
+            gr.HTML(cards.links(texts.LINKS), apply_default_css=False)
 
     @property
     def source(self) -> set:
@@ -125,16 +127,18 @@ class Sidebar:
     def fill(self, recipe: QuantRecipe) -> dict[Any, Any]:
         """The widgets, set to a recipe."""
         revision = f"@{recipe.revision}" if recipe.revision else ""
+        text = recipe.calibration.text
+        pasted = text.removeprefix(PASTED) if text.startswith(PASTED) else ""
         return {
             self.model: recipe.model + revision,
             self.method: recipe.method,
             self.scheme: recipe.scheme,
-            self.text: recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else "sotu",
+            self.text: text if text in texts.TEXT_NAMES else PASTE,
+            self.pasted: gr.update(value=pasted, visible=text not in texts.TEXT_NAMES),
+            self.tokens: recipe.calibration.tokens,
             self.mode: (recipe.bitnet or BitNetOptions()).mode,
             **self.show(recipe.method),
-            self.clusters: gr.update(
-                value=require_clusters(min(recipe.clusters.R1, MAX_CLUSTERS)), visible=recipe.method == "rptq"
-            ),
+            self.clusters: gr.update(**slider_of(recipe.clusters), visible=recipe.method == "rptq"),
         }
 
     def show(self, method: object) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -9,9 +10,19 @@ from typing import Any
 from app.view import texts
 from app.view.figure import bytes_text, number
 from app.view.plots_runs import drawable, run_colour
-from app.view.tables import Cell, Estimate
+from app.view.tables import Cell, Estimate, Hover
 from app.worker.job import JobView
 from core.errors import Cancelled, QuantscopeError
+
+VERDICTS = (
+    (0.995, "No loss: perplexity fell,"),
+    (1.005, "No loss: perplexity is unchanged,"),
+    (1.9, "Perplexity rose by {percent} %:"),
+    (2.1, "Perplexity doubled:"),
+    (2.9, "Perplexity more than doubled:"),
+    (3.1, "Perplexity tripled:"),
+)
+"""What a ratio of perplexities below each limit is called."""
 
 
 def seconds_text(seconds: float) -> str:
@@ -59,6 +70,39 @@ def _line(kind: str, title: str, detail: str, fraction: float | None) -> str:
 def starting() -> str:
     """The status line before anything is known."""
     return _line("run", texts.TITLE, texts.STARTING, None)
+
+
+def working(what: str) -> str:
+    """The status line while the server works on something that has no measure of its progress."""
+    return _line("run", texts.TITLE, what, None)
+
+
+def note(title: str, words: str) -> str:
+    """The status line that says something which is no error."""
+    return _line("idle", title, words, None)
+
+
+def intro(info: Any, larger: str) -> str:
+    """What the page shows and why it matters; under a toy model, how to open a real one."""
+    size = number(info.parameters / 1e6) if info is not None else ""
+    toy = f" <span>{escape(texts.INTRO_TOY.format(size=size, other=larger))}</span>" if larger and info is not None else ""
+    return f'<div class="qs-intro"><h1>{escape(texts.INTRO_TITLE)}</h1><p>{texts.INTRO}{toy}</p></div>'
+
+
+def footer(versions: str) -> str:
+    """Which versions run here, and what tells more."""
+    return f'<footer class="qs-footer">{escape(versions)} · {escape(texts.FOOTER)} <code>python -m app.cli doctor</code></footer>'
+
+
+def links(pairs: Sequence[tuple[str, str]]) -> str:
+    """Links to papers, each opened in a tab of its own."""
+    shown = " · ".join(f'<a href="{escape(url)}" target="_blank" rel="noreferrer">{escape(name)}</a>' for name, url in pairs)
+    return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>'
+
+
+def command(line: str) -> str:
+    """A command line that repeats a run."""
+    return f'<p class="qs-protocol">{escape(texts.KEEP_COMMAND)}</p><pre class="qs-command" tabindex="0">{escape(line)}</pre>'
 
 
 def error_card(error: QuantscopeError) -> str:
@@ -120,7 +164,26 @@ def table(
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Estimate):
         return f'<span class="qs-estimate" title="by formula, not measured">≈ {escape(cell.text)}</span>'
+    if isinstance(cell, Hover):
+        return f'<span title="{escape(cell.hover)}">{escape(cell.text)}</span>'
     return escape(str(cell))
+
+
+def verdict(perplexity: float, pair: Any, measured_on: str) -> str:
+    """What quantising did to the perplexity, in words with the ratio. `pair`: PairedRatio against the unquantised model."""
+    words = texts.NOT_TOLD_APART if pair.differs is False else verdict_words(pair.ratio)
+    figures = f"{number(perplexity / pair.ratio, 4)} → {number(perplexity, 4)} (×{number(pair.ratio)}) on {measured_on}"
+    return f'<p class="qs-verdict"><b>{escape(words)}</b> {escape(figures)}</p>'
+
+
+def verdict_words(ratio: float) -> str:
+    """A ratio of perplexities as a sentence's beginning."""
+    if not math.isfinite(ratio) or ratio >= 10:
+        return "The model is broken, it writes noise: perplexity"
+    for limit, words in VERDICTS:
+        if ratio < limit:
+            return words.format(percent=f"{abs(100 * (ratio - 1)):.0f}")
+    return f"Perplexity is {number(ratio, 2)} times as large:"
 
 
 def hint(text: str) -> str:
@@ -161,8 +224,8 @@ def extremes(detail: Any) -> str:
     )
 
 
-def run_summary(report: Any, title: str, place: int) -> str:
-    """The result of a quantisation in a few figures, under the run's name."""
+def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
+    """The result of a quantisation in a sentence (`verdict`, HTML) and a few figures, under the run's name."""
     saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
     before = f"{number(saved)} × smaller than {bytes_text(report.float_bytes)}" if saved > 1.01 else "no smaller than before"
     calibrated = "errors compared on" if report.recipe["method"] == "bitnet" else "calibrated on"
@@ -175,7 +238,8 @@ def run_summary(report: Any, title: str, place: int) -> str:
         (seconds_text(report.seconds), f"{calibrated} {report.calibration}"),
     ]
     exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
-    return headed(title, place, _figures(figures) + caution(texts.EXACT if exact else ""))
+    notes = caution(texts.EXACT if exact else "") + caution(report.unsaved or "")
+    return headed(title, place, verdict + _figures(figures) + notes)
 
 
 def headed(title: str, place: int, content: str) -> str:

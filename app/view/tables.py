@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.view import texts
 from app.view.figure import bytes_text, number
+from core.evaluation.paired import against_reference
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
@@ -25,7 +27,15 @@ class Estimate:
     text: str
 
 
-Cell = str | Estimate
+@dataclass(frozen=True)
+class Hover:
+    """A short text with a longer one shown on hovering."""
+
+    text: str
+    hover: str
+
+
+Cell = str | Estimate | Hover
 Rows = list[list[Cell]]
 
 
@@ -45,30 +55,91 @@ def cluster_rows(view: Any) -> list[list[Any]]:
 NUMBER_HEADERS = [
     "run",
     "perplexity",
-    "KLD to base",
+    "against float",
+    "KLD to float",
     "same top token",
     "bytes measured",
     "by formula",
     "KV cache / token",
     "speed",
 ]
+MEASURED_ON = "measured on"
 
 
-def number_rows(runs: Sequence[tuple[str, Any, float | None]]) -> Rows:
-    """Rows of the comparison: one per run (name, EvalReport, estimated weight bytes or None). One window has no error."""
-    return [
-        [
-            name,
+@dataclass(frozen=True)
+class Measured:
+    """A row of the comparison.
+
+    Attributes:
+        name: the short name. hover: the full one.
+        report: EvalReport.
+        estimate: bytes by formula, None for a model as it was opened.
+        protocol: text, tokens and window in words. other: whether they are not those of the newest measurements.
+        place: colour place of the run.
+    """
+
+    name: str
+    hover: str
+    report: Any
+    estimate: float | None = None
+    protocol: str = ""
+    other: bool = False
+    place: int = 0
+
+
+def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
+    """Headers and rows of the comparison. Where protocols differ, a last column names them and the rows of others are marked."""
+    mixed = len({run.protocol for run in runs}) > 1
+    rows: Rows = []
+    for run in runs:
+        e = run.report
+        row: list[Cell] = [
+            Hover(f"{run.name} †" if run.other and mixed else run.name, run.hover),
             f"{number(e.perplexity, 4)} ± {number(e.perplexity_stderr, 2) if e.perplexity_stderr else '–'}",
-            "–" if e.kld_mean is None else f"{number(e.kld_mean)} nats",
-            "–" if e.same_top_token is None else f"{100 * e.same_top_token:.1f} %",
+            ratio_cell(run),
+            *divergence_cells(run),
             bytes_text(e.weight_bytes),
-            Estimate(bytes_text(estimate)) if estimate else "–",
+            Estimate(bytes_text(run.estimate)) if run.estimate else "–",
             bytes_text(e.kv_bytes_per_token),
             f"{number(e.tokens_per_second)} tokens/s",
         ]
-        for name, e, estimate in runs
-    ]
+        rows.append([*row, run.protocol] if mixed else row)
+    return [*NUMBER_HEADERS, MEASURED_ON] if mixed else NUMBER_HEADERS, rows
+
+
+def ratio_cell(run: Measured) -> Cell:
+    """Perplexity as a multiple of the unquantised model's on the same windows, with the paired error of its logarithm."""
+    e = run.report
+    if e.ln_ratio is None:
+        return "–"
+    pair = against_reference(e)
+    return Hover(f"×{number(pair.ratio)} (ln {with_error(e.ln_ratio, e.ln_ratio_stderr)})", pair.verdict())
+
+
+def divergence_cells(run: Measured) -> list[Cell]:
+    """Divergence from the unquantised model, and how often both name the same next token; hovering shows the distribution."""
+    e = run.report
+    spread = ", ".join(f"{quantile(name)} {number(value)}" for name, value in (e.kld_quantiles or {}).items())
+    kld = "–" if e.kld_mean is None else Hover(f"{with_error(e.kld_mean, e.kld_stderr)} nats", f"over tokens: {spread}")
+    return [kld, share(e.same_top_token, e.same_top_stderr)]
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A figure with its standard error, to two digits of the error; a dash where it was not measured."""
+    if value is None or error is None:
+        return "–" if value is None else number(value, 4)
+    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def share(value: float | None, error: float | None = None) -> str:
+    """A share as percent, with its standard error where it is known."""
+    return "–" if value is None else f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
+
+
+def quantile(name: str) -> str:
+    """Name a quantile of the divergence for people."""
+    return {"50": "median", "100": "max"}.get(name, f"{name} %")
 
 
 def several_models(models: Sequence[Any]) -> str:

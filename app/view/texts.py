@@ -37,7 +37,8 @@ MODEL_INFO = "A name from the list, a Hub id (owner/name), a local folder or a .
 MODEL_INFO_SPACE = "A name from the list or a Hub id (owner/name). Safetensors only; no code from a model is ever run."
 TEXT = "Calibration text"
 TEXT_PASTE = "Paste my own…"
-TEXT_NAMES = {"sotu": "State of the Union speeches", "wikitext2": "WikiText-2"}
+TEXT_NAMES = {"sotu": "State of the Union", "wikitext2": "WikiText-2"}
+YOUR_TEXT = "your text “{}…”"
 PASTE_LABEL = "Your text"
 PASTE_INFO = "Used for your session only, never stored or shared. At least 512 tokens, about 2,500 characters."
 TOKENS = "Tokens to observe"
@@ -48,6 +49,7 @@ SCHEME = "Bits"
 SCHEME_INFO = "W weights, A activations, KV only the cache. W4A4 keeps norm outputs and softmax at 8 bits."
 SCHEME_CUSTOM = "custom: see tab 3"
 CLUSTERS = "Clusters g"
+OWN_CLUSTERS = "own counts, see tab 3"
 BITNET_MODE = "Inputs of the projections"
 BITNET_MODE_INFO = "Weights are ternary, 2 bits; this decides what they are multiplied with."
 BITNET_MODES = {
@@ -61,10 +63,44 @@ QUANTIZE = "Quantise"
 STOP = "Stop"
 LINK = "Copy link"
 SAVE = "Share and save"
+LINK_COPIED = "Copied."
+LINK_NOT_COPIED = "Copy it from the field above."
+LINK_PASTED = (
+    "The text you pasted is not in the link: whoever opens it must paste the text too, or choose another."
+)
+LINK_FOREIGN = (
+    "This link names a calibration text that is not here: its author pasted it, or it was a file. Paste it at the side, or "
+    "choose another. The ranges shown are from {}."
+)
+OPEN_RECIPE = "Open a recipe (JSON)"
+RECIPE_TITLE = "Recipe opened"
+RECIPE_OPENED = "The fields are set to it: press Quantise to run it, or Observe for the ranges of its model."
+RECIPE_PASTED = "The fields are set to it. Its calibration text is not in the file: paste it at the side, or choose another."
+PAPERS = "Papers:"
+LINKS = (
+    ("RPTQ", "https://arxiv.org/abs/2304.01089"),
+    ("BitNet a4.8", "https://arxiv.org/abs/2411.04965"),
+    ("GPTQ", "https://arxiv.org/abs/2210.17323"),
+)
 LINK_LABEL = "Link to this model and recipe"
 SAVE_RECIPE = "Recipe (JSON)"
 SAVE_RANGES = "Ranges (CSV)"
 SAVE_REPORT = "Report (JSON)"
+
+# what this is
+INTRO_TITLE = "Why four bits are hard, on a real model"
+INTRO = (
+    "Every point below is one channel of a layer's input. A few channels are far wider than the rest, and sixteen steps must "
+    "reach them too: that is what makes models of four bits worse. <b>RPTQ</b> groups channels of similar range; <b>BitNet</b> "
+    "trains models that need only three different weights."
+)
+INTRO_TOY = (
+    "This model is part of the page: {size} M parameters, for a quick look. A real one is one choice away: choose "
+    "{other} or type a Hub id at the side."
+)
+FOOTER = "Backends, and why each runs or not:"
+OPEN_TERNARY = "Open {} (BitNet a4.8, part of this page)"
+SIDE = "Model and recipe"
 
 # explore
 EXPLORE = "1 · Explore"
@@ -103,7 +139,6 @@ with: bounds averaged over the windows, so that one loud token counts little.
 
 # reorder
 REORDER = "2 · Reorder"
-CLUSTER_SLIDER = "Clusters g"
 STRIPS_LABEL = "Two strips of channel ranges, before and after reordering"
 CURVE_LABEL = "Predicted error against the number of clusters"
 CLUSTER_SCATTER_LABEL = "Scatter of channels coloured by cluster"
@@ -120,7 +155,7 @@ channels get fine steps and loud ones coarse steps.
 **Reordering.** Channels of a cluster are moved next to each other, so that a matrix product reads each cluster as one
 block. The move is folded into the weights before and after: without quantisation the model's output does not change.
 
-**How many?** The curve on the right falls quickly and then flattens: beyond its knee more clusters cost parameters and
+**How many?** The curve below the points falls quickly and then flattens: beyond its knee more clusters cost parameters and
 gain little. Queries, keys and values are grouped within each head, with an eighth of g per head.
 """
 
@@ -135,7 +170,7 @@ VARIANTS = {
 }
 RTN_PLAIN = "Plain: one range per tensor"
 WEIGHTS = "Weights"
-WEIGHT_METHODS = {"gptq": "GPTQ: second order, slower, better", "rtn": "Round to nearest: at once"}
+WEIGHT_METHODS = {"gptq": "GPTQ: second order, better", "rtn": "Round to nearest: at once"}
 CALIBRATION_TOKENS = "Calibration tokens"
 KEEP = "TopK keeps"
 KV_BITS = "KV cache"
@@ -207,6 +242,27 @@ TEMPERATURE = "Temperature"
 CHAT = "Chat format"
 MEASURE_NOW = "Measure"
 EVAL_TOKENS = "Tokens"
+EVAL_TEXT = "Measure on"
+EVAL_TEXT_OWN = "my calibration text"
+EVAL_TEXT_NONE = "The ranges are not from a pasted text: paste one at the side and press Observe, or measure on a named text."
+SEED = "Seed"
+KEEP = "Name, remove, download or open runs"
+KEEP_RUN = "Run"
+KEEP_NAME = "Name (empty: the page's own)"
+KEEP_RENAME = "Rename"
+KEEP_REMOVE = "Remove"
+KEEP_PACK = "Make a zip file"
+KEEP_PACKING = "Writing the zip file"
+KEEP_FILE = "Download"
+KEEP_NO_FOLDER = (
+    "This run has no saved folder: an unquantised model is not copied, and one that the disk had no room for is only in memory. "
+    "The command below writes a folder."
+)
+KEEP_COMMAND = "The command that repeats this run:"
+OPEN_PATH = "Quantised folder on this machine"
+OPEN_SAVED = "Open the folder"
+OPEN_ZIP = "Open a zip file"
+OPENING = "Opening a saved model"
 BYTES_LABEL = "Measured bytes by part"
 TEXTS_EMPTY = "Press Write: each model continues the same prompt, one after the other."
 NUMBERS_EMPTY = "Press Measure to compare perplexity, divergence, bytes and speed on the same text."
@@ -224,9 +280,20 @@ SPEED_NOTE = (
     "bytes. A model smaller than the processor's cache can be faster than it. Bytes read are those of the kernels that run here: "
     "without a kernel for packed weights a quantised model is read as a float copy, and fewer bits save memory but no time."
 )
+EMBEDDINGS_PART = "embeddings and head (float)"
 FORMULA_NOTE = (
-    "By formula: every parameter at the bits of the weights, without scales. Measured: the tensors as they are kept, with "
-    "scales, and with embeddings and norms in float."
+    "By formula: the layers' weights at their bits, without scales, and embeddings and head in float, as they are kept. "
+    "Measured: all tensors, with scales and norms."
+)
+NOT_TOLD_APART = "No loss that this text can tell:"
+PAIRED_NOTE = (
+    "Against float: the ratio of perplexities on the same windows, with its logarithm ± standard error over windows. A window "
+    "that is hard for one model is hard for the other, so this error is much smaller than that of either perplexity. Hover "
+    "over a figure for its verdict and percentiles."
+)
+MIXED_PROTOCOLS = (
+    "† was measured on another text, number of tokens or window: its perplexity does not compare with the other rows. "
+    "Tick it and press Measure to measure all of them in one way."
 )
 SEVERAL_MODELS = (
     "Runs of several models: KLD and same top token compare each run with its own unquantised model, never across models."
@@ -239,8 +306,9 @@ LEARN_COMPARE = """
 quantised model's next-token distribution is from the original's, in nats: 0 is identical. **Same top token** is how
 often both would pick the same next token.
 
-**± is a standard error** over the tokens measured. Two runs closer than that are not told apart by this text; measure
-more tokens.
+**± is a standard error.** That of the perplexity is over the windows of the text: it says how much another text would
+change the figure. Two runs measured on the *same* windows share that chance, so they are compared window by window: the
+ratio to the unquantised model has a much smaller error of its own.
 
 **Several models.** Open another model at the side: earlier runs stay and can be ticked beside it. Perplexities
 compare between models of one tokenizer only; KLD is always against the run's own unquantised model.

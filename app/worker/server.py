@@ -28,6 +28,7 @@ METHODS = {
     "observe",
     "channel",
     "quantize",
+    "open_saved",
     "evaluate",
     "generate",
     "speed_limit",

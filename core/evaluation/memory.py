@@ -47,14 +47,18 @@ class Shape:
     tied: bool = True
 
     @property
+    def decoder_weights(self) -> int:
+        """Entries of the weight matrices of all layers: what the bits of the weights apply to."""
+        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
+        return self.layers * (attention + self.ffn_matrices * self.hidden * self.ffn)
+
+    @property
     def parameters(self) -> int:
         """Count all parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
         biased = self.ffn_matrices == 2
-        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
         small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
-        layer = attention + self.ffn_matrices * self.hidden * self.ffn + small
         embeddings = self.vocab * (1 if self.tied else 2) + self.positions
-        return self.layers * layer + embeddings * self.hidden + (2 if biased else 1) * self.hidden
+        return self.decoder_weights + self.layers * small + embeddings * self.hidden + (2 if biased else 1) * self.hidden
 
 
 def _opt(layers: int, hidden: int, heads: int) -> Shape:

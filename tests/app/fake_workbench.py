@@ -14,14 +14,17 @@ import pickle
 import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
 from core.errors import ModelError, TextError
+from core.models.io.bundle import unpack
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import (
     BackendUse,
@@ -39,6 +42,7 @@ from core.report import (
     WeightError,
     WeightHistogram,
 )
+from core.storage import atomic_dir
 
 Progress = Callable[[str, float | None], None]
 NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide", "fake-ternary")
@@ -168,7 +172,7 @@ class FakeWorkbench:
             )
             for i in range(info.layers)
         ]
-        return QuantizeReport(
+        report = QuantizeReport(
             recipe.hash,
             recipe.to_dict(),
             recipe.label() + fidelity_of(recipe),
@@ -181,8 +185,25 @@ class FakeWorkbench:
             538_060_032,
             layers,
             [BackendUse("reference", "no CUDA device", 42)],
-            "",
+            str(Path(tempfile.mkdtemp(prefix="fake-saved-")) / recipe.hash),
         )
+        with atomic_dir(report.folder) as stage:
+            (stage / "weights.bin").write_bytes(bytes(100_000))
+            (stage / "report.pickle").write_bytes(pickle.dumps(report))
+        return report
+
+    def open_saved(
+        self, *, folder: str = "", archive: str = "", owner: str | None = None, progress: Progress
+    ) -> QuantizeReport:
+        """The report of a folder that `quantize` wrote, or of a zip file of one."""
+        if archive:
+            folder = tempfile.mkdtemp(prefix="fake-received-")
+            unpack(archive, folder)
+        if not (Path(folder) / "report.pickle").is_file():
+            raise ModelError("No quantised model is there: name a folder that Quantise saved.", code="E-MODEL-NAME")
+        report = pickle.loads((Path(folder) / "report.pickle").read_bytes())
+        self.recipes[report.key] = QuantRecipe.from_dict(report.recipe)
+        return replace(report, folder=folder)
 
     def evaluate(
         self,
@@ -193,6 +214,7 @@ class FakeWorkbench:
         window: int = 512,
         reference: str | None = None,
         revision: str | None = None,
+        reference_revision: str | None = None,
         owner: str | None = None,
         progress: Progress,
     ) -> EvalReport:
@@ -221,15 +243,16 @@ class FakeWorkbench:
             key=key,
             label=recipe.label() if recipe else key,
             text_name=text,
-            perplexity=ppl,
+            perplexity=ppl * (0.9 if tokens > 2048 else 1),
             perplexity_stderr=0.4,
             nll=float(np.log(ppl)),
             window_nll=[float(np.log(ppl)) + d for d in (-0.05, 0.02, 0.03)],
             windows_id=f"{text[:20]}-{tokens}-{window}",
             reference=reference,
-            ln_ratio=0.02 * (16 - bits) if reference else None,
+            ln_ratio=math.log(1 + (16 - bits) ** 2 / 2000) if reference else None,
             ln_ratio_stderr=0.004 if reference else None,
             kld_stderr=0.001 if reference else None,
+            kld_quantiles={"50": 0.01, "99": 0.3, "100": 1.2} if reference else None,
             same_top_stderr=0.003 if reference else None,
             tokens=tokens,
             window=window,

@@ -60,7 +60,7 @@ def test_ternary_runs_are_offered_the_newest_first_with_their_claim(view, opened
     made = session.add_run(Run(recipe.hash, "BITNET · a4.8 · expect noise", recipe))
     session.add_run(Run("other", "RTN", QuantRecipe("fake", method="rtn")))
     offered = view.choices(session)[view.run]
-    assert offered["choices"] == [("fake · BITNET · a4.8 · expect noise", made.key), (f"{TERNARY} · trained a4.8", base.key)]
+    assert offered["choices"] == [("fake · BitNet a4.8 · expect noise", made.key), (f"{TERNARY} · trained a4.8", base.key)]
     assert offered["value"] == made.key
     assert view.choices(session, base.key)[view.run]["value"] == base.key
     assert view.choices(session, base.key)[view.layer]["choices"] == [0, 1, 2, 3, 4, 5]
@@ -206,22 +206,22 @@ def test_the_page_opens_on_an_embedded_float_model(tmp_path, monkeypatch):
 
 def test_a_quantised_ternary_run_carries_its_claim_and_the_models_facts(ctx, wait):
     with gr.Blocks():
-        side = sidebar.Sidebar("fake", on_space=False)
+        side = sidebar.Sidebar(ctx)
         with gr.Tabs():
             tab = quantize.Quantize(ctx, side)
     session = ctx.sessions.open()
     recipe = QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions("a4.8", 0.5, 3, 4, 4))
-    updates = wait(collect(tab.quantize(session, recipe, measure=True)))
+    updates = wait(collect(tab.quantize(session, recipe, True)))
     run = session.run(recipe.hash)
     assert "expect noise" in session.title(run) and "KV 3 bits" in session.title(run)
     assert run.evaluation is not None and session.run("fake").evaluation is not None
     assert session.models["fake"].layers == 6
     assert any("expect noise" in str(u.get(tab.numbers, "")) for u in updates)
     native = QuantRecipe(TERNARY, method="bitnet")
-    wait(collect(tab.quantize(session, native, measure=False)))
+    wait(collect(tab.quantize(session, native, False)))
     valid(tab.render(session)[tab.sqnr]["value"])  # an exact run has infinite decibels
-    assert session.title(session.run(native.hash)) == f"{TERNARY} · BITNET · trained a4.8"
+    assert session.title(session.run(native.hash)) == f"{TERNARY} · BitNet a4.8 · trained a4.8"
     alone = ctx.sessions.open()
-    wait(collect(tab.quantize(alone, native, measure=False)))
+    wait(collect(tab.quantize(alone, native, False)))
     shown = tab.render(alone)
     assert not shown[tab.sqnr]["visible"] and texts.EXACT in shown[tab.summary] and not shown[tab.numbers]["visible"]

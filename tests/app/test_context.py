@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.context import REST_SECONDS, UNCHANGED, observe_steps, ranges_key
+from app.session import Protocol
 from app.worker.client import PUBLIC
 from app.worker.job import JobView, Step
 from core.errors import Cancelled, InputError, QuantscopeError
@@ -356,7 +357,7 @@ def test_a_folder_written_anew_is_another_model(ctx, tmp_path):
     (folder / "config.json").write_text("{}")
     session, name = ctx.sessions.open(), str(folder)
     before = ranges_key(name, None, PUBLIC_TEXT)
-    session.base_run(name, state_of(name)).evaluation = "measured"
+    session.base_run(name, state_of(name)).measure(Protocol("sotu", 2048, 512), "measured")
     assert session.base_run(name, state_of(name)).evaluation == "measured"
     os.utime(folder / "config.json", (2e9, 2e9))
     assert ranges_key(name, None, PUBLIC_TEXT) != before

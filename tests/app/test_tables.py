@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 
 import pytest
 
-from app.session import Run
+from app.session import Protocol, Run
 from app.view import cards, tables
-from app.view.tables import Estimate
+from app.view.tables import Estimate, Hover, Measured
 from app.worker.job import JobView
 from core.errors import Cancelled, InputError, ModelError
+from core.evaluation.paired import PairedRatio
 from core.recipe import QuantRecipe
 
+PROTOCOL = Protocol("sotu", 2048, 512)
 EVIL = "<img src=x onerror=alert(1)>"
 
 
@@ -39,28 +42,69 @@ def job(state="running", **more):
 def run(bench):
     recipe = QuantRecipe("fake")
     report = bench.quantize(recipe, progress=quiet)
-    return Run(report.key, report.label, recipe, report, bench.evaluate(report.key, reference="fake", progress=quiet))
+    made = Run(report.key, report.label, recipe, report)
+    made.measure(PROTOCOL, bench.evaluate(report.key, reference="fake", progress=quiet))
+    return made
 
 
-def test_numbers_carry_units_and_estimates_are_marked(run):
-    rows = tables.number_rows([(run.label, run.evaluation, 7e7)])
-    assert len(rows[0]) == len(tables.NUMBER_HEADERS)
-    assert "±" in rows[0][1] and rows[0][2].endswith("nats") and rows[0][3].endswith("%") and rows[0][-1].endswith("tokens/s")
-    assert rows[0][5] == Estimate("70.0 MB")
-    page = cards.table(tables.NUMBER_HEADERS, rows, colours=[1])
+def measured(report, **more):
+    return Measured("run", "the run in full", report, **more)
+
+
+def test_numbers_carry_units_and_estimates_are_marked(run, bench):
+    headers, rows = tables.number_rows([measured(run.evaluation, estimate=7e7)])
+    row = dict(zip(headers, rows[0], strict=True))
+    assert "±" in row["perplexity"] and row["speed"].endswith("tokens/s")
+    assert "± " in row["KLD to float"].text and row["KLD to float"].text.endswith("nats") and row["same top token"].endswith("%")
+    assert "median" in row["KLD to float"].hover and "times the perplexity" in row["against float"].hover
+    assert row["by formula"] == Estimate("70.0 MB") and row["run"] == Hover("run", "the run in full")
+    assert row["against float"].text.startswith("×1.07 (ln 0.0") and "measured on" not in headers
+    page = cards.table(headers, rows, colours=[1])
     assert '<span class="qs-estimate" title="by formula, not measured">≈ 70.0 MB</span>' in page
+    assert '<span title="the run in full">run</span>' in page
 
 
 def test_missing_comparisons_are_dashes(bench):
-    row = tables.number_rows([("base", bench.evaluate("fake", progress=quiet), None)])[0]
-    assert row[2] == row[3] == row[5] == "–"
+    headers, rows = tables.number_rows([measured(bench.evaluate("fake", progress=quiet))])
+    row = dict(zip(headers, rows[0], strict=True))
+    assert {row[name] for name in ("against float", "KLD to float", "same top token", "by formula")} == {"–"}
 
 
 def test_a_single_window_has_no_standard_error(bench):
     from dataclasses import replace
 
     report = replace(bench.evaluate("fake", progress=quiet), perplexity_stderr=0.0)
-    assert tables.number_rows([("base", report, None)])[0][1] == "17.60 ± –"
+    assert tables.number_rows([measured(report)])[1][0][1] == "17.60 ± –"
+
+
+def test_rows_of_another_protocol_are_marked_and_named(bench):
+    report = bench.evaluate("fake", progress=quiet)
+    rows = [measured(report, protocol="2,048 tokens"), measured(report, protocol="8,192 tokens", other=True)]
+    headers, cells = tables.number_rows(rows)
+    assert headers[-1] == "measured on" and [row[-1] for row in cells] == ["2,048 tokens", "8,192 tokens"]
+    assert [row[0].text for row in cells] == ["run", "run †"]
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (23.9, "unchanged"),
+        (23.0, "fell"),
+        (26.3, "rose by 10 %"),
+        (47.58, "doubled"),
+        (60.0, "more than doubled"),
+        (72.0, "tripled"),
+        (120.0, "5.0 times"),
+        (9999.0, "broken"),
+            ],
+)
+def test_a_verdict_says_the_ratio_in_words(after, words):
+    said = cards.verdict(after, PairedRatio(math.log(after / 23.95), 1e-6, 4), "2,048 tokens")
+    assert words in said and "23.95 →" in said and "2,048 tokens" in said
+    vague = cards.verdict(after, PairedRatio(math.log(after / 23.95), 1e9, 4), "2,048 tokens")
+    assert "can tell" in vague
+    if words == "doubled":
+        assert "47.58 (×1.99)" in said
 
 
 def test_fallbacks_stages_and_backends(run):
@@ -110,6 +154,12 @@ def test_foreign_text_is_escaped_everywhere(ranges, bench, run):
         cards.hint(EVIL),
         cards.caution(EVIL),
         cards.headed(EVIL, 1, ""),
+        cards.verdict(2.0, PairedRatio(0.7, 0.1, 4), EVIL),
+        cards.note(EVIL, EVIL),
+        cards.command(EVIL),
+        cards.footer(EVIL),
+        cards.intro(replace(info, name=EVIL), EVIL),
+        cards.table(["a"], [[Hover(EVIL, EVIL)]]),
     ]
     for piece in pieces:
         assert "<img" not in piece and "<b>nation" not in piece

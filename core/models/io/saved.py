@@ -3,7 +3,8 @@
     <cache>/quantized/<recipe hash>-<text>-<weights>              made from a public text (`core.privacy`): anybody's
     <cache>/quantized/<recipe hash>-<text>-<weights>-<owner>      made from a private text: its owner's, mode 0700
 
-`text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`.
+`text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`. One
+that came as a zip file is its owner's; digits of its manifest's SHA-256 stand for text and weights.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from core.cache import cache_root
 from core.errors import ArtifactError
 from core.folders import remove
+from core.models.io.bundle import unpack
 from core.models.io.quantized import read_description
 from core.privacy import PASTED, is_public_text, owner_tag
-from core.storage import MANIFEST
+from core.storage import MANIFEST, atomic_dir, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,27 @@ def find_saved(key: str, owner: str | None) -> Path | None:
         return None
     found = [path for path in _folders(f"{key}-*") if path.name.endswith(f"-{owner_tag(owner)}") or _may_open(path, owner)]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def receive(archive: Path | str, owner: str | None) -> tuple[str, Path]:
+    """Unpack a zip file of `core.models.io.bundle` into a folder that `owner` alone may open; return its key and the folder.
+
+    Raises: ArtifactError for a file that is no such archive; ResourceError when it is too large or the disk is full.
+    """
+    _home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".received-", dir=_home()) as place:
+        unpack(archive, place)
+        report = read_description(place).get("report")
+        key = report.get("key") if isinstance(report, dict) else None
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ArtifactError("This zip file names no recipe: give one that the page's download made.", code="E-CKPT-BAD")
+        mark = file_sha256(Path(place) / MANIFEST)
+        target = _home() / f"{key}-{mark[:8]}-{mark[8:16]}-{owner_tag(owner)}"
+        with atomic_dir(target, replace=True, private=True) as stage:
+            for path in Path(place).iterdir():
+                if path.name != MANIFEST:
+                    os.rename(path, stage / path.name)
+    return key, target
 
 
 def is_public_folder(folder: Path) -> bool:

@@ -1,0 +1,106 @@
+"""Short names of runs: what they are, and what differs between them. The full name is for hovering.
+
+A quantised run is called by its bits and clusters, "W4A4 g32", "RTN W4A4" or "BitNet a4.8". Every other choice of its recipe is
+named only where a run of the same short name chose otherwise, the calibration text where any run did: "W4A4 g32 · WikiText-2".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from app.view import texts
+from core.recipe import PER_CHANNEL, SCHEMES, Clusters, QuantRecipe
+
+if TYPE_CHECKING:
+    from app.session import Run
+
+MOST_BITS = 3
+"""So many tensors of own bits are named; the others are counted."""
+
+
+def short_name(recipe: QuantRecipe, label: str) -> str:
+    """Return the bits and clusters of a recipe. `label`: the run's full name, which ends with what a BitNet run is worth."""
+    if recipe.bitnet is not None:
+        worth = label.removeprefix(recipe.label()).strip(" ·").rpartition(": ")[2]
+        return " · ".join(filter(None, (f"BitNet {recipe.bitnet.describe()}", worth)))
+    scheme = recipe.scheme if recipe.bits is None else _nearest_scheme(recipe)
+    if recipe.method == "rtn":
+        return f"RTN matched {scheme} {_clusters(recipe.clusters)}" if recipe.variant == "matched" else f"RTN {scheme}"
+    return f"{scheme} {_clusters(recipe.clusters)}"
+
+
+def _clusters(clusters: Clusters) -> str:
+    """g of clusters that one g gives, else all five counts."""
+    if clusters == Clusters.uniform(clusters.R1):
+        return clusters.describe() if clusters.R1 >= PER_CHANNEL else f"g{clusters.R1}"
+    return "g" + "/".join(map(str, asdict(clusters).values()))
+
+
+def _nearest_scheme(recipe: QuantRecipe) -> str:
+    """Own bits as the scheme that differs in the fewest tensors, and these tensors."""
+    own = asdict(recipe.tensor_bits)
+    different = {name: {k: v for k, v in own.items() if asdict(bits)[k] != v} for name, bits in SCHEMES.items()}
+    nearest = min(different, key=lambda name: len(different[name]))
+    named = [f"{texts.BIT_LABELS[k]} {v}" for k, v in different[nearest].items()]
+    more = [f"{len(named) - MOST_BITS} more"] if len(named) > MOST_BITS else []
+    return ", ".join([nearest, *named[:MOST_BITS], *more])
+
+
+def choices_of(recipe: QuantRecipe) -> dict[str, str]:
+    """Return every choice that a short name leaves out, as words."""
+    calibration = recipe.calibration
+    chosen = {
+        "text": text_name(calibration.text),
+        "tokens": f"{calibration.tokens:,} tokens",
+        "window": f"windows of {calibration.window}",
+        "seed": f"seed {recipe.seed}",
+        "revision": recipe.revision or "",
+    }
+    if recipe.method != "bitnet":
+        chosen |= {"weights": f"{recipe.weights.upper()} weights", "variant": recipe.variant}
+    if recipe.method == "rptq":
+        chosen["segments"] = recipe.segments
+    return chosen
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Name runs so that what differs between them is said, and nothing else. A run that the visitor named keeps that name."""
+    made = {run.key: (run.model, short_name(run.recipe, run.label)) for run in runs if run.recipe is not None}
+    chosen = {run.key: choices_of(run.recipe) for run in runs if run.recipe is not None}
+    several = len({run.model for run in runs}) > 1
+    names = []
+    for run in runs:
+        if run.name or run.recipe is None:
+            names.append(run.name or model_name(run.label))
+            continue
+        alike = [other for key, other in chosen.items() if made[key] == made[run.key]]
+        differing = [
+            words
+            for choice, words in chosen[run.key].items()
+            if any(other[choice] != words for other in (chosen.values() if choice == "text" else alike))
+        ]
+        lead = model_name(run.model) if several else ""
+        names.append(" · ".join(filter(None, (lead, made[run.key][1], *differing))))
+    return names
+
+
+def full_name(run: Run) -> str:
+    """Return a run's name with everything that its recipe says."""
+    if run.recipe is None:
+        return run.label
+    calibration = run.recipe.calibration
+    where = f"{calibration.tokens:,} tokens of {text_name(calibration.text)} in windows of {calibration.window}"
+    return f"{run.model} · {run.label} · {where}, seed {run.recipe.seed}"
+
+
+def text_name(text: str) -> str:
+    """Return a calibration text's name for people; a pasted text's begins with its first letters."""
+    return texts.TEXT_NAMES.get(text) or texts.YOUR_TEXT.format(text.removeprefix("text:")[:12])
+
+
+def model_name(model: str) -> str:
+    """A model's name; of a folder or file its last part."""
+    return PurePath(model).name if model.startswith(("/", ".", "~")) else model
