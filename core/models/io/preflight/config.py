@@ -38,15 +38,15 @@ ONLINE_MASTERS = "masters"
 _OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
 _LINEAR_CLASSES = ("autobitlinear", "bitlinear")
 
-_FOREIGN_MATHS = frozenset((
-    "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier",
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "n_routed_experts", "no_rope_layers", "num_experts",
-    "num_local_experts", "parallel_attn", "partial_rotary_factor", "qk_layernorm", "query_pre_attn_scalar", "residual_multiplier",
-    "rotary_dim", "rotary_emb_fraction", "rotary_pct", "scale_depth", "scale_emb", "use_alibi", "use_parallel_residual",
-    "use_qk_norm"))
-"""Fields by which other architectures compute something else. The architectures read here would ignore them in silence."""
-
-_NEUTRAL = (None, False, 0, 1, [], "")
+_FACTORS = frozenset((
+    "embedding_multiplier", "logit_scale", "logits_scaling", "partial_rotary_factor", "residual_multiplier",
+    "rotary_emb_fraction", "rotary_pct", "scale_emb"))
+_FOREIGN_MATHS = _FACTORS | frozenset((
+    "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    "n_routed_experts", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn", "qk_layernorm",
+    "query_pre_attn_scalar", "rotary_dim", "scale_depth", "use_alibi", "use_parallel_residual", "use_qk_norm"))
+"""Fields by which other architectures compute something else, factors among them. The architectures read here would ignore them
+in silence."""
 
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
@@ -164,8 +164,9 @@ def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
     rope = [config[key] for key in ("rope_parameters", "rope_scaling") if isinstance(config.get(key), Mapping)]
     for table in (config, *rope):
         for key in sorted(_FOREIGN_MATHS & table.keys()):
-            if table[key] not in _NEUTRAL:
-                raise ModelError(f"config.json says {key} = {str(table[key])[:30]}: this part of a model is not supported, and "
+            value = table[key]
+            if value and not (key in _FACTORS and type(value) in (int, float) and value == 1):
+                raise ModelError(f"config.json says {key} = {str(value)[:30]}: this part of a model is not supported, and "
                                  "leaving it out would change the model. Choose another model.", code="E-MODEL-ARCH")
 
 
