@@ -122,10 +122,10 @@ class Explore:
         if number is None or number >= len(site.low):
             return self.forget_channel()
         known = session.channel
+        facts = {self.facts: channel_facts(session, number)}
         if known is not None and (known.site, known.channel) == (site.site, number):
-            return {}
-        facts = cards.channel_facts(site, number, median_width(site))
-        return {self.facts: facts, self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_LATER)}
+            return facts
+        return {**facts, self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_LATER)}
 
     def forget_channel(self) -> Updates:
         """The detail panel without a channel."""
@@ -210,11 +210,10 @@ class Explore:
         if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
             return
         session.selection.channel = number
-        median = median_width(site)
         ranges = ranges_key(session.ranges.model, session.ranges.revision, session.calibration)
         key = ("channel", ranges, site.site, number) if ranges else None
         waiting = {self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_WAIT)}
-        yield {**self.render(session), self.facts: cards.channel_facts(site, number, median), **waiting}
+        yield {**self.render(session), self.facts: channel_facts(session, number), **waiting}
         try:
             async for job in self.ctx.follow(session, "channel", channel_steps(session, site.site, number), key=key):
                 yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
@@ -232,7 +231,7 @@ class Explore:
         clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, session.selection.clusters)
         cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
         if current():
-            yield {self.facts: cards.channel_facts(site, number, median, cluster)}
+            yield {self.facts: channel_facts(session, number, cluster)}
 
 
 def no_ranges(session: Session) -> dict:
@@ -256,6 +255,18 @@ def site_of(session: Session) -> object:
     return sites[name]
 
 
+def shown_site(session: Session) -> object:
+    """The selected site with the bounds that are looked at: exact ones, or moving averages."""
+    site = site_of(session)
+    return site.averaged() if session.selection.averaged else site
+
+
+def channel_facts(session: Session, channel: int, cluster: object = None) -> str:
+    """What is known of a channel at once, of the same bounds as its point; its cluster is one of exact ranges."""
+    site = shown_site(session)
+    return cards.channel_facts(site, channel, median_width(site), None if site.is_average else cluster)
+
+
 def peers(session: Session) -> list:
     """The sites that share the axes: all layers of this kind, or this layer alone."""
     site = site_of(session)
@@ -273,7 +284,7 @@ def scatter(session: Session, view: object = None) -> dict:
     """The scatter of the selected site, with clusters if `view` is given."""
     site, shared = site_of(session), peers(session)
     if session.selection.averaged and view is None:
-        site, shared = site.averaged(), [peer.averaged() for peer in shared]
+        site, shared = shown_site(session), [peer.averaged() for peer in shared]
     marked = [o.channel for o in session.ranges.outliers(MARKED) if o.site == site.site] if view is None else []
     return plots.range_scatter(
         site,

@@ -15,7 +15,6 @@ from app.tabs.reorder import require_count
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
-from app.view.figure import axis_name
 from app.view.names import full_name
 from app.worker.job import Step
 from core.errors import InputError
@@ -240,7 +239,7 @@ class Quantize:
                 self.details: "",
             }
         place, last = runs[-1]
-        lines = [(p, axis_name(session.title(run), 48), run.quantize) for p, run in runs[-CURVES:]]
+        lines = [(p, session.title(run), run.quantize) for p, run in runs[-CURVES:]]
         kinds = [(kind, texts.SITE_LABELS[kind]) for kind in SITES]
         curve = any(plots_runs.drawable(entry.output_sqnr_db) is not None for _, _, report in lines for entry in report.layers)
         numbers = numbers_table(session, session.runs)

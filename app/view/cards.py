@@ -155,8 +155,10 @@ def table(
         body.append(f"<tr{chosen}>{cells}</tr>")
     note = f"<caption>{escape(caption)}</caption>" if caption else ""
     kind = "qs-table qs-pick" if pick else "qs-table"
+    name = escape(caption or headers[0])
     return (
-        f'<div class="qs-scroll"><table class="{kind}">{note}<thead><tr>{head}</tr></thead>'
+        f'<div class="qs-scroll" tabindex="0" role="region" aria-label="{name}">'
+        f'<table class="{kind}">{note}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -195,7 +197,7 @@ def channel_facts(site: Any, channel: int, median_width: float, cluster: Any = N
     """What is known about a channel at once: range, width against its site, and its cluster if one is given."""
     low, high = float(site.low[channel]), float(site.high[channel])
     facts = [
-        ("range", f"{number(low)} to {number(high)}"),
+        (texts.AVERAGE_RANGE if site.is_average else "range", f"{number(low)} to {number(high)}"),
         ("width", f"{number((high - low) / median_width if median_width else 0)} × the median channel"),
     ]
     if cluster is not None:
@@ -218,7 +220,7 @@ def extremes(detail: Any) -> str:
     )
     facts = f"mean {number(detail.mean)}, standard deviation {number(detail.std)}"
     return (
-        f'<div class="qs-scroll qs-tokens"><table class="qs-table">'
+        f'<div class="qs-scroll qs-tokens" tabindex="0" role="region" aria-label="tokens"><table class="qs-table">'
         f"<caption>tokens behind the extremes ({escape(facts)})</caption>"
         f"<tbody>{rows}</tbody></table></div>"
     )

@@ -90,11 +90,14 @@ function arrange(figure, family) {
       if (bar) Object.assign(bar, { title: undefined, thickness: 6 });
     }
   }
+  ruler.font = `11px ${family}`;
+  thin(layout.xaxis, width - margin.l - margin.r);
   let top = 0;
   if (layout.title) {
     const rows = lines(layout.title.text, layout.title.font.size, family, width - 20);
     layout.title.text = rows.join('<br>');
-    top = (rows.length - 1) * 16;
+    if (rows.length > 1) layout.title.pad = { ...layout.title.pad, t: 15 };  // plotly lifts a title of several lines
+    top = (rows.length - 1) * 20;
   }
   for (const words of layout.annotations) {
     if (words.name !== 'caption') continue;
@@ -110,6 +113,21 @@ function arrange(figure, family) {
     } else margin.b += rows;
   }
   layout.margin = { ...margin, t: margin.t + top };
+}
+
+// Named places on an axis: those that would touch the one before are left out.
+function thin(axis, pixels) {
+  if (!axis || !axis.tickvals || !axis.range) return;
+  const unit = pixels / Math.abs(axis.range[1] - axis.range[0]);
+  let last = -Infinity;
+  const kept = axis.tickvals.map((value, i) => i).filter((i) => {
+    const wide = ruler.measureText(axis.ticktext[i]).width + 8;
+    const far = (axis.tickvals[i] - last) * unit >= wide;
+    if (far) last = axis.tickvals[i];
+    return far;
+  });
+  axis.tickvals = kept.map((i) => axis.tickvals[i]);
+  axis.ticktext = kept.map((i) => axis.ticktext[i]);
 }
 
 // ---- drawing: the page's charts take turns, the first ones of an answer first, and each is painted before the next begins ----
@@ -157,10 +175,6 @@ function bind() {
   if (bound || !host.on) return;
   bound = true;
   host.on('plotly_click', (event) => select(event.points && event.points[0]));
-  host.on('plotly_hover', (event) => {
-    [shown] = event.points;
-    if (walking) setTimeout(say);
-  });
 }
 
 function select(point) {
@@ -174,7 +188,6 @@ function select(point) {
 let curves = null;
 let place = { curve: 0, at: -1 };
 let shown = null;
-let walking = false;
 
 function walks() {
   const found = [];
@@ -206,16 +219,22 @@ function walk(along, across) {
   const { curve: curveNumber } = curves[curve];
   const { index } = points[place.at];
   const trace = host.data[curveNumber];
-  const point = trace.type === 'scattergl' ? { curveNumber, xval: trace.x[index], yval: trace.y[index] } : { curveNumber, pointNumber: index };
-  walking = true;
-  Plotly.Fx.hover(host, [point]);
+  const cell = Array.isArray(index);
+  const x = !cell ? trace.x[index] : trace.x ? trace.x[index[1]] : trace.x0 + index[1] * trace.dx;
+  const y = cell ? index[0] : trace.y[index];
+  shown = { curveNumber, x, y, customdata: cell ? null : trace.customdata && trace.customdata[index] };
+  // heat maps and WebGL are found by place only
+  const point = cell || trace.type === 'scattergl' ? { curveNumber, xval: x, yval: y } : { curveNumber, pointNumber: index };
+  Plotly.Fx.hover(host, [point], `${trace.xaxis || 'x'}${trace.yaxis || 'y'}`);
+  setTimeout(say, 80);  // plotly shows a point within 50 ms of the one before
 }
 
 function say() {
-  walking = false;
   const texts = [...host.querySelectorAll('.hoverlayer .hovertext text')];
-  said.textContent = texts.map((text) => [...(text.querySelectorAll('tspan').length ? text.querySelectorAll('tspan.line, tspan') : [text])]
-    .map((line) => line.textContent).join(' ')).join('; ');
+  said.textContent = texts.map((text) => {
+    const rows = [...text.querySelectorAll('tspan.line')];
+    return (rows.length ? rows : [text]).map((row) => row.textContent).join(', ');
+  }).join('; ');
 }
 
 const KEYS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-Infinity, 0], End: [Infinity, 0] };

@@ -23,6 +23,9 @@ Figure = dict[str, Any]
 LOG10 = math.log(10.0)
 
 NAME_LINES = 3
+ABOVE = {"orientation": "h", "xref": "container", "x": 0.01, "yref": "container", "y": 0.92, "yanchor": "top"}
+BELOW = {"orientation": "h", "xref": "container", "x": 0.01, "yref": "container", "y": 0, "yanchor": "bottom"}
+"""Places of a legend: rows under the caption or under the chart. `chart.js` makes room for as many rows as the names need."""
 
 CLUSTER_COUNT = 8
 """Up to this many clusters have a colour and a symbol each; more share an ordered scale."""
@@ -31,6 +34,16 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "
 _CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
 _PARTS = ("#4a5f7f", "#7fb0a8", "#c9b068", "#a9799c", "#a5a8ad", "#8a6d5b")
 _PARTS_DARK = ("#8ba3c7", "#5d9c92", "#c4a850", "#b684a8", "#7d838c", "#b08f7a")
+_RUNS = (
+    *("#0072b2", "#d98200", "#009e73", "#b5548a", "#b34700", "#5b3fc4"),
+    *("#7c8a00", "#e0115f", "#6a3d12", "#1f97bb", "#8c1ab3", "#33523f"),
+)
+_RUNS_DARK = (
+    *("#4aa8e0", "#f0a830", "#2cc79b", "#e08abb", "#f0643c", "#9d8cff"),
+    *("#b9c832", "#ff5c93", "#c59a6d", "#7fe3ff", "#d76bff", "#a9c7b4"),
+)
+RUN_COLOURS = len(_RUNS)
+"""So many runs have a colour of their own; lines differ in dashes and marks too."""
 _CLUSTERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#6b6b6b")
 _CLUSTERS_DARK = ("#3fa7e0", "#f0b429", "#1fc49a", "#e29cc4", "#f07b3a", "#8fd0f5", "#f0e442", "#bdbdbd")
 
@@ -42,12 +55,8 @@ THEMES: dict[str, dict[str, Any]] = {
         "grid": "#e8ebf0",
         "panel": "#ffffff",
         "base": "#7b8694",
-        "run1": "#0072b2",
-        "run2": "#d98200",
-        "run3": "#009e73",
-        "run4": "#b5548a",
-        "run5": "#b34700",
         "alert": "#d55e00",
+        "mark": "#b34700",
         "points": "#35506e",
         "heat": [[0, "#dde6ef"], [0.35, "#a9c6de"], [0.7, "#2f77ad"], [1, "#08306b"]],
         "ordered": [[i / 9, c] for i, c in enumerate(_CIVIDIS)],
@@ -59,21 +68,19 @@ THEMES: dict[str, dict[str, Any]] = {
         "grid": "#2a323d",
         "panel": "#161b22",
         "base": "#9aa4b1",
-        "run1": "#4aa8e0",
-        "run2": "#f0a830",
-        "run3": "#2cc79b",
-        "run4": "#e08abb",
-        "run5": "#f0803c",
         "alert": "#ff8a4c",
+        "mark": "#ff8a4c",
         "points": "#9cc4ea",
         "heat": [[0, "#26323f"], [0.35, "#1f4e79"], [0.7, "#4aa8e0"], [1, "#e3f3ff"]],
         "ordered": [[0, "#3b5c9e"], *[[i / 9, c] for i, c in enumerate(_CIVIDIS) if i > 1]],
     },
 }
-for _theme, _colours in (("light", _CLUSTERS), ("dark", _CLUSTERS_DARK)):
-    THEMES[_theme].update({f"cluster{i}": colour for i, colour in enumerate(_colours)})
-for _theme, _colours in (("light", _PARTS), ("dark", _PARTS_DARK)):
-    THEMES[_theme].update({f"part{i}": colour for i, colour in enumerate(_colours)})
+for _theme, _runs, _clusters, _parts in (
+    ("light", _RUNS, _CLUSTERS, _PARTS),
+    ("dark", _RUNS_DARK, _CLUSTERS_DARK, _PARTS_DARK),
+):
+    for _name, _first, _colours in (("run", 1, _runs), ("cluster", 0, _clusters), ("part", 0, _parts)):
+        THEMES[_theme].update({f"{_name}{i}": colour for i, colour in enumerate(_colours, _first)})
 
 
 def pack(values: Iterable[float], *, columns: int = 1, kind: str = "f4") -> dict[str, str]:
@@ -109,6 +116,11 @@ def _superscript(value: int) -> str:
 def axis_name(title: str, characters: int = 28) -> str:
     """A run's name in lines short enough for an axis or a legend, escaped."""
     return "<br>".join(escape(line) for line in textwrap.wrap(title, characters, max_lines=NAME_LINES, placeholder="…"))
+
+
+def legend_name(title: str, characters: int = 32) -> str:
+    """A run's name in one line of a legend, escaped; the pointer shows it in full."""
+    return escape(title if len(title) <= characters else f"{title[: characters - 1].rstrip()}…")
 
 
 def bytes_text(count: float) -> str:
@@ -230,8 +242,7 @@ def layout(
         "hovermode": "closest",
         "showlegend": False,
         "annotations": notes,
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "font": {"size": 11}}
-        | {"traceorder": "normal"},
+        "legend": ABOVE | {"font": {"size": 11}, "traceorder": "normal"} | more.pop("legend", {}),
     } | more
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.view import texts
-from app.view.figure import Figure, layer_map, layout, number, pack
-from app.view.plots_runs import BELOW, DASHES
+from app.view.figure import BELOW, Figure, layer_map, layout, number, pack
+from app.view.plots_runs import DASHES
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 WEIGHTS = (("minus", "−1", "@part0", "/"), ("zero", "0", "@faint", ""), ("plus", "+1", "@part2", "\\"))
@@ -59,7 +59,7 @@ def weight_bars(report: Any) -> Figure:
         "layout": layout(
             uirevision=f"weights/{report.key}",
             caption="weights of each projection, mean over layers",
-            margin=(42, 12, 34, 62),
+            margin=(42, 12, 34, 44),
             legend=BELOW,
             barmode="stack",
             bargap=0.25,
@@ -86,7 +86,7 @@ def input_distribution(report: Any, label: str) -> Figure:
     traces, notes = [top], [_corner(f"<b>{label}</b>", 1.0, "left", size=13)]
     axis = {"type": "log", "dtick": 1, "tickformat": "~g", "nticks": 4}
     frame: dict[str, Any] = {
-        "xaxis2": {"title": {"text": "value; the ends hold what lies beyond"}, "anchor": "y2"},
+        "xaxis2": {"title": {"text": "value; end bars: and beyond"}, "anchor": "y2"},
         "yaxis2": axis | {"domain": [0.6, 0.95], "title": {"text": "% of values"}},
     }
     if report.code_values:
@@ -203,7 +203,7 @@ def loss_chart(
         "layout": layout(
             uirevision=revision,
             caption=caption,
-            margin=(56, 14, 34, 90),
+            margin=(56, 14, 34, 44),
             legend=BELOW,
             showlegend=True,
             shapes=shapes,

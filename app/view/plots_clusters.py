@@ -52,6 +52,7 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
     y = scale.axis(float(view.low.min()), float(view.high.max()), title="")
     captions = [
         {
+            "name": "caption",
             "text": text,
             "xref": "paper",
             "yref": "paper",
@@ -150,7 +151,7 @@ def error_curve(curve: Any, *, current: int, error: float, revision: str = "") -
             caption="error by number of clusters",
             margin=(60, 12, 34, 44),
             showlegend=True,
-            legend={"x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "font": {"size": 11}},
+            legend={"orientation": "v", "xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1},
             xaxis={
                 "type": "log",
                 "title": {"text": "clusters g"},

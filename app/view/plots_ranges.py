@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.view import texts
 from app.view.figure import CLUSTER_COUNT, SYMBOLS, Figure, Scale, cluster_colour, layout, number, pack
 from app.view.plots_clusters import groups_of, label_count
 
 WEBGL_FROM = 1500
 HEAT_COLUMNS = 768
-HOVER = "<b>channel %{customdata[0]}</b><br>minimum %{customdata[1]:.4~g}<br>maximum %{customdata[2]:.4~g}<extra>%{meta}</extra>"
+HOVER = "<b>channel %{customdata[0]}</b><br>minimum %{customdata[1]:.4~g}<br>maximum %{customdata[2]:.4~g}<extra></extra>"
 HOVER_CLUSTER = (
     "<b>channel %{customdata[0]}</b> · cluster %{customdata[3]}<br>minimum %{customdata[1]:.4~g}"
     "<br>maximum %{customdata[2]:.4~g}<br>scale %{customdata[4]:.4~g}<extra></extra>"
@@ -82,6 +83,7 @@ def range_scatter(
     low, high = site.low.tolist(), site.high.tolist()
     cloud = _Cloud(low, high, scale.map(low), scale.map(high))
     few = view is not None and label_count(view) <= CLUSTER_COUNT
+    of = "average " if site.is_average else ""
     if view is None:
         traces = _plain_points(cloud, set(outliers))
     else:
@@ -92,10 +94,10 @@ def range_scatter(
         "data": traces,
         "layout": layout(
             uirevision=revision,
-            caption="a point is a channel: its smallest and largest value" if view is None else "channels by cluster",
+            caption=texts.POINTS_CLUSTERED if view is not None else texts.POINTS_AVERAGED if site.is_average else texts.POINTS,
             margin=(62, 14, 34, 48),
-            xaxis=scale.axis(limits[0], limits[1], title="channel minimum"),
-            yaxis=scale.axis(limits[2], limits[3], title="channel maximum"),
+            xaxis=scale.axis(limits[0], limits[1], title=f"{of}channel minimum"),
+            yaxis=scale.axis(limits[2], limits[3], title=f"{of}channel maximum"),
             showlegend=view is None or few,
         ),
     }
@@ -105,10 +107,11 @@ def _plain_points(cloud: _Cloud, outliers: set[int]) -> list[Figure]:
     ordinary = [c for c in range(len(cloud.low)) if c not in outliers]
     quiet = {"color": "@points", "size": 6, "opacity": 0.6}
     loud = {"color": "@alert", "size": 10, "symbol": "diamond", "line": {"color": "@panel", "width": 1}}
-    traces = [cloud.trace(ordinary, name=f"{len(ordinary):,} channels", meta="", marker=quiet)]
+    traces = [cloud.trace(ordinary, name=f"{len(ordinary):,} channels", marker=quiet)]
     if outliers:
         name = f"{len(outliers)} of the model's widest"
-        traces.append(cloud.trace(sorted(outliers), name=name, meta="outlier", marker=loud))
+        hover = HOVER.replace("</b>", "</b> · one of the widest")
+        traces.append(cloud.trace(sorted(outliers), name=name, marker=loud, hovertemplate=hover))
     return traces
 
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from app.view.figure import Figure, bytes_text, layer_map, layout
+from app.view.figure import BELOW, RUN_COLOURS, Figure, axis_name, bytes_text, layer_map, layout, legend_name
 
-BELOW = {"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}, "traceorder": "normal"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKS = ("circle", "square", "diamond", "triangle-up", "x")
 PARTS = {
@@ -23,7 +22,7 @@ PARTS = {
 
 def run_colour(index: int) -> str:
     """Colour token of the run at that place: 0 is the base model, grey; then blue, orange, and so on."""
-    return "@base" if index == 0 else f"@run{(index - 1) % 5 + 1}"
+    return "@base" if index == 0 else f"@run{(index - 1) % RUN_COLOURS + 1}"
 
 
 def drawable(decibels: float | None) -> float | None:
@@ -35,20 +34,21 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
     """Signal-to-noise of every layer's output, one line per run.
 
     Args:
-        reports: (colour place, name, QuantizeReport) of each run.
+        reports: (colour place, name, QuantizeReport) of each run. A long name is cut; the pointer shows the run's label in full.
     """
-    traces = []
+    traces, fallbacks = [], 0
     for place, name, report in reports:
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": name,
+                "name": legend_name(name),
                 "x": [entry.layer for entry in report.layers],
                 "y": [drawable(entry.output_sqnr_db) for entry in report.layers],
                 "line": {"color": run_colour(place), "width": 2, "dash": DASHES[(place - 1) % 5]},
                 "marker": {"size": 6, "symbol": MARKS[(place - 1) % 5]},
-                "hovertemplate": "layer %{x}: %{y:.1f} dB<extra>%{fullData.name}</extra>",
+                "meta": axis_name(report.label),
+                "hovertemplate": "layer %{x}: %{y:.1f} dB<br>%{meta}<extra></extra>",
             }
         )
         fallen = [entry for entry in report.layers if any(w.fallback for w in entry.weights.values())]
@@ -58,18 +58,21 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
                     "type": "scatter",
                     "mode": "markers",
                     "name": "fell back to round-to-nearest",
+                    "legendgroup": "fallback",
+                    "showlegend": not fallbacks,
                     "x": [e.layer for e in fallen],
                     "y": [drawable(e.output_sqnr_db) for e in fallen],
                     "marker": {"size": 14, "symbol": "x-open", "color": "@alert", "line": {"width": 2}},
                     "hoverinfo": "skip",
                 }
             )
+            fallbacks += 1
     return {
         "data": traces,
         "layout": layout(
             uirevision=revision,
             caption="output of each layer: signal to rounding noise",
-            margin=(56, 12, 34, 76),
+            margin=(56, 12, 34, 44),
             legend=BELOW,
             showlegend=True,
             xaxis={"title": {"text": "layer"}, "dtick": 5 if traces and len(traces[0]["x"]) > 12 else 1},
@@ -154,7 +157,7 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
         "layout": layout(
             uirevision="bytes",
             caption="bytes of each model, counted on its tensors",
-            margin=(12, 14, 34, 90),
+            margin=(12, 14, 34, 44),
             legend=BELOW,
             barmode="stack",
             bargap=0.35,

@@ -34,6 +34,11 @@ class SiteRanges:
         """The same site with the moving averages in the place of the exact ranges, where they are known."""
         return self if self.ema_low is None else replace(self, low=self.ema_low, high=self.ema_high)
 
+    @property
+    def is_average(self) -> bool:
+        """Whether `low` and `high` are the moving averages: this is what `averaged` returned."""
+        return self.ema_low is not None and self.low is self.ema_low
+
     def to_dict(self) -> dict[str, list[float]]:
         """JSON types, one number per channel."""
         arrays = {"min": self.low, "max": self.high, "ema_min": self.ema_low, "ema_max": self.ema_high}

@@ -401,6 +401,5 @@ def site_ranges(info: ModelInfo, layer: int, kind: str) -> SiteRanges:
     scale[draw.random(width) < 0.005] *= 25
     high = (scale * draw.uniform(0.5, 1.0, width)).astype(np.float32)
     low = (-scale * draw.uniform(0.3, 1.0, width)).astype(np.float32)
-    return SiteRanges(
-        f"layers.{layer}.{kind}", layer, kind, low, high, info.head_dim if kind in ("q", "k", "v", "o_in") else width
-    )
+    block = info.head_dim if kind in ("q", "k", "v", "o_in") else width
+    return SiteRanges(f"layers.{layer}.{kind}", layer, kind, low, high, block, 0.7 * low, 0.8 * high)

@@ -13,10 +13,10 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from app import engine
-from app.view import plots_clusters, plots_runs
+from app.view import cards, plots_clusters, plots_runs
 from app.view import plots_ranges as plots
 from app.view.chart import Chart
-from app.view.figure import THEMES, Scale, bytes_text, note, number
+from app.view.figure import THEMES, Scale, axis_name, bytes_text, note, number
 from core.recipe import SITES, Bits, Clusters, QuantRecipe
 
 
@@ -167,6 +167,54 @@ def test_run_charts(bench):
     colours = {t["name"]: t["marker"]["color"] for t in bars["data"]}
     assert all(colours[t["name"]] == t["marker"]["color"] for t in alone["data"]) and len(set(colours.values())) == len(colours)
     assert set(quantized.weight_parts) | set(base.weight_parts) == set(plots_runs.PARTS)
+
+
+def test_a_fallback_is_named_once_and_long_names_are_cut_but_shown_to_the_pointer(bench):
+    report, _, _ = run_reports(bench)
+    figure = valid(plots_runs.layer_sqnr([(place, "a name " * 12, report) for place in (1, 2, 3)]))
+    named = [t["name"] for t in figure["data"] if t.get("showlegend", True)]
+    assert named.count("fell back to round-to-nearest") == 1 and all(len(name) <= 32 for name in named)
+    shown = [t["meta"] for t in figure["data"] if t["mode"] != "markers"]
+    assert shown == 3 * [axis_name(report.label)]
+
+
+def luminance(colour):
+    """Relative luminance of "#rrggbb"."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_twelve_runs_have_colours_that_differ_from_each_other_and_from_the_panel(theme):
+    colours = [THEMES[theme][plots_runs.run_colour(place)[1:]] for place in range(13)]
+    assert len(set(colours)) == 13
+    for colour in colours:
+        low, high = sorted((luminance(colour), luminance(THEMES[theme]["panel"])))
+        assert (high + 0.05) / (low + 0.05) > 2.8
+    channels = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours]
+    near = [math.dist(a, b) for i, a in enumerate(channels) for b in channels[:i]]
+    assert min(near) > 35
+
+
+def test_moving_averages_say_so_in_title_and_axes(ranges):
+    site = ranges.sites["layers.1.down_in"]
+    for shown, words in ((site, "channel minimum"), (site.averaged(), "average channel minimum")):
+        layout = valid(plots.range_scatter(shown, scale=Scale(None), limits=plots.limits_of([shown])))["layout"]
+        assert layout["xaxis"]["title"]["text"] == words and ("averaged" in layout["title"]["text"]) == shown.is_average
+        facts = cards.channel_facts(shown, 3, 1.0)
+        assert ("average range" in facts) == shown.is_average and number(float(shown.high[3])) in facts
+
+
+def test_bars_of_many_clusters_are_coloured_by_names_of_colours(ranges):
+    site = ranges.sites["layers.1.down_in"]
+    figure = plots_clusters.reorder_strips(view_of(ranges, site.site, 64), scale=Scale(None))
+    for strip in figure["data"][:2]:
+        colours = strip["marker"]["color"]
+        assert len(colours) == len(unpack(strip["x"])) and all(c.startswith("@ordered:") for c in colours)
+        assert "colorscale" not in strip["marker"]
+    widest = [c for *_, c in zip(*[iter(unpack(figure["data"][1]["customdata"]))] * 4, strict=True)]
+    assert figure["data"][1]["marker"]["color"] == [f"@ordered:{c / 63:.4f}" for c in widest]
 
 
 def test_memory_projection():

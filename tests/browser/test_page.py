@@ -21,13 +21,6 @@ LEFTMOST = """id => {
   const channel = chart._fullData[0].customdata[points.indexOf(point)][0];
   return [channel, box.x + xaxis._offset + xaxis.c2p(point.x), box.y + yaxis._offset + yaxis.c2p(point.y)];
 }"""
-TURNS = """() => {
-  window.turns = [];
-  for (const id of ['strips', 'cluster-scatter', 'curve']) {
-    const chart = document.querySelector('#' + id + ' .qs-chart');
-    new MutationObserver(() => window.turns.push(id)).observe(chart, { attributes: true, attributeFilter: ['data-drawn'] });
-  }
-}"""
 RANGE = "id => document.querySelector(id + ' .qs-chart')._fullLayout.xaxis.range.map(v => Math.round(v * 1000))"
 
 
@@ -140,24 +133,6 @@ def test_the_slider_moves_clusters_strips_curve_and_fields(visit):
     page.get_by_text("Clusters of every reordering").click()
     page.wait_for_function("() => document.querySelector('#clusters-R1 input').value === '29'")
     assert page.locator("#clusters-R2 input").input_value() == "4"
-
-
-@pytest.mark.parametrize("site", ["MLP in", "MLP hidden"])
-def test_dragging_g_draws_the_strips_first_and_warns_of_nothing(visit, site):
-    page, said = visit(), []
-    page.on("console", lambda message: said.append(message.text))
-    open_tab(page, "Reorder", "#strips")
-    page.locator("#reorder-site").get_by_text(site).click()
-    page.evaluate(TURNS)
-    page.locator("#g input[type=range]").focus()
-    page.keyboard.press("Home")  # few clusters: a colour each
-    page.wait_for_function("() => window.turns.length >= 3")
-    page.keyboard.press("End")  # many: the ordered scale
-    page.wait_for_function("() => window.turns.length >= 6")
-    assert page.evaluate("() => window.turns")[:6] == 2 * ["strips", "cluster-scatter", "curve"]
-    assert not [text for text in said if "GL Driver" not in text], said[:3]
-    colours = page.evaluate("() => [...document.querySelectorAll('#strips .points path')].map(bar => getComputedStyle(bar).fill)")
-    assert len(set(colours)) > 32 and "rgb(0, 0, 0)" not in colours
 
 
 def test_own_bits_make_a_custom_run(visit):
