@@ -65,7 +65,7 @@ def quantize(
     start = time.perf_counter()
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, method(recipe.method), recipe, tokens, progress=progress)
-    label = " · ".join(filter(None, (recipe.label(), fidelity_of(model, base.adapter))))
+    label = " · ".join(filter(None, (recipe.label(), fidelity_of(model))))
     origin = f"Quantised by Quantscope from {base.name}. {base.source}"
     loaded = replace(base, model=model, source=origin, path=None, label=label)
     linears = modules_of(model)
@@ -80,8 +80,8 @@ def quantize(
         calibration=f"{tokens.numel():,} tokens of {source.name} in {_windows(len(tokens))} of {tokens.shape[1]}, "
         f"seed {recipe.seed}",
         effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
-        weight_bytes=sum(measured_parts(model, base.adapter).values()),
-        float_bytes=sum(measured_parts(base.model, base.adapter).values()),
+        weight_bytes=sum(measured_parts(model).values()),
+        float_bytes=sum(measured_parts(base.model).values()),
         layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
         backends=backend_use(loaded),
         folder="",
@@ -110,7 +110,7 @@ def evaluate(
     """
     set_backend(loaded, backend)
     scores = score(loaded.model, parts, reference=reference, progress=progress)
-    use, memory = backend_use(loaded), measured_parts(loaded.model, loaded.adapter)
+    use, memory = backend_use(loaded), measured_parts(loaded.model)
     count, window = parts.shape
     device, dtype = str(loaded.model.device), dtype_of(loaded.model)
     whole = ", the model's whole context," if window == context_of(loaded.model) else ""
@@ -125,7 +125,7 @@ def evaluate(
         weight_bytes=sum(memory.values()),
         weight_parts=memory,
         working_bytes=working_bytes(loaded.model),
-        kv_bytes_per_token=kv_bytes_per_token(loaded.model, loaded.adapter),
+        kv_bytes_per_token=kv_bytes_per_token(loaded.model),
         device=device,
         dtype=dtype,
         backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"torch {dtype}",

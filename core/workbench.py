@@ -262,7 +262,7 @@ class Workbench:
     def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress = silent) -> SpeedLimit:
         """Measure the memory's bandwidth beside the bytes that a token reads: call it after `generate`."""
         loaded = self._get(key, None, owner, progress)
-        return speed_limit(loaded.model, loaded.adapter, key)
+        return speed_limit(loaded.model, key)
 
     def model(
         self, key: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
@@ -361,4 +361,4 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
 
 
 def _held_bytes(loaded: LoadedModel) -> int:
-    return sum(measured_parts(loaded.model, loaded.adapter).values()) + working_bytes(loaded.model)
+    return sum(measured_parts(loaded.model).values()) + working_bytes(loaded.model)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from core.errors import InputError
 from core.evaluation.memory import measured_parts, position_rows
 from core.methods.sequential import LayerOutcome
-from core.models.architectures import ModelAdapter
+from core.models.decoder import CausalModel
 from core.models.io.quantized import modules_of, parameters_of
 from core.models.loaded import LoadedModel, context_of
 from core.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
@@ -34,17 +32,17 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         ffn=spec.ffn,
         vocab=config.vocab_size,
         context=context_of(loaded.model) or 0,
-        weight_bytes=sum(measured_parts(loaded.model, loaded.adapter).values()),
+        weight_bytes=sum(measured_parts(loaded.model).values()),
         dtype=dtype_of(loaded.model),
         load_seconds=seconds,
-        fidelity=fidelity_of(loaded.model, loaded.adapter),
+        fidelity=fidelity_of(loaded.model),
         gated=spec.gated,
         tied=table.data_ptr() == head.data_ptr(),
         positions=position_rows(spec, config.max_position_embeddings),
     )
 
 
-def dtype_of(model: PreTrainedModel) -> str:
+def dtype_of(model: CausalModel) -> str:
     """Name the float type that a model computes in, such as "float32"."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
@@ -68,7 +66,7 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
     return [BackendUse(backend, reason, n) for (backend, reason), n in counts.items()]
 
 
-def fidelity_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
+def fidelity_of(model: CausalModel) -> str | None:
     """Say what a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
     rules = model.blocks[0].rules
     return None if rules is None else rules.fidelity
@@ -76,7 +74,7 @@ def fidelity_of(model: PreTrainedModel, adapter: ModelAdapter) -> str | None:
 
 def label_of(loaded: LoadedModel) -> str:
     """Name a model in one line for tables: the recipe of one quantised here, else its name and what its rules are worth."""
-    return loaded.label or " · ".join(filter(None, (loaded.name, fidelity_of(loaded.model, loaded.adapter))))
+    return loaded.label or " · ".join(filter(None, (loaded.name, fidelity_of(loaded.model))))
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:

@@ -21,9 +21,9 @@ from core.recipe import SCHEMES, Bits
 
 if TYPE_CHECKING:  # the formula needs neither: a page or a command that only projects stays light
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
-    from core.models.architectures import BlockSpec, ModelAdapter
+    from core.models.architectures import BlockSpec
+    from core.models.decoder import CausalModel
     from core.report import ModelInfo
 
 
@@ -204,7 +204,7 @@ def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> Mem
     return estimate(model_shape(name), known[scheme], batch=batch, sequence=sequence, label=f"{name} {scheme}")
 
 
-def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, int]:
+def measured_parts(model: CausalModel) -> dict[str, int]:
     """Count the bytes of a model's tensors by part, each distinct storage once; working copies of backends are left out."""
     parts = {
         "packed weights": 0,
@@ -214,8 +214,7 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
         "norms, biases and orders": 0,
     }
     seen: set[int] = set()
-    layers = model.blocks
-    for module in layers.modules():
+    for module in model.blocks.modules():
         for name, tensor in _own_tensors(module):
             if tensor.data_ptr() in seen:
                 continue
@@ -230,20 +229,19 @@ def measured_parts(model: PreTrainedModel, adapter: ModelAdapter) -> dict[str, i
     return {name: value for name, value in parts.items() if value}
 
 
-def working_bytes(model: PreTrainedModel) -> int:
+def working_bytes(model: CausalModel) -> int:
     """Count the bytes of the backends' working copies that exist right now."""
     from core.models.io.quantized import modules_of
 
     return sum(m.working_bytes for m in modules_of(model))
 
 
-def kv_bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
+def kv_bytes_per_token(model: CausalModel) -> int:
     """Count the stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
     from core.quant.kv_cache import bytes_per_token
     from core.quant.kv_cache_dynamic import dynamic_bytes_per_token
 
-    spec = adapter.spec(model.config)
-    total = 0
+    spec, total = model.blocks[0].spec, 0
     for block in model.blocks:
         if block.rules is not None:
             total += 2 * dynamic_bytes_per_token(spec.kv_heads, spec.head_dim, block.rules.attention)

@@ -13,10 +13,9 @@ import time
 from functools import cache
 
 import torch
-from transformers import PreTrainedModel
 
 from core.evaluation.memory import measured_parts
-from core.models.architectures import ModelAdapter
+from core.models.decoder import CausalModel
 from core.models.io.quantized import modules_of
 from core.report import SpeedLimit
 
@@ -46,18 +45,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def bytes_per_token(model: PreTrainedModel, adapter: ModelAdapter) -> int:
+def bytes_per_token(model: CausalModel) -> int:
     """Bytes of weights that one token reads: `decode_bytes` of the low-bit layers, everything else as it is stored.
 
     Of an embedding table that is not the head as well, a token reads one row: it is left out.
     """
-    total = sum(measured_parts(model, adapter).values())
+    total = sum(measured_parts(model).values())
     for linear in modules_of(model):
         total += linear.decode_bytes - linear.stored_bytes
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return total - (0 if table.data_ptr() == head.data_ptr() else table.numel() * table.element_size())
 
 
-def speed_limit(model: PreTrainedModel, adapter: ModelAdapter, key: str) -> SpeedLimit:
+def speed_limit(model: CausalModel, key: str) -> SpeedLimit:
     """The limit of a model as it runs now; call it after the model has run, when working copies exist."""
-    return SpeedLimit(key, bytes_per_token(model, adapter), copy_bandwidth(model.device), torch.get_num_threads())
+    return SpeedLimit(key, bytes_per_token(model), copy_bandwidth(model.device), torch.get_num_threads())

@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from core.models.architectures import BlockSpec, ModelAdapter
 from core.models.bitnet import BitNetRules
+from core.models.norm import ReorderNorm
 from core.quant.attention import attend, window_mask
 from core.quant.kv_cache import FloatKVLayer, QuantizedKVLayer
 from core.quant.kv_cache_dynamic import DynamicKVLayer
@@ -38,55 +39,6 @@ ZERO_GATES = ("relu", "relu2")
 """Activations that are exactly zero for negative gates: there the up projection need not be computed."""
 GATE_FIRST_WEIGHTS = 2**22
 """Smallest up projection for which "auto" looks at the gate first: below, the look costs more than it can save."""
-
-
-class ReorderNorm(nn.Module):
-    """LayerNorm or RMSNorm that stores its output in the order `order` [D]; None keeps the original order.
-
-    y[j] = norm(x)[order[j]]: the statistics do not depend on the order, so the gather is part of the store.
-    """
-
-    def __init__(self, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.register_buffer("order", None)
-
-    def reordered(self, order: Tensor) -> ReorderNorm:
-        """Make the norm that stores its output in `order` [D] int64."""
-        made = self.permuted(order)
-        made.order = order.to(torch.int32)
-        return made
-
-    def permuted(self, order: Tensor) -> ReorderNorm:
-        """Make the norm of an input whose channels lie in `order` [D] int64: gain and bias follow it."""
-        weight, bias = (None if t is None else t[order].contiguous() for t in (self.weight, self.bias))
-        return ReorderNorm(self.kind, weight, bias, self.eps)
-
-    def codes(self, x: Tensor, reader: LinearLayer, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
-        """(x + residual, codes of its norm for `reader`) in one kernel, on CUDA; see `LinearLayer.norm_codes`."""
-        from kernels.norm_quant import Norm
-
-        return reader.norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        if self.kind == "layer":
-            variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-            factor, shift = torch.rsqrt(variance + self.eps), mean
-        else:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, nothing written
-            factor, shift = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps)), None
-        if self.order is not None:
-            x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
-        if shift is not None:
-            y = (x - shift).mul_(factor)
-        else:
-            y = x * factor if self.order is None else x.mul_(factor)  # the gather made a copy
-        if self.weight is not None:
-            y.mul_(self.weight)
-        return y if self.bias is None else y.add_(self.bias)
 
 
 class DecoderBlock(nn.Module):
@@ -196,29 +148,26 @@ class DecoderBlock(nn.Module):
             observe: called with each of the seven sites and its tensor [B, T, C], before quantisation.
         Returns: [B, T, D].
         """
-        keep_float = self._keep_float(x.shape[1], cache)
-        fused = keep_float is None and observe is None and triton_runs_on(x.device)
-        own = {"inplace": observe is None}  # inputs of the linear layers belong to nobody else
+        keep_float, alone = self._keep_float(x.shape[1], cache), observe is None
+        see = _ignore if alone else observe  # whoever looks needs floats that nothing overwrites: no fused kernels, no `inplace`
+        fused = alone and keep_float is None and triton_runs_on(x.device)
         _, n1 = self._norm(self.norm1, x, self.qkv, fused)
-        if observe is not None:
-            observe("attn_in", n1)
-        q, k, v = self._project(n1, keep_float, rotary, observe)
+        see("attn_in", n1)
+        q, k, v = self._project(n1, keep_float, rotary, see, alone)
         mixed = self._attend(q, k, v, cache, keep_float)
         if self.attn_sub_norm is not None:
             _, mixed = self._norm(self.attn_sub_norm, mixed, self.o, fused)
-        if observe is not None:
-            observe("o_in", mixed)
-        h, n2 = self._norm(self.norm2, x, self.up, fused, self.o(mixed, keep_float, **own))
-        if observe is not None:
-            observe("mlp_in", n2)
-        mlp = self._mlp(n2, keep_float, **own)
+        see("o_in", mixed)
+        h, n2 = self._norm(self.norm2, x, self.up, fused, self.o(mixed, keep_float, inplace=alone))
+        see("mlp_in", n2)
+        mlp = self._mlp(n2, keep_float, inplace=alone)
         if self.ffn_sub_norm is not None:
             _, mlp = self._norm(self.ffn_sub_norm, mlp, self.down, fused)
-        if observe is not None:
-            observe("down_in", mlp)
+        see("down_in", mlp)
         skips = self._looks_at_gate(n2, keep_float) and self.down.bias is None and self.down.sparse != "never"
-        sparse = observe is None and skips and self.down.choice.backend is Backend.TRITON
-        return (self.down.sparse_product(mlp) if sparse else self.down(mlp, keep_float, **own)).add_(h)
+        if alone and skips and self.down.choice.backend is Backend.TRITON:
+            return self.down.sparse_product(mlp).add_(h)
+        return self.down(mlp, keep_float, inplace=alone).add_(h)
 
     def _runs_kernels(self, device: torch.device) -> bool:
         """Whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
@@ -240,18 +189,18 @@ class DecoderBlock(nn.Module):
         return min(max(0, self.sink_tokens - past), tokens) or None
 
     def _project(
-        self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: Rotary, observe: Observer | None
+        self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: Rotary, see: Observer, alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
         s = self.spec
-        heads = self.qkv(n1, keep_float, inplace=observe is None).unflatten(
+        heads = self.qkv(n1, keep_float, inplace=alone).unflatten(
             -1, (s.heads + 2 * s.kv_heads, s.head_dim)
         )  # [B, T, H + 2 Hkv, E]
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=2)
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
             qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
-        if s.rope and observe is None and self._runs_kernels(qk.device):
+        if s.rope and alone and self._runs_kernels(qk.device):
             return *self._rotate_and_store(qk, keep_float, rotary), v.transpose(1, 2)
         if s.rope:
             cos, sin = (t.unsqueeze(2) for t in rotary)
@@ -260,11 +209,11 @@ class DecoderBlock(nn.Module):
             qk = self._store_r2(qk)
         q, k = qk.split((s.heads, s.kv_heads), dim=2)
         q, k, v = (q * s.head_dim**-0.5).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if observe is not None:
+        if not alone:
             for site, tensor in (("q", q), ("k", k), ("v", v)):
-                observe(site, tensor.transpose(1, 2).flatten(2))
+                see(site, tensor.transpose(1, 2).flatten(2))
         if self.q_quantizer is not None:
-            q = self.q_quantizer.fake_heads(q, keep_float, inplace=observe is None)
+            q = self.q_quantizer.fake_heads(q, keep_float, inplace=alone)
         return q, k, v
 
     def _rotate_and_store(self, qk: Tensor, keep_float: KeepFloat | None, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -343,6 +292,10 @@ class DecoderBlock(nn.Module):
             return self.activation(self.up(n2, keep_float, inplace=inplace))
         parts = self.up.parts(n2, (self.spec.ffn, self.spec.ffn), keep_float, inplace=inplace)
         return self.activation(next(parts)).mul_(next(parts))  # the gate before up is computed
+
+
+def _ignore(site: str, tensor: Tensor) -> None:
+    """Look at nothing: the observer of a pass that nobody observes."""
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from core.errors import InputError, ModelError
 from core.models.architectures import HEAD, POSITION_OFFSET, ModelAdapter
-from core.models.block import DecoderBlock, ReorderNorm, Rotary
+from core.models.block import DecoderBlock, Rotary
+from core.models.norm import ReorderNorm
 from core.quant.kv_cache import KVCache
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.models.block import ReorderNorm
+from core.models.norm import ReorderNorm
 from core.quant.dynamic import quantize_input
 from kernels import Backend
 from kernels.norm_quant import KINDS, Norm, norm_quantize, norm_quantize_dynamic, normalized

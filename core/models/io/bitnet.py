@@ -27,11 +27,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from core.errors import InputError, ModelError
 from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
-from core.models.block import DecoderBlock, ReorderNorm
+from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.io.foreign import library_errors
 from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
 from core.models.io.preflight.folder import FolderReport, TensorInfo
+from core.models.norm import ReorderNorm
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.storage import atomic_dir, check_target

@@ -24,12 +24,13 @@ from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
 from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
 from core.models.bitnet import BitNetRules
-from core.models.block import DecoderBlock, ReorderNorm
+from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
 from core.models.io.preflight.folder import check_files
 from core.models.loaded import LoadedModel
+from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
 from core.quant.affine import QParams
 from core.quant.kv_cache_dynamic import AttentionBits

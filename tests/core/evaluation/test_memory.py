@@ -216,7 +216,7 @@ def distinct(model) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_float_model_weighs_its_parameters(architecture):
     loaded = tiny(architecture)
-    parts = measured_parts(loaded.model, loaded.adapter)
+    parts = measured_parts(loaded.model)
     assert sum(parts.values()) == distinct(loaded.model) == 4 * parameters_of(loaded.model)
     assert "packed weights" not in parts and "scales and zero points" not in parts
     layer = loaded.model.blocks[0]
@@ -238,7 +238,7 @@ def test_a_float_model_weighs_its_parameters(architecture):
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
 def test_a_quantised_model_weighs_its_tensors(architecture, recipe):
     q = quantised(architecture, layers=1, **recipe)
-    parts = measured_parts(q.model, q.loaded.adapter)
+    parts = measured_parts(q.model)
     assert sum(parts.values()) == distinct(q.model)
     spec, block, bits = spec_of(q.base), q.blocks[0], q.recipe.tensor_bits.weights
     sizes = {
@@ -266,12 +266,12 @@ def test_a_quantised_model_weighs_its_tensors(architecture, recipe):
 
 def test_running_does_not_change_what_a_model_weighs():
     q = quantised("llama", layers=1)
-    before = measured_parts(q.model, q.loaded.adapter)
+    before = measured_parts(q.model)
     assert working_bytes(q.model) == 0
     q.model(tokens(1, 8))
     spec = spec_of(q.base)
     weights = spec.hidden * (2 * spec.width("q") + 2 * spec.width("k")) + 3 * spec.hidden * spec.ffn
-    assert measured_parts(q.model, q.loaded.adapter) == before and working_bytes(q.model) == 4 * weights
+    assert measured_parts(q.model) == before and working_bytes(q.model) == 4 * weights
     for linear in q.blocks[0].linears().values():
         assert linear.choice.backend is Backend.REFERENCE
         linear.release()
@@ -282,17 +282,17 @@ def test_running_does_not_change_what_a_model_weighs():
 def test_cache_bytes_of_a_float_model(architecture):
     loaded = tiny(architecture)
     spec = spec_of(loaded)
-    assert kv_bytes_per_token(loaded.model, loaded.adapter) == 2 * 2 * spec.kv_heads * spec.head_dim * 4
+    assert kv_bytes_per_token(loaded.model) == 2 * 2 * spec.kv_heads * spec.head_dim * 4
     half = tiny_model(architecture)
     half.model.to(torch.bfloat16)
-    assert kv_bytes_per_token(half.model, half.adapter) == 2 * 2 * spec.kv_heads * spec.head_dim * 2
+    assert kv_bytes_per_token(half.model) == 2 * 2 * spec.kv_heads * spec.head_dim * 2
 
 
 @pytest.mark.parametrize("scheme, expected", [("W4A16", 512), ("W4A8", 128), ("W4A4", 64), ("W4A3KV", 48)])
 def test_cache_bytes_of_a_quantised_model_are_the_formula(scheme, expected):
     """Two layers, two kv heads of 16, keys and values: 128 numbers per token. What is not quantised is float32 here."""
     q = quantised("llama", scheme=scheme)
-    assert kv_bytes_per_token(q.model, q.loaded.adapter) == expected
+    assert kv_bytes_per_token(q.model) == expected
     if scheme != "W4A16":
         shape = shape_of(spec_of(q.base), 2, 259, tied=False)
         assert expected == estimate(shape, q.recipe.tensor_bits, batch=1, sequence=1).kv_cache

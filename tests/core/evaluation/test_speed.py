@@ -19,7 +19,7 @@ def test_a_token_reads_every_weight_once_and_one_row_of_a_separate_embedding(arc
     loaded = tiny(architecture)
     whole = sum(t.numel() * t.element_size() for t in loaded.model.parameters())
     table = loaded.model.get_input_embeddings().weight.nbytes
-    assert bytes_per_token(loaded.model, loaded.adapter) == whole - (0 if tied else table)
+    assert bytes_per_token(loaded.model) == whole - (0 if tied else table)
 
 
 def test_a_working_copy_is_read_instead_of_the_packed_weights():
@@ -27,13 +27,13 @@ def test_a_working_copy_is_read_instead_of_the_packed_weights():
     linears = modules_of(made.model)
     for linear in linears:
         linear.set_backend(Backend.REFERENCE)
-    stored = sum(measured_parts(made.model, made.loaded.adapter).values())
-    assert bytes_per_token(made.model, made.loaded.adapter) == stored
+    stored = sum(measured_parts(made.model).values())
+    assert bytes_per_token(made.model) == stored
     made.model(torch.zeros(1, 4, dtype=torch.long))
     copies = sum(linear.working_bytes for linear in linears)
     packed = sum(t.nbytes for linear in linears for t in (linear.packed, linear.weight_scale, linear.weight_zero))
     assert copies > 0
-    assert bytes_per_token(made.model, made.loaded.adapter) == stored + copies - packed
+    assert bytes_per_token(made.model) == stored + copies - packed
 
 
 def test_decoding_with_4_bit_products_reads_those_whatever_else_has_run():
@@ -44,12 +44,12 @@ def test_decoding_with_4_bit_products_reads_those_whatever_else_has_run():
         pytest.skip(linears[0].choice.reason)
     for length in (32, 1):
         made.model(torch.zeros(1, length, dtype=torch.long))
-    stored = sum(measured_parts(made.model, made.loaded.adapter).values())
+    stored = sum(measured_parts(made.model).values())
     copies = sum(linear.copies.nbytes(linear, "few rows") for linear in few)
     assert sum(linear.working_bytes for linear in few) > 4 * copies, "the prompt's float copies exist"
     copies += sum(linear.working_bytes for linear in linears if linear not in few)
     packed = sum(linear.stored_bytes for linear in linears)
-    assert bytes_per_token(made.model, made.loaded.adapter) == stored - packed + copies
+    assert bytes_per_token(made.model) == stored - packed + copies
 
 
 def test_the_bandwidth_is_measured_once_and_is_one_of_the_model_s_memory(monkeypatch):
@@ -61,7 +61,7 @@ def test_the_bandwidth_is_measured_once_and_is_one_of_the_model_s_memory(monkeyp
     monkeypatch.setattr("core.evaluation.speed.copy_bandwidth", lambda device: asked.append(device) or 1.0)
     loaded = tiny("llama")
     monkeypatch.setattr(type(loaded.model), "device", torch.device("cuda:1"))
-    assert speed_limit(loaded.model, loaded.adapter, "m").bytes_per_second == 1.0 and asked == [torch.device("cuda:1")]
+    assert speed_limit(loaded.model, "m").bytes_per_second == 1.0 and asked == [torch.device("cuda:1")]
 
 
 def test_the_limit_is_bandwidth_over_bytes():
@@ -69,6 +69,6 @@ def test_the_limit_is_bandwidth_over_bytes():
     assert limit.tokens_per_second() == pytest.approx(1e6 / 300)
     assert limit.tokens_per_second(kv_bytes=700) == pytest.approx(1000.0)
     loaded = tiny("llama")
-    found = speed_limit(loaded.model, loaded.adapter, "m")
-    assert found.weight_bytes == bytes_per_token(loaded.model, loaded.adapter)
+    found = speed_limit(loaded.model, "m")
+    assert found.weight_bytes == bytes_per_token(loaded.model)
     assert found.bytes_per_second == copy_bandwidth(torch.device("cpu")) and found.to_dict()["threads"] >= 1

@@ -59,7 +59,7 @@ def test_float_models_are_rounded_projection_by_projection(architecture):
         assert len(block.up.projections()) == (2 if spec.gated else 1) and len(block.down.projections()) == 1
         assert (block.up.bias is None) == (old.up.bias is None)
         assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES["a4.8"]
-    assert "simulated" in fidelity_of(made.model, made.loaded.adapter)
+    assert "simulated" in fidelity_of(made.model)
     expected, found = made.model(IDS).logits, in_steps(made.model, IDS)
     assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 1e-5
 
@@ -83,13 +83,13 @@ def test_the_claim_follows_the_training(folder, tmp_path):
 
     def fidelity(base, **options):
         made = apply(base, **options)
-        return fidelity_of(made.model, made.loaded.adapter)
+        return fidelity_of(made.model)
 
     assert fidelity(a48) == "trained a4.8" and fidelity(b158, mode="w1.58a8") == "trained w1.58a8"
     assert fidelity(b158) == "a4.8 rules applied training-free to a w1.58a8 model: approximate"
     assert fidelity(apply(b158).loaded) == fidelity(b158), "twice is no more"
     assert "expect noise" in fidelity(tiny_model("llama")) and "expect noise" in fidelity(tiny_model("bitnet"))
-    assert fidelity_of(tiny_model("llama").model, tiny_model("llama").adapter) is None
+    assert fidelity_of(tiny_model("llama").model) is None
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_whatever_differs_from_the_training_is_named(tmp_path, trained_by, optio
     """TopK's share counts where there is TopK; bits of the cache and of queries never were part of a training."""
     mode, keep = trained_by
     base = load_model(str(trained(tmp_path / "m", mode, keep=keep)))
-    assert fidelity_of(base.model, base.adapter) == f"trained {mode}"
+    assert fidelity_of(base.model) == f"trained {mode}"
     made = apply(base, **options)
-    assert fidelity_of(made.model, made.loaded.adapter) == expected
+    assert fidelity_of(made.model) == expected
     back = apply(made.loaded, mode=mode, keep=keep)
-    assert fidelity_of(back.model, back.loaded.adapter) == f"trained {mode}", "what it was trained for is not forgotten"
+    assert fidelity_of(back.model) == f"trained {mode}", "what it was trained for is not forgotten"
 
 
 def test_the_outcome_is_plain_numbers(folder):
@@ -205,8 +205,8 @@ def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
     assert float(errors.median()) < 1e-5 and float(errors.max()) < 0.2, "a sum in another order may move a value to the next code"
     spec = made.blocks[0].spec
     rule = AttentionBits(options["kv_bits"])
-    assert kv_bytes_per_token(made.model, made.loaded.adapter) == 2 * 2 * spec.kv_heads * (16 * rule.kv // 8 + 2)
-    stored = kv_bytes_per_token(made.model, made.loaded.adapter) * 2 * (IDS.shape[1] - 1)
+    assert kv_bytes_per_token(made.model) == 2 * 2 * spec.kv_heads * (16 * rule.kv // 8 + 2)
+    stored = kv_bytes_per_token(made.model) * 2 * (IDS.shape[1] - 1)
     first = 2 * 2 * 2 * spec.kv_heads * (16 * rule.bos // 8 + 2)
     assert cache.nbytes == stored + first
 
@@ -214,7 +214,7 @@ def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
 def test_sixteen_bit_attention_has_no_packed_cache(folder):
     made = apply(load_model(str(folder)))
     assert all(isinstance(layer, FloatKVLayer) for layer in made.model.decoder.new_cache().layers)
-    assert kv_bytes_per_token(made.model, made.loaded.adapter) == 2 * 2 * 2 * 16 * 4
+    assert kv_bytes_per_token(made.model) == 2 * 2 * 2 * 16 * 4
 
 
 # saving, measuring
@@ -234,7 +234,7 @@ def test_a_round_trip_is_bit_identical(tmp_path, architecture):
 
 def test_bytes_are_measured(folder):
     base = load_model(str(folder))
-    parts = measured_parts(base.model, base.adapter)
+    parts = measured_parts(base.model)
     linears = [x for b in base.model.blocks for x in b.linears().values()]
     weights = sum(x.in_features * x.out_features for x in linears)
     assert parts["packed weights"] == weights // 4

@@ -41,7 +41,7 @@ def test_matched_stores_what_rptq_stores(architecture, scheme):
     rptq, rtn = (made(architecture, scheme=scheme, clusters=FEW, weights="rtn", **r) for r in ({}, MATCHED))
     bits = [[(m.stored_bytes, m.effective_bits) for m in modules_of(q.model)] for q in (rptq, rtn)]
     assert bits[0] == bits[1]
-    assert len({kv_bytes_per_token(q.model, q.loaded.adapter) for q in (rptq, rtn)}) == 1
+    assert len({kv_bytes_per_token(q.model) for q in (rptq, rtn)}) == 1
     for one, other in zip(rptq.outcomes, rtn.outcomes, strict=True):
         assert {s: p.bits for s, p in one.plan.sites.items()} == {s: p.bits for s, p in other.plan.sites.items()}
         assert (one.plan.sink_tokens, one.plan.softmax_bits) == (other.plan.sink_tokens, other.plan.softmax_bits)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from core.models.architectures import adapter_for
-from core.models.block import DecoderBlock, ReorderNorm
+from core.models.block import DecoderBlock
+from core.models.norm import ReorderNorm
 from core.models.tiny import tiny_model, tiny_transformers
 from core.quant.affine import QParams
 from core.quant.static import ActivationQuantizer

@@ -164,7 +164,7 @@ def test_measured_bytes_are_the_formula(architecture, bits):
     q.model(tokens(2, 19), cache=cache)
     sink = q.blocks[0].sink_tokens
     per_token = 2 * spec.kv_heads * packed_width(spec.head_dim, bits)
-    assert kv_bytes_per_token(q.model, q.loaded.adapter) == per_token
+    assert kv_bytes_per_token(q.model) == per_token
     assert sink == 1 and cache.nbytes == 2 * (19 * per_token + sink * 2 * spec.kv_heads * spec.head_dim * 4)
 
 
@@ -174,7 +174,7 @@ def test_keys_and_values_of_different_bits(bits):
     whole = q.model(ids).logits
     found = in_steps(q.model, ids, cache_of(q))
     assert relative(found, whole) < (1e-5 if bits.q == 16 else 0.05)
-    assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 16 * (bits.k + bits.v) // 8
+    assert kv_bytes_per_token(q.model) == 2 * 2 * 16 * (bits.k + bits.v) // 8
 
 
 @pytest.mark.parametrize("bits", (Bits(k=4), Bits(v=4)), ids=("keys only", "values only"))
@@ -182,7 +182,7 @@ def test_half_a_pair_stays_in_a_float_cache(bits):
     q, ids = quantised("llama", scheme="custom", bits=bits), tokens(1, 20, seed=2)
     assert all(isinstance(layer, FloatKVLayer) for layer in cache_of(q).layers)
     assert relative(in_steps(q.model, ids), q.model(ids).logits) < 1e-5
-    assert kv_bytes_per_token(q.model, q.loaded.adapter) == 2 * 2 * 2 * 16 * 4
+    assert kv_bytes_per_token(q.model) == 2 * 2 * 2 * 16 * 4
 
 
 def test_right_padding_does_not_reach_real_tokens(kv_only):

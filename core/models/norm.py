@@ -1,0 +1,58 @@
+"""LayerNorm and RMSNorm whose gather into another channel order is part of the store (RPTQ, R1 and R4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from core.quant.linear.base import LinearLayer
+from core.quant.static import Codes
+
+
+class ReorderNorm(nn.Module):
+    """Compute LayerNorm or RMSNorm and store the output in the order `order` [D]; None keeps the original order.
+
+    y[j] = norm(x)[order[j]]: the statistics do not depend on the order, so the gather is part of the store.
+    """
+
+    def __init__(self, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("order", None)
+
+    def reordered(self, order: Tensor) -> ReorderNorm:
+        """Make the norm that stores its output in `order` [D] int64."""
+        made = self.permuted(order)
+        made.order = order.to(torch.int32)
+        return made
+
+    def permuted(self, order: Tensor) -> ReorderNorm:
+        """Make the norm of an input whose channels lie in `order` [D] int64: gain and bias follow it."""
+        weight, bias = (None if t is None else t[order].contiguous() for t in (self.weight, self.bias))
+        return ReorderNorm(self.kind, weight, bias, self.eps)
+
+    def codes(self, x: Tensor, reader: LinearLayer, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
+        """Compute x + residual and the codes of its norm for `reader` in one kernel, on CUDA; see `LinearLayer.norm_codes`."""
+        from kernels.norm_quant import Norm
+
+        return reader.norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., D] over its last dimension."""
+        if self.kind == "layer":
+            variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+            factor, shift = torch.rsqrt(variance + self.eps), mean
+        else:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, nothing written
+            factor, shift = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps)), None
+        if self.order is not None:
+            x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
+        if shift is not None:
+            y = (x - shift).mul_(factor)
+        else:
+            y = x * factor if self.order is None else x.mul_(factor)  # the gather made a copy
+        if self.weight is not None:
+            y.mul_(self.weight)
+        return y if self.bias is None else y.add_(self.bias)
