@@ -7,7 +7,7 @@ import torch
 
 from core.evaluation.memory import measured_parts
 from core.evaluation.speed import bytes_per_token, copy_bandwidth, speed_limit
-from core.models.io.quantized import modules_of
+from core.models.io.quantized import modules_of, parameters_of
 from core.recipe import Clusters
 from core.report import SpeedLimit
 from kernels import Backend
@@ -17,7 +17,7 @@ from tests.core.tools import quantised, tiny
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("smollm", True)])
 def test_a_token_reads_every_weight_once_and_one_row_of_a_separate_embedding(architecture, tied):
     loaded = tiny(architecture)
-    whole = sum(t.numel() * t.element_size() for t in loaded.model.parameters())
+    whole = 4 * parameters_of(loaded.model)
     table = loaded.model.get_input_embeddings().weight.nbytes
     assert bytes_per_token(loaded.model) == whole - (0 if tied else table)
 

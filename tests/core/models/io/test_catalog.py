@@ -314,10 +314,11 @@ def test_the_real_default_model_reads_english(monkeypatch):
     import torch
 
     from core.models.io.load import load_model
+    from core.models.io.quantized import parameters_of
 
     monkeypatch.delenv("QUANTSCOPE_CACHE")
     loaded = load_model(DEFAULT_MODEL)
-    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008
+    assert parameters_of(loaded.model) == 134_515_008
     assert loaded.model.dtype is torch.float32 and loaded.adapter.name == "Llama"
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
