@@ -10,6 +10,7 @@ from torch import Tensor
 from core.calibration.data import TextSource, calibration_tokens
 from core.calibration.observe import observe_layers
 from core.calibration.report import RangesReport, SiteRanges
+from core.calibration.states import KeptStates
 from core.errors import ModelError
 from core.evaluation.describe import backend_use, dtype_of, fidelity_of, label_of, layer_report, set_backend
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
@@ -26,10 +27,18 @@ from core.report import EvalReport, QuantizeReport
 
 
 def observe(
-    loaded: LoadedModel, calibration: Calibration, *, seed: int = 0, allow_local: bool = True, progress: Progress = silent
+    loaded: LoadedModel,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    allow_local: bool = True,
+    states: KeptStates | None = None,
+    progress: Progress = silent,
 ) -> RangesReport:
-    """Exact per-channel minimum and maximum of every site, and their moving averages; original order, q scaled by E**-0.5.
+    """Measure the exact range of every channel of every site, and its moving average; original order, q scaled by E**-0.5.
 
+    Args:
+        states: keeps what enters the layers, for `channel_detail`.
     Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
     """
     require_float(loaded, "inspect")
@@ -37,7 +46,7 @@ def observe(
     tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
     spec = loaded.adapter.spec(loaded.model.config)
     sites = {}
-    for layer, ranges in enumerate(observe_layers(loaded.model, tokens, progress=progress)):
+    for layer, ranges in enumerate(observe_layers(loaded.model, tokens, states=states, progress=progress)):
         for kind, found in ranges.items():
             block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
             name = f"layers.{layer}.{kind}"

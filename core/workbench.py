@@ -21,6 +21,7 @@ from core.cache import cache_limit, in_use
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
 from core.calibration.report import ChannelDetail, RangesReport
+from core.calibration.states import KeptStates
 from core.checks import require_int
 from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
@@ -78,6 +79,7 @@ class Workbench:
         self._states: dict[_Name, str | None] = {}
         self._aliases: dict[_Name, _Name] = {}
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
+        self._passed = KeptStates()
 
     def load(
         self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
@@ -98,7 +100,9 @@ class Workbench:
     ) -> RangesReport:
         """Measure the exact range of every channel of the seven sites of every layer."""
         loaded = self._get(model, revision, owner, progress)
-        return observe(loaded, calibration, seed=seed, allow_local=self.allow_local, progress=progress)
+        return observe(
+            loaded, calibration, seed=seed, allow_local=self.allow_local, states=self._passed, progress=progress
+        )
 
     def channel(
         self,
@@ -116,7 +120,7 @@ class Workbench:
         loaded = self._get(model, revision, owner, progress)
         require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
-        return channel_detail(loaded, tokens, site, channel, progress=progress)
+        return channel_detail(loaded, tokens, site, channel, states=self._passed, progress=progress)
 
     def quantize(self, recipe: QuantRecipe, *, owner: str | None = None, progress: Progress = silent) -> QuantizeReport:
         """Quantise by recipe, keep the result in memory and in the cache, and describe it; a saved result is only loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from core.calibration.observe import embed
 from core.calibration.report import ChannelDetail, TokenExtreme
+from core.calibration.states import KeptStates, Pass
 from core.errors import InputError
 from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
@@ -25,17 +27,26 @@ class _Found(Exception):
 
 @torch.inference_mode()
 def channel_detail(
-    loaded: LoadedModel, windows: Tensor, site: str, channel: int, *, progress: Progress = silent
+    loaded: LoadedModel,
+    windows: Tensor,
+    site: str,
+    channel: int,
+    *,
+    states: KeptStates | None = None,
+    progress: Progress = silent,
 ) -> ChannelDetail:
     """Look at one channel on windows [S, T] of a float model.
 
     Args:
         site: "layers.<i>.<kind>".
         channel: index in the original order.
+        states: hidden states of earlier passes: only layers behind the nearest known ones are computed. Those computed here are
+            kept there too. The result is the same, bit for bit.
     Raises: InputError for a site or channel that does not exist.
     """
     layer, kind = _parse(loaded, site, channel)
-    values = _values(loaded, windows, layer, kind, channel, progress)  # [S, T]
+    passed = (states or KeptStates(1)).of(loaded.model, windows, len(loaded.model.blocks))
+    values = _values(loaded, windows, passed, layer, kind, channel, progress)  # [S, T]
     flat = values.flatten()
     counts, edges = torch.histogram(flat, bins=BINS)
     order = flat.argsort()
@@ -66,8 +77,16 @@ def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel: int, progress: Progress) -> Tensor:
+def _values(
+    loaded: LoadedModel, windows: Tensor, passed: Pass, layer: int, kind: str, channel: int, progress: Progress
+) -> Tensor:
+    """The channel's values [S, T] on the CPU, where histograms are made."""
     blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
+    first, hidden = passed.nearest(layer) or (0, [item.hidden for item in inputs])
+    for index in range(first, layer):
+        progress(f"Looking at layer {layer + 1}", (index - first) / (layer - first))
+        hidden = [blocks[index](h, item.rotary) for h, item in zip(hidden, inputs, strict=True)]
+        passed.keep(index + 1, hidden)
     seen: list[Tensor] = []
 
     def observe(site: str, x: Tensor) -> None:
@@ -75,16 +94,10 @@ def _values(loaded: LoadedModel, windows: Tensor, layer: int, kind: str, channel
             seen.append(x[..., channel].clone())
             raise _Found
 
-    for i, item in enumerate(inputs):
-        hidden = item.hidden
-        for j in range(layer):
-            progress(f"Looking at layer {layer + 1}", (i + j / max(layer, 1)) / len(inputs))
-            hidden = blocks[j](hidden, item.rotary)
-        try:
-            blocks[layer](hidden, item.rotary, observe=observe)
-        except _Found:
-            continue
-    return torch.cat(seen).cpu()  # histograms are made there only
+    for h, item in zip(hidden, inputs, strict=True):
+        with contextlib.suppress(_Found):
+            blocks[layer](h, item.rotary, observe=observe)
+    return torch.cat(seen).cpu()
 
 
 def _extreme(loaded: LoadedModel, windows: Tensor, values: Tensor, index: int) -> TokenExtreme:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from core.calibration.states import KeptStates
 from core.errors import NumericError
 from core.models.block import Rotary
 from core.models.decoder import CausalModel
@@ -101,15 +102,20 @@ def embed(model: CausalModel, windows: Tensor) -> list[BlockInputs]:
 
 @torch.inference_mode()
 def observe_layers(
-    model: CausalModel, windows: Tensor, *, progress: Progress = silent
+    model: CausalModel, windows: Tensor, *, states: KeptStates | None = None, progress: Progress = silent
 ) -> Iterator[dict[str, ChannelRanges]]:
     """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
 
+    Args:
+        states: keeps what enters the layers, for `channel_detail`.
     Raises: NumericError naming the first site with NaN or infinity.
     """
     inputs = embed(model, windows)
     hidden = [item.hidden for item in inputs]
+    kept = None if states is None else states.of(model, windows, len(model.blocks))
     for index, block in enumerate(model.blocks):
+        if kept is not None:
+            kept.keep(index, hidden)
         recorder = Recorder(index, len(windows), hessians_wanted=False)
         for i, item in enumerate(inputs):
             progress(f"Observing layer {index + 1} of {len(model.blocks)}", (index + i / len(inputs)) / len(model.blocks))
