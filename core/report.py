@@ -219,8 +219,16 @@ class EvalReport(Scores):
 
 @dataclass(frozen=True)
 class GenerationReport(Report):
-    """A continuation: text, counts, decoding speed, measured cache bytes beside the same cache in float; `decoding` as in
-    `Continuation`."""
+    """A continuation of a prompt, and how fast it was made.
+
+    Attributes:
+        key: name of the model. text: the continuation alone.
+        seconds: of the whole, the prompt's pass included.
+        tokens_per_second: of decoding: tokens after the first, which the prompt's pass yields, over their time; 0 for one token.
+        stopped: "eos", "length" or "cancelled".
+        kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
+        decoding: how a GPU got its kernels, as `core.evaluation.graph.captured_step` says; empty on a CPU.
+    """
 
     key: str
     text: str

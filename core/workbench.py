@@ -213,7 +213,7 @@ class Workbench:
         """Continue a prompt, handing each piece of text to `on_text` when it is made."""
         loaded = self._get(key, revision, owner, progress)
         set_backend(loaded, backend)
-        made = generate(
+        return generate(
             loaded.model,
             loaded.tokenizer,
             prompt,
@@ -223,18 +223,7 @@ class Workbench:
             chat=chat,
             on_text=on_text,
             prefix=prefix_ids(loaded),
-        )
-        return GenerationReport(
-            key,
-            made.text,
-            made.prompt_tokens,
-            made.new_tokens,
-            made.prefill_seconds + made.decode_seconds,
-            made.tokens_per_second,
-            made.stopped,
-            made.kv_bytes,
-            made.kv_bytes_float,
-            made.decoding,
+            key=key,
         )
 
     def sparsity(

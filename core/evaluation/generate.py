@@ -1,11 +1,10 @@
-"""Greedy or sampled continuation of a prompt, streamed piece by piece, with the packed cache when the model has one."""
+"""Continue a prompt, greedily or by sampling, streamed piece by piece, with the packed cache when the model has one."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,37 +17,10 @@ from core.evaluation.graph import captured_step
 from core.models.decoder import CausalModel
 from core.models.io.chat import render_chat
 from core.models.loaded import context_of
+from core.report import GenerationReport
 
 MAX_NEW_TOKENS = 512
 MAX_PROMPT_CHARACTERS = 20_000
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What was generated and how fast.
-
-    Attributes:
-        text: the continuation alone.
-        decode_seconds: time of the tokens after the first, which the prompt's pass yields.
-        stopped: "eos", "length" or "cancelled".
-        kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
-        decoding: how a GPU got its kernels, as `captured_step` says; empty on a CPU.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    stopped: str
-    kv_bytes: int
-    kv_bytes_float: int
-    decoding: str = ""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed after the prompt."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else 0.0
 
 
 @torch.inference_mode()
@@ -63,8 +35,9 @@ def generate(
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
     prefix: tuple[int, ...] = (),
-) -> Continuation:
-    """Continue `prompt`.
+    key: str = "",
+) -> GenerationReport:
+    """Continue `prompt` token by token.
 
     Args:
         temperature: 0 picks the most likely token; above it samples with `seed`.
@@ -74,6 +47,7 @@ def generate(
         on_text: receives each new piece of text; raising Cancelled stops and keeps what was generated.
         prefix: token ids put before the prompt. Without any, and without a template, the special tokens of the tokenizer's own
             rule are added, such as <s> of OPT, Llama 2 and Mistral: what calling the tokenizer gives.
+        key: name of the model in the report.
     Raises: InputError for an empty or too long prompt, a chat template that refuses it, or parameters out of range; TextError
         for a prompt that the tokenizer or the model does not know; NumericError if the scores are not finite.
     """
@@ -116,7 +90,18 @@ def generate(
     if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
         with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
             on_text(text[len(shown) :])
-    return Continuation(text, len(ids), len(produced), first - start, end - first, stopped, cache.nbytes, plain, decoding)
+    return GenerationReport(
+        key=key,
+        text=text,
+        prompt_tokens=len(ids),
+        new_tokens=len(produced),
+        seconds=end - start,
+        tokens_per_second=max(0, len(produced) - 1) / (end - first) if end > first else 0.0,
+        stopped=stopped,
+        kv_bytes=cache.nbytes,
+        kv_bytes_float=plain,
+        decoding=decoding,
+    )
 
 
 def _room(model: CausalModel, max_new_tokens: int) -> tuple[int, int]:

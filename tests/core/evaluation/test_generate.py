@@ -11,17 +11,18 @@ from tokenizers import processors
 
 from core.calibration.data import calibration_tokens
 from core.errors import Cancelled, InputError, NumericError, TextError
-from core.evaluation.generate import MAX_NEW_TOKENS, Continuation, generate
+from core.evaluation.generate import MAX_NEW_TOKENS, generate
 from core.evaluation.windows import evaluation_windows
 from core.models.tiny import tiny_model, tiny_tokenizer
 from core.recipe import Calibration
+from core.report import GenerationReport
 from kernels import packed_width
 from tests.core.tools import ARCHITECTURES, Quantised, quantised, spec_of, tiny
 
 PROMPT = "The quick brown fox"
 
 
-def run(loaded, prompt: str = PROMPT, **options) -> tuple[Continuation, list[str]]:
+def run(loaded, prompt: str = PROMPT, **options) -> tuple[GenerationReport, list[str]]:
     pieces: list[str] = []
     return generate(loaded.model, loaded.tokenizer, prompt, on_text=pieces.append, **options), pieces
 
@@ -259,3 +260,13 @@ def test_more_new_tokens_than_the_context_are_refused():
     with pytest.raises(InputError, match="context of 32") as caught:
         run(tiny_model("llama", max_position_embeddings=32), "hi", max_new_tokens=40)
     assert caught.value.code == "E-PARAM-NEW-TOKENS"
+
+
+@pytest.mark.parametrize(("count", "speed"), [(5, 1.0), (2, 0.25), (1, 0.0)])
+def test_decoding_speed_leaves_the_prompt_and_its_token_out(count, speed, monkeypatch):
+    """Ten seconds for the prompt, which yields the first token, and four for the others."""
+    clock = iter([100.0, 110.0, 114.0])
+    monkeypatch.setattr("core.evaluation.generate.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("core.evaluation.generate._stop_ids", lambda model, tokenizer: set())
+    found, _ = run(tiny("llama"), max_new_tokens=count)
+    assert (found.new_tokens, found.seconds, found.tokens_per_second) == (count, 14.0, speed)

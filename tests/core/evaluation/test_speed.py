@@ -72,3 +72,11 @@ def test_the_limit_is_bandwidth_over_bytes():
     found = speed_limit(loaded.model, "m")
     assert found.weight_bytes == bytes_per_token(loaded.model)
     assert found.bytes_per_second == copy_bandwidth(torch.device("cpu")) and found.to_dict()["threads"] >= 1
+
+
+def test_a_copy_reads_and_writes_and_the_fastest_counts(monkeypatch):
+    """Three copies of 1 MiB in 4, 1 and 2 seconds: two MiB per second."""
+    clock = iter([0.0, 4.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr("core.evaluation.speed.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("core.evaluation.speed.COPY_BYTES", {"cpu": 2**20})
+    assert copy_bandwidth.__wrapped__(torch.device("cpu")) == 2 * 2**20
