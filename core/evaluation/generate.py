@@ -40,8 +40,7 @@ def generate(
     """Continue `prompt` token by token.
 
     Args:
-        temperature: 0 picks the most likely token; above it samples with `seed`.
-        seed: 0 to 2**31 - 1.
+        temperature: 0 picks the most likely token; above it samples with `seed`, 0 to 2**31 - 1.
         chat: wrap the prompt in the tokenizer's chat template as one user message, when it has one; a template writes its own
             special tokens.
         on_text: receives each new piece of text; raising Cancelled stops and keeps what was generated.
@@ -57,8 +56,7 @@ def generate(
     max_new_tokens, room = _room(model, max_new_tokens)
     ids = _encode(model, tokenizer, prompt, chat, prefix, room)
     decoder, cache = model.decoder, model.decoder.new_cache()
-    generator = torch.Generator().manual_seed(seed)
-    stop_ids = _stop_ids(model, tokenizer)
+    generator, stop_ids = torch.Generator().manual_seed(seed), _stop_ids(model, tokenizer)
     produced: list[int] = []
     shown, stopped, decoding = "", "length", ""
     start = first = time.perf_counter()
@@ -84,24 +82,19 @@ def generate(
                 break
             shown = text
     end = time.perf_counter()
-    spec = model.blocks[0].spec
-    plain = 2 * len(cache.layers) * cache.get_seq_length() * spec.kv_heads * spec.head_dim * model.dtype.itemsize
+    plain = _float_bytes(model, cache.get_seq_length())
     text = tokenizer.decode(produced, skip_special_tokens=True)
     if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
         with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
             on_text(text[len(shown) :])
-    return GenerationReport(
-        key=key,
-        text=text,
-        prompt_tokens=len(ids),
-        new_tokens=len(produced),
-        seconds=end - start,
-        tokens_per_second=max(0, len(produced) - 1) / (end - first) if end > first else 0.0,
-        stopped=stopped,
-        kv_bytes=cache.nbytes,
-        kv_bytes_float=plain,
-        decoding=decoding,
-    )
+    speed = max(0, len(produced) - 1) / (end - first) if end > first else 0.0
+    return GenerationReport(key, text, len(ids), len(produced), end - start, speed, stopped, cache.nbytes, plain, decoding)
+
+
+def _float_bytes(model: CausalModel, length: int) -> int:
+    """Count the bytes of keys and values of `length` positions in the model's float type."""
+    spec = model.blocks[0].spec
+    return 2 * len(model.blocks) * length * spec.kv_heads * spec.head_dim * model.dtype.itemsize
 
 
 def _room(model: CausalModel, max_new_tokens: int) -> tuple[int, int]:
