@@ -22,7 +22,7 @@ BINS = 60
 
 
 class _Found(Exception):
-    """Ends a forward pass once the wanted site was seen."""
+    """End a forward pass once the wanted site was seen."""
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ LINEAR_SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 
 @dataclass
 class Recorder:
-    """Collects one layer's statistics over several batches; call `ranges` and read `hessians` afterwards.
+    """Collect one layer's statistics over several batches; call `ranges` and read `hessians` afterwards.
 
     Args:
         layer: its index, for error messages.
@@ -72,7 +72,7 @@ class Recorder:
                 self.hessians[site] = rows.t() @ rows
 
     def ranges(self) -> dict[str, ChannelRanges]:
-        """Ranges of every observed site, in the order of `SITES`; on the CPU, where plans are made."""
+        """Return the ranges of every observed site, in the order of `SITES`; on the CPU, where plans are made."""
         result = {}
         for site in SITES:
             low, high, rows = (torch.cat(seen[site]).to("cpu", torch.float32) for seen in (self._low, self._high, self._rows))
@@ -87,7 +87,7 @@ def batches(windows: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What enters the first decoder block for one batch of windows: hidden states [B, T, D], and the rotation of all blocks."""
+    """Hold what enters the first decoder block for one batch of windows: hidden states [B, T, D], and the rotation of all blocks."""
 
     hidden: Tensor
     rotary: Rotary

@@ -23,7 +23,7 @@ FEWEST_TOKENS = 16
 
 
 class DecodeStep:
-    """A decoding step with static inputs, for one sequence whose prompt `cache` holds; captured by `capture`.
+    """Decode one token with static inputs, for one sequence whose prompt `cache` holds; `capture` records the step.
 
     Args:
         room: tokens that will be decoded at most.
@@ -77,7 +77,7 @@ class DecodeStep:
 
 
 def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | None:
-    """Why a model's step cannot be captured, None if nothing is known against it."""
+    """Say why a model's step cannot be captured; None if nothing is known against it."""
     reason = triton_unsupported_reason(model.device)
     if reason is not None:
         return reason
@@ -98,7 +98,7 @@ def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | N
 
 
 def captured_step(model: CausalModel, cache: KVCache, room: int) -> tuple[DecodeStep | None, str]:
-    """The captured decoding step or None, and how kernels are launched: "a graph per token", or "one by one" and why; nothing
+    """Capture a decoding step; return it or None, and how kernels are launched: "a graph per token", or "one by one" and why; nothing
     on a CPU.
 
     Args:

@@ -111,7 +111,7 @@ class ModelAdapter:
     rejects: Callable[[PretrainedConfig], str | None] | None = None
 
     def spec(self, config: PretrainedConfig) -> BlockSpec:
-        """The layer shape that `config` describes."""
+        """Read the layer shape that `config` describes."""
         heads = config.num_attention_heads
         return BlockSpec(
             hidden=config.hidden_size,
@@ -129,14 +129,14 @@ class ModelAdapter:
         )
 
     def windows(self, config: PretrainedConfig) -> list[int | None]:
-        """How many positions each layer looks back on, itself included; None for all of them."""
+        """Read how many positions a token of each layer sees, itself included; None for all before it."""
         width = None if self.window == "none" else config.sliding_window
         if self.window != "layer_types":
             return [width] * config.num_hidden_layers
         return [width if kind == "sliding_attention" else None for kind in config.layer_types]
 
     def outside(self, config: PretrainedConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensors outside the decoder layers by their place in `core.models.decoder.Decoder`: (name in a checkpoint, shape).
+        """List the tensors outside the decoder layers: place in `core.models.decoder.Decoder` → (name in a checkpoint, shape).
 
         A tied head is listed too; a checkpoint may leave it out.
         """
@@ -155,7 +155,7 @@ class ModelAdapter:
         return found | {"head.weight": (HEAD, (config.vocab_size, width))}
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
-        """The list of decoder layers of a transformers model."""
+        """Find the list of decoder layers of a transformers model."""
         return model.get_submodule(self.layers)
 
 
@@ -216,7 +216,7 @@ for _name, _adapter in {
 
 
 def adapter_for(config: PretrainedConfig) -> ModelAdapter:
-    """The adapter that serves `config`.
+    """Find the adapter that serves `config`.
 
     Raises: ModelError (E-MODEL-ARCH) naming the architecture, or what in its configuration is not covered.
     """
@@ -233,6 +233,6 @@ def adapter_for(config: PretrainedConfig) -> ModelAdapter:
 
 
 def supported_model_types() -> list[str]:
-    """Every `model_type` that has an adapter."""
+    """List every `model_type` that has an adapter."""
     return [kind for adapter in ADAPTERS for kind in adapter.model_types]
 

@@ -42,7 +42,7 @@ GATE_FIRST_WEIGHTS = 2**22
 
 
 class DecoderBlock(nn.Module):
-    """A pre-norm decoder layer; `window` positions are visible to each token, itself included, None for all before it.
+    """Compute a pre-norm decoder layer; each token sees `window` positions, itself included, or all before it (None).
 
     Attributes set by quantisation: `qkv`, `o`, `up`, `down` become QuantLinear; `q_quantizer`, `k_quantizer`,
     `v_quantizer` ActivationQuantizer or None; `softmax_bits`; `rope_order` [Hkv, E] (R2, None keeps the order);
@@ -116,16 +116,16 @@ class DecoderBlock(nn.Module):
         return self.with_linears({n: FloatLinear(x.dequantized_weight(), x.bias) for n, x in self.linears().items()})
 
     def linears(self) -> dict[str, LinearLayer]:
-        """The four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
+        """Return the four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
         return {"qkv": self.qkv, "o": self.o, "up": self.up, "down": self.down}
 
     @property
     def is_float(self) -> bool:
-        """Whether the block's weights are plain floating-point matrices, as in the model it was made from."""
+        """True if the weights are plain floating-point matrices, neither packed nor ternary."""
         return isinstance(self.qkv, FloatLinear)
 
     def new_cache(self) -> FloatKVLayer | QuantizedKVLayer:
-        """An empty store for this block's keys and values: packed where both are quantised."""
+        """Make an empty store for this block's keys and values: packed where both are quantised."""
         if self.rules is not None and self.rules.attention.packs:
             return DynamicKVLayer(self.rules.attention)
         if self.k_quantizer is None or self.v_quantizer is None:
@@ -170,13 +170,13 @@ class DecoderBlock(nn.Module):
         return self.down(mlp, keep_float, inplace=alone).add_(h)
 
     def _runs_kernels(self, device: torch.device) -> bool:
-        """Whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
+        """Decide whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
         return self.qkv.requested in (Backend.AUTO, Backend.TRITON) and triton_runs_on(device)
 
     def _norm(
         self, norm: ReorderNorm, x: Tensor, reader: nn.Module, fused: bool, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | Codes]:
-        """(x + residual, its norm as `reader` takes it: floats, or codes where one kernel makes them)."""
+        """Compute x + residual and its norm as `reader` takes it: floats, or codes where one kernel makes them."""
         found = norm.codes(x, reader, residual) if fused else None
         if found is not None:
             return found
@@ -184,14 +184,14 @@ class DecoderBlock(nn.Module):
         return h, norm(h)
 
     def _keep_float(self, tokens: int, cache: FloatKVLayer | QuantizedKVLayer | None) -> int | None:
-        """How many of the next `tokens` are among the sequence's first `sink_tokens`; None when there are none."""
+        """Count the next `tokens` that are among the sequence's first `sink_tokens`; None when there are none."""
         past = 0 if cache is None else cache.length
         return min(max(0, self.sink_tokens - past), tokens) or None
 
     def _project(
         self, n1: Tensor | Codes, keep_float: KeepFloat | None, rotary: Rotary, see: Observer, alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E]; q, k rotated and in order R2."""
+        """Compute q [B, H, T, E] scaled by E**-0.5, k and v [B, Hkv, T, E] of n1 [B, T, D]; q and k rotated and in order R2."""
         s = self.spec
         heads = self.qkv(n1, keep_float, inplace=alone).unflatten(
             -1, (s.heads + 2 * s.kv_heads, s.head_dim)
@@ -217,7 +217,7 @@ class DecoderBlock(nn.Module):
         return q, k, v
 
     def _rotate_and_store(self, qk: Tensor, keep_float: KeepFloat | None, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """[B, T, H + Hkv, E] -> q and k of `_project`: rotation, order R2, scaling and q's grid in one pass each, on CUDA."""
+        """Rotate, reorder (R2), scale and quantise [B, T, H + Hkv, E] into q and k of `_project`, one pass each, on CUDA."""
         from kernels.rope import HeadGrid, rope_store
 
         s, grid = self.spec, None
@@ -230,7 +230,7 @@ class DecoderBlock(nn.Module):
         return q, rope_store(k, *rotary, order=self.rope_order)
 
     def _store_r2(self, qk: Tensor) -> Tensor:
-        """[B, T, H + Hkv, E] with every head in the order of its kv head, gathered as rows of all heads."""
+        """Reorder [B, T, H + Hkv, E], every head in the order of its key/value head, as one gather over all heads."""
         heads, dim = qk.shape[2:]
         order = torch.cat([self.rope_order.repeat_interleave(self.spec.groups, dim=0), self.rope_order])
         order = order + torch.arange(0, heads * dim, dim, dtype=order.dtype, device=order.device)[:, None]
@@ -261,11 +261,11 @@ class DecoderBlock(nn.Module):
         return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
 
     def _attends_packed(self, packed: QuantizedKVLayer, q: Tensor) -> bool:
-        """Whether the cache stays packed: where it can, unless the reference was asked for by name."""
+        """Decide whether the cache stays packed: where it can, unless the reference was asked for by name."""
         return self.qkv.requested is not Backend.REFERENCE and packed.attends(q, self.softmax_bits)
 
     def _mlp(self, n2: Tensor | Codes, keep_float: KeepFloat | None, *, inplace: bool = False) -> Tensor:
-        """[B, T, D] -> [B, T, F]: activation(gate) * up."""
+        """Compute activation(gate) * up [B, T, F] of n2 [B, T, D]; without a gate activation(up)."""
         if not self._looks_at_gate(n2, keep_float):
             return self._activate(n2, keep_float, inplace=inplace)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn

@@ -16,7 +16,7 @@ QUERY_BLOCK = 64
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, softmax_bits: int = 16) -> Tensor:
-    """softmax(q kᵀ scaling + mask) v, the softmax output quantised when `softmax_bits` < 16.
+    """Compute softmax(q kᵀ scaling + mask) v, the softmax output quantised when `softmax_bits` < 16.
 
     Args:
         q: [B, H, T, E]; k, v: [B, Hkv, S, E] float, H a multiple of Hkv, S >= T.
@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
 
 @lru_cache(maxsize=8)
 def window_mask(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, T, S] bool, True where the last `tokens` of `keys` positions see a key: at most `window` back, itself included.
+    """Make the mask [1, 1, T, S] bool of the last `tokens` of `keys` positions: True for the `window` keys up to its own.
 
     None where that is plain causal attention.
     """
@@ -51,7 +51,7 @@ def window_mask(tokens: int, keys: int, window: int | None, device: torch.device
 
 
 def _per_query_head(states: Tensor, heads: int) -> Tensor:
-    """[B, Hkv, S, E] -> [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without this, all
+    """Repeat [B, Hkv, S, E] to [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without this, all
     scores are written to memory."""
     groups = heads // states.shape[1]
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
@@ -82,17 +82,17 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ste
 
 @lru_cache(maxsize=8)
 def _future(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[t, t]: -inf where the key comes after the query, else 0. Adding it is faster than filling through a mask."""
+    """Make [t, t]: -inf where the key comes after the query, else 0. Adding it is faster than filling through a mask."""
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A visible-where-True mask as numbers to add; an additive mask as it is."""
+    """Turn a mask that is True where a key is seen into numbers to add; return an additive mask as it is."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _causal(tokens: int, keys: int, device: torch.device) -> Tensor:
-    """[T, S] bool: query t sees keys up to S - T + t."""
+    """Make [T, S] bool: query t sees keys up to S - T + t."""
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril_(keys - tokens)

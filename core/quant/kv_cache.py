@@ -19,7 +19,7 @@ from kernels.kv import PackedHeads
 
 
 class PackedStates:
-    """Keys or values of one layer: [B, Hkv, S, E] as packed codes plus the first tokens in float.
+    """Store keys or values of one layer, [B, Hkv, S, E]: packed codes, and the first tokens in float.
 
     Args:
         quantizer: C = Hkv * E channels.
@@ -48,7 +48,7 @@ class PackedStates:
         return self._decode(codes) if first == 0 else self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """`KVCache.pin` for these states."""
+        """Do what `KVCache.pin` says for these states."""
         self._reserve(self.packed, self.length + room)
         self.cursor = (ends[1:2], ends[2:3])
 
@@ -66,14 +66,14 @@ class PackedStates:
         return heads, self.length
 
     def heads(self) -> PackedHeads:
-        """What is stored, as kernels take it."""
+        """Describe what is stored as kernels take it."""
         if self._grid is None:
             self._grid = self.quantizer.head_grid(self.packed.shape[1])
         scale, zero = self._grid
         return PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
 
     def read(self, slots: int | None = None) -> Tensor:
-        """States of the first `slots` slots, filled or not (None: the filled ones), dequantised: [B, Hkv, S, E] float32."""
+        """Dequantise the first `slots` slots, filled or not (None: the filled ones): [B, Hkv, S, E] float32."""
         used = self.packed[:, :, : self.length if slots is None else slots]
         return self._decode(unpack(used, self.quantizer.bits, self.dim))
 
@@ -86,7 +86,7 @@ class PackedStates:
         return self.packed[:, :, : self.length].numel() + sink
 
     def select(self, rows: Tensor) -> None:
-        """Keep or repeat batch rows."""
+        """Keep or repeat the given rows of the batch."""
         if self.packed is not None:
             self.packed = self.packed.index_select(0, rows)
         if self.sink is not None:
@@ -108,7 +108,7 @@ class PackedStates:
         return out
 
     def _prepare(self, states: Tensor) -> None:
-        """Keep the sinks among new states [B, Hkv, t, E], and make room for all of them."""
+        """Store the float tokens among new states [B, Hkv, t, E], and make room for all of them."""
         self.dim = states.shape[-1]
         sink = max(0, min(self.sink_tokens - self.length, states.shape[2]))
         if sink:
@@ -117,7 +117,7 @@ class PackedStates:
         self._reserve(states, self.length + states.shape[2])
 
     def _reserve(self, like: Tensor, slots: int) -> None:
-        """Room for `slots` tokens, doubled when it runs out."""
+        """Make room for `slots` tokens; it doubles when it runs out."""
         held = 0 if self.packed is None else self.packed.shape[2]
         if self.packed is None or held < slots:
             width = packed_width(self.dim, self.quantizer.bits)
@@ -128,7 +128,7 @@ class PackedStates:
 
 
 class FloatKVLayer:
-    """Keys and values of one layer in their own float type."""
+    """Store keys and values of one layer in their own float type."""
 
     packed = pinned = False
 
@@ -161,7 +161,7 @@ class FloatKVLayer:
 
 
 class QuantizedKVLayer:
-    """Keys and values of one layer as packed codes with static scales."""
+    """Store keys and values of one layer as packed codes with static scales."""
 
     packed = True
 
@@ -179,11 +179,11 @@ class QuantizedKVLayer:
 
     @property
     def pinned(self) -> bool:
-        """Between `KVCache.pin` and `unpin`: one sequence without padding, a token at a time."""
+        """True between `KVCache.pin` and `unpin`: then one sequence is decoded, a token at a time."""
         return self.key_states.cursor is not None
 
     def attends(self, q: Tensor, softmax_bits: int) -> bool:
-        """Whether `attend` does without dequantising for queries [B, H, T, E]: one new token, something to look back at, and a
+        """Tell whether `attend` needs no dequantised copy for queries [B, H, T, E]: one new token, stored ones before it, and a
         softmax that stays in float."""
         return q.shape[2] == 1 and softmax_bits >= FLOAT_BITS and self.length > 0
 
@@ -210,7 +210,7 @@ class QuantizedKVLayer:
         return attend(q, k, v, filled.view(1, 1, 1, -1), scaling=1.0, softmax_bits=softmax_bits)
 
     def unsupported_reason(self, softmax_bits: int) -> str | None:
-        """Why the attention of a pinned layer that stores something cannot be captured, None if it can."""
+        """Say why the attention of a pinned layer that stores something cannot be captured; None if it can."""
         from kernels.kv.attention import unsupported_reason
 
         return unsupported_reason(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
@@ -232,7 +232,7 @@ class QuantizedKVLayer:
 
 
 class KVCache:
-    """Keys and values of a whole model, one layer per decoder block.
+    """Store keys and values of a whole model, one layer per decoder block.
 
     Args:
         layers: `FloatKVLayer`, `QuantizedKVLayer` or `core.quant.kv_cache_dynamic.DynamicKVLayer`.
@@ -282,5 +282,5 @@ class KVCache:
 
 
 def bytes_per_token(heads: int, dim: int, bits: int, *, float_bytes: int = 4) -> int:
-    """Stored bytes of one token's keys (or values) in one layer."""
+    """Count the stored bytes of one token's keys (or values) in one layer."""
     return heads * (packed_width(dim, bits) if bits < 16 else dim * float_bytes)

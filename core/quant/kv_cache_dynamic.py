@@ -38,7 +38,7 @@ class AttentionBits:
         return self.kv < FLOAT_BITS
 
     def fake_states(self, x: Tensor, past: int) -> Tensor:
-        """x̂ of keys or values [B, Hkv, T, E] whose first position is `past`."""
+        """Quantise and dequantise keys or values [B, Hkv, T, E] whose first position is `past`."""
         if not self.packs:
             return x
         out = fake_heads(x, self.kv)
@@ -47,17 +47,17 @@ class AttentionBits:
         return out
 
     def fake_query(self, q: Tensor) -> Tensor:
-        """q̂ of queries [B, H, T, E]."""
+        """Quantise and dequantise queries [B, H, T, E]."""
         return q if self.q >= FLOAT_BITS else fake_heads(q, self.q)
 
 
 def fake_heads(x: Tensor, bits: int) -> Tensor:
-    """x [..., E] as its codes say; a copy at 16 bits."""
+    """Quantise and dequantise heads x [..., E]; a copy at 16 bits."""
     return x.clone() if bits >= FLOAT_BITS else dequantize_rows(*quantize_rows(x, bits), bits)
 
 
 class DynamicStates:
-    """Keys or values of one layer, [B, Hkv, S, E]: the first token at its own bits (or in float), the others packed behind it.
+    """Store keys or values of one layer, [B, Hkv, S, E]: the first token at bits of its own (or in float), the others packed.
 
     Offers what `core.quant.kv_cache.PackedStates` offers.
     """
@@ -91,7 +91,7 @@ class DynamicStates:
         return self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """`KVCache.pin` for these states; the first token has no slot."""
+        """Do what `KVCache.pin` says for these states; the first token has no slot."""
         self._reserve(self.packed, self.length - 1 + room)
         self.cursor = (ends[0:1], ends[1:2])
 
@@ -111,13 +111,13 @@ class DynamicStates:
         return heads, stop - 1
 
     def heads(self) -> PackedHeads:
-        """What is stored, as kernels take it."""
+        """Describe what is stored as kernels take it."""
         if self._first_values is None:
             self._first_values = self._read_first()
         return PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
 
     def read(self) -> Tensor:
-        """All states, dequantised: [B, Hkv, S, E] float32."""
+        """Dequantise all states: [B, Hkv, S, E] float32."""
         rest = self.length - 1
         codes = unpack(self.packed[:, :, :rest], self.bits.kv, self.dim)
         return torch.cat([self._read_first(), dequantize_rows(codes, self.scale[:, :, :rest], self.bits.kv)], dim=2)
@@ -132,7 +132,7 @@ class DynamicStates:
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def select(self, rows: Tensor) -> None:
-        """Keep or repeat batch rows."""
+        """Keep or repeat the given rows of the batch."""
         if self.packed is not None:
             self.packed, self.scale = self.packed.index_select(0, rows), self.scale.index_select(0, rows)
         if self.first is not None:
@@ -150,7 +150,7 @@ class DynamicStates:
         return codes if scale is None else dequantize_rows(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
 
     def _reserve(self, like: Tensor, slots: int) -> None:
-        """Room for `slots` tokens behind the first, doubled when it runs out."""
+        """Make room for `slots` tokens behind the first; it doubles when it runs out."""
         if self.packed is not None and self.packed.shape[2] >= slots:
             return
         held = 0 if self.packed is None else self.packed.shape[2]
@@ -163,7 +163,7 @@ class DynamicStates:
 
 
 class DynamicKVLayer(QuantizedKVLayer):
-    """Keys and values of one layer as packed codes with a scale per token and head."""
+    """Store keys and values of one layer as packed codes with a scale per token and head."""
 
     def __init__(self, bits: AttentionBits) -> None:
         self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
@@ -176,7 +176,7 @@ class DynamicKVLayer(QuantizedKVLayer):
 
 
 def dynamic_bytes_per_token(heads: int, dim: int, bits: AttentionBits, *, float_bytes: int = 4) -> int:
-    """Stored bytes of one token's keys (or values) in one layer; the first token of a sequence may differ."""
+    """Count the stored bytes of one token's keys (or values) in one layer; the first token of a sequence may differ."""
     if not bits.packs:
         return heads * dim * float_bytes
     return heads * (packed_width(dim, bits.kv) + SCALE_BYTES)

@@ -41,7 +41,7 @@ class Orders:
 
 
 def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
-    """A block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
+    """Make a block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
     spec, mlp_rows = block.spec, None
     if orders.R5 is not None:
         mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
@@ -67,7 +67,7 @@ def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
 
 
 def qkv_rows(spec: BlockSpec, r2: Tensor | None, r3: Tensor | None) -> Tensor | None:
-    """Row order of the fused [q; k; v] weight, or None."""
+    """Compute the row order of the fused [q; k; v] weight, or None."""
     if r2 is None and r3 is None:
         return None
     plain = torch.arange(spec.head_dim).expand(spec.kv_heads, -1)
@@ -78,13 +78,13 @@ def qkv_rows(spec: BlockSpec, r2: Tensor | None, r3: Tensor | None) -> Tensor | 
 
 
 def head_channels(order: Tensor) -> Tensor:
-    """Per-head orders [Hkv, E] as one order over Hkv * E channels."""
+    """Turn orders per head [Hkv, E] into one order over Hkv * E channels."""
     heads, dim = order.shape
     return (order + torch.arange(heads)[:, None] * dim).flatten()
 
 
 def query_channels(order: Tensor, groups: int) -> Tensor:
-    """The same over H * E query channels: query head h uses the order of kv head h // groups."""
+    """Turn orders per head [Hkv, E] into one over H * E query channels: query head h uses that of kv head h // groups."""
     return head_channels(order.repeat_interleave(groups, dim=0))
 
 

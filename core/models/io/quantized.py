@@ -100,7 +100,7 @@ def save_quantized(
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:
-    """The JSON facts of a saved folder. Raises: ArtifactError if they are unreadable or of another format."""
+    """Read the JSON facts of a saved folder. Raises: ArtifactError if they are unreadable or of another format."""
     try:
         facts = json.loads((Path(folder) / QUANTSCOPE_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -259,7 +259,7 @@ def already_quantized(model: CausalModel) -> bool:
 
 
 def weights_id(loaded: LoadedModel) -> str:
-    """Tells checkpoints apart that share a name: a fingerprint of every tensor and of where they were read from."""
+    """Compute a fingerprint of every tensor and of where they were read from: it tells checkpoints of one name apart."""
     digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
@@ -267,7 +267,7 @@ def weights_id(loaded: LoadedModel) -> str:
 
 
 def modules_of(model: nn.Module) -> list[QuantLinear | TernaryLinear]:
-    """Every low-bit linear layer of a model."""
+    """List every low-bit linear layer of a model."""
     return [m for m in model.modules() if isinstance(m, (QuantLinear, TernaryLinear))]
 
 
