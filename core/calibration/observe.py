@@ -87,7 +87,7 @@ def batches(windows: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Hold what enters the first decoder block for one batch of windows: hidden states [B, T, D], and the rotation of all blocks."""
+    """Hold the input of the first decoder block for one batch: hidden states [B, T, D], and the rotation of all blocks."""
 
     hidden: Tensor
     rotary: Rotary

@@ -98,8 +98,9 @@ def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | N
 
 
 def captured_step(model: CausalModel, cache: KVCache, room: int) -> tuple[DecodeStep | None, str]:
-    """Capture a decoding step; return it or None, and how kernels are launched: "a graph per token", or "one by one" and why; nothing
-    on a CPU.
+    """Capture a decoding step where that is possible.
+
+    Returns: the step or None, and how kernels are launched: "a graph per token", or "one by one" and why; "" on a CPU.
 
     Args:
         cache: filled by the prompt's pass, one sequence. It stays pinned to the step: see `KVCache.pin`.

@@ -51,8 +51,8 @@ def window_mask(tokens: int, keys: int, window: int | None, device: torch.device
 
 
 def _per_query_head(states: Tensor, heads: int) -> Tensor:
-    """Repeat [B, Hkv, S, E] to [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without this, all
-    scores are written to memory."""
+    """Repeat [B, Hkv, S, E] to [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without
+    this, all scores are written to memory."""
     groups = heads // states.shape[1]
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
