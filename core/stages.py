@@ -12,7 +12,7 @@ from core.calibration.observe import observe_layers
 from core.calibration.report import RangesReport, SiteRanges
 from core.calibration.states import KeptStates
 from core.errors import ModelError
-from core.evaluation.describe import backend_use, dtype_of, fidelity_of, label_of, layer_report, set_backend
+from core.evaluation.describe import backend_use, caution_of, dtype_of, fidelity_of, label_of, layer_report, set_backend
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, score
 from core.methods import method
@@ -94,6 +94,8 @@ def quantize(
         layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
         backends=backend_use(loaded),
         folder="",
+        base=label_of(base),
+        caution=caution_of(loaded),
     )
     return loaded, report
 
@@ -141,6 +143,8 @@ def evaluate(
         protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens{whole} of {source.name}; mean next-token loss over "
         f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
         f"{dtype} on {device}, one window at a time",
+        origin="" if loaded.origin is None else f"{loaded.origin.label}: {loaded.origin.sentence}",
+        caution=caution_of(loaded),
     )
 
 

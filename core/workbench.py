@@ -25,7 +25,7 @@ from core.calibration.states import KeptStates
 from core.checks import require_int
 from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
-from core.evaluation.describe import model_info, report_from_dict, set_backend
+from core.evaluation.describe import caution_of, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
 from core.evaluation.memory import measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, hidden_windows
@@ -193,7 +193,8 @@ class Workbench:
             hidden = self._reference(name, parts, part(progress, 0.0, REFERENCE_TIME))
             progress = part(progress, REFERENCE_TIME, 1.0)
             against = Reference(reference, other.model.get_output_embeddings(), hidden)
-        return evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
+        report = evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
+        return report if reference is None else replace(report, caution=caution_of(loaded, other))
 
     def generate(
         self,

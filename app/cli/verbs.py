@@ -36,12 +36,13 @@ def models(args: Namespace, console: Console) -> None:
                 "licence": e.licence,
                 "size_bytes": e.size_bytes,
                 "source": e.source,
+                "precision": e.precision,
             }
             for e in entries
         ]
     }
     rows = [[e.name, e.title, e.licence, bytes_text(e.size_bytes)] for e in entries]
-    sources = facts([(e.name, e.source) for e in entries])
+    sources = facts([(e.name, f"{e.precision}; {e.source}") for e in entries])
     also = "Also: owner/name of the Hugging Face Hub, a local folder, a .gguf file.\n"
     console.finish(document, f"{table(['name', 'title', 'licence', 'size'], rows, left=3)}\nSources\n{sources}\n{also}")
 
@@ -72,9 +73,11 @@ def inspect(args: Namespace, console: Console) -> None:
     QuantRecipe(args.model, seed=seed)  # its rules for seed and name
     _require_text(calibration.text, "calibration")
     from core import load_model, observe
+    from core.evaluation.describe import model_info
     from core.provenance import provenance
 
     loaded = load_model(args.model, device=args.device, progress=console.progress)
+    info = model_info(loaded, 0.0)
     report = observe(loaded, calibration, seed=seed, progress=console.progress)
     rows = []
     for kind in SITES:
@@ -84,18 +87,21 @@ def inspect(args: Namespace, console: Console) -> None:
     widest = [[o.site, str(o.channel), number(o.low), number(o.high), number(o.ratio)] for o in report.outliers(OUTLIERS_SHOWN)]
     text = facts(
         [
-            ("model", report.model),
+            ("model", info.label),
+            ("weights", f"{info.precision}; {info.source}"),
             (
                 "observed",
                 f"{report.tokens:,} tokens of {report.text_name} in windows of "
                 f"{report.window}, {number(report.seconds)} s on {report.device}",
             ),
+            *_caution(info),
         ]
     )
     text += "\n" + table(["site", "layers", "channels", "smallest", "largest"], rows)
     text += "\nWidest channels, relative to their site's median width\n"
     text += table(["site", "channel", "min", "max", "× median"], widest)
-    console.finish(report.to_dict() | {"provenance": provenance()}, text)
+    origin = {name: getattr(info, name) for name in ("label", "source", "precision", "lossy_source", "caution")}
+    console.finish(report.to_dict() | origin | {"provenance": provenance()}, text)
 
 
 def quantize(args: Namespace, console: Console) -> None:
@@ -174,6 +180,9 @@ def compare(args: Namespace, console: Console) -> None:
     ]
     console.write(table(headers, rows) + f"\nln ratio, KLD and same top token are against the first. {reports[0].protocol}.\n")
     console.write("".join(f"\n{name}\n{facts(_divergence(r))}" for name, r in zip(args.models[1:], reports[1:], strict=True)))
+    sources = [*((name, r.origin) for name, r in zip(args.models, reports, strict=True) if r.origin)]
+    sources += [("caution", said) for said in dict.fromkeys(r.caution for r in reports if r.caution)]
+    console.write(f"\n{facts(sources)}" if sources else "")
     written = []
     for name in args.models if args.prompt is not None else ():
         console.write(f"\n── {name}\n")
@@ -313,8 +322,15 @@ def _evaluation_text(report: Any, reference: str | None) -> str:
             ("speed", f"{number(report.tokens_per_second)} tokens/s"),
             ("measured", f"{report.tokens:,} tokens: {report.protocol}"),
             ("backend", report.backend),
+            ("weights of", report.origin),
+            *_caution(report),
         ]
     )
+
+
+def _caution(report: Any) -> list[tuple[str, str]]:
+    """The line that a report's caution needs."""
+    return [("caution", report.caution)] if report.caution else []
 
 
 def _quantize_text(report: Any) -> str:
@@ -325,11 +341,13 @@ def _quantize_text(report: Any) -> str:
     saved = f"{bytes_text(report.weight_bytes)} of {bytes_text(report.float_bytes)} as float"
     text = facts(
         [
+            ("model", report.base),
             ("recipe", f"{report.label} ({report.key})"),
             ("calibration", report.calibration),
             ("weights", f"{saved}, {number(report.effective_weight_bits)} bits per decoder weight with scales"),
             ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
             ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
+            *_caution(report),
         ]
     )
     text += "\nSignal to quantisation noise, dB\n"

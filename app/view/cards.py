@@ -125,14 +125,15 @@ def idle(info: Any, ranges: Any) -> str:
     """The status line at rest: which model, how large, what its ranges were observed on."""
     if info is None or ranges is None:
         return _line("idle", "Ready", texts.NO_RANGES, None)
-    return _line("idle", info.name, _facts(info, ranges), None)
+    return _line("idle", info.label or info.name, _facts(info, ranges), None)
 
 
 def _facts(info: Any, ranges: Any) -> str:
     size = f"{number(info.parameters / 1e6)} M parameters"
     fidelity = f" · {info.fidelity}" if info.fidelity else ""
     kept = "packed" if info.fidelity else info.dtype  # ternary weights: the type is that of the activations
-    where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}"
+    stored = f" · from {info.precision}" if info.precision and not info.fidelity else ""
+    where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}{stored}"
     how = f"ranges from {ranges.tokens:,} tokens of {ranges.text_name}, {seconds_text(ranges.seconds)} on {ranges.device}"
     return f"{where} · {how}"
 
@@ -240,7 +241,7 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
         (seconds_text(report.seconds), f"{calibrated} {report.calibration}"),
     ]
     exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
-    notes = caution(texts.EXACT if exact else "") + caution(report.unsaved or "")
+    notes = caution(texts.EXACT if exact else "") + caution(report.unsaved or "") + caution(report.caution or "")
     return headed(title, place, verdict + _figures(figures) + notes)
 
 

@@ -8,6 +8,7 @@ from core.errors import InputError
 from core.evaluation.memory import measured_parts, position_rows
 from core.methods.sequential import LayerOutcome
 from core.models.decoder import CausalModel
+from core.models.io.origin import Origin
 from core.models.io.quantized import modules_of, parameters_of
 from core.models.loaded import LoadedModel, context_of
 from core.report import BackendUse, LayerReport, ModelInfo, QuantizeReport, SiteError, WeightError
@@ -39,7 +40,35 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         gated=spec.gated,
         tied=table.data_ptr() == head.data_ptr(),
         positions=position_rows(spec, config.max_position_embeddings),
+        label=label_of(loaded),
+        precision="" if loaded.origin is None else loaded.origin.precision,
+        lossy_source=loaded.origin is not None and loaded.origin.lossy,
+        caution=lossy_caution(loaded.origin),
     )
+
+
+def lossy_caution(origin: Origin | None) -> str | None:
+    """Say what weights that were rounded before mean for comparisons of weight bits; None for weights that were not."""
+    if origin is None or not origin.lossy:
+        return None
+    return (
+        f"{origin.label}: these weights were {origin.precision} before. They already hold few values, so fewer weight bits cost "
+        "less here than on a model that was float."
+    )
+
+
+def caution_of(loaded: LoadedModel, reference: LoadedModel | None = None) -> str | None:
+    """Say what must be known to read the measures of a model, alone or against a reference; None where nothing must."""
+    quantised, own = loaded.label is not None, loaded.origin
+    said = []
+    if quantised and own and reference and reference.origin and not own.same_weights(reference.origin):
+        said.append(
+            f"The reference {reference.origin.label} is not the model that this one was made from, {own.label}: the two differ "
+            "before anything is quantised."
+        )
+    compared = [own, *([reference.origin] if reference else [])] if quantised or reference else []
+    said += dict.fromkeys(filter(None, map(lossy_caution, compared)))
+    return " ".join(said) or None
 
 
 def dtype_of(model: CausalModel) -> str:
@@ -73,8 +102,12 @@ def fidelity_of(model: CausalModel) -> str | None:
 
 
 def label_of(loaded: LoadedModel) -> str:
-    """Name a model in one line for tables: the recipe of one quantised here, else its name and what its rules are worth."""
-    return loaded.label or " · ".join(filter(None, (loaded.name, fidelity_of(loaded.model))))
+    """Name a model in one line: what a quantised one was made by; a float one with precision and place of its weights
+    (`Origin.label`); a BitNet model with what its rules are worth."""
+    if loaded.label:
+        return loaded.label
+    fidelity = fidelity_of(loaded.model)
+    return f"{loaded.name} · {fidelity}" if fidelity else loaded.origin.label if loaded.origin else loaded.name
 
 
 def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:

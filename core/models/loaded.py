@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.models.architectures import ModelAdapter
 from core.models.decoder import CausalModel
+from core.models.io.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LoadedModel:
         source: a sentence for reports on where the weights came from.
         path: the folder it was loaded from; None for a model made in memory.
         label: what a model quantised here was made by, one line for tables; None for every other model.
+        origin: where the float weights come from and how precise they were; None for a model made in memory.
     """
 
     model: CausalModel
@@ -32,6 +34,7 @@ class LoadedModel:
     source: str
     path: Path | None
     label: str | None = None
+    origin: Origin | None = None
 
 
 def context_of(model: CausalModel) -> int | None:

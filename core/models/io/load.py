@@ -30,6 +30,7 @@ from core.models.io.catalog import ResolvedModel, resolve
 from core.models.io.foreign import library_errors, load_tokenizer, quiet
 from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
+from core.models.io.origin import origin_of
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.models.io.preflight.folder import FolderReport, check_files, check_folder
 from core.models.io.quantized import QUANTSCOPE_FILE, load_quantized
@@ -89,7 +90,9 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     else:
         model = load_bitnet(resolved.path, report, config)
     _check_vocabulary(model, tokenizer)
-    return LoadedModel(model.to(device), tokenizer, adapter, resolved.name, resolved.revision, resolved.source, resolved.path)
+    facts = (resolved.name, resolved.revision, resolved.source)
+    origin = origin_of(resolved.path, *facts, report.tensors, ternary=packed is not None)
+    return LoadedModel(model.to(device), tokenizer, adapter, *facts, resolved.path, origin=origin)
 
 
 def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:

@@ -28,6 +28,7 @@ from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
+from core.models.io.origin import Origin
 from core.models.io.preflight.folder import check_files
 from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
@@ -89,6 +90,7 @@ def save_quantized(
         **description,
         "format": FORMAT,
         "base": {"name": loaded.name, "revision": loaded.revision, "source": loaded.source},
+        "origin": None if loaded.origin is None else asdict(loaded.origin),
         "layers": structure,
     }
     with atomic_dir(folder, replace=replace, private=private) as stage:
@@ -132,13 +134,14 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
         model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
         tokenizer = load_tokenizer(path)
         source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
+        origin = Origin(**facts["origin"]) if facts.get("origin") else None  # earlier versions kept none
     except (ModelError, *LIBRARY_ERRORS) as error:
         if isinstance(error, ModelError) and error.code == "E-MODEL-SIZE":
             raise
         raise ArtifactError(
             "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
         ) from error
-    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label))
+    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label), origin)
 
 
 def _structure(block: DecoderBlock) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core.errors import Cancelled, ModelError
 from core.models.io import catalog, limits, wheel
-from core.models.io.catalog import DEFAULT_MODEL, catalogue, embedded_cards, resolve
+from core.models.io.catalog import DEFAULT_MODEL, WHEEL_MODEL, catalogue, embedded_cards, resolve
 from core.storage import atomic_dir, file_sha256
 from tests.core.models.io.catalog_tools import refused
 from tests.core.models.io.malformed import gguf_bytes, write_folder
@@ -31,8 +31,10 @@ def embed(root: Path, name: str, card: object) -> Path:
 
 
 def test_the_catalogue_lists_the_default_model():
-    (entry,) = catalogue()
-    assert (entry.name, entry.licence, entry.size_bytes) == (DEFAULT_MODEL, "Apache-2.0", 92_871_040)
+    packed, entry = catalogue()
+    assert (packed.name, packed.licence, packed.size_bytes) == (WHEEL_MODEL, "Apache-2.0", 92_871_040)
+    assert (entry.name, entry.licence, entry.size_bytes) == (DEFAULT_MODEL, "Apache-2.0", 269_030_016)
+    assert "Q4_1" in packed.precision and "bfloat16" in entry.precision
     assert not any("tiny" in entry.name for entry in catalogue())
 
 
@@ -63,7 +65,7 @@ def test_embedded_models_come_first_and_resolve_without_network(tmp_path):
 def test_a_damaged_card_is_skipped(tmp_path, card, caplog):
     embed(tmp_path / "embedded", "broken", card)
     with caplog.at_level(logging.WARNING):
-        assert [entry.name for entry in catalogue()] == [DEFAULT_MODEL]
+        assert [entry.name for entry in catalogue()] == [WHEEL_MODEL, DEFAULT_MODEL]
     assert "broken" in caplog.text
 
 
