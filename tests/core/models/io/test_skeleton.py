@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from core.errors import ModelError
 from core.models.io.load import load_model
 from core.models.io.skeleton import check_tensors
 from core.models.tiny import save_tiny, tiny_architectures, tiny_model
-
-ROOT = Path(__file__).resolve().parents[4]
 
 
 def shapes(made) -> dict[str, tuple[int, ...]]:
@@ -57,26 +53,30 @@ GREEDY = {
 }
 
 
-def test_configurations_of_gigabytes_are_refused_before_they_are_allocated(tmp_path):
-    """A process of its own, since the most memory that a process had never shrinks."""
-    for case, change in GREEDY.items():
-        folder = save_tiny(tmp_path / case, "llama", seed=3)
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        large = {"intermediate_size": 250_000} if case == "a small layer" else {"vocab_size": 900_000}
-        config = json.loads((folder / "config.json").read_text()) | large | {"hidden_size": 1024}
-        (folder / "config.json").write_text(json.dumps(config))
-    code = (
-        "import resource, sys\nfrom core.errors import ModelError\nfrom core.models.io.load import load_model\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for name in sys.argv[1:]:\n  before = peak()\n"
-        "  try: load_model(name)\n  except ModelError as error: print(error.code, peak() - before)")
-    arguments = [str(tmp_path / case) for case in GREEDY]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == len(GREEDY), done.stderr
-    assert all(found in ("E-MODEL-MISSING", "E-MODEL-BAD") and int(kibibytes) < 200_000 for found, kibibytes in lines)
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_configuration_of_gigabytes_is_refused_before_it_is_allocated(tmp_path, monkeypatch, case):
+    folder = save_tiny(tmp_path / "m", "llama", seed=3)
+    state = load_file(folder / "model.safetensors")
+    GREEDY[case](state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    large = {"intermediate_size": 250_000} if case == "a small layer" else {"vocab_size": 900_000}
+    config = json.loads((folder / "config.json").read_text()) | large | {"hidden_size": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    built, build = [], AutoModelForCausalLM.from_config
+
+    def recorded(*arguments, **options):
+        built.append(build(*arguments, **options))
+        return built[-1]
+
+    def allocate(*arguments, **options):
+        raise AssertionError("the weights are loaded before they are compared")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", recorded)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", allocate)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder))
+    assert caught.value.code in ("E-MODEL-MISSING", "E-MODEL-BAD")
+    assert {p.device.type for model in built for p in model.parameters()} <= {"meta"}
 
 
 def test_a_short_context_loads(tmp_path):
