@@ -43,7 +43,7 @@ def only(loaded, allowed: str):
     ids = loaded.tokenizer(allowed, add_special_tokens=False).input_ids
     mask = torch.full((259,), -1e4)
     mask[ids] = 0
-    base.lm_head.register_forward_hook(lambda module, args, out: out + mask)
+    base.decoder.head.register_forward_hook(lambda module, args, out: out + mask)
     return loaded
 
 
@@ -77,8 +77,7 @@ def test_letters_of_several_bytes_are_shown_whole():
 @pytest.mark.parametrize("after", (1, 3, 10))
 @pytest.mark.parametrize("quantise", (False, True), ids=("float", "quantised"))
 def test_cancelling_keeps_the_text(after, quantise):
-    loaded = only(tiny_model("llama"), "abcdefghij klmn")
-    loaded = quantised("llama", base=loaded, scheme="W4A4KV").loaded if quantise else loaded
+    loaded = only(quantised("llama", scheme="W4A4KV").loaded if quantise else tiny_model("llama"), "abcdefghij klmn")
     full, pieces = run(loaded, max_new_tokens=20)
     seen: list[str] = []
 
@@ -176,9 +175,7 @@ def test_the_tokenizers_own_rule_starts_a_prompt():
     loaded = tiny_model("llama")
     loaded.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
     seen: list[list[int]] = []
-    loaded.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
-    )
+    loaded.model.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
     body = loaded.tokenizer(PROMPT, add_special_tokens=False).input_ids
     run(loaded, max_new_tokens=1)
     run(loaded, max_new_tokens=1, prefix=(257, 70))

@@ -48,7 +48,7 @@ def keep_rows(new: nn.Linear, old: nn.Linear, rows: slice, columns: Tensor | Non
 
 def louder_biases(loaded: LoadedModel) -> LoadedModel:
     """Biases of order one, so that forgetting one shows."""
-    for name, parameter in loaded.model.named_parameters():
+    for name, parameter in loaded.model.state_dict(keep_vars=True).items():
         if name.endswith("bias"):
             parameter.data.mul_(10)
     return loaded

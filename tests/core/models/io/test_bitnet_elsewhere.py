@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.models.io.bitnet import save_bitnet
 from core.models.io.catalog import EMBEDDED
 from core.models.io.load import load_model
-from core.models.tiny import tiny_model
 from core.storage import verify
-from tests.core.tools import relative, tokens
+from tests.core.tools import relative, tiny_source, tokens
 
 EMBEDDED_BITNET = ("quantscope-bitnet-a4.8-6m", "quantscope-bitnet-b1.58-6m")
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
@@ -65,7 +64,7 @@ def test_the_embedded_files_are_those_of_their_manifest(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_written_runs_in_transformers(mode, tied, tmp_path):
     """A model whose parts have different types in memory, as training leaves them."""
-    loaded = tiny_model("bitnet", tie_word_embeddings=tied)
+    loaded = tiny_source("bitnet", tie_word_embeddings=tied)
     loaded.model.get_input_embeddings().half()
     loaded.model.model.norm.bfloat16()
     save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode=mode, card=CARD)

@@ -15,9 +15,10 @@ from core.models.io import catalog, integrity
 from core.models.io.catalog import EMBEDDED, resolve
 from core.models.io.integrity import check_contents
 from core.models.io.load import load_model
-from core.models.tiny import save_tiny, tiny_model
+from core.models.tiny import save_tiny
 from core.storage import MANIFEST, atomic_dir, cache_root, file_sha256
 from tests.core.models.io.gguf_files import write_gguf
+from tests.core.tools import tiny_source
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -78,13 +79,13 @@ def test_loading_a_damaged_model_says_so(cached, monkeypatch, kind):
 
 
 def test_a_damaged_conversion_is_made_anew_by_the_next_load(tmp_path, own_cache):
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", seed=3))
-    expected = load_model(str(path)).model.lm_head.weight
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_source("llama", seed=3))
+    expected = load_model(str(path)).model.decoder.head.weight
     folder = resolve(str(path)).path
     flip(folder / "tokenizer.json", 0.5, 1)
     with pytest.raises(ArtifactError, match="tokenizer.json"):
         load_model(str(path))
-    assert bool((load_model(str(path)).model.lm_head.weight == expected).all())
+    assert bool((load_model(str(path)).model.decoder.head.weight == expected).all())
 
 
 def test_an_embedded_model_is_checked_and_never_removed(tmp_path, monkeypatch):

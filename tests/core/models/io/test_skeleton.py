@@ -13,6 +13,7 @@ from core.errors import ModelError
 from core.models.io.load import load_model
 from core.models.io.skeleton import check_tensors
 from core.models.tiny import save_tiny, tiny_architectures, tiny_model
+from tests.core.tools import tiny_source
 
 
 def shapes(made) -> dict[str, tuple[int, ...]]:
@@ -21,7 +22,7 @@ def shapes(made) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("architecture", tiny_architectures())
 def test_a_model_is_what_its_configuration_describes(architecture):
-    made = tiny_model(architecture)
+    made = tiny_source(architecture)
     found = shapes(made)
     check_tensors(made.model.config, found)
     if made.model.config.tie_word_embeddings:
@@ -39,7 +40,7 @@ def test_a_model_is_what_its_configuration_describes(architecture):
 
 
 def test_parts_in_another_form_are_not_compared():
-    made = tiny_model("bitnet")
+    made = tiny_source("bitnet")
     found = {name: (1,) if ".layers." in name else shape for name, shape in shapes(made).items()}
     check_tensors(made.model.config, found, inside="model.layers.")
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
