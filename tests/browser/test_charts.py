@@ -64,8 +64,9 @@ def test_dragging_g_draws_the_strips_first_and_warns_of_nothing(visit, site):
     page.wait_for_function("() => window.turns.length >= 6")
     assert page.evaluate("() => window.turns")[:6] == 2 * ["strips", "cluster-scatter", "curve"]
     assert not [text for text in said if "GL Driver" not in text], said[:3]
-    colours = page.evaluate("() => [...document.querySelectorAll('#strips .points path')].map(bar => getComputedStyle(bar).fill)")
-    assert len(set(colours)) > 32 and "rgb(0, 0, 0)" not in colours
+    colours = "() => [...document.querySelectorAll('#strips .points path')].map(bar => getComputedStyle(bar).fill)"
+    page.wait_for_function(f"() => new Set(({colours})()).size > 32")  # choosing the site has turns of its own
+    assert "rgb(0, 0, 0)" not in page.evaluate(colours)
 
 
 @pytest.mark.parametrize("width", [1440, 1024, 390])
