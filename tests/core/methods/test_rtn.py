@@ -25,6 +25,7 @@ MATCHED = {"method": "rtn", "variant": "matched"}
 @pytest.mark.parametrize(
     ("width", "count", "heads", "expected"),
     [
+        (11, 3, 1, [0, 3, 7, 11]),
         (10, 3, 1, [0, 3, 6, 10]),
         (8, 2, 2, [0, 2, 4, 6, 8]),
         (6, PER_CHANNEL, 2, [0, 1, 2, 3, 4, 5, 6]),
