@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 ROOT = Path(__file__).parents[1]
+LIST = Path(__file__).with_suffix(".toml")
 T, R = TypeVar("T"), TypeVar("R")
 SECONDS = 400
 PASSED, FAILED = 0, 1
@@ -49,127 +51,9 @@ class Mutant:
         return source.replace(self.old, self.new)
 
 
-MUTANTS: tuple[Mutant, ...] = (
-    Mutant(
-        "official grid with one step less",
-        "core/quant/affine.py",
-        "((high - low) * 2.0**-bits)",
-        "((high - low) / (2.0**bits - 1))",
-        "tests/core/quant/test_affine.py",
-    ),
-    Mutant(
-        "constant range keeps its tiny scale",
-        "core/quant/affine.py",
-        "torch.where(scale > largest / MAX_ZERO_POINT, scale, largest)",
-        "torch.where(scale > largest / MAX_ZERO_POINT, scale, scale)",
-        "tests/core/quant/test_affine.py",
-    ),
-    Mutant(
-        "zero point of the unrounded scale",
-        "core/quant/affine.py",
-        "    qmin, _ = code_limits(bits)\n    return QParams(scale, qmin - (low / scale).round_())",
-        "    return QParams(scale, params.zero_point)",
-        "tests/core/quant/test_affine.py",
-    ),
-    Mutant(
-        "gptq factor not normalised",
-        "core/quant/gptq.py",
-        "factor = factor / factor.diagonal()[:, None]",
-        "factor = factor.clone()",
-        "tests/core/quant/test_gptq.py",
-    ),
-    Mutant(
-        "gptq error with the wrong sign",
-        "core/quant/gptq.py",
-        "scale, value=-1.0, out=errors[i - start]",
-        "scale, value=1.0, out=errors[i - start]",
-        "tests/core/quant/test_gptq.py",
-    ),
-    Mutant(
-        "gptq keeps weights of dead inputs",
-        "core/quant/gptq.py",
-        "columns[dead] = 0",
-        "columns[dead] *= 1",
-        "tests/core/quant/test_gptq.py",
-    ),
-    Mutant(
-        "clusters sorted by place, not width",
-        "core/methods/rptq/cluster.py",
-        "np.lexsort((place, width))",
-        "np.lexsort((width, place))",
-        "tests/core/methods/test_cluster.py",
-    ),
-    Mutant(
-        "orders of later heads start at 0",
-        "core/methods/rptq/cluster.py",
-        "np.argsort(labels, kind=\"stable\") + start",
-        "np.argsort(labels, kind=\"stable\")",
-        "tests/core/methods/test_cluster.py",
-    ),
-    Mutant(
-        "worst of the restarts kept",
-        "core/methods/rptq/cluster.py",
-        "inertia.argmin(1)",
-        "inertia.argmax(1)",
-        "tests/core/methods/test_cluster.py",
-    ),
-    Mutant(
-        "aligned runs by width, not its square",
-        "core/methods/rptq/segments.py",
-        "width.astype(np.float64) ** 2",
-        "width.astype(np.float64)",
-        "tests/core/methods/test_segments.py",
-    ),
-    Mutant(
-        "power-of-two scales beyond 8 bits",
-        "core/methods/rptq/segments.py",
-        "clamp_(0, 8 - site.bits)",
-        "clamp_(0, 9 - site.bits)",
-        "tests/core/methods/test_segments.py",
-    ),
-    Mutant(
-        "keys keep their order under R2",
-        "core/methods/rptq/reorder.py",
-        "key = head_channels(plain if r2 is None else r2)",
-        "key = head_channels(plain)",
-        "tests/core/methods/test_reorder.py",
-    ),
-    Mutant(
-        "gate rows taken for up",
-        "core/methods/rptq/reorder.py",
-        "torch.cat([orders.R5, orders.R5 + spec.ffn])",
-        "torch.cat([orders.R5, orders.R5])",
-        "tests/core/methods/test_reorder.py",
-    ),
-    Mutant(
-        "stage 2 begins a step early",
-        "training/schedule.py",
-        "return 1 if step <= self.switch_step",
-        "return 1 if step < self.switch_step",
-        "tests/training/test_schedule.py",
-    ),
-    Mutant(
-        "weight decay ends a step late",
-        "training/schedule.py",
-        "return self.decays[2 * step >= self.steps]",
-        "return self.decays[2 * step > self.steps]",
-        "tests/training/test_schedule.py",
-    ),
-    Mutant(
-        "straight-through gradient without alpha",
-        "training/bitlinear.py",
-        ".to(x_type) * alpha.to(x_type)",
-        ".to(x_type)",
-        "tests/training/test_bitlinear.py",
-    ),
-    Mutant(
-        "first token counted in the ranges",
-        "core/methods/sequential.py",
-        "skip_first=method.sink_tokens(recipe)",
-        "skip_first=0",
-        "tests/core/methods/test_rptq.py tests/core/methods/test_rptq_quantisers.py",
-    ),
-)
+def read() -> list[Mutant]:
+    """Read tests/mutants.toml: one table per mutant with the fields of `Mutant`."""
+    return [Mutant(**table) for table in tomllib.loads(LIST.read_text(encoding="utf-8"))["mutant"]]
 
 
 def run(tree: Path, tests: str) -> int:
@@ -231,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time (default 2)")
     parser.add_argument("--list", action="store_true", help="print the names and end")
     chosen = parser.parse_args(argv)
-    mutants = [m for m in MUTANTS if chosen.only in m.name or chosen.only in m.file]
+    mutants = [m for m in read() if chosen.only in m.name or chosen.only in m.file]
     for mutant in mutants:
         mutant.text()
     if chosen.list:
