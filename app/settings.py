@@ -19,6 +19,7 @@ from pathlib import Path
 
 from core.cache import cache_limit
 from core.errors import InputError
+from core.memory import memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_WORKBENCH = "core.workbench:Workbench"
@@ -123,16 +124,4 @@ def _worker_memory(environment: Mapping[str, str]) -> int | None:
         return int(_number(environment, "QUANTSCOPE_WORKER_GB", 0.0) * GIB) or None
     if Path("/dev/nvidiactl").exists():
         return None
-    return int(0.85 * machine_memory()) or None
-
-
-def machine_memory() -> int:
-    """Bytes of memory this process may use: the smaller of the machine's and the container's, 0 if unknown."""
-    known = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        if path.is_file() and (content := path.read_text().strip()).isdigit():
-            known.append(int(content))
-    return min(known, default=0)
+    return int(0.85 * memory_bytes())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerFast
 from core.cache import cache_root
 from core.calibration.data import TextSource, decode_text, resolve_text
 from core.errors import ArtifactError, InputError, TextError
+from core.progress import Progress, silent
 from core.storage import atomic_dir, file_lock, is_whole
-
-Progress = Callable[[str, float | None], None]
 
 END = "<|endoftext|>"
 HELD_OUT = 0.02
@@ -59,7 +58,7 @@ class Corpus:
         return self.folder / "tokenizer.json"
 
 
-def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progress = lambda text, fraction: None) -> Corpus:
+def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progress = silent) -> Corpus:
     """Load the corpus of `texts`, from the cache or made now (about a minute for 15 MB).
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from core.calibration.data import resolve_text, tokenize
 from core.errors import ArtifactError, InputError
 from core.models.io.bitnet import check_model_folder, save_bitnet
+from core.progress import Progress, silent
 from core.storage import atomic_dir
 from training.bitlinear import set_mode
 from training.checkpoint import load_weights, newest
 from training.config import TrainConfig
 from training.corpus import NAMED, load_corpus, load_tokenizer, require_same
 from training.loop import LOG, held_out_loss, read_document, read_log
-
-Progress = Callable[[str, float | None], None]
 
 SHARD = "8MB"
 CURVE_POINTS = 60
@@ -37,7 +35,7 @@ LICENCES = {"tinystories_mix.txt": "CDLA-Sharing-1.0", "children_simple.txt": "p
 _LICENCE = "Apache-2.0"
 
 
-def export_run(run: Path | str, out: Path | str, *, progress: Progress = lambda text, fraction: None) -> dict[str, Any]:
+def export_run(run: Path | str, out: Path | str, *, progress: Progress = silent) -> dict[str, Any]:
     """Write the latest checkpoint of a finished run as a folder that `load_model` reads.
 
     Args: run: its folder. out: the model folder, new, empty or with an earlier trained model.
@@ -99,7 +97,7 @@ def measure(
     sources: list[dict[str, Any]],
     *,
     windows: int = 128,
-    progress: Progress = lambda text, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Perplexity ± standard error on what training never saw: the files' held-out tail, and the other half of named texts.
 

@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 
 from core.disk import disk_errors
 from core.errors import ArtifactError, InputError, NumericError, ResourceError
+from core.progress import Progress, silent
 from core.provenance import provenance
 from core.storage import file_lock, write_file
 from training.bitlinear import set_mode
@@ -40,7 +41,6 @@ from training.corpus import Corpus, batch_rows, load_corpus, require_same
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, float | None], None]
 
 BETAS = (0.9, 0.95)
 EVAL_WINDOWS = 16
@@ -68,7 +68,7 @@ class TrainReport:
 
 
 def train(
-    config: TrainConfig, out: Path | str, *, resume: bool = False, progress: Progress = lambda text, fraction: None
+    config: TrainConfig, out: Path | str, *, resume: bool = False, progress: Progress = silent
 ) -> TrainReport:
     """Train from scratch, from `config.init_from`, or on from the folder's latest checkpoint.
 

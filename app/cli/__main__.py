@@ -30,6 +30,7 @@ from app.cli import verbs
 from app.cli.output import Console, complain
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
+from core.memory import is_out_of_memory
 from core.recipe import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 
 OK, BUG, BAD_INPUT, INTERRUPTED, TERMINATED, CLOSED_PIPE = 0, 1, 2, 130, 143, 141
@@ -83,7 +84,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         complain(str(error) or "Stopped. Nothing half-written was kept.")
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         error = ResourceError("The memory ran out. Use a smaller model, fewer tokens or a shorter window.")
     if isinstance(error, QuantscopeError):
         complain(f"error {error.code}: {error}")

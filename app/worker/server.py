@@ -22,6 +22,7 @@ from typing import Any
 from app.view import texts
 from app.worker import wire
 from core.errors import Cancelled, QuantscopeError
+from core.memory import is_out_of_memory
 
 METHODS = {
     "load",
@@ -110,10 +111,7 @@ class Worker:
         return result
 
     def _fault(self, job: str, error: BaseException) -> None:
-        out_of_memory = (
-            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-        )
-        if out_of_memory:
+        if is_out_of_memory(error):
             self._send("failed", job, MEMORY_CODE, "")
             os._exit(0)  # what was half allocated is uncertain: the page starts a fresh worker
         name = uuid.uuid4().hex[:6]

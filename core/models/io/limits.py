@@ -7,11 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-import psutil
-
 from core.errors import InputError, ModelError, ResourceError
-
-_CGROUP = Path("/sys/fs/cgroup")
+from core.memory import free_memory_bytes
 
 
 def memory_limit_bytes() -> int:
@@ -21,7 +18,7 @@ def memory_limit_bytes() -> int:
     """
     stated = os.environ.get("QUANTSCOPE_MAX_MODEL_GB")
     if not stated:
-        return int(0.8 * min(psutil.virtual_memory().available, _container_free_bytes()))
+        return int(0.8 * free_memory_bytes())
     with contextlib.suppress(ValueError, OverflowError):
         if float(stated) > 0:
             return int(float(stated) * 1e9)
@@ -53,12 +50,3 @@ def check_disk(nbytes: int, folder: Path) -> None:
     if nbytes > free / 2:
         raise ResourceError(f"This needs {nbytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free and half of that "
                             "may be used. Free some space, or move the cache with QUANTSCOPE_CACHE.", code="E-DISK")
-
-
-def _container_free_bytes() -> int:
-    """Free bytes under the container's own limit; practically endless where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        return max(0, int(limit) - used)  # "max" is no number: no limit
-    return 2**62
