@@ -1,4 +1,4 @@
-"""What to quantise and how. Imports are lazy: `import core` loads neither torch nor transformers.
+"""Load, observe, quantise and evaluate models. `import core` loads neither torch nor transformers.
 
 Shapes used everywhere: `B` batch, `T` tokens, `M = B·T` rows, `K` in features, `N` out features, `C` observed channels, `G`
 clusters, `H` query heads, `Hkv` key/value heads, `E` head dimension, `D` hidden, `F` feed-forward, `L` layers, `V` vocabulary,

@@ -1,9 +1,9 @@
 """The cache: the folder of everything that Quantscope may delete, where it is and how large it may become.
 
-It holds folders that `storage.atomic_dir` wrote: downloaded and converted models, quantised models, texts and token streams. Its
-size is kept below a limit whenever one is added: those used longest ago go first. The time of the last use is the folder's
-own time of change (`mark_used`). A folder that is being read is locked (`in_use`) and stays, and so does one that was used within
-the last `GRACE_S` seconds: between its choice and its lock it would be lost.
+It holds folders that `storage.atomic_dir` wrote: downloaded and converted models, quantised models, texts and token streams.
+Whenever a folder is added, those used longest ago are removed until the size is below the limit. The time of a folder's last
+use is its modification time (`mark_used`). Two kinds of folders are never removed: those that are being read, which are locked
+(`in_use`), and those used in the last `GRACE_S` seconds, which a reader may have chosen and not locked yet.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def mark_used(folder: Path) -> None:
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Keep a folder of the cache from being swept while the body reads it, and mark it used; other folders are never swept."""
+    """Lock a folder of the cache while the body reads it, so that `sweep` leaves it, and mark it used; ignore other folders."""
     mark_used(folder)
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # gone, or a file system without locks: the body finds out what it can read
@@ -109,14 +109,14 @@ def _last_use(folder: Path) -> float:
 
 
 def _take_away(folder: Path) -> bool:
-    """Remove a folder unless somebody reads or writes it. The name goes first: a reader sees the whole folder or none."""
+    """Remove a folder unless somebody reads or writes it. It is renamed first: a reader sees the whole folder or none."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        dead = folder.with_name(f"{folder.name}.part-{secrets.token_hex(6)}")  # as a dead writer's stage: swept if we die here
+        dead = folder.with_name(f"{folder.name}.part-{secrets.token_hex(6)}")  # swept later if we die here
         os.rename(folder, dead)
     except OSError:
         return False

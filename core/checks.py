@@ -13,7 +13,7 @@ FLOAT_BITS = 16
 
 
 def parse_int(name: str, text: str) -> int:
-    """An integer written in ASCII digits. Raises InputError naming the field."""
+    """Parse an integer written in ASCII digits. Raises: InputError naming the field."""
     text = str(text).strip()
     digits = text[1:] if text[:1] in "+-" else text
     if not (digits.isascii() and digits.isdigit() and len(digits) < 12):
@@ -22,7 +22,7 @@ def parse_int(name: str, text: str) -> int:
 
 
 def require_int(name: str, value: object, low: int, high: int, remedy: str) -> int:
-    """`value` if it is an int (not a bool) in [low, high]. Raises InputError otherwise."""
+    """Return `value` if it is an int (not a bool) in [low, high]. Raises: InputError otherwise."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -31,35 +31,35 @@ def require_int(name: str, value: object, low: int, high: int, remedy: str) -> i
 
 
 def require_float(name: str, value: object, low: float, high: float, remedy: str) -> float:
-    """`value` as a float if it is a number (not a bool) in [low, high]. Raises InputError otherwise."""
+    """Return `value` as a float if it is a number (not a bool) in [low, high]. Raises: InputError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(f"{name} is {str(value)[:40]!r}: {remedy}.", code=param_code(name))
     return float(value)
 
 
 def require_bits(name: str, value: object) -> int:
-    """`value` if it is 2..8 or 16. Raises InputError otherwise."""
+    """Return `value` if it is 2 to 8, or 16. Raises: InputError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in (2, 3, 4, 5, 6, 7, 8, FLOAT_BITS):
         raise InputError(f"{name} is {str(value)[:40]!r}: use 2 to 8, or 16 for not quantised.", code="E-PARAM-BITS")
     return value
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`. Raises InputError otherwise."""
+    """Return `value` if it is one of `choices`. Raises: InputError otherwise."""
     if value not in choices:
         raise InputError(f"{name} is {str(value)[:40]!r}: use one of {', '.join(choices)}.", code=param_code(name))
     return value
 
 
 def require_text(name: str, value: object, remedy: str) -> str:
-    """`value` if it is a text that is not blank and that UTF-8 can write. Raises InputError otherwise."""
+    """Return `value` if it is a text that is not blank and can be encoded in UTF-8. Raises: InputError otherwise."""
     if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
         raise InputError(remedy, code=param_code(name))
     return value
 
 
 def parse_float(name: str, text: str) -> float:
-    """A finite number in ASCII. Raises InputError naming the field."""
+    """Parse a finite number written in ASCII. Raises: InputError naming the field."""
     text = str(text).strip()
     try:
         value = float(text) if text.isascii() and len(text) < 30 else math.nan
@@ -71,7 +71,7 @@ def parse_float(name: str, text: str) -> float:
 
 
 def require_keys(what: str, data: object, kind: type) -> dict[str, Any]:
-    """`data` if it is a dict with no key but the fields of the dataclass `kind`. Raises InputError otherwise."""
+    """Return `data` if it is a dict whose keys are all fields of the dataclass `kind`. Raises: InputError otherwise."""
     names = {entry.name for entry in fields(kind)}
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
         raise InputError(f"{what} is not a JSON object: give its fields by name.", code=param_code(what))
@@ -84,5 +84,5 @@ def require_keys(what: str, data: object, kind: type) -> dict[str, Any]:
 
 
 def param_code(name: str) -> str:
-    """The stable code of a parameter: "E-PARAM-CALIBRATION-TOKENS"."""
+    """Return the stable error code of a parameter, such as "E-PARAM-CALIBRATION-TOKENS"."""
     return "E-PARAM-" + name.upper().replace(" ", "-")

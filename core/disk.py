@@ -1,4 +1,4 @@
-"""Errors of the disk in words: one sentence for each errno with which writing can fail.
+"""Turn errors of the disk into sentences: one for each errno with which writing can fail.
 
 Rust libraries (safetensors, tokenizers, the Hub's downloader) raise errors of their own, whose text ends in "(os error 28)".
 """
@@ -31,7 +31,7 @@ WRITING = {
     errno.ENOTSUP: ("the disk cannot do what is needed", _ELSEWHERE),
     errno.ENOSYS: ("the disk cannot do what is needed", _ELSEWHERE),
 }
-"""errno → (reason, remedy), where any failed write may raise it."""
+"""errno → (reason, remedy), for errors that only a failed write raises."""
 
 PLACE = {
     errno.EACCES: ("no permission to write there", _ELSEWHERE),
@@ -45,20 +45,20 @@ PLACE = {
     errno.EBUSY: ("another program holds it", "Stop that program, or choose another folder"),
     errno.ETXTBSY: ("another program holds it", "Stop that program, or choose another folder"),
 }
-"""The same for what is wrong with a path: reading another file may raise it, too."""
+"""errno → (reason, remedy), for errors about a path: reading another file may raise them, too."""
 
 _RUST = re.compile(r"\(os error (\d{1,3})\)")
 
 
 @contextlib.contextmanager
 def disk_errors(target: Path, *, every_path: bool = False) -> Iterator[None]:
-    """Turn an error of the disk into ResourceError E-DISK that names `target`, says why, and what to do.
+    """Turn an error of the disk into ResourceError E-DISK, which names `target`, the reason and the remedy.
 
     Args:
         target: the file or folder that is written.
-        every_path: whether whatever is wrong with any path is wrong with the target's; else only with paths that begin
-            like it, as its stages do. Give True only where nothing but the target is opened.
-    Raises: ResourceError E-DISK. Every error of another kind passes unchanged.
+        every_path: True blames `target` for an error with any path, so give it only where nothing else is opened; False only for
+            errors whose path begins like the target's, as those of its stages do.
+    Raises: ResourceError E-DISK. Errors of other kinds pass unchanged.
     """
     try:
         yield
@@ -76,13 +76,13 @@ def disk_errors(target: Path, *, every_path: bool = False) -> Iterator[None]:
 
 
 def disk_error_in(text: str, target: Path) -> ResourceError | None:
-    """Return the error of the disk that a program's output tells of ("[Errno 28]"), as if it had been raised here, or None."""
+    """Return the ResourceError for the "[Errno 28]" in another program's output `text`, or None without one."""
     found = re.search(r"\[Errno (\d{1,3})\]", text)
     return _sentence(target, int(found[1])) if found and int(found[1]) in WRITING else None
 
 
 def _concerns(target: Path, error: OSError) -> bool:
-    """Whether the paths that an error names begin like the target's; an error that names none came from an open file."""
+    """Say whether every path that an error names begins like the target's; errors of open files name none, and concern it."""
     named = [os.fspath(path) for path in (error.filename, error.filename2) if isinstance(path, (str, os.PathLike))]
     return all(path.startswith(str(target)) for path in named)
 

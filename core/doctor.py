@@ -1,6 +1,6 @@
-"""What this installation consists of: versions against the tested ranges, and which backends run here.
+"""Check this installation: versions against the tested ranges, and which backends run here.
 
-The tested ranges are those of `requirements.txt`, so a range stands in one place.
+The tested ranges are read from `requirements.txt`.
 `packages` and `summary` read package metadata only; `backends` imports torch.
 """
 
@@ -38,7 +38,7 @@ class PackageCheck:
 
 @dataclass(frozen=True)
 class BackendCheck:
-    """One way to multiply low-bit numbers: where AUTO takes it on this machine, or why it cannot run."""
+    """One backend of the linear layers: what it is for, or why it cannot run here."""
 
     name: str
     runs: bool
@@ -95,9 +95,9 @@ def _check(requirement: Requirement, version: str | None) -> PackageCheck:
 
 
 def backends() -> list[BackendCheck]:
-    """Ask the selection code of the linear layers what it would take on this machine for four typical layers.
+    """Check which backends of the linear layers can run on this machine.
 
-    The layers have 1024 × 1024 weights in one cluster, except that 4-bit products of float inputs are asked for on the CPU alone.
+    Each is asked for by name, for 1024 × 1024 weights in one cluster on the CPU; Triton for CUDA.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Every error a user can cause or meet, as one small tree.
+"""All expected errors, as one small tree of types.
 
     QuantscopeError            base: one sentence for the user, one stable code
     ├── InputError             a parameter is out of its range           E-PARAM-<FIELD>
@@ -36,7 +36,7 @@ class QuantscopeError(Exception):
 
 
 def _rebuild(kind: type[QuantscopeError], message: str, code: str) -> QuantscopeError:
-    """Errors cross the worker's pipe: rebuild one from its class, sentence and code."""
+    """Rebuild an error from its class, sentence and code, after it was sent from the worker process to the page."""
     return kind(message, code=code)
 
 

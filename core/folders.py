@@ -1,4 +1,4 @@
-"""Put one folder in another's place, in one step where the system can; and small functions of folders.
+"""Replace one folder by another, in one step where the system can; and small functions of folders.
 
 renameat2(RENAME_EXCHANGE) swaps two names atomically on Linux's own file systems. Where it is missing (some network
 and sandbox file systems) the old folder is moved aside first, and `recover` undoes that if the writer died in between.
@@ -23,9 +23,9 @@ _AT_FDCWD = -100
 
 
 def publish(stage: Path, target: Path) -> None:
-    """Give the folder `stage` the name `target`, and flush the parent folder.
+    """Rename the folder `stage` to `target`, and flush the parent folder.
 
-    Afterwards the name `stage` holds what was replaced, or nothing. Raises OSError; then `target` is as it was.
+    Afterwards `stage` is the folder that was replaced, or nothing. Raises: OSError; then `target` is as it was.
     """
     try:
         os.rename(stage, target)  # nothing there, or an empty folder
@@ -38,7 +38,8 @@ def publish(stage: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (renameat2 with RENAME_EXCHANGE). Returns: False where the system cannot; nothing moved then."""
+    """Swap two names in one step (renameat2 with RENAME_EXCHANGE). Returns: False where the system cannot; then nothing moved.
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -106,7 +107,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def state_of(name: str) -> str | None:
-    """Return a fingerprint of a local folder's or file's content, from names, sizes and times alone: another one has changed.
+    """Return a fingerprint of a local file or folder, from names, sizes and times alone: when it changes, so did the content.
 
     Args: name: a path, or any other name of a model. Only files directly in the folder count.
     Returns: 16 hexadecimal digits; None when `name` is no path of this machine.

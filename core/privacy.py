@@ -1,4 +1,4 @@
-"""What of a run is private, and what may be written about it.
+"""Decide which texts of a run are private, and what may be written about them.
 
 The texts of `PUBLIC_TEXTS` are the same for everybody. Every other text is private: one that was pasted ("text:…"), and a file of
 this machine. A pasted text is never written to disk: files name it by the SHA-256 of its UTF-8 bytes. A model made from a
@@ -33,7 +33,7 @@ def text_record(spec: str) -> str:
 
 
 def owner_tag(owner: str | None) -> str:
-    """Return 16 hexadecimal digits that stand for an owner in names of folders; `owner` cannot be told from them.
+    """Return 16 hexadecimal digits that stand for an owner in names of folders; `owner` cannot be computed from them.
 
     Args: owner: a secret of at least 128 random bits, such as a session's key; None for the local user.
     """

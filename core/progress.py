@@ -1,5 +1,4 @@
-"""How long work tells how far it is: a sentence, and a share from 0 to 1 where it is known. What the callback raises stops the
-work."""
+"""Progress callbacks: given a sentence and the share done, 0 to 1 or None; raising stops the work."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ Progress = Callable[[str, float | None], None]
 
 
 def silent(stage: str, fraction: float | None = None) -> None:
-    """A progress callback that shows nothing."""
+    """Ignore a report of progress."""
 
 
 def part(progress: Progress, start: float, end: float) -> Progress:

@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, processor, threads, date. A result counts only with this beside it."""
+"""Record where a number was measured: versions, processor, threads, date."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "scikit-learn", "triton")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
+    """Return the installed versions of the packages that decide results, by package name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """Processor name, cores this process may use and torch threads, in one line."""
+    """Return the processor's name, the cores this process may use and the torch threads, in one line."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -31,7 +31,7 @@ def hardware() -> str:
 
 
 def provenance() -> dict[str, object]:
-    """Versions, hardware and UTC date of a measurement made now."""
+    """Return versions, hardware and UTC date for a measurement made now."""
     return {"versions": versions(), "hardware": hardware(), "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 

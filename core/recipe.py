@@ -1,4 +1,4 @@
-"""The recipe of a run: frozen, validated at birth, and the same object in the page, the CLI, JSON, a URL and a report.
+"""The recipe of a run: frozen, validated when made, one object for page, CLI, JSON, URL and report.
 
 A *scheme* names the bits of every tensor as the paper's tables do. W4A4 keeps the outputs of the two norms and of
 softmax at 8 bits (published code: max(8, activation bits)); the name shown to people says so: see `describe_bits`.
@@ -23,7 +23,7 @@ REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("m
 """RPTQ's reorderings and the sites that share each order."""
 
 INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
-"""The site that each fused linear layer of a decoder block reads."""
+"""The site that each fused linear layer of a decoder block reads from."""
 
 METHODS = {"rptq": "core.methods.rptq.method", "rtn": "core.methods.rtn", "bitnet": "core.methods.bitnet"}
 """Module of each quantisation method, by the method's name: `core.methods.method` imports it when it is used."""
@@ -57,7 +57,7 @@ class Bits:
             require_bits(f"bits of {entry.name}", getattr(self, entry.name))
 
     def site(self, name: str) -> int:
-        """Bits of one of `SITES`."""
+        """Return the bits of one of `SITES`."""
         return getattr(self, name)
 
     @property
@@ -99,7 +99,7 @@ class Clusters:
 
     @classmethod
     def uniform(cls, count: int) -> Clusters:
-        """Spread one number g over the five counts: g for R1, R4 and R5; g / 8 per head for R2 and R3.
+        """Derive the five counts from one number g: g for R1, R4 and R5; g / 8 per head for R2 and R3.
 
         g / 8 is rounded, a half to the even number (g = 20, 36, 52 give 2, 4, 6), and is at least 1.
         """
@@ -156,7 +156,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class BitNetOptions:
-    """What the method "bitnet" is asked for: scheme, bits, clusters and weights of the recipe do not concern it.
+    """Options of the method "bitnet", which ignores scheme, bits, clusters and weights of the recipe.
 
     Attributes:
         mode: one of BITNET_MODES; keep: share of o_in that TopK keeps, above 0 and up to 1.
@@ -178,7 +178,7 @@ class BitNetOptions:
             require_bits(name, getattr(self, name))
 
     def describe(self) -> str:
-        """Short text: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
+        """Describe the options shortly: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
         parts = [self.mode if self.keep == 0.5 else f"{self.mode} (keeps {self.keep:g})"]
         if self.kv_bits < FLOAT_BITS:
             first = "" if self.bos_bits == self.kv_bits else f", first token {self.bos_bits}"
@@ -189,7 +189,7 @@ class BitNetOptions:
 
     @property
     def tensor_bits(self) -> Bits:
-        """Bits of every tensor as they are stored or multiplied; ternary weights take 2."""
+        """Bits of every tensor as stored or multiplied; ternary weights take 2."""
         attn_in, o_in, mlp_in, down_in = _INPUT_BITS[self.mode]
         return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
 
@@ -245,7 +245,7 @@ class QuantRecipe:
 
     @property
     def tensor_bits(self) -> Bits:
-        """Bits of every tensor, the variant applied."""
+        """Bits of every tensor after the variant's rules."""
         if self.bitnet is not None:
             return self.bitnet.tensor_bits
         bits = self.bits or SCHEMES[self.scheme]
@@ -272,7 +272,7 @@ class QuantRecipe:
         return fields | {"calibration": fields["calibration"] | {"text": text_record(self.calibration.text)}}
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
+        """Return the recipe as canonical JSON: sorted keys, no spaces."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
     @classmethod
@@ -320,7 +320,7 @@ class QuantRecipe:
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
         """Read what `to_query` wrote; missing keys keep the values of `default`, unknown keys are ignored.
 
-        What a key leaves unsaid is not taken from `default`: the revision goes with the model, own bits with the scheme.
+        A query with a model drops the revision of `default`, and one with a scheme drops its single bits.
         """
         try:
             given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
@@ -349,7 +349,7 @@ class QuantRecipe:
         return replace(default, **changes)
 
     def describe_bits(self) -> str:
-        """What a scheme's name hides: "W4A4 (norm outputs 8, softmax 8)"; "W4A8" hides nothing."""
+        """Describe the bits with what a scheme's name leaves out: "W4A4 (norm outputs 8, softmax 8)", but plain "W4A8"."""
         bits = self.tensor_bits
         if self.bitnet is not None:
             return self.bitnet.describe()

@@ -1,4 +1,4 @@
-"""A named table of things with helpful misses: methods, adapters, text sources."""
+"""A table of named things, whose error for an unknown name suggests the closest known one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, entry: T) -> T:
-        """Add `entry` under `name`. Raises ValueError on a duplicate: that is a programming error."""
+        """Add `entry` under `name`. Raises: ValueError on a duplicate, which is a programming error."""
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
         self._entries[name] = entry
         return entry
 
     def get(self, name: str) -> T:
-        """The entry called `name`. Raises InputError naming the known ones."""
+        """Return the entry called `name`. Raises: InputError naming the known ones."""
         if name in self._entries:
             return self._entries[name]
         close = difflib.get_close_matches(str(name), self._entries, n=1)
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         )
 
     def names(self) -> list[str]:
-        """Registered names in registration order."""
+        """Return the registered names in registration order."""
         return list(self._entries)
 
     def __iter__(self) -> Iterator[T]:

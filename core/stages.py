@@ -38,7 +38,7 @@ def observe(
     """Measure the exact range of every channel of every site, and its moving average; original order, q scaled by E**-0.5.
 
     Args:
-        states: keeps what enters the layers, for `channel_detail`.
+        states: where the hidden states that enter the layers are kept, for `channel_detail`.
     Raises: NumericError naming a site with NaN or infinity; TextError for an unusable text; ModelError for a quantised model.
     """
     require_float(loaded, "inspect")
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def require_float(loaded: LoadedModel, verb: str) -> None:
-    """Check that a model was not quantised here. Raises: ModelError E-MODEL-QUANTIZED; `verb` says what to do with another."""
+    """Check that a model is not quantised yet. Raises: ModelError E-MODEL-QUANTIZED, whose remedy opens with `verb`."""
     if already_quantized(loaded.model):
         raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
 

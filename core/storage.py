@@ -1,4 +1,4 @@
-"""Folders and files that are either whole or absent, whatever interrupts the writer.
+"""Write files and folders that are either whole or absent, whatever interrupts the writer.
 
 `atomic_dir(target)` gives a stage beside the target. On success every file is flushed to disk, `manifest.json` (size
 and SHA-256 of each file) is written last, and the stage takes the target's place in one rename; where a folder is
@@ -7,8 +7,8 @@ folder or the new one. On failure the stage is removed. A stage is locked while 
 so that the stages of dead writers can be told apart and swept. A folder that is added to the cache makes the cache look at
 its size (`core.cache`).
 
-`verify(folder)` accepts only a folder with its full manifest. Source of the recipe: write, fsync, rename, fsync of the
-parent, as in SQLite's and LMDB's notes on atomic commit.
+`verify(folder)` accepts only a folder with its full manifest. The sequence write, fsync, rename, fsync of the parent is the one
+in SQLite's and LMDB's notes on atomic commit.
 """
 
 from __future__ import annotations

@@ -47,13 +47,13 @@ from core.storage import MANIFEST
 logger = logging.getLogger(__name__)
 
 REFERENCE_TIME = 0.3
-"""Share of a comparison's time that its reference takes: a float pass beside a quantised one and the divergences."""
+"""Share of a comparison's time that its reference takes: one float pass, beside a quantised pass and the divergences."""
 DEFAULT_BUDGET = 3 * 2**30
 REFERENCE_SHARE = 1 / 4
-"""Hidden states of reference models may take this share of the models' bytes beside them."""
+"""Share of the models' bytes that hidden states of reference models may take in addition."""
 
 _Name = tuple[str, str | None, str | None]
-"""(key, revision, tag of the owner): what a model in memory is kept under; the tag is None for a model that is anybody's."""
+"""(key, revision, tag of the owner) of a model in memory; the tag is None for a model that everybody may use."""
 
 
 class Workbench:
@@ -66,7 +66,7 @@ class Workbench:
     Args:
         max_bytes: models beyond this are dropped, least recently used first (the one in use stays); what is kept of
             reference models comes on top (`REFERENCE_SHARE`).
-        allow_local: whether local paths may be typed as models and texts; off on a public server.
+        allow_local: whether local paths may be given as models and texts; off on a public server.
         device: where models run, "cpu" or "cuda" ("cuda:1").
     Raises: InputError E-PARAM-CACHE-GB when the limit of the cache is no number.
     """
@@ -291,7 +291,7 @@ class Workbench:
         return self._models[self._load(key, revision, owner, progress)]
 
     def _load(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> _Name:
-        """Bring the model of a key that `owner` may use into memory: found there, in the cache, or loaded by name."""
+        """Bring the model of a key that `owner` may use into memory, from memory, from the cache, or by loading its name."""
         state = state_of(key)
         for tag in (owner_tag(owner), None):
             name = self._aliases.get((key, revision, tag), (key, revision, tag))
@@ -304,13 +304,13 @@ class Workbench:
             name = (key, revision, None if saved.is_public_folder(folder) else owner_tag(owner))
         else:
             loaded = load_model(key, revision=revision, device=self.device, progress=progress, allow_local=self.allow_local)
-            name = (key, loaded.revision, None)  # reports name this revision: asked for by it, it is the model loaded now
+            name = (key, loaded.revision, None)  # reports name this revision: asking for it finds the model loaded now
             self._aliases[key, revision, None] = name
         self._remember(name, loaded, state)
         return name
 
     def _load_saved(self, folder: Path, progress: Progress) -> LoadedModel:
-        with in_use(folder):  # of several folders of one recipe, its hash means the one used last
+        with in_use(folder):  # if several folders hold one recipe, its hash names the one used last
             loaded = load_quantized(folder, progress=progress)
         loaded.model.to(self.device)
         return loaded
