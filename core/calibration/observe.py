@@ -1,7 +1,7 @@
-"""Layer-by-layer observation: one float block and the activations of all windows are in memory, nothing else.
+"""Observe a float model layer by layer, with one block and the activations of all windows in memory.
 
 Sites are named attn_in (R1), q, k (R2, after the rotation, q scaled by E**-0.5), v, o_in (R3), mlp_in (R4), down_in (R5).
-No hook and no state outlives a pass.
+No hook and no state is left after a pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LINEAR_SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 
 @dataclass
 class Recorder:
-    """Collect one layer's statistics over several batches; call `ranges` and read `hessians` afterwards.
+    """Statistics of one layer, collected over several batches; call `ranges` and read `hessians` afterwards.
 
     Args:
         layer: its index, for error messages.
@@ -87,7 +87,7 @@ def batches(windows: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Hold the input of the first decoder block for one batch: hidden states [B, T, D], and the rotation of all blocks."""
+    """Input of the first decoder block for one batch: hidden states [B, T, D], and the rotation of all blocks."""
 
     hidden: Tensor
     rotary: Rotary
@@ -107,7 +107,7 @@ def observe_layers(
     """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
 
     Args:
-        states: keeps what enters the layers, for `channel_detail`.
+        states: where the hidden states that enter the layers are kept, for `channel_detail`.
     Raises: NumericError naming the first site with NaN or infinity.
     """
     inputs = embed(model, windows)

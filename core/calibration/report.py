@@ -1,4 +1,4 @@
-"""Observed ranges as plain arrays: what the page draws, the CLI prints and a session keeps."""
+"""Observed ranges as plain arrays: drawn by the page, printed by the CLI, kept in a session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SiteRanges:
     Attributes:
         site: "layers.3.down_in"; kind: one of SITES.
         low, high: [C] float32, in the original channel order.
-        block: channels that a reordering may not leave: a head's width for q, k, v, o_in, else C.
+        block: width inside which channels may be reordered: a head's for q, k, v, o_in, else C.
         ema_low, ema_high: [C] float32, the moving averages; None where only the exact ranges are known.
     """
 
@@ -31,16 +31,16 @@ class SiteRanges:
     ema_high: np.ndarray | None = None
 
     def averaged(self) -> SiteRanges:
-        """The same site with the moving averages in the place of the exact ranges, where they are known."""
+        """Return the same site with its moving averages as `low` and `high`, where they are known."""
         return self if self.ema_low is None else replace(self, low=self.ema_low, high=self.ema_high)
 
     @property
     def is_average(self) -> bool:
-        """Whether `low` and `high` are the moving averages: this is what `averaged` returned."""
+        """Whether `low` and `high` are the moving averages, as in what `averaged` returns."""
         return self.ema_low is not None and self.low is self.ema_low
 
     def to_dict(self) -> dict[str, list[float]]:
-        """JSON types, one number per channel."""
+        """Return the ranges as JSON types, one number per channel."""
         arrays = {"min": self.low, "max": self.high, "ema_min": self.ema_low, "ema_max": self.ema_high}
         return {name: values.tolist() for name, values in arrays.items() if values is not None}
 
@@ -85,7 +85,7 @@ class RangesReport:
         return 1 + max(entry.layer for entry in self.sites.values())
 
     def outliers(self, n: int = 20) -> list[Outlier]:
-        """The `n` channels with the largest width relative to their site's median width."""
+        """List the `n` channels with the largest width relative to their site's median width."""
         found = []
         for entry in self.sites.values():
             width = entry.high - entry.low
@@ -105,12 +105,12 @@ class RangesReport:
         return sorted(found, key=lambda o: -o.ratio)[:n]
 
     def heatmap(self, kind: str) -> np.ndarray:
-        """log10 of each channel's largest absolute value, [L, C] float32."""
+        """Return log10 of each channel's largest absolute value, [L, C] float32."""
         rows = [np.maximum(np.abs(e.low), np.abs(e.high)) for e in self.sites.values() if e.kind == kind]
         return np.log10(np.maximum(np.stack(rows), 1e-12)).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types: {"sites": {name: {"min", "max", "ema_min", "ema_max"}}} plus how it was measured."""
+        """Return JSON types: {"sites": {name: {"min", "max", "ema_min", "ema_max"}}} plus how it was measured."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -138,7 +138,7 @@ class TokenExtreme:
 
 @dataclass(frozen=True)
 class ChannelDetail:
-    """One channel over the calibration tokens: moments, a histogram, and the tokens behind its extreme values."""
+    """One channel over the calibration tokens: moments, a histogram, and the tokens at its extreme values."""
 
     site: str
     channel: int

@@ -1,4 +1,4 @@
-"""WikiText-2 raw: a copy of this machine, or the Hub's, kept in the cache. The canonical files are known by their SHA-256.
+"""Find WikiText-2 raw on this machine, in the cache or on the Hub. Canonical files are known by SHA-256.
 
 The Hub's copy is the archive that llama.cpp's perplexity runs use (dataset `ggml-org/ci`), so numbers compare with theirs.
 """
@@ -30,9 +30,9 @@ REPOSITORY, ARCHIVE = "ggml-org/ci", "wikitext-2-raw-v1.zip"
 
 
 def wikitext_file(split: str) -> Path:
-    """The raw file of a split: from `$QUANTSCOPE_DATA/wikitext2` where it is there, else from the cache, else from the Hub.
+    """Find the raw file of a split: in `$QUANTSCOPE_DATA/wikitext2` if it is there, else in the cache, else on the Hub.
 
-    Raises: TextError E-TEXT-OFFLINE when it is nowhere to be had, or the Hub's copy is not the canonical one.
+    Raises: TextError E-TEXT-OFFLINE when none of them has it, or the Hub's copy is not the canonical one.
     """
     name, _ = FILES[split]
     given = os.environ.get("QUANTSCOPE_DATA")
