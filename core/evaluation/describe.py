@@ -1,4 +1,4 @@
-"""Describe a model in memory as reports: what it is, which backends it runs on, what quantising a layer cost."""
+"""Describe a model in memory as reports: what it is, its backends, what quantising a layer cost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
 
 
 def lossy_caution(origin: Origin | None) -> str | None:
-    """Say what weights that were rounded before mean for comparisons of weight bits; None for weights that were not."""
+    """Say what weights that had been rounded before mean for comparisons of weight bits; None for weights that had not."""
     if origin is None or not origin.lossy:
         return None
     return (
@@ -58,7 +58,7 @@ def lossy_caution(origin: Origin | None) -> str | None:
 
 
 def caution_of(loaded: LoadedModel, reference: LoadedModel | None = None) -> str | None:
-    """Say what must be known to read the measures of a model, alone or against a reference; None where nothing must."""
+    """Say which warnings belong to measures of a model, alone or against a reference; None without any."""
     quantised, own = loaded.label is not None, loaded.origin
     said = []
     if quantised and own and reference and reference.origin and not own.same_weights(reference.origin):
@@ -96,14 +96,14 @@ def backend_use(loaded: LoadedModel) -> list[BackendUse]:
 
 
 def fidelity_of(model: CausalModel) -> str | None:
-    """Say what a BitNet model's rules are worth for it (`BitNetRules.fidelity`); None for every other model."""
+    """Say how close a BitNet model's rules are to its training (`BitNetRules.fidelity`); None for every other model."""
     rules = model.blocks[0].rules
     return None if rules is None else rules.fidelity
 
 
 def label_of(loaded: LoadedModel) -> str:
-    """Name a model in one line: what a quantised one was made by; a float one with precision and place of its weights
-    (`Origin.label`); a BitNet model with what its rules are worth."""
+    """Name a model in one line: a quantised one with its recipe, a float one with the precision and place of its weights
+    (`Origin.label`), a BitNet model with `fidelity_of`."""
     if loaded.label:
         return loaded.label
     fidelity = fidelity_of(loaded.model)
@@ -117,7 +117,7 @@ def layer_report(index: int, outcome: LayerOutcome) -> LayerReport:
 
 
 def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
-    """Read what `QuantizeReport.to_dict` wrote; infinite decibels were stored as None and come back infinite."""
+    """Read what `QuantizeReport.to_dict` wrote; infinite decibels, stored as None, become infinite again."""
 
     def decibels(value: float | None) -> float:
         return float("inf") if value is None else value

@@ -1,4 +1,4 @@
-"""Continue a prompt, greedily or by sampling, streamed piece by piece, with the packed cache when the model has one."""
+"""Continue a prompt, greedily or by sampling, streamed piece by piece, with the packed cache if any."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def generate(
         temperature: 0 picks the most likely token; above it samples with `seed`, 0 to 2**31 - 1.
         chat: wrap the prompt in the tokenizer's chat template as one user message, when it has one; a template writes its own
             special tokens.
-        on_text: receives each new piece of text; raising Cancelled stops and keeps what was generated.
+        on_text: is given each new piece of text; raising Cancelled in it stops and keeps what was generated.
         prefix: token ids put before the prompt. Without any, and without a template, the special tokens of the tokenizer's own
             rule are added, such as <s> of OPT, Llama 2 and Mistral: what calling the tokenizer gives.
         key: name of the model in the report.
@@ -85,20 +85,20 @@ def generate(
     plain = _float_bytes(model, cache.get_seq_length())
     text = tokenizer.decode(produced, skip_special_tokens=True)
     if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
-        with contextlib.suppress(Cancelled):  # everything is generated: only a letter cut in half was held back
+        with contextlib.suppress(Cancelled):  # all tokens are made: what remains is half a character
             on_text(text[len(shown) :])
     speed = max(0, len(produced) - 1) / (end - first) if end > first else 0.0
     return GenerationReport(key, text, len(ids), len(produced), end - start, speed, stopped, cache.nbytes, plain, decoding)
 
 
 def _float_bytes(model: CausalModel, length: int) -> int:
-    """Count the bytes of keys and values of `length` positions in the model's float type."""
+    """Compute the bytes of keys and values of `length` positions in the model's float type."""
     spec = model.blocks[0].spec
     return 2 * len(model.blocks) * length * spec.kv_heads * spec.head_dim * model.dtype.itemsize
 
 
 def _room(model: CausalModel, max_new_tokens: int) -> tuple[int, int]:
-    """(new tokens, checked; tokens that are left for the prompt)."""
+    """Return (new tokens, checked; tokens that are left for the prompt)."""
     new = require_int("new tokens", max_new_tokens, 1, MAX_NEW_TOKENS, f"use 1 to {MAX_NEW_TOKENS}")
     context = context_of(model) or 2048
     if new >= context:

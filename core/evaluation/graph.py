@@ -1,9 +1,9 @@
-"""One decoding step captured as a CUDA graph: the host launches it as a whole instead of some twenty kernels per layer.
+"""Capture one decoding step as a CUDA graph: one launch instead of some twenty kernels per layer.
 
-Its inputs (token, position, place in the cache) are tensors on the device that change between replays; nothing in it waits for
-the device; the cache has all its room before; and what is built on first use (working copies, compiled kernels, cuBLAS handles)
-is built by warm-up runs on a side stream, which write the slot that the first replay writes again.
-
+Capturing has four conditions, which are met here: inputs (token, position, place in the cache) are tensors on the device that
+change between replays; nothing waits for the device; the cache is allocated in full before; and what is built on first use
+(working copies, compiled kernels, cuBLAS handles) is built by warm-up runs on a side stream, which write the slot that the
+first replay writes again.
 Not yet run on a GPU: the step with static inputs is tested without its capture.
 """
 
@@ -19,16 +19,16 @@ from kernels.backend import triton_unsupported_reason
 
 WARM_UPS = 3
 FEWEST_TOKENS = 16
-"""Fewer new tokens do not pay for the warm-ups and the capture."""
+"""Least number of new tokens for which warm-ups and capture pay."""
 
 
 class DecodeStep:
-    """Decode one token with static inputs, for one sequence whose prompt `cache` holds; `capture` records the step.
+    """One token's decoding with static inputs, for one sequence whose prompt is in `cache`; `capture` records it as a graph.
 
     Args:
         room: tokens that will be decoded at most.
     Attributes:
-        left: how many of them may still come.
+        left: how many of `room` may still come.
     """
 
     def __init__(self, model: CausalModel, cache: KVCache, room: int) -> None:
@@ -55,7 +55,7 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self, token: int) -> Tensor:
-        """Store one token and return the next one's scores [V], overwritten by the next call.
+        """Decode one token and return the next one's scores [V]; the next call overwrites them.
 
         Raises: IndexError if the cache has no room for it.
         """
@@ -77,7 +77,7 @@ class DecodeStep:
 
 
 def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | None:
-    """Say why a model's step cannot be captured; None if nothing is known against it."""
+    """Say why a model's step cannot be captured; None if no reason is known."""
     reason = triton_unsupported_reason(model.device)
     if reason is not None:
         return reason

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from core.errors import InputError
 from core.recipe import SCHEMES, Bits
 
-if TYPE_CHECKING:  # the formula needs neither: a page or a command that only projects stays light
+if TYPE_CHECKING:  # the formula needs neither module: the page and commands that only project do not load torch
     from torch import Tensor, nn
 
     from core.models.architectures import BlockSpec
@@ -28,12 +28,12 @@ if TYPE_CHECKING:  # the formula needs neither: a page or a command that only pr
 
 
 OPT_POSITION_OFFSET = 2
-"""OPT's position embedding has this many rows more than positions."""
+"""Rows that OPT's position embedding has beyond the number of positions."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head."""
+    """Sizes that memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head."""
 
     layers: int
     hidden: int
@@ -48,13 +48,13 @@ class Shape:
 
     @property
     def decoder_weights(self) -> int:
-        """Entries of the weight matrices of all layers: what the bits of the weights apply to."""
+        """Number of entries in all layers' weight matrices, to which the bits of the weights apply."""
         attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
         return self.layers * (attention + self.ffn_matrices * self.hidden * self.ffn)
 
     @property
     def parameters(self) -> int:
-        """Count all parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
+        """Number of parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
         biased = self.ffn_matrices == 2
         small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
         embeddings = self.vocab * (1 if self.tied else 2) + self.positions
@@ -160,7 +160,7 @@ def find_shape(name: str) -> Shape:
 
 
 def _own_shape(*, hidden: int, heads: int, **others: int) -> Shape:
-    """Make a shape from numbers; what is left out is as in OPT."""
+    """Make a shape from numbers; numbers left out follow OPT's rules."""
     kv_heads = others.setdefault("kv_heads", heads)
     for name, whole, by, parts in (("hidden", hidden, "heads", heads), ("heads", heads, "kv_heads", kv_heads)):
         if whole % parts and not (name == "hidden" and "head_dim" in others):

@@ -1,15 +1,15 @@
-"""Compare two measured models on the windows they share, as `llama-perplexity --kl-divergence` compares a model with its base.
+"""Compare two measured models on the windows they share, as `llama-perplexity --kl-divergence` does.
 
     ln ratio = ln(PPL_a / PPL_b) = mean over windows of d_w,        d_w = nll_a,w - nll_b,w
     ±        = sd(d_w) / √S                                          S windows, sd with S - 1
 
-Both models predict the same tokens, so what makes a window hard makes it hard for both and cancels in d_w: the paired error is
-often a tenth of the errors of the two perplexities. Two models are told apart where |ln ratio| exceeds the 95 % quantile of
-Student's t with S - 1 degrees of freedom times ±.
+Both models predict the same tokens, so windows that are hard for both cancel in d_w: the paired error is often a tenth of the
+errors of the two perplexities. Two models differ where |ln ratio| exceeds ± times the 95 % quantile of Student's t with S - 1
+degrees of freedom.
 
 Source: llama.cpp, tools/perplexity/perplexity.cpp, "Mean ln(PPL(Q)/PPL(base))". It takes tokens as independent,
-√(var(d_t) / (T - 1)) over T tokens; here windows are, because neighbouring tokens share their context. The page calls these
-functions: they need no torch.
+√(var(d_t) / (T - 1)) over T tokens; here windows are, because neighbouring tokens share their context. No torch is needed, as
+the page calls these functions.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class PairedRatio(Report):
 
     @property
     def differs(self) -> bool | None:
-        """Whether the two models are told apart at 95 %; None where a single window leaves it open."""
+        """Whether the two models differ at 95 %; None for a single window, which cannot tell."""
         if self.stderr is None:
             return None
         return abs(self.ln_ratio) > t_quantile(self.windows - 1) * self.stderr
 
     def verdict(self) -> str:
-        """Say the result in one clause, such as "1.99 times the perplexity (ln ratio 0.6871 ± 0.0143): worse"."""
+        """Describe the result in one clause, such as "1.99 times the perplexity (ln ratio 0.6871 ± 0.0143): worse"."""
         words = {None: "one window tells nothing of the error", False: "not told apart"}
         found = words.get(self.differs, "worse" if self.ln_ratio > 0 else "better")
         error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
@@ -60,7 +60,7 @@ class PairedRatio(Report):
 
 
 def t_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t, to within 0.3 %; `freedom`: degrees of freedom, at least 1."""
+    """Compute the two-sided 95 % quantile of Student's t to within 0.3 %; `freedom`: degrees of freedom, at least 1."""
     if freedom <= len(T_QUANTILES):
         return T_QUANTILES[freedom - 1]
     return 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2  # Cornish-Fisher expansion about the normal quantile
@@ -77,12 +77,12 @@ def paired(a: EvalReport, b: EvalReport) -> PairedRatio:
 
 
 def against_reference(report: EvalReport) -> PairedRatio:
-    """Read from a report how its model's perplexity compares with the reference it was measured against."""
+    """Return the comparison that a report holds of its model with the reference it was measured against."""
     return PairedRatio(report.ln_ratio, report.ln_ratio_stderr, len(report.window_nll))
 
 
 def protocol_problem(a: EvalReport, b: EvalReport) -> str | None:
-    """Say why two reports do not compare; None where they were measured on the same windows of tokens."""
+    """Say why two reports cannot be compared; None where they were measured on the same windows of tokens."""
     if not a.windows_id or not b.windows_id:
         return "One of the runs was measured before losses were kept by window"
     if a.windows_id == b.windows_id:
@@ -92,7 +92,7 @@ def protocol_problem(a: EvalReport, b: EvalReport) -> str | None:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of one value per window, and its standard error sd / √S; None for a single value."""
+    """Compute the mean of one value per window, and its standard error sd / √S; None for a single value."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:

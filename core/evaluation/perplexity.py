@@ -1,4 +1,4 @@
-"""Score a model on windows of a text: perplexity, and how far its predictions are from a reference model's, in one pass.
+"""Score a model on windows of a text: perplexity, and its distance from a reference model, in one pass.
 
 Protocol (fixed): the text is one token stream cut into non-overlapping windows; in each window every token but the first
 is predicted from those before it; perplexity = exp(total negative log-likelihood / number of predicted tokens).
@@ -7,11 +7,11 @@ is predicted from those before it; perplexity = exp(total negative log-likelihoo
     Δp = p_model(right token) - p_ref(right token)
     same top = whether both find the same token likeliest
 
-Standard errors are those of means over windows, sd / √S: windows, not tokens, are independent. That of the perplexity is
-carried through exp, that of the root mean square of Δp through the root: ± RMS = ± mean(Δp²) / (2 RMS).
+Standard errors are those of means over windows, sd / √S: windows, not tokens, are independent. Those of the perplexity and of
+the root mean square follow by the derivative: ± PPL = PPL · ± mean nll; ± RMS = ± mean(Δp²) / (2 RMS).
 Source: llama.cpp, tools/perplexity/perplexity.cpp (`--kl-divergence`): the same quantities, but it takes tokens as independent.
 
-The reference enters as the hidden states before its head: [T, D] instead of [T, V] per window.
+The reference is given as the hidden states before its head: [T, D] instead of [T, V] per window.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def score(
         start = time.perf_counter()
         log_p = torch.log_softmax(head(model.decoder(window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
         right = log_p.gather(1, window[1:, None])[:, 0]
-        loss = -float(right.mean())  # a number: what runs on a GPU has ended
+        loss = -float(right.mean())  # float() waits for the GPU, so that the time is complete
         seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise NumericError(
@@ -111,7 +111,7 @@ def score(
 
 
 def _against(losses: list[float], found: Tensor) -> dict[str, Any]:
-    """Make the fields of `Scores` that compare.
+    """Compute the fields of `Scores` that compare with the reference.
 
     Args:
         losses: of the model, one per window.

@@ -1,10 +1,10 @@
-"""How sparse a BitNet model computes: zero codes at the input of every projection, and the parameters that stay active.
+"""Measure the sparsity of a BitNet model: zero codes at each projection's input, and active parameters.
 
     s(QKV), s(Out), s(Gate), s(Down)    share of zero codes of the projection's input
     s(Up) = 1 - (1 - s(mlp_in)) (1 - g)   g = share of gates that are zero: those rows of up need not be computed
     overall = Σ parameters · s / Σ parameters      active = Σ parameters · (1 - s)
 
-Source: BitNet a4.8 (arXiv:2411.04965), table 2. A zero code saves nothing by itself: its share at QKV and Gate is rounding.
+Source: BitNet a4.8 (arXiv:2411.04965), table 2. Zero codes alone save no work: those at QKV and Gate come from rounding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from core.report import InputHistogram, Sparsity, SparsityReport, TernaryShares,
 
 BINS = 101
 TAIL = 0.999
-"""Histograms span this share of |x|; what lies beyond is counted in their first and last bin."""
+"""Share of |x| that histograms span; larger values are counted in their first and last bin."""
 
 
 def account(parameters: Mapping[str, int], sparsity: Mapping[str, float]) -> tuple[float, float]:
-    """(overall sparsity, active parameters) of projections given by name, shares from 0 to 1."""
+    """Compute (overall sparsity, active parameters) of projections given by name, with shares from 0 to 1."""
     total = sum(parameters.values())
     active = sum(count * (1 - sparsity[name]) for name, count in parameters.items())
     return 1 - active / total, active
@@ -58,7 +58,7 @@ def measure_sparsity(loaded: LoadedModel, windows: Tensor, text_name: str, *, pr
 
 
 def weight_histogram(loaded: LoadedModel) -> WeightHistogram:
-    """Shares of the three weights. Raises: ModelError E-MODEL-ARCH for a model without ternary weights."""
+    """Count the shares of the three weight values. Raises: ModelError E-MODEL-ARCH for a model without ternary weights."""
     layers = []
     for block in _ternary_blocks(loaded):
         names = {"qkv": ("q", "k", "v"), "o": ("o",), "up": ("gate", "up") if block.spec.gated else ("up",), "down": ("down",)}
@@ -75,7 +75,7 @@ def weight_histogram(loaded: LoadedModel) -> WeightHistogram:
 def input_histogram(
     loaded: LoadedModel, windows: Tensor, text_name: str, site: str, layer: int, *, progress: Progress = silent
 ) -> InputHistogram:
-    """Distribution of a site on windows [S, T]; any model, float or low-bit.
+    """Measure the distribution of a site on windows [S, T] of any model, float or low-bit.
 
     Raises: InputError E-PARAM-SITE, E-PARAM-LAYER.
     """
@@ -115,7 +115,7 @@ Observe = Callable[[str, Tensor], None]
 
 
 def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> list[tuple[int, Callable[[Observe | None], None]]]:
-    """(index, function that runs this layer on all windows and carries the hidden states on), to be called in order."""
+    """Return, per layer in the order to call them, (index, function that runs the layer on all windows with an observer)."""
     blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
     hidden = [item.hidden for item in inputs]
 
@@ -128,7 +128,7 @@ def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> list[tu
 
 
 class _Counter:
-    """Zeros and values per site of one block."""
+    """Counts of zeros and of all values, per site of one block."""
 
     def __init__(self, block: DecoderBlock) -> None:
         self.linears = {INPUT_SITE[name]: linear for name, linear in block.linears().items()}
@@ -164,7 +164,7 @@ def _summary(sizes: dict[str, int], shares: dict[str, float]) -> Sparsity:
 
 
 def _sizes(block: DecoderBlock) -> dict[str, int]:
-    """Weights of each projection of one layer."""
+    """Count the weights of each projection of one layer."""
     s = block.spec
     sizes = {
         name: getattr(block, attribute).packed.shape[0] * width
@@ -183,7 +183,7 @@ def _ternary_blocks(loaded: LoadedModel) -> list[DecoderBlock]:
 
 
 def _reader(loaded: LoadedModel, site: str, layer: int) -> TernaryLinear | None:
-    """The ternary layer that quantises this site, if there is one."""
+    """Return the ternary layer that quantises this site, or None."""
     linears = loaded.model.blocks[layer].linears()
     found = next((linear for name, linear in linears.items() if INPUT_SITE[name] == site), None)
     return found if isinstance(found, TernaryLinear) and found.kind != "fp" else None

@@ -1,10 +1,10 @@
-"""How fast decoding can be at most: each new token reads all weights and the whole cache, so memory bandwidth is a limit.
+"""Compute how fast decoding can be: each new token reads all weights and the whole KV cache from memory.
 
     limit = bandwidth / (weight bytes + cache bytes)        tokens per second, one sequence
 
-The bandwidth is that of the memory where the model is, measured by copying a buffer, bytes read and written both counted. A model
-that fits into the cache may exceed the limit of a machine whose cache is smaller than `COPY_BYTES`; a slow backend stays far
-below it.
+The bandwidth is that of the memory that holds the model, measured by copying a buffer, bytes read and written both counted. A
+model that fits into the processor's cache may exceed the limit where that cache is smaller than `COPY_BYTES`; a slow backend
+stays far below it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from core.models.io.quantized import modules_of
 from core.report import SpeedLimit
 
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""More than the caches hold: of the processor, of the GPU."""
+"""Bytes of the copied buffer by device type: more than the caches of a processor or GPU hold."""
 REPEATS = 3
 
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by the fastest of `REPEATS` copies in the memory of a device; measured once per process
+    """Measure the bytes read and written per second by the fastest of `REPEATS` copies in a device's memory; once per process
     (about 0.1 s when idle)."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = source.clone()  # maps the pages
+    target = source.clone()  # a copy touches every page before the clock starts
     seconds = []
     for _ in range(REPEATS):
         _wait(device)
@@ -46,9 +46,9 @@ def _wait(device: torch.device) -> None:
 
 
 def bytes_per_token(model: CausalModel) -> int:
-    """Bytes of weights that one token reads: `decode_bytes` of the low-bit layers, everything else as it is stored.
+    """Count the bytes of weights that one token reads: `decode_bytes` of the low-bit layers, all other tensors as stored.
 
-    Of an embedding table that is not the head as well, a token reads one row: it is left out.
+    An embedding table that is not also the head is left out, as a token reads one row of it.
     """
     total = sum(measured_parts(model).values())
     for linear in modules_of(model):
@@ -58,5 +58,5 @@ def bytes_per_token(model: CausalModel) -> int:
 
 
 def speed_limit(model: CausalModel, key: str) -> SpeedLimit:
-    """The limit of a model as it runs now; call it after the model has run, when working copies exist."""
+    """Measure the limit of a model as it runs now; call it after the model has run, when its working copies exist."""
     return SpeedLimit(key, bytes_per_token(model), copy_bandwidth(model.device), torch.get_num_threads())

