@@ -1,4 +1,4 @@
-"""Quantisation methods: `core.recipe.METHODS` names the module of each, whose `METHOD` is the method's object."""
+"""Quantisation methods: each module named in `core.recipe.METHODS` has the method's object `METHOD`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Build a quantised block from a float block and a plan: the step that the grid methods RPTQ and RTN share.
+"""Build a quantised block from a float block and a plan: the step that RPTQ and RTN share.
 
-Fused matrices (q, k, v and gate, up read one input) share one Hessian and one pass of GPTQ.
+Matrices that read the same input (q, k, v; gate, up) are fused and share one Hessian and one pass of GPTQ.
 """
 
 from __future__ import annotations

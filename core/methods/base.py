@@ -1,4 +1,4 @@
-"""What a quantisation method is: `plan_layer` decides (a `LayerPlan`, pure data), `apply_layer` builds the layer it describes."""
+"""The interface of a quantisation method: `plan_layer` decides, `apply_layer` builds the layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from core.recipe import FLOAT_BITS, QuantRecipe
 from core.report import WeightError
 
 SEARCHED_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=True)
-"""How RPTQ's variant default and the matched baseline make grids of ranges."""
+"""Range rules of RPTQ's variant default and of the matched baseline."""
 
 FLOAT_FIRST_TOKENS = 1
-"""Positions at the start of a sequence that both keep in float: their activations are hundreds of times larger."""
+"""Positions at the start of a sequence that both of them keep in float: their activations are hundreds of times larger."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a method may look at when it plans a layer.
+    """Everything that a method may use to plan a layer.
 
     Attributes:
         ranges: per site, channels in the original order; clusters are formed on these.
@@ -69,7 +69,7 @@ class Method(Protocol):
         """Count the first positions of each window that are left out of the ranges and kept in float."""
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Give the bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
+        """Return the bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
         """Say whether `apply_layer` reads `LayerStatistics.hessians`, which cost a product of every input with itself."""
@@ -89,7 +89,7 @@ def rounds_by_gptq(recipe: QuantRecipe) -> bool:
 
 
 def channel_importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:
-    """Weigh the squared error of each channel by what it does to the next product: per site [C], original order.
+    """Compute the weight of each channel's squared error by its effect on the next product: per site [C], original order.
 
         attn_in, o_in, mlp_in, down_in   mean square of the weight columns that read the channel
         q                                mean square of the key channel it is multiplied with

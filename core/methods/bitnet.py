@@ -1,12 +1,13 @@
 """The method "bitnet": run any model by BitNet's rules, ternary weights and dynamic activation quantisers.
 
-What the result is worth depends on what the model was trained for, and `BitNetRules.fidelity` says it:
+How good the result is depends on the rules that the model was trained by; `BitNetRules.fidelity` says which case it is:
 
     trained by the same rules       nothing is approximated
     trained as BitNet, other rules  the same ternary weights, another mode, share of TopK, bits of attention: approximate
     trained in full precision       weights rounded to ternary, no sub-norms, its own activation: simulated, expect noise
 
-The squared ReLU's skipped products are exact in every case. Nothing is calibrated: the text only serves to measure noise.
+Products skipped for zeros of the squared ReLU are exact in every case. Nothing is calibrated: the text only serves to measure
+noise.
 Source: BitNet a4.8 (arXiv:2411.04965), section 2.
 """
 
@@ -30,24 +31,24 @@ from core.report import WeightError
 
 
 class BitNet:
-    """The method "bitnet": see the module's text."""
+    """The method "bitnet": see the module's docstring."""
 
     keeps_ternary = True
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """Give 0: every token is quantised by its own scale."""
+        """Return 0: every token is quantised by its own scale."""
         return 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Give 16: the softmax output stays in float."""
+        """Return 16: the softmax output stays in float."""
         return 16
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say no: ternary weights are rounded by their mean."""
+        """Return False: ternary weights are rounded by their mean."""
         return False
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Note the bits of every site and the noise that its dynamic quantiser makes on sampled rows."""
+        """Record the bits of every site and the noise that its dynamic quantiser makes on sampled rows."""
         bits = recipe.tensor_bits
         sites = {}
         for site in SITES:
@@ -60,7 +61,7 @@ class BitNet:
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
-        """Build a block of the same norms around ternary layers: the block's own ternary weights, or its float ones rounded."""
+        """Build a block with the same norms and ternary layers, made of its ternary weights or of its float ones, rounded."""
         options, layers, errors = recipe.bitnet, {}, {}
         rules = replace(
             block.rules or BitNetRules(options.mode),

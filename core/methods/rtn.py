@@ -1,4 +1,4 @@
-"""Round-to-nearest (RTN): the baseline of RPTQ, in two strengths. The bits are those of the same schemes.
+"""Round to nearest (RTN): the baseline of RPTQ, in two variants, with the bits of the same schemes.
 
     plain     variant "default": one static range per activation tensor, exact minimum to maximum of every token; one
               scale per weight row. What most papers call RTN.
@@ -38,15 +38,15 @@ class RoundToNearest:
     keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """Give 1 for the matched variant where activations are quantised, as RPTQ does; else 0."""
+        """Return 1 for the matched variant where activations are quantised, as RPTQ does; else 0."""
         return FLOAT_FIRST_TOKENS if recipe.variant == "matched" and recipe.tensor_bits.quantizes_activations else 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Give 16: the softmax output stays in float while calibrating."""
+        """Return 16: the softmax output stays in float during calibration."""
         return 16
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say whether GPTQ reads Hessians."""
+        """Say whether the weights are rounded by GPTQ, which reads Hessians."""
         return rounds_by_gptq(recipe)
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:

@@ -1,8 +1,8 @@
-"""The layer-by-layer pass of a method over a model: observe, plan, apply, carry the quantised outputs on.
+"""Quantise a model layer by layer: observe, plan, apply, and pass the quantised outputs to the next layer.
 
-    1  the float block on the inputs that the quantised layers before it produce: ranges, Hessians, float outputs
-    2  plan and apply
-    3  the quantised block on the same inputs: what the next layer will see, and this layer's error
+    1  run the float block on the outputs of the quantised layers before it: ranges, Hessians, float outputs
+        2  plan and apply
+        3  run the quantised block on the same inputs: the next layer's inputs, and this layer's error
 
 One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
 """
@@ -39,7 +39,7 @@ class LayerOutcome:
 
 @dataclass
 class Stopwatch:
-    """Seconds spent per named stage."""
+    """A clock that adds up the seconds of named stages."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _start: float = 0.0
@@ -89,7 +89,7 @@ def quantize_layers(
         watch.lap("cluster and plan")
         tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
         quantized, errors = method.apply_layer(block, plan, stats, recipe)
-        quantized.to(model.device)  # plans are made on the CPU
+        quantized.to(model.device)  # it was built on the CPU, where plans are made
         watch.lap("weights")
         hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
@@ -108,7 +108,7 @@ def _observe(
     recipe: QuantRecipe,
     tell: Callable[[str, float], None],
 ) -> tuple[LayerStatistics, list[Tensor]]:
-    """Statistics of one float block, and its outputs. A method that calibrates with a quantised softmax gets a second pass."""
+    """Measure one float block's statistics and outputs; a method that calibrates with a quantised softmax needs a second pass."""
 
     def record(wants_hessians: bool, stage: str) -> tuple[Recorder, list[Tensor]]:
         recorder = Recorder(
@@ -147,7 +147,7 @@ def _run(
 
 
 def _output_sqnr(signal: list[Tensor], approximation: list[Tensor], layer: int) -> float:
-    """Signal to noise of a layer's quantised outputs against its float ones, 10 log10(Σ y² / Σ (y - ŷ)²)."""
+    """Compute a layer's signal-to-noise ratio, quantised against float outputs, 10 log10(Σ y² / Σ (y - ŷ)²)."""
     power = math.fsum(float(y.square().sum(dtype=torch.float64)) for y in signal)
     noise = math.fsum(float((y - z).square().sum(dtype=torch.float64)) for y, z in zip(signal, approximation, strict=True))
     if not math.isfinite(power + noise):

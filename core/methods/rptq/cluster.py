@@ -1,10 +1,10 @@
-"""Cluster the channels of a site by their (max, min) and lay clusters side by side.
+"""Cluster the channels of a site by (max, min), and order them so that clusters are contiguous.
 
 Points: (max, min) per channel for R1, R4, R5, R3; (q max, k max, q min, k min) for R2, one set per key/value head.
-KMeans over the whole width is scikit-learn's from one start, improved by moving clusters from where they are dense to where
-points lie far out (`improve`); the many small problems of heads are solved together (`kmeans_batch`). The published code's ten
-restarts of scikit-learn, one head after another, remain for repeating it. Clusters are ranked by the centroid's width, narrow
-first (equal widths by place), channels inside keep their order: the result does not depend on KMeans' arbitrary labels.
+Over the whole width, scikit-learn's KMeans runs once and `improve` lowers the error of its answer; the many small problems of
+heads are solved together (`kmeans_batch`). Variant official repeats the published code: ten restarts of scikit-learn, one head
+after another. Clusters are sorted by the width of their centre, narrowest first (equal widths by place), and channels inside
+keep their order, so the result does not depend on the arbitrary labels of KMeans.
 Source: RPTQ (arXiv:2304.01089), `tensor_calc_reorder_index`.
 """
 
@@ -18,20 +18,20 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 RESTARTS = 8
-"""Restarts of `kmeans_batch`: with them its inertia is within 1 % of scikit-learn's ten (`python -m benchmarks reorder`)."""
+"""Restarts of `kmeans_batch`: its inertia is then within 1 % of scikit-learn's with ten (`python -m benchmarks reorder`)."""
 
 LARGEST_BATCHED = 8192
-"""Points times clusters of a problem above which scikit-learn's loop is no longer overhead."""
+"""Points times clusters of a problem up to which `kmeans_batch` is faster than scikit-learn, problem by problem."""
 
 MOVES, FAILURES = 16, 2
-"""`improve` stops after so many moves, or so many in a row that lowered nothing."""
+"""`improve` stops after 16 moves, or after 2 in a row that did not lower the error."""
 
 ITERATIONS = 100
 
 
 @dataclass(frozen=True)
 class ChannelClusters:
-    """A reordering: new = old[order], clusters are the runs between offsets.
+    """A reordering, new = old[order], in which cluster i is the run of channels offsets[i] … offsets[i + 1] - 1.
 
     Attributes:
         order: [C] int64, a permutation.
@@ -43,17 +43,17 @@ class ChannelClusters:
 
     @classmethod
     def identity(cls, width: int) -> ChannelClusters:
-        """The original order, one cluster."""
+        """Return the original order with all channels in one cluster."""
         return cls(torch.arange(width), torch.tensor([0, width]))
 
     @property
     def counts(self) -> Tensor:
-        """[G] channels per cluster."""
+        """Channels per cluster, [G]."""
         return self.offsets.diff()
 
     @property
     def labels(self) -> Tensor:
-        """[C] cluster of each channel, in the original order."""
+        """Cluster of each channel in the original order, [C]."""
         labels = torch.empty(len(self.order), dtype=torch.int64)
         labels[self.order] = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
         return labels
@@ -76,7 +76,7 @@ def cluster_channels(
         count: clusters per block; fewer come back where a block has fewer distinct points.
         block: width of a block (a head); None for the whole width. A channel never leaves its block.
         n_init, seed: of scikit-learn's KMeans.
-        refine: `improve` its answer. batched: solve all blocks together; False takes scikit-learn block by block.
+        refine: `improve` its answer. batched: solve all blocks together; False calls scikit-learn for each block.
     Returns: ChannelClusters over all blocks, block after block.
     """
     width = len(points)
@@ -97,9 +97,9 @@ def cluster_channels(
 def kmeans_labels(
     points: np.ndarray, count: int, *, n_init: int, seed: int, refine: bool = True, found: np.ndarray | None = None
 ) -> np.ndarray:
-    """Labels [n] of `points` [n, d], 0 = the narrowest cluster; every label occurs. `found` [n] are KMeans' where known.
+    """Label points [n, d] by cluster: [n], 0 = the narrowest; every label occurs. `found` [n] are labels already computed.
 
-    The width of a cluster is the mean of its points' max minus min: first half of a point minus its second half.
+    The width of a cluster is the mean over its points of max minus min: first half of a point minus its second half.
     """
     points = np.ascontiguousarray(points, dtype=np.float64)
     distinct = np.unique(points, axis=0)
@@ -127,10 +127,10 @@ def kmeans_labels(
 
 
 def improve(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Labels [n] of a KMeans answer after moves that lower its inertia.
+    """Lower the inertia of a KMeans answer by moving single centres; return the labels [n].
 
-    A move joins the two clusters whose union costs least, and gives the freed centre to the point farthest out in the cluster
-    with the largest error; Lloyd's algorithm follows. One start and these moves end level with ten starts
+    A move merges the two clusters whose union costs least, and puts the freed centre on the outermost point of the cluster with
+    the largest error; Lloyd's algorithm follows. One start with these moves is as good as ten starts
     (`python -m benchmarks reorder`).
 
     Args:
@@ -160,7 +160,7 @@ def improve(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _lloyd(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels [n], centres [k, d], squared error and size of each cluster [k]. Empty clusters keep their centre."""
+    """Run Lloyd's algorithm: labels [n], centres [k, d], error and size of each cluster [k]. Empty ones keep their centre."""
     count, labels = len(centres), None
     for _ in range(ITERATIONS):
         found = _distances(points, centres).argmin(1)
@@ -174,17 +174,17 @@ def _lloyd(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances [n, k] of a [n, d] and b [k, d]."""
+    """Compute squared distances [n, k] of a [n, d] and b [k, d]."""
     return np.square(a).sum(1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(1)
 
 
 def kmeans_batch(points: np.ndarray, count: int, *, seed: int, restarts: int = RESTARTS) -> np.ndarray:
-    """KMeans of many small problems at once: Lloyd's algorithm from `restarts` D²-sampled starts each, the best one kept.
+    """Solve many small KMeans problems at once: Lloyd's algorithm from `restarts` D²-sampled starts each; the best one is kept.
 
     Args:
         points: [B, n, d]; every problem has the same number of points.
         count: clusters per problem, at most n.
-    Returns: labels [B, n] int64 in no particular order; a cluster may come out empty where points coincide.
+    Returns: labels [B, n] int64 in no particular order; a cluster may be empty where points coincide.
     Source: k-means++ seeding (Arthur and Vassilvitskii, 2007); Lloyd (1982).
     """
     problems, n, _ = points.shape
@@ -195,7 +195,7 @@ def kmeans_batch(points: np.ndarray, count: int, *, seed: int, restarts: int = R
     centres = [x[rows, first]]
     nearest = _squared(x, centres[0][:, None])[..., 0]
     for _ in range(count - 1):
-        chance = nearest + torch.finfo(torch.float64).tiny  # all points may lie on centres already
+        chance = nearest + torch.finfo(torch.float64).tiny  # all distances are 0 if every point is a centre
         centres.append(x[rows, torch.multinomial(chance, 1, generator=generator)[:, 0]])
         nearest = torch.minimum(nearest, _squared(x, centres[-1][:, None])[..., 0])
     centre, labels = torch.stack(centres, dim=1), None  # [B r, k, d]
@@ -212,5 +212,5 @@ def kmeans_batch(points: np.ndarray, count: int, *, seed: int, restarts: int = R
 
 
 def _squared(x: Tensor, centre: Tensor) -> Tensor:
-    """Squared distances [B, n, k] of x [B, n, d] to centre [B, k, d]."""
+    """Compute squared distances [B, n, k] of x [B, n, d] to centre [B, k, d]."""
     return (x[:, :, None] - centre[:, None]).square().sum(-1)

@@ -1,10 +1,10 @@
-"""Clustering of already observed ranges, light enough for a slider: no model, no tokens.
+"""Cluster ranges that were observed before, fast enough for a slider: no model and no tokens are needed.
 
 The clusters are those that RPTQ's plan of the layer would form from these ranges, with every activation quantised: R2 and R3 are
 formed once per key/value head, on points of both sites that share the order. Two things differ in a run: it leaves the first
-token of every window out (variant official: it does not), and it improves KMeans' answer at any size, here up to `REFINED`.
+token of every window out (variant official does not), and it improves KMeans' answer at any size, here only up to `REFINED`.
 
-The predicted error of a partition is the mean squared step of its clusters relative to one step for all channels:
+The predicted error of a clustering is the mean squared step of its clusters divided by that of one step for all channels:
 rounding noise is step² / 12 wherever values spread over several codes.
 """
 
@@ -30,7 +30,7 @@ REFINED = 2**17
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """One cluster: its channels' common range and the grid that covers it."""
+    """One cluster: the range that covers its channels, and the grid for that range."""
 
     index: int
     size: int
@@ -42,11 +42,11 @@ class ClusterInfo:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """A site clustered.
+    """The clusters of one site, for drawing.
 
     Attributes:
-        order: [C] int32, new = old[order]. labels: [C] int32, cluster of each channel in the original order, inside a head
-            for per-head sites, 0 = narrowest. offsets: [G + 1] int32.
+        order: [C] int32, new = old[order]. labels: [C] int32, cluster of each channel in the original order, counted inside a
+            head for per-head sites, 0 = narrowest. offsets: [G + 1] int32.
         low, high: [C] float32 in the original order.
         predicted_error: relative to one scale for the whole tensor (1.0).
     """
@@ -65,7 +65,7 @@ class ClusterView:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Predicted relative error against the number of clusters (per head for q, k, v, o_in); `per_channel` is the floor."""
+    """Predicted relative error by number of clusters (per head for q, k, v, o_in), and `per_channel`, the least possible."""
 
     site: str
     bits: int
@@ -102,7 +102,7 @@ def recluster(report: RangesReport, site: str, clusters: Clusters, *, bits: int 
 
 
 def error_curve(report: RangesReport, site: str, *, bits: int = 4) -> ErrorCurve:
-    """Predicted error at g = 1, 2, 4, … up to the block's width, at most 256."""
+    """Predict the relative error at g = 1, 2, 4, … up to the block's width, at most 256."""
     entry = _entry(report, site)
     counts = [1]
     while counts[-1] * 2 <= min(entry.block, 256):
@@ -124,7 +124,7 @@ def _entry(report: RangesReport, site: str) -> SiteRanges:
 
 
 def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters) -> ChannelClusters:
-    """A site's clusters by the method's own rules."""
+    """Cluster a site by the rules of the method itself."""
     name = next(r for r, kinds in REORDERS.items() if entry.kind in kinds)
     ranges = {kind: _ranges(report.sites[f"layers.{entry.layer}.{kind}"]) for kind in REORDERS[name]}
     recipe, heads = QuantRecipe(report.model, clusters=clusters), {"groups": report.groups, "head_dim": entry.block}
@@ -132,13 +132,13 @@ def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters) -> Ch
 
 
 def _ranges(entry: SiteRanges) -> ChannelRanges:
-    """What was observed, without the samples, which clustering does not look at."""
+    """Return a site's ranges without samples, which clustering does not use."""
     low, high = torch.tensor(entry.low), torch.tensor(entry.high)
     return ChannelRanges(low, high, *(torch.empty(0, len(low)) for _ in range(3)))
 
 
 def _first_label(offsets: np.ndarray, order: np.ndarray, block: int) -> np.ndarray:
-    """Label of the first cluster of each block."""
+    """Return the number of the first cluster of each block."""
     return np.unique(order[offsets[:-1]] // block, return_index=True)[1]
 
 

@@ -1,7 +1,7 @@
-"""RPTQ: reorder channels into clusters of similar range, one static scale per cluster, GPTQ weights grouped alike.
+"""RPTQ: cluster channels of similar range, one static scale per cluster, GPTQ weights in the same groups.
 
 Variants. `official` repeats the published code's rules: 2**bits grid, moving-average ranges, unscaled q in R2, R3
-clustered on P·V, Hessians of unquantised inputs. `default` keeps its scheme table and cluster counts and changes what
+clustered on P·V, Hessians of unquantised inputs. `default` has the same scheme table and cluster counts, and the rules that
 measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits.
 Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 """
@@ -37,13 +37,13 @@ from core.report import WeightError
 
 @dataclass(frozen=True)
 class RPTQRules:
-    """What separates the variants.
+    """Rules in which the variants differ.
 
     Attributes:
-        ranges: how bounds become grids.
-        published_kmeans: ten restarts of scikit-learn's KMeans, head by head, rather than the faster way to the same inertia.
+        ranges: how a range becomes a grid.
+        published_kmeans: ten restarts of scikit-learn's KMeans, head by head, rather than the faster way to equal inertia.
         scaled_query: cluster R2 on q as it is quantised (scaled by E**-0.5) rather than on the raw projection.
-        own_value_stats: R3 looks at v (and o_in beside it) rather than at o_in alone; KV-only schemes look at k and v alone.
+        own_value_stats: cluster R3 on v and o_in rather than on o_in alone; KV-only schemes cluster on k and v alone.
         sink_tokens: first positions left out of ranges and kept in float.
     """
 
@@ -71,7 +71,7 @@ BETTER = RPTQRules(
 
 
 def rules_of(recipe: QuantRecipe) -> RPTQRules:
-    """The rules of a recipe's variant."""
+    """Return the rules of a recipe's variant."""
     return OFFICIAL if recipe.variant == "official" else BETTER
 
 
@@ -89,7 +89,7 @@ def reorder_clusters(
     Args:
         ranges: of the sites of `REORDERS[name]`.
         groups: query heads per key/value head; head_dim: E.
-        refine_up_to: points times clusters beyond which KMeans' answer is left as it is, for a slider.
+        refine_up_to: points times clusters up to which KMeans' answer is improved; a slider needs a limit.
     """
     count = getattr(recipe.clusters, name)
     if name in ("R2", "R3"):
@@ -102,7 +102,7 @@ def reorder_clusters(
 
 
 def _points(*ranges: ChannelRanges) -> np.ndarray:
-    """[C, 2 n]: the maxima of each tensor, then the minima."""
+    """Stack the maxima of each tensor, then the minima: [C, 2 n]."""
     return torch.stack([r.high for r in ranges] + [r.low for r in ranges], dim=1).numpy()
 
 
@@ -120,7 +120,7 @@ def _head_points(name: str, ranges: dict[str, ChannelRanges], recipe: QuantRecip
 
 
 def _united(ranges: ChannelRanges, groups: int, head_dim: int) -> ChannelRanges:
-    """Ranges of H * E query channels joined over the query heads of each kv head: [Hkv * E]."""
+    """Join ranges of H * E query channels over the query heads of each key/value head: [Hkv * E]."""
 
     def join(values: Tensor, largest: bool) -> Tensor:
         heads = values.view(-1, groups, head_dim)
@@ -134,8 +134,8 @@ def _scaled(ranges: ChannelRanges, factor: float) -> ChannelRanges:
 
 
 def site_clusters(site: str, clusters: ChannelClusters, *, groups: int, head_dim: int) -> ChannelClusters:
-    """The clusters of a reordering over the channels of one of its sites: q and o_in have those of their key/value head once per
-    query head."""
+    """Return the clusters of a reordering for the channels of one of its sites: in q and o_in, every query head has those of its
+    key/value head."""
     if site not in ("q", "o_in"):
         return clusters
     heads = clusters.order[clusters.offsets[:-1]] // head_dim
@@ -145,24 +145,24 @@ def site_clusters(site: str, clusters: ChannelClusters, *, groups: int, head_dim
 
 
 class RPTQ:
-    """The method object: see the module's text. Plans are pure functions of statistics and recipe."""
+    """The method "rptq": see the module's docstring. Plans are pure functions of statistics and recipe."""
 
     keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """The variant's count when any activation is quantised, else 0."""
+        """Return the variant's count when any activation is quantised, else 0."""
         return rules_of(recipe).sink_tokens if recipe.tensor_bits.quantizes_activations else 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """The published code quantises the softmax output already while it calibrates scales and Hessians."""
+        """Return the scheme's bits for variant official, whose published code calibrates with a quantised softmax; else 16."""
         return recipe.tensor_bits.softmax if recipe.variant == "official" else 16
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """For GPTQ."""
+        """Say whether the weights are rounded by GPTQ, which reads Hessians."""
         return rounds_by_gptq(recipe)
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Cluster, order and choose grids for one layer."""
+        """Choose clusters, order and grids of one layer."""
         bits, rules = recipe.tensor_bits, rules_of(recipe)
         wanted = ["R1", "R3", "R4", "R5"] if bits.q == bits.k == FLOAT_BITS else ["R1", "R2", "R3", "R4", "R5"]
         clusters = {
@@ -188,7 +188,7 @@ class RPTQ:
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
-        """Fold the orders into the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
+        """Apply the orders to the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
         orders = {site: plan.orders[name] for site, name in (("attn_in", "R1"), ("mlp_in", "R4"), ("down_in", "R5"))}
         orders["o_in"] = query_channels(plan.orders["R3"], block.spec.groups)
         reordered, grid = reorder_block(block, Orders(**plan.orders)), rules_of(recipe).ranges.grid
@@ -196,12 +196,12 @@ class RPTQ:
 
 
 def _local(order: Tensor, head_dim: int) -> Tensor:
-    """Order over Hkv * E channels -> [Hkv, E] orders inside each head."""
+    """Turn an order over Hkv * E channels into orders inside each head, [Hkv, E]."""
     return order.view(-1, head_dim) % head_dim
 
 
 def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, ChannelClusters]:
-    """Order and clusters of every site."""
+    """Return order and clusters of every site; sites of reorderings that are not used keep their order in one cluster."""
     return {
         site: site_clusters(site, clusters[name], groups=spec.groups, head_dim=spec.head_dim)
         if name in clusters

@@ -1,4 +1,4 @@
-"""Fold the five reorderings into a block's norms and weights. Before quantising this does not change the function.
+"""Apply the five reorderings to a block's norms and weights; the float function stays the same.
 
     R1  attn_in   norm1 stores order R1                    columns of Wq, Wk, Wv
     R2  q, k      the rotation stores order R2 per head    (no rotation: rows and biases of Wq, Wk)
@@ -9,8 +9,8 @@
 A norm between producer and consumer (BitNet's, before o and before down) only needs its gain in the same order: the mean square
 it divides by does not depend on the order.
 
-Rows of Wo and W_down are never permuted: the residual stream keeps its order. With grouped-query attention one order
-serves a key/value head and all its query heads. Why each other choice is illegal: docs/rptq.md, "Legality".
+Rows of Wo and W_down are never permuted: the residual stream keeps its order. With grouped-query attention a key/value head
+and all its query heads share one order. Why other choices would change the function: docs/rptq.md, "Legality".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Orders:
 
 
 def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
-    """Make a block with the orders folded in; `block` (float) is not changed, tensors that keep their order are shared."""
+    """Make a block with the orders applied; `block` (float) is not changed, tensors that keep their order are shared."""
     spec, mlp_rows = block.spec, None
     if orders.R5 is not None:
         mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5

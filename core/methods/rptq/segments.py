@@ -1,13 +1,13 @@
-"""Few segments: clusters moved or scaled so that integer products need few accumulators. Each costs accuracy, and says so.
+"""Merge or rescale clusters so that integer products need few accumulators; it costs accuracy.
 
 `aligned`: 1 to ACCUMULATORS runs of the planned channel order with boundaries at multiples of ALIGN columns, chosen to
 minimise Σ (importance of a run's channels) (range of the run)². Channels keep their order; a run's grid covers all of them, so
-nothing is clipped that was not. Layers with a float input have no accumulators: as many runs as there were clusters.
+no further values are clipped. Layers with a float input have no accumulators, so they get as many runs as there were clusters.
 `pow2`: clusters stay, and each scale becomes the largest one divided by 2**e, 0 <= e <= 8 - bits, rounded up. A code of b bits
 times 2**(8 - b - e) fits int8, so one accumulator serves all clusters; the weight has one scale per row. Inputs of 8 bits have no
 bits to spare and are aligned instead.
 
-The boundaries are our own choice; RPTQ (arXiv:2304.01089) leaves them where KMeans puts them.
+These boundaries are not in RPTQ (arXiv:2304.01089), which takes those that KMeans finds.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ACCUMULATORS = 4
 
 
 def most_runs(width: int) -> int:
-    """Runs that integer products of `width` columns afford: ACCUMULATORS, fewer where they would be too narrow to pay."""
+    """Return how many runs pay in integer products of `width` columns: ACCUMULATORS, or fewer where runs would be too narrow."""
     return max(1, min(ACCUMULATORS, width // MIN_COLUMNS_PER_SEGMENT))
 
 
 def aligned_offsets(low: Tensor, high: Tensor, importance: Tensor | None, *, limit: int) -> Tensor:
-    """Boundaries of at most `limit` runs, [G + 1] int64: 0, multiples of ALIGN, C. By dynamic programming, O((C / ALIGN)² limit).
+    """Choose boundaries of at most `limit` runs, [G + 1] int64: 0, multiples of ALIGN, C. Takes O((C / ALIGN)² limit) steps.
 
     Args:
         low, high: [C] ranges of the channels in the planned order.
-        importance: [C] weights of their squared steps; None for equal.
+        importance: [C] factors of their squared steps; None for equal ones.
     """
     cuts = [*range(0, len(low), ALIGN), len(low)]
     weight = np.ones(len(low)) if importance is None else importance.double().numpy()
@@ -49,7 +49,7 @@ def aligned_offsets(low: Tensor, high: Tensor, importance: Tensor | None, *, lim
     for i in range(count):
         width = np.maximum.accumulate(highs[i:]) - np.minimum.accumulate(lows[i:])
         cost[i, i + 1 :] = (sums[i + 1 :] - sums[i]) * width.astype(np.float64) ** 2
-    best, came = cost[0].copy(), []  # best[j]: cheapest way to j
+    best, came = cost[0].copy(), []  # best[j]: least cost of the runs up to cut j
     for _ in range(min(limit, count) - 1):
         through = best[:, None] + cost
         previous = through.argmin(0)
@@ -65,7 +65,7 @@ def aligned_offsets(low: Tensor, high: Tensor, importance: Tensor | None, *, lim
 
 
 def power_of_two(site: SitePlan, ranges: ChannelRanges) -> SitePlan:
-    """`site` with scales that share one step and a weight without clusters; the grids keep their centres."""
+    """Replace a site's scales by the largest one over powers of two, with one weight group; the grids keep their centres."""
     qmin, qmax = code_limits(site.bits)
     scale, zero = site.params.scale, site.params.zero_point
     largest, middle = scale.max(), (qmin + qmax) / 2
