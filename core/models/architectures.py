@@ -1,11 +1,11 @@
-"""The supported architectures as one table: which tensors of a transformers checkpoint are which part of the model.
+"""The table of supported architectures: which checkpoint tensors are which part of the model.
 
 Every supported layer is the same pre-norm residual block, so an entry only names its parts:
 
     h = x + o(attention(q(n1), k(n1), v(n1)))        n1 = norm1(x)        sites attn_in, q, k, v, o_in
     y = h + down(activation(gate(n2)) * up(n2))      n2 = norm2(h)        sites mlp_in, down_in
 
-OPT has no gate and no rotary position; Qwen3 normalises q and k per head; BitNet normalises what o and down read once more;
+OPT has no gate and no rotary position; Qwen3 normalises q and k per head; BitNet also normalises the inputs of o and down;
 Mistral and Qwen may limit attention to a window. These differences are fields, not subclasses.
 """
 
@@ -23,7 +23,7 @@ from core.registry import Registry
 HEAD = "lm_head.weight"
 """Name of the output embedding in every supported checkpoint."""
 POSITION_OFFSET = 2
-"""OPT's table of positions begins with this many rows that no position uses."""
+"""Unused rows at the start of OPT's table of positions."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BlockSpec:
         return self.heads // self.kv_heads
 
     def width(self, site: str) -> int:
-        """Channels of a site."""
+        """Return the number of channels of a site."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "attn_in": self.hidden,
@@ -76,14 +76,14 @@ class ModelAdapter:
     """Module paths of one architecture in transformers, relative to a decoder layer.
 
     Attributes:
-        name: shown to people.
+        name: the architecture's name for people.
         model_types: `config.model_type` values it serves.
         layers: path of the list of decoder layers in the causal model; embeddings and last norm stand beside that list.
         final_norm: name of the last norm beside the layers.
         positions: name of the learned position embedding beside the layers, None with rotary positions.
-        window: which layers `config.sliding_window` limits: "none", "all", or those that `config.layer_types` names.
+        window: which layers `config.sliding_window` limits: "none", "all", or "layer_types", those that this field names.
         mlp_in: the linears that read mlp_in: (gate, up), or (fc1,) without a gate.
-        rejects: returns a sentence for a configuration it cannot serve, else None.
+        rejects: function that returns a sentence for a configuration that is not covered, else None.
     """
 
     name: str
@@ -129,7 +129,7 @@ class ModelAdapter:
         )
 
     def windows(self, config: PretrainedConfig) -> list[int | None]:
-        """Read how many positions a token of each layer sees, itself included; None for all before it."""
+        """Return how many positions a token of each layer attends to, itself included; None for all before it."""
         width = None if self.window == "none" else config.sliding_window
         if self.window != "layer_types":
             return [width] * config.num_hidden_layers
@@ -141,7 +141,7 @@ class ModelAdapter:
         A tied head is listed too; a checkpoint may leave it out.
         """
         stem, hidden = self.layers.rpartition(".")[0], config.hidden_size
-        width = getattr(config, "word_embed_proj_dim", hidden)  # OPT may embed more narrowly than it computes
+        width = getattr(config, "word_embed_proj_dim", hidden)  # OPT's embedding may be narrower than its layers
         found = {"embed.weight": (f"{stem}.embed_tokens.weight", (config.vocab_size, width))}
         if self.positions is not None:
             rows = config.max_position_embeddings + POSITION_OFFSET
@@ -184,8 +184,8 @@ for _name, _adapter in {
         q_norm="self_attn.q_norm",
         k_norm="self_attn.k_norm",
     ),
-    # arXiv:2504.12285: a squared ReLU gate, and norms before o and before down. The weights are trained to be ternary; how such
-    # checkpoints are stored is `core/models/io/bitnet.py`
+    # arXiv:2504.12285: a squared ReLU gate, and norms before o and before down. Weights are trained to be ternary;
+    # `core/models/io/bitnet.py` says how such checkpoints are stored
     "bitnet": ModelAdapter(
         name="BitNet",
         model_types=("bitnet",),

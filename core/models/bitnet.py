@@ -1,4 +1,4 @@
-"""The rules by which a model with ternary weights runs: its mode, its share of TopK, its bits of attention."""
+"""The rules by which a model with ternary weights runs: mode, share kept by TopK, bits of attention."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from core.recipe import BITNET_MODES
 
 @dataclass(frozen=True)
 class BitNetRules:
-    """By which rules a model with ternary weights runs, and which it was trained for.
+    """The rules that a model with ternary weights runs by, and those that it was trained for.
 
     Attributes:
         mode: one of BITNET_MODES.
         keep: share of o_in that TopK keeps.
-        trained: the mode of the training; None for a model whose weights were rounded to ternary without any.
+        trained: the mode of the training; None if weights were rounded to ternary without training.
         attention: bits of keys, values and queries; never part of the training.
         trained_keep: the share in the training.
     Raises: ValueError for an unknown mode.
@@ -34,13 +34,12 @@ class BitNetRules:
             raise ValueError(f"BitNet mode {self.mode[:20]!r} is unknown: use one of {', '.join(BITNET_MODES)}")
 
     def kind(self, site: str) -> str:
-        """The quantiser of a projection input: attn_in, o_in, mlp_in or down_in."""
+        """Return the quantiser of a projection input: attn_in, o_in, mlp_in or down_in."""
         return MODES[self.mode][site]
 
     @property
     def fidelity(self) -> str:
-        """What may be expected of the result, for people: trained, approximate with all that differs from the training, or
-        simulated."""
+        """Text that says how close the rules are to the training: trained, approximate (with every difference), or simulated."""
         if self.trained is None:
             return f"{self.mode} simulated on a model trained in full precision: expect noise"
         changes = []

@@ -1,10 +1,10 @@
-"""The causal model as a loop over our own blocks: transformers gives tensors, configuration and tokenizer, not control flow.
+"""The causal model as a loop over our own blocks; transformers gives tensors, config, tokenizer.
 
     h = embed(ids) [+ positions]        for block in blocks: h = block(h)        logits = head(norm(h))
 
-Float, ternary and quantised models are the same `Decoder` with other linear layers in its blocks. The loop can be entered behind
-any block with hidden states of one's own (`run`), which is how calibration goes layer by layer. `CausalModel` is the decoder as
-a transformers model, for programs that want one.
+Float, ternary and quantised models are the same `Decoder` with other linear layers in its blocks. `run` starts at any block with
+given hidden states: calibration uses it to go layer by layer. `CausalModel` is the decoder as a transformers model, for programs
+that need one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
 
     def outside(self) -> dict[str, Tensor]:
-        """Collect the tensors outside the blocks by their names in a checkpoint; a head that is the embedding is left out."""
+        """Return the tensors outside the blocks by their names in a checkpoint; a head that is the embedding is left out."""
         own = self.state_dict()
         tied = self.head.weight is self.embed.weight
         return {name: own[place] for place, name in self._names.items() if not (tied and name == HEAD)}
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         return KVCache([block.new_cache() for block in self.blocks])
 
     def enter(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Rotary]:
-        """Compute what enters the first block, and the rotation of every block.
+        """Compute the input of the first block, and the rotation of every block.
 
         Args:
             ids: [B, T] int64. places: their positions, [1, T] int64. Both on the model's device.
@@ -82,19 +82,19 @@ class Decoder(nn.Module):
         return h + self.positions(places + POSITION_OFFSET), None
 
     def run(self, h: Tensor, rotary: Rotary, cache: KVCache | None = None, *, first: int = 0, last: int | None = None) -> Tensor:
-        """Run blocks `first` to before `last` (None: all that remain) on hidden states [B, T, D] of their input."""
+        """Run blocks `first` to `last` - 1 (None: all that remain) on hidden states [B, T, D], the input of block `first`."""
         for index in range(first, len(self.blocks) if last is None else last):
             h = self.blocks[index](h, rotary, None if cache is None else cache.layers[index])
         return h
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, places: Tensor | None = None) -> Tensor:
-        """Compute the hidden states that the head reads.
+        """Compute the hidden states [B, T, D] before the head.
 
         Args:
             ids: [B, T] int64, on any device: sequences without padding on their left.
             cache: of `new_cache`; the tokens follow those that it holds and are stored in it.
-            places: positions of the tokens, [1, T] int64 on the model's device; None: behind what the cache holds.
-        Returns: [B, T, D]; `head` makes logits [B, T, V] of them.
+            places: positions of the tokens, [1, T] int64 on the model's device; None: those after the tokens in the cache.
+        Returns: [B, T, D]; `head` turns them into logits [B, T, V].
         """
         device = self.embed.weight.device
         if places is None:
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
 
 
 def _sorted_out(config: PreTrainedConfig, adapter: ModelAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their place in `Decoder`, checked to be complete, of the right shapes, and no more than that."""
+    """Return tensors by their place in `Decoder`, after checking that none is missing, left over, or of another shape."""
     places = adapter.outside(config)
     optional = {HEAD} if getattr(config, "tie_word_embeddings", False) else set()
     names = {name for name, _ in places.values()}
@@ -127,7 +127,7 @@ def _sorted_out(config: PreTrainedConfig, adapter: ModelAdapter, tensors: Mappin
 
 
 def _linear(weight: Tensor | None) -> nn.Linear | None:
-    """A linear layer without bias around `weight` [N, K], shared with it."""
+    """Make a linear layer without bias that shares `weight` [N, K]."""
     if weight is None:
         return None
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -136,7 +136,7 @@ def _linear(weight: Tensor | None) -> nn.Linear | None:
 
 
 CACHE_FIELD = "cache" if any(f.name == "cache" for f in fields(CausalLMOutputWithPast)) else "past_key_values"
-"""What the installed version of transformers calls the cache."""
+"""Name of the cache's field in the installed version of transformers."""
 
 
 class CausalModel(PreTrainedModel, GenerationMixin):
@@ -147,7 +147,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
 
     config_class = PreTrainedConfig
     base_model_prefix = "decoder"
-    _supports_sdpa = True  # says only that a configuration which asks for it is right: attention is our own
+    _supports_sdpa = True  # accepts a configuration that asks for it; attention is our own
 
     def __init__(
         self, config: PreTrainedConfig, adapter: ModelAdapter, blocks: Iterable[DecoderBlock], tensors: Mapping[str, Tensor]
@@ -158,10 +158,10 @@ class CausalModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_transformers(cls, source: PreTrainedModel, adapter: ModelAdapter, *, consume: bool = False) -> CausalModel:
-        """Make the model that computes what a float model of transformers computes; weights of its layers are copied.
+        """Copy a float model of transformers: the result computes the same.
 
         Args:
-            consume: drop each layer of `source` once it is copied, so that no weight is in memory twice. It cannot run then.
+            consume: drop each layer of `source` once it is copied, so that no weight is in memory twice; it cannot run then.
         """
         layers, blocks = adapter.decoder_layers(source), []
         for index in range(len(layers)):
@@ -174,7 +174,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         return made
 
     def with_blocks(self, blocks: Iterable[DecoderBlock]) -> CausalModel:
-        """Make a model that shares everything with this one but its blocks."""
+        """Make a model that shares everything with this one except its blocks."""
         made = CausalModel(self.config, self.decoder.adapter, blocks, self.decoder.outside())
         made.generation_config = self.generation_config
         return made
@@ -185,11 +185,11 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         return self.decoder.blocks
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding, weight [V, D]."""
+        """Return the token embedding, weight [V, D]."""
         return self.decoder.embed
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head, weight [V, D]."""
+        """Return the head, weight [V, D]."""
         return self.decoder.head
 
     def forward(
@@ -208,9 +208,9 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, S]; zeros may only stand on the right, where they change no other token's result.
-            position_ids: [B, T]; may only say what follows from the cache.
-            past_key_values, cache: the cache under its older and its newer name. One of transformers' own is replaced by an empty
-                one of ours while it is empty itself.
+            position_ids: [B, T]; only the positions that follow from the cache are accepted.
+            past_key_values, cache: the cache, by its older and its newer name. An empty cache of transformers is replaced by an
+                empty one of ours.
             logits_to_keep: last positions to compute; 0 computes all.
             return_dict: only True.
         Raises: InputError E-PARAM-INPUT for padding on the left, other positions, a filled foreign cache or tuples as output.
@@ -230,7 +230,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
 
 
 def _require_plain(ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> None:
-    """Refuse what would make the tokens stand elsewhere than behind the `past` ones of the cache."""
+    """Refuse a mask or positions that place the tokens anywhere but directly after the `past` ones of the cache."""
     padded = mask is not None and bool((mask.diff(dim=-1) > 0).any())
     moved = positions is not None and bool((positions != torch.arange(past, past + ids.shape[1], device=positions.device)).any())
     if padded or moved:

@@ -1,4 +1,4 @@
-"""A model in memory with what is needed to run it, and what its configuration says about texts."""
+"""A model in memory with all that is needed to run it, and what its configuration says about texts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LoadedModel:
     Attributes:
         model: in eval mode, no parameter requires a gradient.
         adapter: its entry in the table of architectures.
-        name, revision: what `core.models.io.catalog.resolve` accepts to get the same weights again.
+        name, revision: what `core.models.io.catalog.resolve` needs to find the same weights again.
         source: a sentence for reports on where the weights came from.
         path: the folder it was loaded from; None for a model made in memory.
-        label: what a model quantised here was made by, one line for tables; None for every other model.
+        label: for a model quantised here, its recipe in one line for tables; None for every other model.
         origin: where the float weights come from and how precise they were; None for a model made in memory.
     """
 
@@ -38,12 +38,12 @@ class LoadedModel:
 
 
 def context_of(model: CausalModel) -> int | None:
-    """Read how many tokens a model can look back on; None where its configuration does not say."""
+    """Return the largest number of tokens that a model's context holds; None where its configuration does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def prefix_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    """Read the token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
+    """Return the token ids that every window and prompt of this model starts with (`prefix_token_ids` of its configuration)."""
     for source in (loaded.model.generation_config, loaded.model.config):
         ids = getattr(source, "prefix_token_ids", None)
         if ids:

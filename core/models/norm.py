@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm whose gather into another channel order is part of the store (RPTQ, R1 and R4)."""
+"""LayerNorm and RMSNorm that can store their output in another channel order (RPTQ, R1 and R4)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from core.quant.static import Codes
 
 
 class ReorderNorm(nn.Module):
-    """Compute LayerNorm or RMSNorm and store the output in the order `order` [D]; None keeps the original order.
+    """LayerNorm or RMSNorm that stores its output in the order `order` [D]; None keeps the original order.
 
-    y[j] = norm(x)[order[j]]: the statistics do not depend on the order, so the gather is part of the store.
+    y[j] = norm(x)[order[j]]. Mean and variance do not depend on the order, so reordering is part of writing the output.
     """
 
     def __init__(self, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -45,10 +45,10 @@ class ReorderNorm(nn.Module):
             variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
             factor, shift = torch.rsqrt(variance + self.eps), mean
         else:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass, nothing written
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass over x, no temporary
             factor, shift = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps)), None
         if self.order is not None:
-            x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: several times faster than [B, T, D]
+            x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: far faster than [B, T, D]
         if shift is not None:
             y = (x - shift).mul_(factor)
         else:

@@ -1,6 +1,6 @@
-"""Seeded random models of a few thousand parameters, one per supported architecture, with a byte-level tokenizer.
+"""Make small random models, one per supported architecture, with a byte-level tokenizer.
 
-Made for tests, and shaped to expose what large models do: norm gains far from one with a few outlier channels (so that
+They are for tests, and have what is hard in large models: norm gains far from one with a few outlier channels (so that
 activations are skewed as in trained models), non-zero biases where the architecture has them, grouped-query attention
 with 4 query heads per key/value head (OPT has no groups), and, for `smollm`, tied embeddings. Nothing is downloaded.
 """
@@ -25,7 +25,7 @@ from core.storage import atomic_dir
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 OUTLIER_CHANNELS = 3
-"""Norm gains per norm that are about twenty times the others."""
+"""Number of norm gains per norm that are about twenty times the others."""
 
 _LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
@@ -44,7 +44,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_architectures() -> list[str]:
-    """Names that `tiny_model` knows: llama, mistral, qwen2, qwen3, bitnet, smollm (llama with tied embeddings), opt."""
+    """List the names that `tiny_model` knows: llama, mistral, qwen2, qwen3, bitnet, smollm (llama with tied embeddings), opt."""
     return list(_CONFIGS)
 
 
@@ -61,7 +61,7 @@ def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides
 
 
 def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> PreTrainedModel:
-    """Make a random transformers model of `architecture`, float32 on the CPU, the same for the same arguments.
+    """Make a random transformers model of `architecture`, float32 on the CPU; equal arguments give equal models.
 
     Args:
         architecture: one of `tiny_architectures()`.
@@ -84,7 +84,7 @@ def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **ov
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte (ids 0 to 255), then <s>, </s>, <unk>. Decoding restores the text exactly."""
+    """Make a tokenizer with one token per UTF-8 byte (ids 0 to 255), then <s>, </s>, <unk>; decoding restores the text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -128,7 +128,7 @@ def _is_gain(model: PreTrainedModel, name: str) -> bool:
 
 
 def _gains(parameter: nn.Parameter, generator: torch.Generator, *, outliers: bool) -> torch.Tensor:
-    """[C] gains; a few are 20 times as large, with either sign. Per-head norms (C = head size) get one outlier."""
+    """Draw gains [C]; a few are 20 times as large, with either sign. Per-head norms (C = head size) get one outlier."""
     gains = torch.rand(parameter.shape, generator=generator) + 0.5
     if not outliers:
         return gains

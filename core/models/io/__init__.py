@@ -1,1 +1,1 @@
-"""Models by name: finding, checking, loading, converting and saving them."""
+"""Find, check, load, convert and save models by name."""

@@ -1,4 +1,4 @@
-"""BitNet checkpoints: reading the published formats and our own, and writing our own, which transformers reads too.
+"""Read the published formats of BitNet checkpoints and our own; write our own, which transformers reads.
 
     quantization_config                      weights of a decoder linear             weight_scale
     bitnet, autobitlinear, online            floating masters [N, K]                 –          rounded to ternary here
@@ -6,9 +6,9 @@
     bitnet, bitlinear                        uint8 [N / 4, K]                        1 / α      value = t / weight_scale
     none, but "quantscope": {"mode": …}      floating masters [N, K]                 –          rounded to ternary here
 
-A packed byte of row r holds rows r, r + N/4, r + 2N/4, r + 3N/4 in bits 0-1, 2-3, 4-5, 6-7 as t + 1: along the rows, where our
-own layout packs along the columns. "quantscope" in config.json names the mode the model was trained for ("w1.58a8" when
-absent) and TopK's share. The names `BitLinear` and `AutoBitLinear` are transformers'; which of them divides is checked there.
+A packed byte of row r holds rows r, r + N/4, r + 2N/4, r + 3N/4 in bits 0-1, 2-3, 4-5, 6-7 as t + 1: packed along the rows,
+where our own layout packs along the columns. "quantscope" in config.json names the mode the model was trained for ("w1.58a8"
+when absent) and TopK's share. The names `BitLinear` and `AutoBitLinear` are transformers'; its code tells which of them divides.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CARD_KEYS = ("title", "description", "licence")
 
 
 def pack_rows(ternary: Tensor) -> Tensor:
-    """t [N, K] int8 -> the published layout, [N / 4, K] uint8. Raises: ValueError unless 4 divides N."""
+    """Pack t [N, K] int8 in the published layout, [N / 4, K] uint8. Raises: ValueError unless 4 divides N."""
     if len(ternary) % 4:
         raise ValueError(f"{len(ternary)} rows cannot be packed by four")
     parts = (ternary + 1).to(torch.uint8).unflatten(0, (4, -1))
@@ -51,7 +51,7 @@ def pack_rows(ternary: Tensor) -> Tensor:
 
 
 def unpack_rows(packed: Tensor) -> Tensor:
-    """Inverse of `pack_rows`. Raises: ValueError for a code that is no ternary value."""
+    """Undo `pack_rows`. Raises: ValueError for a code that is no ternary value."""
     codes = torch.cat([(packed >> 2 * i) & 3 for i in range(4)]).to(torch.int8).sub_(1)
     if bool((codes > 1).any()):
         raise ValueError("a packed weight holds the code 3")
@@ -62,15 +62,14 @@ def unpack_rows(packed: Tensor) -> Tensor:
 
 
 class _Folder:
-    """Tensors of a checked model folder, each from the file it was checked in, read one at a time; keeps what was not asked
-    for yet."""
+    """Tensors of a checked model folder, read one at a time, each from the file it was checked in; a tensor is read once."""
 
     def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
         handles = {file: safe_open(folder / file, framework="pt") for file in {info.file for info in tensors.values()}}
         self._owner = {name: handles[info.file] for name, info in tensors.items()}
 
     def take(self, name: str) -> Tensor:
-        """The tensor called `name`. Raises: ModelError E-MODEL-MISSING."""
+        """Read the tensor called `name`. Raises: ModelError E-MODEL-MISSING."""
         handle = self._owner.pop(name, None)
         if handle is None:
             raise ModelError(f"{name[:80]} is missing from the weights. Download the model again.", code="E-MODEL-MISSING")
@@ -83,19 +82,19 @@ class _Folder:
         return name in self._owner
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """What is left, as float32."""
+        """Yield the tensors that were not read yet, as float32."""
         for name in list(self._owner):
             yield name, self.take(name).to(torch.float32)
 
 
 def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) -> CausalModel:
-    """The native model of a checked folder: decoder layers with packed ternary weights, everything else in float32.
+    """Load the native model of a checked folder: decoder layers with packed ternary weights, everything else in float32.
 
     Args:
         report: of `check_folder`; its configuration says the format (`bitnet_format`).
-        config: the folder's configuration; the loaded model's has no `quantization_config`, the layers say what they are.
-    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (shape, code or scale that cannot
-        be, or a weight that is all zeros, which a damaged upload has had), E-NUM-NAN.
+        config: the folder's configuration; the loaded model's has no `quantization_config`, as the layers hold these facts.
+    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (an impossible shape, code or scale,
+        or a weight that is all zeros, as in a damaged upload), E-NUM-NAN.
     """
     stated = report.config.get("quantscope") or {}
     mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
@@ -137,7 +136,7 @@ def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, 
 
 
 def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> tuple[Tensor, Tensor]:
-    """(codes [rows, width] int8, α) of one projection."""
+    """Return (codes [rows, width] int8, α) of one projection."""
     weight = source.take(f"{name}.weight")
     if fmt == ONLINE_MASTERS:
         _require(weight.is_floating_point() and weight.shape == (rows, width), f"{name}.weight has another shape or type")
@@ -200,7 +199,7 @@ def save_bitnet(
     Args:
         model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
         mode: what the model was trained for, a key of `MODES`; keep: TopK's share.
-        card: for the catalogue: title, description, licence, and what else should be kept. readme: text of README.md.
+        card: for the catalogue: title, description, licence, and other facts to keep. readme: text of README.md.
     Raises: InputError E-PARAM-MODE, E-PARAM-CARD; E-PARAM-MODEL if four does not divide a projection's rows; E-PARAM-OUT and
         ResourceError as `check_model_folder`.
     """
@@ -231,7 +230,7 @@ def save_bitnet(
 
 
 def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor as stored, packed uint8 or float32, each storage once (a tied head is left out)."""
+    """Yield name and tensor as stored, packed uint8 or float32, each storage once (a tied head is left out)."""
     linears = {f".{path}.weight" for path in (adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down)}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():

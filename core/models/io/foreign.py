@@ -1,4 +1,4 @@
-"""Calling transformers and tokenizers on files we did not write: silent, and failing with one sentence of ours."""
+"""Call transformers and tokenizers on untrusted files: without output, and with errors of our own types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARY_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
                   AssertionError, ArithmeticError, struct.error, SafetensorError, StrictDataclassError)
-"""What transformers, safetensors and gguf raise on a file they cannot use."""
+"""Exceptions of transformers, safetensors and gguf for a file they cannot use."""
 
 
 @contextlib.contextmanager
@@ -43,8 +43,9 @@ def library_errors(sentence: str, *, code: str = "E-MODEL-BAD") -> Iterator[None
 @contextlib.contextmanager
 def tokenizer_errors(sentence: str, *, code: str = "E-MODEL-TOKENIZER", kind: type[QuantscopeError] = ModelError
                      ) -> Iterator[None]:
-    """Like `library_errors` for the tokenizers library, which raises bare Exception and, on a hostile file, a Rust
-    panic that is a BaseException: uncaught it would end the process without a word."""
+    """Turn an error of the tokenizers library into `kind`(`sentence`, `code`).
+
+    The library raises bare Exception and, on a hostile file, a Rust panic: a BaseException that would end the process."""
     try:
         yield
     except (QuantscopeError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -55,8 +56,8 @@ def tokenizer_errors(sentence: str, *, code: str = "E-MODEL-TOKENIZER", kind: ty
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars or warnings of transformers inside the block: its logger is lowered, and what is written to Python's
-    `sys.stderr` is dropped (the bar of its GGUF reader has no switch). The former state is restored."""
+    """Hide progress bars and warnings of transformers: its logger is lowered, and text for Python's `sys.stderr` is dropped
+    (the bar of its GGUF reader has no switch). Both are restored afterwards."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

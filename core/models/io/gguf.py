@@ -1,8 +1,8 @@
-"""A GGUF file, unpacked once into safetensors, configuration and tokenizer, so that later loads take a second.
+"""Convert a GGUF file once into safetensors, configuration and tokenizer, for fast loading later.
 
-Every tensor of the file is used or the file is refused by name, and so is every key of its header (`gguf_config.py`). Blocks are
+A file is refused if one of its tensors or header keys is not used (`gguf_config.py`), and the message names it. Blocks are
 unpacked by the `gguf` package to float32: the values of a Q4_1 file stay Q4_1 values. For the architecture llama, llama.cpp
-stores the rows of Wq and Wk (and their biases) with the two halves of each head interleaved; here they are put back.
+stores the rows of Wq and Wk (and their biases) with the two halves of each head interleaved; here they are separated again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from core.progress import Progress
 from core.storage import atomic_dir
 
 CONVERTER = 2
-"""Version of this conversion, part of the name of a converted folder in the cache: 1 dropped biases and rope scaling."""
+"""Version of this conversion, part of a converted folder's name in the cache: version 1 dropped biases and rope scaling."""
 
 _FLOATS = {0: "<f4", 1: "<f2"}
 _WHOLE_NUMBERS = range(24, 29)
-"""ggml types of integers and of float64: no type in which weights are stored."""
+"""Types of ggml for integers and float64, in which no weights are stored."""
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -48,7 +48,7 @@ _BIASED = {
     "qwen2": {k: v for k, v in _ATTENTION.items() if k != "attn_output"},
     "qwen3": _ATTENTION,
 }
-"""Linears that may have a bias in the transformers model of an architecture."""
+"""Linear layers that may have a bias in the transformers model of an architecture."""
 
 _FACTORS = "rope_freqs.weight"
 _IN_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
@@ -80,7 +80,7 @@ def write_source(folder: Path, source: dict[str, Any]) -> None:
 
 
 def _precision(header: GgufHeader) -> dict[str, Any]:
-    """Types of the stored matrices, for `source.json`; vectors (norms, biases) are float32 in every file."""
+    """Describe the types of the stored matrices for `source.json`; vectors (norms, biases) are float32 in every file."""
     from gguf import GGMLQuantizationType
 
     elements: dict[str, int] = {}
@@ -93,7 +93,7 @@ def _precision(header: GgufHeader) -> dict[str, Any]:
 
 def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float], None]) -> None:
     """Write configuration, tokenizer and weights of the model in `path` into the folder `stage`."""
-    import torch  # here: a page lists names without torch and transformers
+    import torch  # imported here: the page lists model names without loading torch and transformers
     from safetensors.torch import save_file
     from transformers import AutoConfig, GenerationConfig
 
@@ -133,7 +133,7 @@ def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float
 
 
 def _names(header: GgufHeader) -> dict[str, str]:
-    """Stored name → name in transformers, for every tensor of the file.
+    """Map the stored name to transformers' name, for every tensor of the file.
 
     Raises: ModelError E-MODEL-ARCH naming a tensor that this architecture does not have; E-MODEL-MISSING naming an absent one.
     """
@@ -166,7 +166,7 @@ def _names(header: GgufHeader) -> dict[str, str]:
 
 
 def _values(path: Path, header: GgufHeader, tensor: GgufTensor) -> Any:
-    """The values of one tensor, float32, as torch lays them out: (K, N) of the file becomes [N, K]."""
+    """Read the values of one tensor, float32, in torch's order of dimensions: (K, N) of the file becomes [N, K]."""
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
@@ -192,7 +192,7 @@ def _values(path: Path, header: GgufHeader, tensor: GgufTensor) -> Any:
 
 
 def _halves(values: Any, heads: int, file: str) -> Any:
-    """[heads * E, …] with the halves of each head interleaved row by row -> the halves one after the other."""
+    """Reorder [heads * E, …] from halves of each head interleaved row by row to one half after the other."""
     import numpy as np
 
     if len(values) % (2 * heads):

@@ -1,8 +1,9 @@
-"""The configuration of transformers that a GGUF header describes, and a decision about every key of the header.
+"""Translate a GGUF header into a configuration of transformers, with a decision about every key.
 
-A key is used; or it is known not to change what the model computes (`_IRRELEVANT`); or it changes the model only when its value
-is not neutral (`_NEUTRAL`); every other key refuses the file by name. Key names and defaults: github.com/ggml-org/llama.cpp
-(src/llama-arch.cpp, src/llama-model.cpp). Architectures: llama, qwen2, qwen3; Mistral and SmolLM files state llama.
+A key is used; or it is known not to change what the model computes (`_IRRELEVANT`); or it is accepted only with a value that
+changes nothing (`_NEUTRAL`); a file with any other key is refused, and the key named. Key names and defaults:
+github.com/ggml-org/llama.cpp (src/llama-arch.cpp, src/llama-model.cpp). Architectures: llama, qwen2, qwen3; Mistral and SmolLM
+files state llama.
 
 Rotary positions: angle = position * inv_freq, with inv_freq[i] = freq_base ** (-2 i / E), E the head size, then changed by
 
@@ -97,9 +98,9 @@ _TOKENIZER = frozenset(
 """Keys below `tokenizer.` that `gguf_tokenizer` and `fields_of` read."""
 
 _IRRELEVANT = re.compile(
-    r"general\.[a-z0-9_.]+"  # provenance, licence, sampling advice; alignment: used by the preflight
+    r"general\.[a-z0-9_.]+"  # provenance, licence, sampling advice; the preflight uses alignment
     r"|split\.(no|count|tensors\.count)"  # the preflight has refused a file in parts
-    r"|(quantize|imatrix|mradermacher)\.[a-zA-Z0-9_.]+"  # notes of the programs that made the file
+    r"|(quantize|imatrix|mradermacher)\.[a-zA-Z0-9_.]+"  # added by programs that made the file
     r"|tokenizer\.ggml\.(fim_(pre|suf|mid|pad|rep|sep)|prefix|suffix|middle|seperator|cls|mask)_token_id"  # tasks not run here
     r"|tokenizer\.ggml\.token_type_count|tokenizer\.huggingface\.json"
     r"|tokenizer\.chat_templates|tokenizer\.chat_template\.[a-zA-Z0-9_.-]+"
@@ -111,10 +112,10 @@ _ROPE_DECIMALS = 2e-6
 
 
 def fields_of(header: GgufHeader) -> dict[str, Any]:
-    """Fields of the transformers configuration for a checked header; `model_type` is among them.
+    """Return the fields of the transformers configuration for a checked header, `model_type` among them.
 
     Biases and `rope_freqs.weight` are tensors: see `gguf.py`. Raises: ModelError E-MODEL-ARCH naming what is not supported,
-    E-MODEL-BAD for a value that cannot be.
+    E-MODEL-BAD for an impossible value.
     """
     if header.architecture not in ARCHITECTURES:
         raise ModelError(
@@ -158,20 +159,20 @@ def fields_of(header: GgufHeader) -> dict[str, Any]:
 
 
 def stop_ids(header: GgufHeader) -> list[int]:
-    """Ids of the tokens that end a text: end of sequence, end of turn, end of message, each once."""
+    """List the ids of the tokens that end a text: end of sequence, end of turn, end of message, each once."""
     found = (header.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return list(dict.fromkeys(value for value in found if type(value) is int))
 
 
 def rope_with_factors(rope: dict[str, Any], factors: np.ndarray, head_dim: int, context: int, file: str) -> dict[str, Any]:
-    """The `rope_parameters` that divide the inverse frequencies by `factors`.
+    """Return the `rope_parameters` that divide the inverse frequencies by `factors`.
 
     Llama 3's rule is used where it gives these factors (transformers then needs no branch on the length); else the factors
     themselves, as transformers' rule "longrope", with the same list for short and long texts and no attention factor.
 
     Args:
         rope: parameters without the factors. factors: [head_dim / 2] float32, of `rope_freqs.weight`. context: of the model.
-    Raises: ModelError E-MODEL-BAD for factors that cannot be; E-MODEL-ARCH beside another scaling.
+    Raises: ModelError E-MODEL-BAD for impossible factors; E-MODEL-ARCH beside another scaling.
     """
     if factors.shape != (head_dim // 2,) or not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelError(
@@ -199,10 +200,10 @@ def rope_with_factors(rope: dict[str, Any], factors: np.ndarray, head_dim: int, 
 
 
 def _llama3(theta: float, waves: np.ndarray, factors: np.ndarray) -> dict[str, Any] | None:
-    """Llama 3's parameters that give `factors` at wavelengths `waves` (ascending), None where there are none.
+    """Find Llama 3's parameters that give `factors` at wavelengths `waves` (ascending), or None.
 
     With the published low_freq_factor 1 and high_freq_factor 4, waves shorter than context / 4 keep their frequency, waves longer
-    than context are slowed by the largest factor, and between them 1 / factor is linear in context / wave.
+    than context have theirs divided by the largest factor, and between them 1 / factor is linear in context / wave.
     """
     low, high, factor = 1.0, 4.0, float(factors.max())
     if factor <= 1:
@@ -211,7 +212,7 @@ def _llama3(theta: float, waves: np.ndarray, factors: np.ndarray) -> dict[str, A
     if middle.any():
         smooth = (1 / factors[middle] - 1 / factor) / (1 - 1 / factor)
         context = round(float(np.mean(waves[middle] * (low + (high - low) * smooth))))
-    else:  # any context between the last unchanged wave and the first slowed one gives the same
+    else:  # any context between the last unchanged wave and the first changed one gives the same
         kept, slowed = waves[factors == 1], waves[factors == factor]
         context = round(math.sqrt(high * (kept.max() if len(kept) else slowed.min() / high) * slowed.min()))
     if not 1 <= context < 2**31:
@@ -231,7 +232,7 @@ def _llama3(theta: float, waves: np.ndarray, factors: np.ndarray) -> dict[str, A
 
 
 def _rope(header: GgufHeader) -> dict[str, Any]:
-    """`rope_parameters` from the header's keys. llama.cpp takes a factor without a type as linear."""
+    """Read `rope_parameters` from the header's keys. llama.cpp takes a factor without a type as linear."""
     theta = _number(header, "rope.freq_base", 10_000.0)
     factor = _number(header, "rope.scaling.factor", _number(header, "rope.scale_linear", 0.0, least=0), least=0) or 1.0
     kind = _own(header, "rope.scaling.type", "linear")
@@ -283,12 +284,12 @@ def _check_keys(header: GgufHeader) -> None:
 
 
 def _own(header: GgufHeader, name: str, default: Any = None) -> Any:
-    """Value of a key of the architecture; one that is the same for every layer as a single value."""
+    """Return the value of a key of the architecture; an array of equal values becomes one value."""
     return uniform(header.values.get(f"{header.architecture}.{name}", default))
 
 
 def _size(header: GgufHeader, name: str, default: int | None = None) -> int:
-    """A whole number from 1 on. Raises: ModelError when it is missing without default, per layer, or not positive."""
+    """Return a whole number of at least 1. Raises: ModelError when it is missing without default, per layer, or not positive."""
     value = _own(header, name, default)
     if isinstance(value, list):
         raise _unsupported(header, name, "another number for each layer", "one number for all layers is read")
@@ -301,7 +302,7 @@ def _size(header: GgufHeader, name: str, default: int | None = None) -> int:
 
 
 def _number(header: GgufHeader, name: str, default: float | None = None, *, least: float = 1e-30) -> float:
-    """A finite number from `least` on. Raises: ModelError when it is missing without default, or is not one."""
+    """Return a finite number of at least `least`. Raises: ModelError when it is missing without default, or not such a number."""
     value = _own(header, name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or value < least:
         raise ModelError(
@@ -313,7 +314,7 @@ def _number(header: GgufHeader, name: str, default: float | None = None, *, leas
 
 
 def _vocabulary(header: GgufHeader) -> int:
-    """Rows of the embedding, which the stated vocabulary must not exceed or undercut."""
+    """Return the number of embedding rows, after comparing it with the stated vocabulary."""
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise ModelError(

@@ -1,10 +1,10 @@
-"""The tokenizer that a GGUF header describes, built with the tokenizers library.
+"""Build the tokenizer that a GGUF header describes, with the tokenizers library.
 
     tokenizer.ggml.model gpt2     byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging (`_SPLITS`)
     tokenizer.ggml.model llama    SentencePiece BPE with byte fallback; merges follow from the scores of the tokens
 
-A rule that is not in the table refuses the file: text cut in another way gives other tokens, and the model would be blamed.
-Source of names and rules: github.com/ggml-org/llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models named so.
+A file with a rule that is not in the table is refused: other rules cut text into other tokens, and the model's output would be
+wrong. Source of names and rules: github.com/ggml-org/llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _SPLITS = (
     | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2)
     | {"tekken": _TEKKEN}
 )
-"""Rule by the name in `tokenizer.ggml.pre`: a regular expression, GPT-2's own, or single digits followed by GPT-2's."""
+"""Rules by the name in `tokenizer.ggml.pre`: a regular expression, GPT-2's own, or single digits followed by GPT-2's."""
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
 
 def tokenizer_of(header: GgufHeader) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checked header, with its special tokens and its chat template.
+    """Build the fast tokenizer of a checked header, with its special tokens and its chat template.
 
     Raises: ModelError E-MODEL-TOKENIZER naming what is missing or not supported.
     """
@@ -112,7 +112,7 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> Tokenizer:
 
 
 def _joins_whole_words(rule: str) -> bool:
-    """Whether a word that is a token is taken whole, whatever the merges say: Llama 3's and Mistral's rule."""
+    """Say whether a word that is a token is never split, whatever the merges say: Llama 3's and Mistral's rule."""
     return rule in (_LLAMA3, _TEKKEN)
 
 
@@ -138,7 +138,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str]) -> Tokenizer:
 
 
 def _merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """The pairs of tokens that join to a token, best score of the result first: what SentencePiece does, written as merges."""
+    """List the pairs of tokens that join to a token, best score of the result first: SentencePiece's rule, as merges."""
     ids = {token: index for index, token in enumerate(tokens)}
     found = [
         (-score, ids[left], ids[right], left, right)
@@ -150,7 +150,7 @@ def _merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
 
 
 def _add_ends(backend: Tokenizer, header: GgufHeader, names: dict[str, str | None], tokens: list[str]) -> None:
-    """Put the tokens around a text that the header asks for; without a word of it, llama.cpp's defaults."""
+    """Add the tokens around a text that the header asks for; where it says nothing, llama.cpp's defaults."""
     default = _value(header, "model", "") == "llama" or _joins_whole_words(_SPLITS.get(_value(header, "pre", None), ""))
     first = names["bos_token"] if _value(header, "add_bos_token", default) else None
     last = names["eos_token"] if _value(header, "add_eos_token", False) else None
@@ -171,7 +171,7 @@ def _tokens(header: GgufHeader) -> list[str]:
 
 
 def _special(header: GgufHeader, tokens: list[str], name: str) -> str | None:
-    """The token whose id the header gives, None where it gives none."""
+    """Return the token whose id the header gives, or None."""
     index = header.values.get(f"tokenizer.ggml.{name}_token_id")
     if index is None:
         return None
@@ -181,7 +181,7 @@ def _special(header: GgufHeader, tokens: list[str], name: str) -> str | None:
 
 
 def _value(header: GgufHeader, name: str, default: Any) -> Any:
-    """A key of the tokenizer; one of another type than its default refuses the file."""
+    """Return a key of the tokenizer; a value of another type than the default's refuses the file."""
     value = header.values.get(f"tokenizer.ggml.{name}", default)
     if default is not None and type(value) is not type(default):
         raise _bad(header, f"its tokenizer.ggml.{name} is of another type than it must be")

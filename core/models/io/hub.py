@@ -1,8 +1,8 @@
-"""Public models of the Hugging Face Hub, downloaded whole and checked before they get their place in the cache.
+"""Download public models of the Hugging Face Hub whole, and check them before they enter the cache.
 
-Only safetensors, configuration and tokenizer files are fetched, by name; never with anybody's token, so that a public
-page cannot be used to read its owner's private models. A download goes to a folder of its own (an interrupted one
-continues there), is compared with the Hub's sizes and SHA-256, passes `preflight`, and is then put in place at once.
+Only safetensors, configuration and tokenizer files are fetched, by name, and never with a token, so that a public page cannot
+be used to read its owner's private models. A download goes to a folder of its own (an interrupted one continues there), is
+compared with the Hub's sizes and SHA-256, passes `preflight`, and is then renamed into the cache in one step.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids the Hub (`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`)."""
+    """Say whether the environment forbids the Hub (`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`)."""
     return any(os.environ.get(key, "").upper() in {"1", "ON", "YES", "TRUE"}
                for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 def fetch_model(repo: str, revision: str | None, *, progress: Progress, timeout_s: float = _TIMEOUT_S
                 ) -> tuple[Path, str]:
-    """A checked local folder of `repo` at `revision` (default `main`), downloaded if need be.
+    """Return a checked local folder of `repo` at `revision` (default `main`), downloaded if it is not in the cache.
 
     Args:
         repo: `owner/name`, matching `REPO_ID`. revision: branch, tag or commit, matching `REVISION`.
-        timeout_s: how long the Hub may take to answer the first question.
+        timeout_s: how long the Hub may take to answer the first request.
     Returns: (folder, commit of 40 hex digits). When the Hub does not answer, the commit fetched last for that revision
         is used and logged.
     Raises: ModelError E-MODEL-GATED, -NOTFOUND, -OFFLINE, -PICKLE, -MISSING, -SIZE, or any code of `preflight`.
@@ -79,7 +79,7 @@ def fetch_model(repo: str, revision: str | None, *, progress: Progress, timeout_
 
 
 def model_info(repo: str, revision: str | None, *, timeout_s: float) -> Any:
-    """The Hub's ModelInfo with file sizes; refuses gated and private models.
+    """Ask the Hub for a model's ModelInfo with file sizes; refuse gated and private models.
 
     Raises: ModelError E-MODEL-OFFLINE (also when no answer comes within `timeout_s`), -GATED, -NOTFOUND.
     """
@@ -92,7 +92,7 @@ def model_info(repo: str, revision: str | None, *, timeout_s: float) -> Any:
         info = _translate(repo, lambda: in_background(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s),
             deadline_s=timeout_s))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # it reads the answer trustingly
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # huggingface_hub does not check the answer
         raise _offline("its answer is malformed") from error
     if info.gated or info.private or info.disabled:
         raise _gated(repo)
@@ -103,9 +103,9 @@ def model_info(repo: str, revision: str | None, *, timeout_s: float) -> Any:
 
 def in_background(work: Callable[[], T], *, deadline_s: float | None = None,
                   poll: Callable[[], None] = lambda: None) -> T:
-    """Run `work` in a daemon thread, calling `poll` five times a second from this one; what either raises is raised.
+    """Run `work` in a daemon thread, and meanwhile call `poll` five times a second; an exception of either is raised.
 
-    A name look-up has no timeout of its own, hence the thread: after `deadline_s` it is left behind.
+    The thread is needed because a name look-up has no timeout: after `deadline_s` it is left running.
     Raises: TimeoutError after `deadline_s` seconds.
     """
     outcome: list[Any] = []
@@ -113,7 +113,7 @@ def in_background(work: Callable[[], T], *, deadline_s: float | None = None,
     def run() -> None:
         try:
             outcome.append((work(), None))
-        except BaseException as error:  # noqa: BLE001  (carried over to the calling thread, which raises it)
+        except BaseException as error:  # noqa: BLE001  (re-raised in the calling thread)
             outcome.append((None, error))
 
     thread, start = threading.Thread(target=run, daemon=True), time.monotonic()
@@ -130,7 +130,7 @@ def in_background(work: Callable[[], T], *, deadline_s: float | None = None,
 
 
 def fetch_dataset_file(repo: str, name: str, folder: Path, *, deadline_s: float = 120.0) -> Path:
-    """One public file of the dataset `repo`, put into `folder`.
+    """Download one public file of the dataset `repo` into `folder`; return its path.
 
     Raises: ModelError E-MODEL-OFFLINE (also after `deadline_s`), -NOTFOUND, -GATED.
     """
@@ -140,7 +140,7 @@ def fetch_dataset_file(repo: str, name: str, folder: Path, *, deadline_s: float 
 
 
 def choose_files(repo: str, siblings: list[Any]) -> list[Any]:
-    """The files to fetch, of the Hub's list (objects with `rfilename`, `size`, `lfs`).
+    """Choose the files to fetch from the Hub's list (objects with `rfilename`, `size`, `lfs`).
 
     Raises: ModelError E-MODEL-PICKLE when only other weight formats are there, E-MODEL-MISSING without weights or
         without config.json.
@@ -159,22 +159,22 @@ def choose_files(repo: str, siblings: list[Any]) -> list[Any]:
 
 
 def _download(repo: str, info: Any, folder: Path, progress: Progress) -> None:
-    """Fetch the chosen files into a part folder, compare them with the Hub's list, check, publish."""
+    """Fetch the chosen files into a temporary folder, compare them with the Hub's list, check, publish."""
     files = choose_files(repo, info.siblings or [])
     total = sum(item.size or 0 for item in files)
     counts = getattr(info.safetensors, "parameters", None) or {}
     parameters = sum(counts.values()) or sum((i.size or 0) for i in files if i.rfilename.endswith("safetensors")) // 4
     check_disk(total, folder)
     part = folder.with_name(f"{folder.name}.download")
-    for other in folder.parent.glob("*.download"):  # the lock is held: of a commit that nobody asks for any more
+    for other in folder.parent.glob("*.download"):  # unfinished downloads of other commits; the lock is held, so none is running
         if other != part:
             remove(other)
     part.mkdir(parents=True, exist_ok=True)
     _translate(repo, lambda: _fetch(repo, "config.json", info.sha, part))
-    config = read_json(part, "config.json")  # refused here rather than after gigabytes
+    config = read_json(part, "config.json")  # may refuse the model before gigabytes are fetched
     check_config(config)
     check_architecture(config)
-    outside = config.get("vocab_size", 0) * config.get("hidden_size", 0)  # at least: a head of its own is as large
+    outside = config.get("vocab_size", 0) * config.get("hidden_size", 0)  # a lower bound: an untied head is as large again
     check_memory(weight_bytes(config, parameters, outside), bytes_per_parameter=1)
     stage_text = f"Downloading {repo} ({total / 1e6:,.0f} MB)"
     _translate(repo, lambda: in_background(
@@ -208,7 +208,7 @@ def _fetch(repo: str, name: str, commit: str | None, part: Path, *, kind: str = 
 
 
 def _compare(path: Path, item: Any) -> None:
-    """Refuse a file that is not the one the Hub listed; it is removed, so that the next try fetches it anew."""
+    """Refuse a file that is not the one the Hub listed; it is removed, so that the next attempt fetches it anew."""
     expected = item.lfs.sha256 if item.lfs else None
     size = path.stat().st_size if path.is_file() else 0
     if size != item.size or (expected and file_sha256(path) != expected):
@@ -231,7 +231,7 @@ def _translate(repo: str, call: Callable[[], T]) -> T:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(f"{repo} was not found on the Hub, or it is private. Check the spelling; only public models "
                          "are read.", code="E-MODEL-NOTFOUND") from error
-    except errors.LocalEntryNotFoundError as error:  # how a download says that the network is gone
+    except errors.LocalEntryNotFoundError as error:  # raised by a download when the network is gone
         raise _offline("the connection broke") from error
     except errors.EntryNotFoundError as error:
         raise ModelError(f"A file of {repo} has vanished from the Hub. Try again.", code="E-MODEL-NOTFOUND") from error
@@ -263,7 +263,7 @@ def _no_weights(repo: str, names: list[str]) -> ModelError:
 
 
 def _recall(home: Path, revision: str) -> str | None:
-    """The commit that `revision` named when it was fetched last."""
+    """Return the commit that `revision` named when it was fetched last, or None."""
     try:
         commit = json.loads((home / "refs.json").read_text(encoding="utf-8")).get(revision)
     except (OSError, ValueError, AttributeError):

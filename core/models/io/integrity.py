@@ -1,8 +1,8 @@
-"""Whether the files of a model folder still are those that were written: SHA-256, compared once per change of a file.
+"""Check that the files of a model folder are still those that were written, by SHA-256.
 
-Hashing reads every byte, so a file that was found whole is remembered by its stamp: size, time of modification, time of the last
-change of its entry, and inode. The record lies in the cache, named after the folder, and holds for one manifest only (its own
-SHA-256 is part of it). Writing to a file changes its stamp, also where the time of modification is set back afterwards.
+Hashing reads every byte, so a file that passed is remembered by its stamp: size, modification time, change time and inode. The
+record of stamps is kept in the cache, named after the folder, and is valid for one manifest (whose SHA-256 is part of it).
+Writing to a file changes its stamp, even if its modification time is set back afterwards.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _REMADE = ("hub", "wheel", "gguf")
 def check_contents(folder: Path) -> None:
     """Check that every file of an embedded model, or of a model in the cache, holds the bytes that were written.
 
-    A damaged folder of the cache is removed, so that the next load makes it anew. Other folders are their owner's, who may edit
-    them: they pass.
+    A damaged folder of the cache is removed, so that the next load makes it anew. Other folders are not checked: their owners
+    may edit them.
     Raises: ArtifactError E-CKPT-BAD naming the first file that is missing or differs.
     """
     home, place = cache_root().resolve(), folder.resolve()
@@ -57,7 +57,7 @@ def check_contents(folder: Path) -> None:
 
 
 def _sound(folder: Path, name: str, sha256: str, known: dict[str, Any]) -> list[int]:
-    """The stamp of a file whose contents are as written. Raises: ArtifactError."""
+    """Return the stamp of a file whose contents are as written. Raises: ArtifactError."""
     path = folder / name
     stamp = _stamp(path)
     if known.get(name) != stamp and (file_sha256(path) != sha256 or _stamp(path) != stamp):
@@ -72,7 +72,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _record(folder: Path) -> Path:
-    """Where the stamps of a folder are remembered."""
+    """Return the file in which the stamps of a folder are kept."""
     return cache_root() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
 
 

@@ -1,4 +1,4 @@
-"""What fits here: memory for a model's weights, disk for a download. Refusal comes before the first byte is moved."""
+"""Check before a download that a model's weights fit in memory and its files on the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.memory import free_memory_bytes
 
 
 def memory_limit_bytes() -> int:
-    """Bytes a model's weights may take: `$QUANTSCOPE_MAX_MODEL_GB` (10**9 bytes), else 80% of the free memory.
+    """Return how many bytes a model's weights may take: `$QUANTSCOPE_MAX_MODEL_GB` (10**9 bytes), else 80% of the free memory.
 
     Raises: InputError E-PARAM-MAX-MODEL-GB when the variable is not a positive number.
     """

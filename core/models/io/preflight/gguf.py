@@ -1,9 +1,9 @@
-"""Reads a GGUF file's header within fixed bounds: keys, values, and where each tensor lies. Tensor data is not read.
+"""Read a GGUF file's header within fixed limits: keys, values, places of tensors; no tensor data.
 
 Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic "GGUF", uint32 version, uint64 tensor count,
 uint64 key count; per key: string key, uint32 type, value; per tensor: string name, uint32 dimensions, uint64 each,
 uint32 type, uint64 offset; padding to `general.alignment`; data. A string is a uint64 length and its bytes. The reader of
-the `gguf` package follows any stated length, so a file of 49 bytes can keep it busy for hours; it is not used.
+the `gguf` package is not used: it follows any stated length, so a file of 49 bytes can keep it busy for hours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LAYER = re.compile(r"blk\.(\d{1,6})\.")
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies in the file.
+    """The place of one tensor in the file.
 
     Attributes:
         name: as stored, such as `blk.0.attn_q.weight`.
@@ -60,7 +60,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header says.
+    """The contents of a header.
 
     Attributes:
         file: name of the file, for sentences.
@@ -76,12 +76,12 @@ class GgufHeader:
 
     @property
     def layers(self) -> int:
-        """Decoder layers, as stated; the tensors of each are there."""
+        """Number of decoder layers, as stated; the tensors of each are there."""
         return uniform(self.values.get(f"{self.architecture}.block_count", 0))
 
     @property
     def parameters(self) -> int:
-        """Elements over all tensors."""
+        """Number of elements over all tensors."""
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
@@ -107,14 +107,14 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Walk:
-    """A cursor over the mapped file; every read is checked against the header bound and the file's end."""
+    """A cursor over the mapped file; every read is checked against the limit of the header and the file's end."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
         self.data, self.name, self.position, self.elements = data, name, 0, 0
         self.limit = min(len(data), MAX_HEADER_BYTES)
 
     def bad(self, reason: str) -> ModelError:
-        """The refusal E-MODEL-BAD with this reason."""
+        """Make the error E-MODEL-BAD with this reason."""
         return ModelError(f"{self.name} is not a usable GGUF file: {reason}. Download it again.", code="E-MODEL-BAD")
 
     def take(self, count: int) -> int:
@@ -129,11 +129,11 @@ class _Walk:
         return start
 
     def scalar(self, form: str) -> Any:
-        """The next number, in a struct format."""
+        """Read the next number, in a struct format."""
         return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
 
     def text(self) -> bytes:
-        """The next string, at most MAX_STRING bytes."""
+        """Read the next string, of at most MAX_STRING bytes."""
         length = self.scalar("<Q")
         if length > MAX_STRING:
             raise self.bad(f"a text of {length:,} bytes, at most {MAX_STRING:,} are read")
@@ -141,7 +141,7 @@ class _Walk:
         return self.data[start:start + length]
 
     def counts(self) -> tuple[int, int]:
-        """(number of keys, number of tensors) after checking magic and version."""
+        """Read (number of keys, number of tensors) after checking magic and version."""
         start = self.data[self.take(8):8]
         if start.startswith(b"version "):
             raise ModelError(f"{self.name} is a Git LFS pointer, not the weights: run `git lfs pull`.",
@@ -154,7 +154,7 @@ class _Walk:
         return keys, tensors
 
     def keys(self, count: int) -> dict[str, Any]:
-        """Key → value of the next `count` entries."""
+        """Read the next `count` entries: key → value."""
         values: dict[str, Any] = {}
         for _ in range(count):
             key = self.text().decode("utf-8", "replace")
@@ -164,7 +164,7 @@ class _Walk:
         return values
 
     def value(self, kind: int) -> Any:
-        """The next value of a type number."""
+        """Read the next value, of a type number."""
         if kind in _SCALARS:
             value = self.scalar(_SCALARS[kind])
             return bool(value) if kind == _BOOL else value
@@ -175,7 +175,7 @@ class _Walk:
         raise self.bad(f"unknown value type {kind}")
 
     def array(self) -> list[Any]:
-        """The next array: numbers, or texts as bytes."""
+        """Read the next array: numbers, or texts as bytes."""
         kind, count = self.scalar("<I"), self.scalar("<Q")
         self.elements += count
         if count > MAX_ARRAY or self.elements > MAX_ELEMENTS:
@@ -188,7 +188,7 @@ class _Walk:
         raise self.bad("an array of arrays or of an unknown type")
 
     def texts(self, count: int) -> list[bytes]:
-        """The next `count` strings; written out flat, since vocabularies have hundreds of thousands."""
+        """Read the next `count` strings, without a call for each: vocabularies have hundreds of thousands."""
         unpack, data, limit, position = struct.Struct("<Q").unpack_from, self.data, self.limit, self.position
         found: list[bytes] = []
         for _ in range(count):
@@ -203,7 +203,7 @@ class _Walk:
         return found
 
     def tensor(self) -> GgufTensor:
-        """The next tensor entry; its offset counts from the start of the data section."""
+        """Read the next tensor entry; its offset counts from the start of the data section."""
         name = self.text().decode("utf-8", "replace")
         dimensions = self.scalar("<I")
         if not _NAME.fullmatch(name) or not 1 <= dimensions <= 4:
@@ -217,13 +217,13 @@ class _Walk:
 
 
 def uniform(value: Any) -> Any:
-    """`value`, or the one number of an array that repeats it for every layer."""
+    """Return `value`, or the one number of an array that repeats it for every layer."""
     return value[0] if isinstance(value, list) and value and all(entry == value[0] for entry in value) else value
 
 
 def _placed(entries: list[GgufTensor], header_end: int, values: dict[str, Any], size: int, walk: _Walk) -> list[GgufTensor]:
-    """The tensors with offsets from the start of the file. They must be aligned, within the file, without overlap, each named
-    once."""
+    """Return the tensors with offsets from the start of the file, after checking that they are aligned, inside the file, without
+    overlap, and that no name repeats."""
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise walk.bad("its alignment is not a power of two up to 4096")
@@ -242,7 +242,7 @@ def _placed(entries: list[GgufTensor], header_end: int, values: dict[str, Any], 
 
 
 def _check_sizes(architecture: str, values: dict[str, Any], infos: list[GgufTensor], walk: _Walk) -> None:
-    """Apply the caps of `preflight.config` to the header's sizes, and compare the layers present with those stated."""
+    """Apply the limits of `preflight.config` to the header's sizes, and compare the layers present with those stated."""
     if values.get("split.count", 1) != 1:
         raise ModelError(f"{walk.name} is one part of several: merge them with llama-gguf-split first.",
                          code="E-MODEL-BAD")

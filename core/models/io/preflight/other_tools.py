@@ -1,7 +1,7 @@
-"""Checkpoints that other tools have quantised: recognised by configuration, side files, tensor names and types, and named.
+"""Recognise and refuse checkpoints that other tools have quantised, naming the tool.
 
-Quantscope quantises a float model itself; integers and 8-bit floats of another tool mean something else without that tool's
-scales and layout, so they are never read as weights. BitNet's ternary formats are the exception (`config.bitnet_format`).
+They are recognised by configuration, side files, tensor names and tensor types. Their integers and 8-bit floats mean nothing
+without that tool's scales and layout, so they are never read as weights, except BitNet's (`config.bitnet_format`).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _SUFFIXES = (
     (r"\.weight_scale_inv", "fp8"),
     (r"\.qweight", "awq"),
 )
-"""First match wins: tensors of GPTQ and AWQ share the name qweight, and g_idx is GPTQ's alone."""
+"""Names are tried in this order: tensors of GPTQ and AWQ share the name qweight, and only GPTQ has g_idx."""
 
 _BUFFER = re.compile(r"(?:rotary_emb\.inv_freq|\.attn\.(?:masked_)?bias|position_ids)$")
 
 
 def refuse_quantized_config(config: Mapping[str, Any]) -> None:
-    """Refuse a raw `config.json` that speaks of another tool's quantisation.
+    """Refuse a raw `config.json` that names another tool's quantisation.
 
     Raises: ModelError E-MODEL-BAD naming the tool.
     """
@@ -83,8 +83,8 @@ def refuse_quantized_files(folder: Path) -> None:
 def refuse_quantized_tensors(tensors: Mapping[str, TensorInfo], *, ternary: bool) -> None:
     """Refuse weights that are not floating-point numbers, by the tool that made them where the names tell it.
 
-    Args: ternary: whether the configuration says that decoder linears are packed by BitNet's rule (uint8
-        matrices inside the layers).
+    Args: ternary: whether the configuration says that decoder linears are packed as BitNet's (uint8 matrices inside the
+        layers).
     Raises: ModelError E-MODEL-BAD naming the tool, or the first tensor that is no float.
     """
     for pattern, method in _SUFFIXES:
