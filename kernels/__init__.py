@@ -1,10 +1,10 @@
-"""Low-bit operations by op, each with its reference. Importing this package touches no device and loads no Triton.
+"""Low-bit operations, each with its reference. Importing this package loads no Triton and no device.
 
-The ops that have Triton kernels are loaded when they are first asked for (`kernels.weight_only_linear(...)`). They run their
-kernel on CUDA tensors and their reference on others. No module has the name of an op: importing it would hide the op here.
+An op that has Triton kernels is loaded when it is first accessed (`kernels.weight_only_linear`). It runs its kernel on CUDA
+tensors and its reference on others. No module has the name of an op: importing it would replace the op here.
 
-`__version__` stays "0.0.0": transformers probes for another package of this name by importing it, and reads that
-number to decide that it is too old to use.
+`__version__` stays "0.0.0": transformers looks for another package of this name by importing it, and takes that number as too
+old to use.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The one door to Triton: the package if it is there, whether it is interpreted, and the device functions that kernels share.
+"""Import Triton where it is installed, for all kernels, and define the device functions that they share.
 
 Modules that hold Triton kernels import `triton` and `tl` from here. Without the package (it exists for Linux only) the decorator
-returns the functions unchanged and `available` says no. TRITON_INTERPRET=1, set before Triton is imported, runs every kernel in
-NumPy on CPU tensors: that is how the tests check them on machines without a GPU.
+returns the functions unchanged and `available` returns False. TRITON_INTERPRET=1, set before Triton is imported, runs every
+kernel in NumPy on CPU tensors: the tests check them so on machines without a GPU.
 
-The interpreter computes on the bits of bfloat16 as if they were integers: kernels turn such tensors into float32 first
-where `INTERPRET` is true, and leave them alone on a GPU, where the branch costs nothing.
+The interpreter treats the bits of bfloat16 as integers, so kernels convert such tensors to float32 first where `INTERPRET` is
+true. On a GPU nothing is converted, and the compile-time branch costs nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ try:
     from triton.language.extra.cuda import libdevice
 
     _INSTALLED = True
-except ImportError:  # not Linux: the references are all there is
+except ImportError:  # not Linux: only references run
 
     class _Absent:
-        """Stands where decorators and annotations name Triton."""
+        """A stand-in for Triton's names in decorators and annotations."""
 
         @staticmethod
         def jit(function: object = None, *, do_not_specialize: object = None) -> object:
@@ -41,16 +41,16 @@ except ImportError:  # not Linux: the references are all there is
     _INSTALLED = False
 
 ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
-"""What a launch raises: errors of CUDA and torch, and Triton's own, which are no RuntimeErrors."""
+"""Errors of a kernel launch: those of CUDA and torch, and Triton's own, which are not RuntimeErrors."""
 
 
 def available() -> bool:
-    """Tell whether Triton is installed."""
+    """Say whether Triton is installed."""
     return _INSTALLED
 
 
 def interpreting() -> bool:
-    """Tell whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Say whether kernels run in Triton's interpreter, on CPU tensors."""
     return _INSTALLED and bool(triton.knobs.runtime.interpret)
 
 
@@ -58,7 +58,7 @@ INTERPRET = tl.constexpr(interpreting())
 
 
 def on_its_device(launch: Callable) -> Callable:
-    """Make the device of a launcher's first argument the current one while it runs: Triton launches on the current device."""
+    """Wrap a launcher so that its first argument's device is current while it runs: Triton launches on the current device."""
 
     @functools.wraps(launch)
     def launched(x: Tensor, /, *args: object, **options: object) -> object:
@@ -90,7 +90,7 @@ def tl_code_offset(BITS: tl.constexpr) -> tl.tensor:
 def round_even(x: tl.tensor) -> tl.tensor:
     """Round float32 half to even. |x| < 2**22 in the interpreter."""
     if INTERPRET:
-        return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits left
+        return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits
     return libdevice.rint(x)
 
 

@@ -1,4 +1,4 @@
-"""Choose which implementation of an op runs, and say why. AUTO may choose; a backend asked for by name never falls back."""
+"""Choose the implementation of an op: AUTO decides and says why, a backend by name never falls back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Backend(StrEnum):
-    """Name the implementations of an op.
+    """The implementations of an op.
 
     AUTO       let the op choose: for linear layers `select_linear_backend`, which says why; else Triton for CUDA tensors
     REFERENCE  plain torch: a linear layer dequantises its packed weight to float32 once; readable, always runs
-    INT8       linear layers: integer codes on both sides, `torch._int_mm` per cluster, scales in the epilogue
+    INT8       linear layers: integer codes of input and weight, `torch._int_mm` per cluster, then the scales
     INT4       linear layers with a float input: few rows as 4-bit products in bfloat16, more rows as REFERENCE
     TRITON     the op's Triton kernel, on CUDA tensors (or on CPU tensors in Triton's interpreter, for tests)
     """
@@ -29,14 +29,14 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and the sentence that justifies it, shown in the page, the CLI and reports."""
+    """A backend and the sentence that gives the reason, shown in the page, the CLI and reports."""
 
     backend: Backend
     reason: str
 
 
 LEAST_CAPABILITY = (8, 0)
-"""Compute capability of the oldest GPUs whose instructions the kernels need (bfloat16, int8 products): Ampere."""
+"""Compute capability of the oldest GPUs with the needed instructions (bfloat16, int8 products): Ampere."""
 
 
 def triton_unsupported_reason(device: torch.device) -> str | None:
@@ -54,7 +54,7 @@ def triton_unsupported_reason(device: torch.device) -> str | None:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Tell whether Triton kernels run on tensors of a device."""
+    """Say whether Triton kernels run on tensors of a device."""
     return device.type == "cuda" and triton_unsupported_reason(device) is None
 
 
@@ -62,7 +62,7 @@ def use_triton(backend: Backend, x: Tensor, *, unsupported_reason: str | None = 
     """Decide whether an op runs its Triton kernel (True) or its reference (False).
 
     Args:
-        backend: AUTO takes Triton for CUDA tensors without `unsupported_reason`; TRITON and REFERENCE decide by themselves.
+        backend: AUTO takes Triton for CUDA tensors without `unsupported_reason`; TRITON and REFERENCE are taken as asked.
         x: one tensor of the call; only its device counts.
         unsupported_reason: why the kernel cannot take this call, None if it can.
     Raises: ValueError if TRITON is asked for where it cannot run, saying why, or for a backend that the op does not have.

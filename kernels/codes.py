@@ -1,4 +1,4 @@
-"""Compute affine codes of numbers, and numbers of codes: the only place that writes this formula.
+"""Compute affine codes of numbers, and numbers of codes: the only place with this formula.
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)          x ≈ scale * (q - zero_point)
 
@@ -6,12 +6,12 @@ Rounding is half to even. Source: RPTQ (arXiv:2304.01089), official quantiser; t
 `fake_quantize` clamps round(x / scale) to [qmin - zero_point, qmax - zero_point], the same numbers in exact
 arithmetic with two passes fewer: in float32 both agree while |x / scale| and |zero_point| stay below 2**24.
 
-Signed and unsigned codes. A signed code q of b bits lies in -2**(b-1) … 2**(b-1) - 1. Stored codes are unsigned,
-u = q + 2**(b-1) in 0 … 2**b - 1, so that bytes can be packed; the grid is the same, its zero point moves along:
+Signed and unsigned codes. A signed code q of b bits is in -2**(b-1) … 2**(b-1) - 1. Stored codes are unsigned,
+u = q + 2**(b-1) in 0 … 2**b - 1, so that bytes can be packed; the grid is the same, with its zero point shifted:
 
     x ≈ scale * (q - zero_point) = scale * (u - (zero_point + 2**(b-1)))
 
-2**(b-1) is `code_offset`, and in Triton kernels `tl_code_offset` of `kernels/_triton.py`; nothing else spells it out.
+2**(b-1) is `code_offset`, and in Triton kernels `tl_code_offset` of `kernels/_triton.py`; no other code writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).smallest_normal, torc
 
 
 def code_offset(bits: int) -> int:
-    """Return 2**(bits - 1), what is added to a signed code of `bits` bits to make it unsigned."""
+    """Return 2**(bits - 1), which added to a signed code of `bits` bits makes it unsigned."""
     return 1 << (bits - 1)
 
 
@@ -64,7 +64,7 @@ def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, *, inp
         x: [..., C] float32.
         scale: broadcastable to x, > 0.
         lower, upper: qmin - zero_point and qmax - zero_point, broadcastable, float32.
-        inplace: put the result into x, which saves a pass through memory.
+        inplace: write the result into x, which saves a pass through memory.
     Returns: a tensor like x, new unless `inplace`.
     """
     return (x.div_(scale) if inplace else x / scale).round_().clamp_(lower, upper).mul_(scale)

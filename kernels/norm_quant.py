@@ -1,4 +1,4 @@
-"""Add a residual, normalise, reorder and quantise in one kernel: what comes before every linear layer.
+"""Add a residual, normalise, reorder and quantise in one kernel, as the input of a linear layer.
 
     h = x + r                y[j] = norm(h)[order[j]] · weight[j] + bias[j]         (weight and bias already in the new order)
 
@@ -7,11 +7,11 @@
     "int4"     code = clamp(round(√7 y / β), -8, 7)         β = mean |y|            value = code · β / √7
     "int4x2"   the same with β = 2 mean |y|
 
-The statistics do not depend on the order, so the reorder is a gather of the row just read, from the cache. h is rounded to x's
-type before it is normalised, as separate operations would do. Both sums and codes are formed in float32.
+Mean and variance do not depend on the order, so the reorder is a gather from the row just written, in cache. h is rounded to
+x's type before it is normalised, as separate operations would do. Sums and codes are computed in float32.
 Cost: 2 bytes read and 1 written per entry in bfloat16; 4 more with the residual. Codes of 4 bits take a byte too, as products
-read them. Sources: RPTQ (arXiv:2304.01089) for the reorder in the norm, BitNet a4.8 (arXiv:2411.04965, equations 1-3) for the
-scales per token, clamped at 1e-5.
+a linear layer reads them. Sources: RPTQ (arXiv:2304.01089) for the reorder in the norm, BitNet a4.8 (arXiv:2411.04965,
+equations 1-3) for the scales per token, clamped at 1e-5.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Normalised rows as codes.
+    """Rows after the norm, as codes.
 
     Attributes:
         codes: [M, D] int8.
@@ -203,7 +203,7 @@ def norm_quantize(
     residual: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Quantized:
-    """Normalise, reorder and quantise with scales that are known in advance.
+    """Normalise, reorder and quantise rows with static scales.
 
     Args:
         x: [M, D] floating; residual: the same, added first.
@@ -222,7 +222,7 @@ def norm_quantize(
 def norm_quantize_dynamic(
     x: Tensor, norm: Norm, kind: str, *, residual: Tensor | None = None, backend: Backend = Backend.AUTO
 ) -> Quantized:
-    """Normalise, reorder and quantise with one scale per token.
+    """Normalise, reorder and quantise rows with one scale per token.
 
     Args:
         x: [M, D] floating; residual: the same, added first.

@@ -1,7 +1,7 @@
-"""Rotate heads by their positions, reorder and scale them in one pass, and store them in float or on a grid.
+"""Rotate heads by position, reorder and scale them in one pass, and store them in float or quantised.
 
     r[e] = x[e] cos[e] + rot(x)[e] sin[e]        rot(x)[e] = -x[e + E/2] in the first half, x[e - E/2] in the second
-    y[j] = r[order[j]] · scaling                 order per key head (R2 of RPTQ, arXiv:2304.01089): the pairs are rotated before
+    y[j] = r[order[j]] · scaling                 order per key head (R2 of RPTQ, arXiv:2304.01089), applied after the rotation
 
 Stored as y, or as ŷ = s (clamp(round(y / s) + z, 0, 2**bits - 1) - z), for queries; s and z are given per head and channel. The
 reorder is a gather from the row in cache. Cost: x, cos and sin read once, y written.

@@ -1,4 +1,6 @@
-"""Finish products whose reduction several programs share: y = ((Σ_s partial[s] - shift) · row) · column + bias.
+"""Finish a product whose reduction is split over programs: sum the parts, then scale and add a bias.
+
+    y = ((Σ_s partial[s] - shift) · row) · column + bias
 
 Partials are added in the order of s, so the result does not depend on which program ends first. Integer partials are
 added as integers. Shapes: partial [S, M, N] float32 or int32; shift [M], int32; row [M] and column [N], float32.
@@ -21,7 +23,7 @@ def _finish_kernel(
     m = tl.program_id(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    # In the order of s, whichever program ended first: float sums come out the same in every run.
+    # In the order of s, not in the order in which programs end: float sums are then equal in every run.
     total = tl.load(partial_ptr + m * N + n, mask=inside, other=0)
     for s in range(1, SPLIT):
         total += tl.load(partial_ptr + (s * M + m) * N + n, mask=inside, other=0)
@@ -45,7 +47,7 @@ def finish(
     column: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Add the partial sums and apply what follows them.
+    """Add the partial sums, then apply shift, factors and bias.
 
     Args:
         partial: [S, M, N] float32 or int32, contiguous.

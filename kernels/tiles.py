@@ -1,7 +1,7 @@
-"""Tiles of the Triton kernels, chosen per call: nothing is tuned at import, and no device is needed to choose.
+"""Choose the tiles of Triton kernels per call; nothing is tuned at import, and no device is needed.
 
 The numbers follow offline sm_90 compiles (warp-group matrix instructions where they apply; registers, spills and shared memory
-as tests/kernels/test_compile_sm90.py holds them) and the rule of filling one to two waves of the GPU's multiprocessors; they are
+are checked by tests/kernels/test_compile_sm90.py) and the rule of one to two waves over the GPU's multiprocessors; they are
 not tuned by timing.
 """
 
@@ -15,12 +15,12 @@ import torch
 from kernels._triton import interpreting
 
 DECODE_ROWS = 16
-"""Up to this many rows a product is bound by the weight's bytes: one narrow tile holds all of them."""
+"""Rows up to which a product is bound by reading the weight: one narrow tile holds all of them."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share of a product Wx: `rows` of the weight, `columns` tokens, `block` packed bytes per step.
+    """The part of a product W x that one program computes: `rows` of W, `columns` tokens, `block` packed bytes per step.
 
     `split` programs share the reduction of one tile; `warps` and `stages` are Triton's launch options.
     """
@@ -39,7 +39,7 @@ def decode_tile(rows: int, steps_of: int, *, block: int, device: torch.device) -
     Args:
         rows: N, rows of the weight.
         steps_of: bytes (or columns) that one row is reduced over.
-        block: bytes of a row that one step takes.
+        block: bytes of a row per step.
         device: decides how many programs fill it.
     """
     tiles, steps = -(-rows // 64), -(-steps_of // block)
@@ -57,7 +57,7 @@ def row_warps(block: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Count the multiprocessors of a CUDA device; any other counts as 4, for the interpreter."""
+    """Count the multiprocessors of a CUDA device; for any other, return 4, for the interpreter."""
     if interpreting() or device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

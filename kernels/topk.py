@@ -1,11 +1,11 @@
-"""Keep the k largest entries of a row by magnitude and quantise them to INT8, in one pass; the others become 0.
+"""Quantise the k largest entries of a row by magnitude to INT8, and set the others to 0, in one pass.
 
     γ = max(max |x|, 1e-5)      code = round(127 x / γ) where |x| is among the k largest, else 0      value = code · γ / 127
 
-k = max(1, int(keep · D)); among equal magnitudes the lowest index wins. The k-th largest magnitude is found bit by bit: read as
-integers, magnitudes sort like numbers, so 31 counts over the row give it exactly (15 for bfloat16 and 18 for float16, whose low
-bits are zero); a running count decides among equals. Source: BitNet a4.8 (arXiv:2411.04965), equation 1, Q-Sparse
-(arXiv:2407.10969).
+k = max(1, int(keep · D)); among equal magnitudes the lowest index wins. The k-th largest magnitude is found bit by bit: the bits
+of magnitudes, read as integers, sort like the magnitudes, so 31 counts over the row give it exactly (15 for bfloat16 and 18 for
+float16, whose low bits are zero); a running count decides among equals. Source: BitNet a4.8 (arXiv:2411.04965), equation 1,
+Q-Sparse (arXiv:2407.10969).
 Cost: x read once, one byte written per entry.
 """
 
@@ -41,14 +41,14 @@ def _topk_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, D, COUNT, stride_x, ZERO_
     x = tl.load(x_ptr + row * stride_x + k, mask=inside, other=0.0).to(tl.float32)
     size = tl.abs(x)
     # The bits of non-negative floats, read as integers, sort like the floats. Build the k-th largest magnitude from the highest
-    # bit down: a bit stays set if at least k entries are at or above the number so far. Entries beyond D are -1: never counted.
+    # bit down: a bit stays set if at least k entries are at least the number so far. Entries beyond D are -1: never counted.
     bits = tl.where(inside, size.to(tl.int32, bitcast=True), -1)
     threshold = 0
     for i in tl.static_range(31 - ZERO_BITS):
         raised = threshold | (1 << (30 - i))
         enough = tl.sum((bits >= raised).to(tl.int32), axis=0) >= COUNT
         threshold = tl.where(enough, raised, threshold)
-    # Entries above the threshold are fewer than k; those equal to it fill the room that is left, in order of their index.
+    # Entries above the threshold are fewer than k; those equal to it fill the remaining places, in order of their index.
     above = bits > threshold
     equal = bits == threshold
     room = COUNT - tl.sum(above.to(tl.int32), axis=0)

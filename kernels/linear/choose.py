@@ -9,8 +9,8 @@ from kernels.linear import int4
 from kernels.linear.int8 import exact_int8_products
 
 MIN_COLUMNS_PER_SEGMENT = 192
-"""INT8 pays one GEMM call and one float epilogue of [M, N] per cluster: below about this many columns each, float32 on
-dequantised weights is faster (benchmarks: `python -m benchmarks linear`)."""
+"""Columns per cluster below which INT8 is slower than float32 on dequantised weights, about: each cluster costs one GEMM call
+and one float pass over [M, N] (benchmarks: `python -m benchmarks linear`)."""
 
 
 def select_linear_backend(
@@ -24,7 +24,7 @@ def select_linear_backend(
         activation_bits: 2 to 8, or 16 when the input stays in floating point.
         offsets: cluster boundaries of the input channels, [G + 1].
         rows: N, output channels.
-        device: where the layer is.
+        device: of the layer.
     Raises: ValueError if INT8, INT4 or TRITON is requested where it cannot run, saying why.
     """
     clusters, width = len(offsets) - 1, offsets[-1]
@@ -78,7 +78,7 @@ def _int4_choice(
 
 
 def kernels_take_codes(weight_bits: int, activation_bits: int, offsets: tuple[int, ...]) -> bool:
-    """Tell whether TRITON multiplies integer codes of a layer's input (True), or x̂ in floating point."""
+    """Say whether TRITON multiplies integer codes of a layer's input (True), or x̂ in floating point."""
     from kernels.linear import cluster
 
     return weight_bits == 4 and activation_bits <= 8 and cluster.unsupported_reason(offsets) is None

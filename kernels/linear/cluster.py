@@ -1,18 +1,18 @@
-"""TRITON: 4-bit weights and integer inputs with one scale per cluster, clusters being whole blocks of columns.
+"""TRITON: 4-bit weights and integer inputs, one scale per cluster of whole blocks of columns.
 
     y[m, n] = Σ_b o[n, c(b)] ( Σ_{k in b} qx qw ) - Σ_b r[n, c(b)] Σ_{k in b} qx  +  b'[n]
     o = sx sw        r = sx sw zw        b' = b - Σ_c sx zx Σ_k Ŵ[n, k]       (the integer identity of kernels/linear/__init__.py)
 
-b runs over blocks of BK columns; `block_clusters` says whose scales each takes. The loop over K is flat and needs no table of
-segments: with one cluster everything is summed in int32 and scaled once, with several each block is promoted to float32. The
-activations' zero points are constants inside b', the weights' take Σ qx per block, formed in one pass over the codes.
+b runs over blocks of BK columns, and `block_clusters` gives the cluster of each. The loop over K is flat and needs no table of
+segments: with one cluster everything is summed in int32 and scaled once, with several each block is converted to float32. The
+activations' zero points are constants in b'; the weights' need Σ qx per block, computed in one pass over the codes.
 
 Weights stay packed (layout of `kernels.packing`): byte ^ 0x88 makes both nibbles two's complement, and the int8 operands are 16
 times the code, (p << 4) and (p & 0xF0), so that no nibble has to be moved down and sign-extended; 1/16 is part of the scale.
 They are the left operand of the product (see `kernels.linear.weight_only`). With few tokens several programs share the blocks
-of a tile: each applies the scales and zero points of its own, and their sums are added in a fixed order. Clusters at other
-boundaries, or widths that do not split into two halves of whole blocks, are not taken: `unsupported_reason` says so and AUTO runs
-the reference.
+of a tile: each applies the scales and zero points of its own blocks, and their sums are added in a fixed order. Clusters with
+other boundaries, and widths that are not two halves of whole blocks, are not supported: `unsupported_reason` says so, and AUTO
+runs the reference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kernels.split_k import finish
 from kernels.tiles import DECODE_ROWS, Tile, decode_tile
 
 BLOCKS = (128, 64, 32)
-"""Block sizes the kernel is built for, largest first: a promotion to float32 per block is what clusters cost."""
+"""Block sizes that the kernel is compiled for, largest first: smaller blocks are converted to float32 more often."""
 
 
 def reference(
@@ -100,7 +100,7 @@ def _cluster_kernel(
     y *= 0.0625
     if ZEROS:
         own = last - first
-        for i in range(0, 2 * own):  # its blocks of both halves
+        for i in range(0, 2 * own):  # its blocks in both halves
             block = first + i + tl.where(i < own, 0, blocks - own)
             c = tl.load(clusters_ptr + block)
             r = tl.load(zero_ptr + c * N + n, mask=rows, other=0.0)
@@ -145,9 +145,9 @@ def block_size(offsets: tuple[int, ...]) -> int | None:
     return next((b for b in BLOCKS if offsets[-1] % (2 * b) == 0 and all(o % b == 0 for o in offsets)), None)
 
 
-@functools.cache  # never dropped: captured graphs keep reading what it returned
+@functools.cache  # never freed: captured graphs keep reading it
 def _block_clusters(offsets: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """Look up the cluster of each block, [K / size] int32."""
+    """List the cluster of each block, [K / size] int32."""
     clusters = [bisect_right(offsets, start) - 1 for start in range(0, offsets[-1], size)]
     return torch.tensor(clusters, dtype=torch.int32, device=device)
 
@@ -191,7 +191,7 @@ def cluster_linear(
 
 @dataclass(frozen=True)
 class ClusterOperands(LinearOperands):
-    """Operands of TRITON for integer inputs: the stored weight as it is, with the other arguments of `cluster_linear`.
+    """Operands of TRITON for integer inputs: the stored weight itself, with the other arguments of `cluster_linear`.
 
     `backend` is TRITON where it was asked for by name, so that no call falls back to torch, else AUTO.
     """

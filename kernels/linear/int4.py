@@ -1,10 +1,10 @@
-"""INT4: multiply 4-bit weights and at most MAX_ROWS rows of floats on CPUs, through `torch._weight_int4pack_mm_for_cpu`.
+"""INT4: 4-bit weights, at most MAX_ROWS rows of floats, on CPUs: `torch._weight_int4pack_mm_for_cpu`.
 
     y = x Ŵᵀ + b       Ŵ[n, k] = scale[n, g] (u[n, k] - 8) + zero[n, g]       u in 0 … 15, g = group of 32, 64 or 128 columns
 
-The operation reads half a byte per weight and computes in bfloat16: inputs, outputs, scales and zeros carry 8 significant bits.
+The operation reads half a byte per weight and computes in bfloat16: inputs, outputs, scales and zeros have 8 significant bits.
 One scale per row is applied outside, in float32, so that such weights stay exact; with several groups per row their scales
-are rounded to bfloat16. With float32 or float16 inputs torch falls back to scalar code, hundreds of times slower: never used.
+are rounded to bfloat16. Inputs are converted to bfloat16: with others torch runs scalar code, hundreds of times slower.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from kernels.codes import code_offset
 from kernels.linear.operands import LinearOperands
 
 MAX_ROWS = 4
-"""Above this many rows integer or float32 products catch up. One thread, AVX-512 and AMX, ratio to float32 at 576 x 3072 and
-4096 x 4096: 1 row 4.2 and 3.9, 4 rows 6.0 and 5.1, 8 rows 4.4 and 4.1, 16 rows 2.0 and 2.1 (`python -m benchmarks linear`)."""
+"""Number of rows above which integer or float32 products are as fast. One thread, AVX-512 and AMX, ratio to float32 at
+576 x 3072 and 4096 x 4096: 1 row 4.2 and 3.9, 4 rows 6.0 and 5.1, 8 rows 4.4 and 4.1, 16 rows 2.0 and 2.1
+(`python -m benchmarks linear`)."""
 
 GROUPS = (128, 64, 32)
 
 
 def unsupported_reason(weight_bits: int, offsets: tuple[int, ...], rows: int) -> str | None:
-    """Say why a weight of `rows` rows with clusters `offsets` [G + 1] cannot take this path, None if it can."""
+    """Say why INT4 cannot run with a weight of `rows` rows and clusters `offsets` [G + 1], None if it can."""
     if weight_bits > 4:
         return f"{weight_bits}-bit weights do not fit 4-bit products"
     if any(o % GROUPS[-1] for o in offsets):
@@ -39,7 +40,7 @@ def unsupported_reason(weight_bits: int, offsets: tuple[int, ...], rows: int) ->
 
 @dataclass(frozen=True)
 class Int4Operands(LinearOperands):
-    """Operands of INT4: a weight as the operation takes it.
+    """Operands of INT4: a weight in the layout of torch's operation.
 
     Attributes:
         packed: [N, K / 2] uint8.
@@ -59,7 +60,7 @@ class Int4Operands(LinearOperands):
     def prepare(
         cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, bits: int, offsets: tuple[int, ...]
     ) -> Int4Operands:
-        """Arrange a weight.
+        """Make the operands of a weight.
 
         Args:
             codes: [N, K] uint8, 0 … 2**bits - 1, bits <= 4.
@@ -83,6 +84,6 @@ class Int4Operands(LinearOperands):
         """Compute the layer for x [..., K] float32: [..., N] float32."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales_and_zeros)
-        y = y.to(torch.float32) if self.row_scale is None else torch.mul(y, self.row_scale)  # float32 either way
+        y = y.to(torch.float32) if self.row_scale is None else torch.mul(y, self.row_scale)  # both give a new float32 tensor
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,10 +1,10 @@
-"""INT8: multiply integer codes of inputs and weights by `torch._int_mm` (exact int32) cluster by cluster, scales in the epilogue.
+"""INT8: integer codes of inputs and weights, by `torch._int_mm` (exact int32) cluster by cluster, on CPUs.
 
-The formula is the integer identity of `kernels/linear/__init__.py`. Where qw - zw fits int8 (4-bit weights whose range holds
-zero) those are the codes, and the sums Σ qx are not needed.
+The formula is the integer identity of `kernels/linear/__init__.py`. Where qw - zw fits int8 (4-bit weights whose range includes
+zero) the stored codes are qw - zw, and the sums Σ qx are not needed.
 
-Two defects of `torch._int_mm` on CPUs are kept out. Without VNNI instructions its inner loop adds pairs of products in int16,
-which saturates with 8-bit weights (`exact_int8_products` finds out; 7 bits and fewer fit). And it reads the row stride as a
+Two defects of `torch._int_mm` on CPUs are worked around. Without VNNI instructions its inner loop adds pairs of products in
+int16, which saturates with 8-bit weights (`exact_int8_products` tests it; 7 bits and fewer fit). And it reads the row stride as a
 leading dimension, so a single row or column whose stride is smaller than its length comes back uninitialised.
 """
 
@@ -20,24 +20,24 @@ from torch import Tensor
 from kernels.linear.operands import WHOLE, PartwiseOperands
 
 TILE = (128, 1024)
-"""Rows and output channels that are taken at a time, so that the accumulator is still in cache when the epilogue reads it. One
-thread with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 and 25 ms untiled, 13.2 ms in float32."""
+"""Rows and output channels computed at a time, so that the accumulator is still in cache when the scales are applied. One thread
+with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 and 25 ms untiled, 13.2 ms in float32."""
 
 FEW_ROWS = 32
-"""Up to so many rows the weight is the left operand of `torch._int_mm`: 0.75 of the time at 1 row, 0.6 at 32, 1.0 at 64 (576 ->
-1536, one thread with AMX)."""
+"""Number of rows up to which the weight is the left operand of `torch._int_mm`: 0.75 of the time at 1 row, 0.6 at 32, 1.0 at 64
+(576 -> 1536, one thread with AMX)."""
 
 
 @functools.cache
 def exact_int8_products() -> bool:
-    """Tell whether `torch._int_mm` is exact for weights of 8 bits on this processor (measured once)."""
+    """Say whether `torch._int_mm` is exact for weights of 8 bits on this processor (tested once)."""
     extreme = torch.full((8, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(extreme, extreme.t()) == 64 * 127 * 127).all())
 
 
 @dataclass(frozen=True)
 class Int8Operands(PartwiseOperands):
-    """Operands of INT8: int8 codes of the weight, and the scales of the epilogue.
+    """Operands of INT8: int8 codes of the weight, and the scales to apply to the sums.
 
     Attributes:
         codes: [N, K] int8, qw, or qw - zw where `zero_rows` is None.
@@ -66,7 +66,7 @@ class Int8Operands(PartwiseOperands):
         return y
 
     def _tile(self, x: Tensor, outputs: slice, y: Tensor) -> None:
-        """Write the output channels `outputs` of rows x [m, K] to y."""
+        """Compute the output channels `outputs` of rows x [m, K] into y."""
         offsets, codes, scales = self.offsets, self.codes[outputs], self.output_scale[:, outputs]
         if len(x) == 1:
             x = x.clone(memory_format=torch.contiguous_format)  # a single row counts as contiguous whatever its stride
@@ -103,7 +103,7 @@ def float_rows(x: Tensor, operands: Int8Operands) -> Tensor:
     digits, steps = [], []
     for _ in range(3):
         digit = (x / step).round_()
-        x = x - digit * step  # what the digits so far leave: at most half a step, which 127 steps of the next digit cover
+        x = x - digit * step  # the rest is at most half a step: 127 steps of the next digit
         digits.append(digit.to(torch.int8))
         steps.append(step)
         step = step / 254

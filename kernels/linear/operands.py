@@ -1,4 +1,4 @@
-"""Operands: what a backend multiplies with in place of a layer's stored weight; and REFERENCE, which takes Ŵ itself."""
+"""Operands: the tensors that a backend multiplies with, made from a layer's weight; those of REFERENCE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 WHOLE = slice(None)
-"""All output channels."""
+"""Slice of all output channels."""
 
 
 class LinearOperands:
@@ -21,31 +21,31 @@ class LinearOperands:
     """
 
     takes_codes: ClassVar[bool] = False
-    """Whether the input is int8 codes qx, [M, K] (True), or floats [..., K] that are already x̂."""
+    """Whether `product` takes int8 codes qx, [M, K] (True), or floats [..., K] that are already x̂."""
 
     def product(self, x: Tensor) -> Tensor:
         """Compute x̂ Ŵᵀ + b: x [M, K] or [..., K] as `takes_codes` says -> [..., N] float32."""
         raise NotImplementedError
 
     def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
-        """Compute `product` as tensors [..., n] whose n are `sizes`, in order; None is one tensor of all channels.
+        """Compute `product` in parts [..., n] with the n of `sizes`, in order; None is one part of all channels.
 
-        REFERENCE and INT8 compute a part, contiguously, when it is taken: what follows finds it in cache (SiLU of 1536 of 3072
-        channels, 512 rows, two threads: 0.28 ms; after both parts 0.68 ms). The others compute all of it at once.
+        REFERENCE and INT8 compute each part when the iterator reaches it, so that the caller's next step finds it in cache (SiLU
+        of 1536 of 3072 channels, 512 rows, two threads: 0.28 ms; after both parts 0.68 ms). The others compute all parts at once.
         """
         y = self.product(x)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 
 
 class PartwiseOperands(LinearOperands):
-    """Operands of a backend that can compute some output channels alone, at their share of the cost."""
+    """Operands of a backend that can compute some output channels alone, in proportionally less time."""
 
     def product(self, x: Tensor, outputs: slice = WHOLE) -> Tensor:
         """Compute the output channels `outputs` of `LinearOperands.product`: [..., n]."""
         raise NotImplementedError
 
     def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
-        """See `LinearOperands.parts`: each part is computed when it is taken."""
+        """Compute `product` in parts, each when the iterator reaches it."""
         return (self.product(x, outputs) for outputs in output_parts(sizes))
 
 
@@ -65,12 +65,12 @@ class ReferenceOperands(PartwiseOperands):
     bias: Tensor | None = None
 
     def product(self, x: Tensor, outputs: slice = WHOLE) -> Tensor:
-        """See `PartwiseOperands.product`."""
+        """Compute the output channels `outputs` of x Ŵᵀ + b in float32: [..., n]."""
         return torch.nn.functional.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
 
 def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    """Apply a layer.
+    """Apply a layer to inputs prepared for its operands.
 
     Args:
         x: [M, K] int8 codes qx where the operands take codes, else [..., K] float32, already x̂.

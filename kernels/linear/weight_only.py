@@ -4,14 +4,14 @@
     y[m, n] = Σ_c s[n, c] ( Σ_k u[n, k] x[m, k]  -  z[n, c] Σ_k x[m, k] ) + b[n]
 
 Clusters are contiguous runs of columns at any boundaries. Codes are small integers, exact in bfloat16: weights are never
-rounded, and scale and zero point are applied to sums in float32. A quantised input is dequantised before it comes here.
+rounded, and scale and zero point are applied to sums in float32. A quantised input is dequantised before.
 
-The kernel makes the weight the left operand of the product, so that unpacked codes go from registers into the matrix
+The weight is the left operand of the product, so that unpacked codes go from registers directly into the matrix
 instruction. The layout is that of `kernels.packing`: one byte holds columns j, j + n, j + 2n, ..., so a block of bytes
 unpacks into one tile per part of the row, each multiplied with its own part of x. 3 bits are a plane of 2 and a plane of 1.
-At 2 to 4 bits and bfloat16, OR 0x4300 makes the number 128 + u; the 128 joins z, and Σ x is that of the rounded x.
-A run of blocks may cross cluster boundaries: `_pieces` cuts the row where any part does, and a piece sees x only inside
-its own columns. Cost: N K bits / 8 bytes of weights, read once while M <= 16.
+At 2 to 4 bits and bfloat16, OR 0x4300 makes the number 128 + u; z grows by 128, and Σ x is that of the rounded x.
+A run of blocks may cross cluster boundaries: `_pieces` cuts the row wherever a part does, and x is masked to the columns
+of the piece. Cost: N K bits / 8 bytes of weights, read once while M <= 16.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from kernels.split_k import finish
 from kernels.tiles import DECODE_ROWS, Tile, decode_tile
 
 PARTS = {2: 4, 3: 8, 4: 2, 8: 1}
-"""Columns that one step of the kernel takes from a row for every byte it stands at."""
+"""Columns of a row that one step of the kernel covers for every byte that it loads."""
 
 MAX_ROWS = 256
-"""AUTO hands more rows than this to a dequantised weight and torch's matrix product. Published weight-only kernels lose to
+"""Number of rows above which AUTO takes a dequantised weight and torch's matrix product. Published weight-only kernels lose to
 cuBLAS from about 64 to 256 rows on Hopper (GemLite, Marlin: 0.3x to 0.5x at 512); ours is not measured."""
 
 
@@ -107,7 +107,7 @@ def _weight_only_kernel(
         for part in tl.static_range(PARTS):
             k = part * PART_BYTES + j
             x = tl.load(token + k[:, None], mask=(inside & (k < K))[:, None] & tokens[None, :], other=0.0)
-            if CLUSTERED:  # after the load, whose mask would break its vectors at the piece's ends
+            if CLUSTERED:  # not in the load's mask, which would then not vectorise
                 x = tl.where(used[:, None], x, 0.0)
             x = matrix_operand(x)
             w = _codes(first, second, high, part, BITS, dtype)
@@ -152,7 +152,7 @@ def launch(
 
 
 def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool, wide: bool, device: torch.device) -> Tile:
-    """Choose a tile. Float32 inputs (`wide`), several clusters and 3 bits hold more in registers per step: smaller steps."""
+    """Choose a tile. Float32 inputs (`wide`), several clusters and 3 bits need more registers per step: smaller steps."""
     block = {2: 64, 3: 32, 4: 128, 8: 64}[bits]
     if clustered:
         block = 64 if bits == 4 else 32
@@ -168,13 +168,13 @@ def _tile(tokens: int, rows: int, part_bytes: int, bits: int, *, clustered: bool
 
 @functools.cache
 def _lengths(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """Count the columns of each cluster, [G]: made once, because a copy to the device waits for it."""
+    """Count the columns of each cluster, [G]; cached, because a copy to the device makes the host wait."""
     return torch.tensor(offsets, device=device).diff()
 
 
-@functools.cache  # never dropped: captured graphs keep reading what it returned
+@functools.cache  # never freed: captured graphs keep reading it
 def _pieces(offsets: tuple[int, ...], parts: int, block: int, device: torch.device) -> Tensor:
-    """Cut a row of bytes so that inside a piece every part lies in one cluster and one block.
+    """Cut a row of bytes so that inside a piece every part belongs to one cluster and one block.
 
     Returns: [P, 3 + parts] int32: number of the block, first and last + 1 byte of the piece, cluster of each part.
     """
@@ -237,7 +237,7 @@ def weight_only_linear(
 
 @dataclass(frozen=True)
 class WeightOnlyOperands(LinearOperands):
-    """Operands of TRITON for float inputs: the stored weight as it is, with the arguments of `weight_only_linear`.
+    """Operands of TRITON for float inputs: the stored weight itself, with the arguments of `weight_only_linear`.
 
     `backend` is TRITON where it was asked for by name, so that no call falls back to torch, else AUTO.
     """

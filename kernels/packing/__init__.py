@@ -1,6 +1,6 @@
-"""Pack codes of 1 to 8 bits into bytes: the ops `pack` and `unpack`, by Triton on CUDA tensors and by torch on others.
+"""Pack codes of 1 to 8 bits into bytes: the ops `pack` and `unpack`, in Triton or torch by device.
 
-`layout.py` says which bit stands where and holds the reference; `kernel.py` holds the Triton kernels. Both write the same bytes.
+`layout.py` defines the layout and holds the reference; `kernel.py` holds the Triton kernels. Both write the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["pack", "packed_width", "unpack"]
 
 
 def pack(codes: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor:
-    """Pack the last dimension.
+    """Pack codes along the last dimension.
 
     Args:
         codes: [..., K] uint8, each < 2**bits.
@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int, *, backend: Backend = Backend.AUTO) -> Tensor
 
 
 def unpack(packed: Tensor, bits: int, width: int, *, backend: Backend = Backend.AUTO) -> Tensor:
-    """Unpack the last dimension: the inverse of `pack`.
+    """Unpack codes along the last dimension: the inverse of `pack`.
 
     Args:
         packed: [..., packed_width(width, bits)] uint8.

@@ -1,11 +1,11 @@
-"""Pack, quantise and pack in one pass, and unpack, at 1 to 8 bits: the Triton kernels of `kernels.packing`.
+"""The Triton kernels of `kernels.packing`: pack, quantise and pack at once, and unpack, at 1 to 8 bits.
 
     STATIC   u = clamp(round(x / s) + z, 0, 2**bits - 1)                  s, z given per head and channel
     DYNAMIC  u = clamp(round(x / s), -Q, Q) + Q + 1, s = max |x| / Q      Q = 2**(bits-1) - 1, s per row, kept in float16
 
 Byte j of a plane of w bits holds elements j, j + n, j + 2n, ...: a program takes whole rows, so that further planes (3 = 2 + 1
-bits) and the maximum of DYNAMIC read x from the cache. Rows are [A, B, T, K] with any strides but the last, on both sides, so
-that new keys and values go straight into their slots. Cost: x read once, bits / 8 bytes written per element.
+bits) and the maximum of DYNAMIC read x from the cache. Rows are [A, B, T, K] with any strides but the last, for x and out, so
+that new keys and values are written directly to their slots. Cost: x read once, bits / 8 bytes written per element.
 Sources: RPTQ (arXiv:2304.01089) for STATIC; BitNet a4.8 (arXiv:2411.04965), section 2.3, for DYNAMIC.
 """
 
@@ -142,14 +142,14 @@ def launch_pack(
     row_scale: Tensor | None = None,
     slot: Tensor | None = None,
 ) -> None:
-    """Pack rows of x into `out`; codes, STATIC or DYNAMIC by which of the scales is given.
+    """Pack rows of x into `out`: codes as they are, STATIC or DYNAMIC by which of the scales is given.
 
     Args:
         x: [A, B, T, K], uint8 codes or floating, unit stride along K.
         out: [A, B, S, packed_width(K, bits)] uint8, unit stride along the last dimension; S >= T.
         scale, zero_point: STATIC: [1 or B, K] float32, contiguous.
         row_scale: DYNAMIC: [A, B, S, 1] float16, written.
-        slot: [1] int32, where in S the first row goes; 0 if None. A tensor, so that a captured graph can move on.
+        slot: [1] int32, index in S of the first row; 0 if None. A tensor, so that a replayed graph can write to the next one.
     """
     (a, b, t, k), mode = x.shape, CODES if scale is row_scale is None else STATIC if scale is not None else DYNAMIC
     if x.numel() == 0:

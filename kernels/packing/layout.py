@@ -1,9 +1,9 @@
-"""Where each bit of a packed row stands, and packing and unpacking in plain torch.
+"""The place of each bit in a packed row, and packing and unpacking in plain torch.
 
 A code of b bits is split into planes of 4, 2 and 1 bits (3 = 2 + 1, 5 = 4 + 1, ...; 8 is one plane), so that every
-width costs exactly b bits per code. Inside a plane of w bits one byte holds elements j, j + n, j + 2n, ... of the row,
-n being the number of bytes: low and high *parts of the row* rather than neighbours, so unpacking is a shift and a
-mask on whole registers and needs no interleave.
+width costs exactly b bits per code. In a plane of w bits, one byte holds elements j, j + n, j + 2n, ... of the row,
+n being the number of bytes. As these are not neighbours in the row, unpacking is a shift and a mask of whole registers,
+without interleaving.
 
     4 bits, 6 codes a b c d e f  ->  bytes  d<<4|a   e<<4|b   f<<4|c
 

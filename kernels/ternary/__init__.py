@@ -1,6 +1,6 @@
-"""Linear layers of ternary weights, -1, 0 or 1, stored at two bits: products that are exact, dense or with zeros left out.
+"""Linear layers of ternary weights, -1, 0 or 1, in two bits: exact products, dense or skipping zeros.
 
-`reference.py` says how weights are stored and multiplies in plain torch; `linear.py` and `sparse.py` are the ops with Triton
+`reference.py` defines how weights are stored and multiplies in plain torch; `linear.py` and `sparse.py` are the ops with Triton
 kernels. Every path gives the same bits.
 """
 

@@ -1,10 +1,10 @@
-"""Linear layer of packed ternary weights and integer inputs: the op `ternary_linear`, by Triton or by `reference.py`.
+"""Multiply packed ternary weights with integer inputs: the op `ternary_linear`, in Triton or torch.
 
     y[m, n] = ((Σ_k c[m, k] u[n, k] - Σ_k c[m, k]) s[m]) α[n]          u = t + 1, two bits, kept packed in memory
 
-Using u instead of t leaves no subtraction in the inner loop; Σ c comes from whoever quantised, or is computed here. The weight
-is the left operand (see `kernels.linear.weight_only`), unpacked in registers; sums are int32, and programs that share a row
-add integers, so every split gives the same result. Columns beyond K are masked in the codes. Cost: N K / 4 bytes of weights.
+Using u instead of t leaves no subtraction in the inner loop; Σ c is given by the caller or computed here. The weight is the left
+operand (see `kernels.linear.weight_only`), unpacked in registers; sums are int32, and programs that share a row add integers, so
+every split gives the same result. Columns beyond K are masked in the codes. Cost: N K / 4 bytes of weights.
 """
 
 from __future__ import annotations

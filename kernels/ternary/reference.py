@@ -1,4 +1,4 @@
-"""Storage of ternary weights, and their products in plain torch: y[m, n] = (Σ_k c[m, k] t[n, k]) · s[m] · α[n].
+"""Store ternary weights and multiply with them in plain torch: y[m, n] = (Σ c[m, k] t[n, k]) s[m] α[n].
 
 Codes c are int8 (-127 … 127), t is -1, 0 or 1 and stored as t + 1 in two bits: byte j of a row holds columns j, j + n, j + 2n and
 j + 3n, n being the row's bytes (the layout of `kernels.packing`). The sum is exact, in int32 or in float32 alike: |Σ| <= 127 K
@@ -8,7 +8,7 @@ stays below 2**24 for K < 132,104. Every path below therefore gives the same bit
     INT8       `torch._int_mm` on int8 codes and int8 t
 
 Skipping is exact too: rows of W whose output will be multiplied by zero (`rows`), columns whose code is zero (`sparse_columns`).
-A gather copies what it keeps, and on CPUs with VNNI the dense product of one row reads its weight faster than that: see
+But a gather copies the kept rows, and on CPUs with VNNI the dense product of one row takes less time than that copy: see
 ROW_DENSITY. Source: BitNet b1.58 (arXiv:2402.17764), BitNet a4.8 (arXiv:2411.04965).
 """
 
@@ -21,7 +21,7 @@ from kernels.backend import Backend
 from kernels.packing import pack, unpack
 
 ROW_DENSITY = 0.08
-"""Up to this share of rows a gathered product of one token is cheaper than the dense one (one thread, VNNI, 6912 x 2560: gather
+"""Share of rows up to which a gathered product of one token is cheaper than the dense one (one thread, VNNI, 6912 x 2560: gather
 and product of 20 % of the rows 2.5 ms, dense 1.3 ms; equal near 10 %). Gathering columns never is: every row is touched."""
 
 
@@ -31,7 +31,7 @@ def pack_ternary(ternary: Tensor) -> Tensor:
 
 
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:
-    """Unpack what `pack_ternary` packed: [N, ceil(width / 4)] uint8 -> [N, width] int8."""
+    """Unpack the result of `pack_ternary`: [N, ceil(width / 4)] uint8 -> [N, width] int8."""
     return unpack(packed, 2, width).to(torch.int8).sub_(1)
 
 

@@ -1,14 +1,14 @@
-"""Ternary feed-forward layers that read only the channels they need, for one or two tokens: `gated_up` and `sparse_down`.
+"""Skip channels that are zero in ternary feed-forward layers, for one or two tokens: two ops.
 
-    gate first   h[m, f] = g[m, f] · up[m, f]     only rows f of W_up where some g is not 0
-    down         y[m, n] = Σ_f c[m, f] t[n, f]    only columns f of W_down where some code is not 0
+    gated_up      h[m, f] = g[m, f] · up[m, f]     reads only rows f of W_up where some g is not 0
+        sparse_down   y[m, n] = Σ_f c[m, f] t[n, f]    reads only columns f of W_down where some code is not 0
 
-With ReLU² most of g is 0, and INT8 rounds more of h to 0; both skips are exact. Channels are compacted on the device, indices in
-ascending order and their count: the host never waits for them, and programs beyond the count end at once. W_down is kept a second
-time, transposed, so that a channel is one contiguous row. Shares of the down projection are added as integers, atomically: the
-order does not matter. Two tokens take the union of their channels; from three on the union is nearly everything and the dense
-layer (`linear.py`) is used. Source: BitNet a4.8 (arXiv:2411.04965), section 2.1.
-Cost: K / 4 bytes of W_up per live gate and N / 4 bytes of W_down per live code.
+With ReLU² most of g is 0, and INT8 rounds more of h to 0; both skips are exact. The device writes the list of channels to keep,
+indices in ascending order and their count: the host never waits for it, and programs beyond the count end at once. W_down is
+stored a second time, transposed, so that a channel is one contiguous row. Partial sums of the down projection are added as
+integers, atomically: the order does not matter. Two tokens take the union of their channels; from three tokens on the union is
+nearly everything and the dense layer (`linear.py`) is used. Source: BitNet a4.8 (arXiv:2411.04965), section 2.1.
+Cost: K / 4 bytes of W_up per non-zero gate and N / 4 bytes of W_down per non-zero code.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kernels.ternary.linear import ternary_linear
 from kernels.tiles import multiprocessors
 
 MAX_TOKENS = 2
-"""Most tokens of a call that skips channels."""
+"""Largest number of tokens for which a call skips channels."""
 
 
 @triton.jit
 def _compact_kernel(x_ptr, index_ptr, count_ptr, M, F, stride_x, BLOCK: tl.constexpr):
-    # One program walks over all columns: how many live ones came before says where the next one goes.
+    # One program goes over all columns: the number of non-zero ones before a column is its place in the list.
     found = 0
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
@@ -48,7 +48,7 @@ def _up_kernel(
 ):  # fmt: skip
     m = tl.program_id(1)
     place = tl.program_id(0) * BR + tl.arange(0, BR)
-    count = tl.load(count_ptr)  # the host launches a program for every channel: those beyond the count have nothing to do
+    count = tl.load(count_ptr)  # programs are launched for every channel: those beyond the count do nothing
     if tl.program_id(0) * BR < count:
         live = place < count
         f = tl.load(index_ptr + place, mask=live, other=0)
@@ -103,7 +103,7 @@ def compact(x: Tensor, *, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tens
 
     Args:
         x: [M, F].
-    Returns: (index [F] int32, ascending, filled up to the count; count [1] int32).
+    Returns: (index [F] int32, ascending, of which the first `count` are set; count [1] int32).
     """
     x = rows_strided(x)
     index = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
