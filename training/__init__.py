@@ -1,1 +1,1 @@
-"""Training of BitNet models; the product loads what it exports but never imports it."""
+"""Training of BitNet models. The product loads exported models but does not import this package."""

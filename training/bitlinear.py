@@ -1,10 +1,10 @@
-"""BitLinear: a linear layer trained with ternary weights and quantised inputs, by straight-through estimation.
+"""BitLinear: a linear layer trained with ternary weights and quantised inputs, straight-through.
 
     y  = (c @ tᵀ) · s · α        c, s = quantize_input(x, kind), per token;  t, α = ternary_absmean(weight)
     dx = dy · (α t)              at every position, also where TopK or a clip changed the value
-    dW = dyᵀ · (c s)             the quantised operands stand in both products
+    dW = dyᵀ · (c s)             both products use the quantised operands
 
-The float weight is the master that the optimizer moves; t and α are made anew in each pass. Codes are at most 127 in
+The float weight is the master that the optimizer updates; t and α are computed from it in each pass. Codes are at most 127 in
 size, so they are exact in bfloat16, and so are products and float32 sums of them. Sources: BitNet b1.58
 (arXiv:2402.17764, section 2), BitNet a4.8 (arXiv:2411.04965, section 2), Q-Sparse (arXiv:2407.10969, equation 13).
 """
@@ -104,7 +104,7 @@ def convert_to_bitlinear(model: nn.Module, mode: str, *, inputs: Mapping[str, st
 
 
 def set_mode(model: nn.Module, mode: str, *, inputs: Mapping[str, str] | None = None) -> None:
-    """Choose the input quantisers of every BitLinear of `model`; no parameter and no optimizer state is touched.
+    """Choose the input quantisers of every BitLinear of `model`; no parameter and no optimizer state is changed.
 
     Args:
         mode: a name of MODES.
@@ -118,7 +118,7 @@ def set_mode(model: nn.Module, mode: str, *, inputs: Mapping[str, str] | None = 
 
 
 def input_kinds(mode: str, inputs: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Quantiser of each projection input under a mode with replacements. Raises: as `set_mode`."""
+    """Return the quantiser of each projection input under a mode with replacements. Raises: as `set_mode`."""
     require_choice("mode", mode, tuple(MODES))
     for site, kind in (inputs or {}).items():
         if site not in MODES[mode] or kind not in INPUT_KINDS or mode == "fp":

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or absent, no pickles, everything that the next step depends on.
+"""Checkpoints of a training run: whole or absent, no pickles, with all that the next step depends on.
 
     state.json               step, tokens, configuration, mode, and the texts of the corpus
     model.safetensors        float32 master weights under their transformers names, tied tensors once
@@ -46,13 +46,13 @@ def save_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
     """Write the latest checkpoint of a run; the one before becomes `PREVIOUS`. Raises: ResourceError E-DISK."""
     save_checkpoint(run / PREVIOUS, model, optimizer, state)
     with disk_errors(run):
-        publish(run / PREVIOUS, run / LATEST)  # the two change names in one step
+        publish(run / PREVIOUS, run / LATEST)  # swaps the two names in one step
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """Find the latest whole checkpoint of a run and its facts, `PREVIOUS` where `LATEST` is damaged; None if there is neither.
 
-    Raises: ArtifactError E-CKPT-BAD of `LATEST` when no one is whole.
+    Raises: ArtifactError E-CKPT-BAD of `LATEST` when neither is whole.
     """
     faults = []
     for folder in (run / LATEST, run / PREVIOUS):

@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, one JSON (or TOML) file, and the model and schedule it describes."""
+"""The configuration of a training run: a frozen dataclass, its JSON or TOML file, model and schedule."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TrainConfig:
         self._check_shape()
 
     def _check_shape(self) -> None:
-        """Fields that depend on each other."""
+        """Check fields that depend on each other."""
         input_kinds(self.mode, self.inputs)
         require_choice("switch mode", self.switch_mode, tuple(MODES))
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
@@ -151,7 +151,7 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: tokens // (batch · seq)."""
+        """Number of optimizer steps: tokens // (batch · seq)."""
         return self.tokens // (self.batch * self.seq)
 
     @property
@@ -164,7 +164,7 @@ class TrainConfig:
         return self.switch_mode if self.schedule.stage(step) == 2 else self.mode
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, accepted by `from_dict`."""
+        """Return plain JSON types that `from_dict` accepts."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -214,7 +214,7 @@ class TrainConfig:
         return model
 
     def _model_fields(self) -> dict[str, Any]:
-        """Fields of the transformers configuration. Token 0 is the end mark, which also begins and pads."""
+        """Return the fields of the transformers configuration. Token 0 is the end mark, also used as first token and padding."""
         shared = {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
@@ -276,7 +276,7 @@ _OPTIONAL = ("clip", "switch", "restart_lr")
 
 
 def _rates(name: str, value: object, low: float, high: float) -> float | tuple[float, ...] | None:
-    """A field of `_RATES`: one number, or None where it may be left out, or a tuple for a list.
+    """Check a field of `_RATES`: one number, or None where it may be left out, or a tuple for a list.
 
     Raises: InputError unless every number is finite and from `low` to `high`.
     """
@@ -293,7 +293,7 @@ def _rate(name: str, value: object, low: float, high: float) -> float:
 
 
 def _texts(value: object) -> tuple[tuple[str, int], ...]:
-    """Text names with their repeats. Raises: InputError E-PARAM-TEXTS."""
+    """Check text names with their repeats. Raises: InputError E-PARAM-TEXTS."""
     try:
         pairs = tuple((name, repeat) for name, repeat in value)  # type: ignore[union-attr]
     except (TypeError, ValueError):

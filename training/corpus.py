@@ -1,12 +1,12 @@
-"""Training text: files and calibration texts, a tokenizer of their own, and one cached stream of uint16 tokens.
+"""Make training text into tokens: files and named texts, their tokenizer, a cached stream of uint16.
 
-    meta.json        what it was made from: names, SHA-256, repeats, token counts
+    meta.json        its origin: names, SHA-256, repeats, token counts
     tokenizer.json   byte-level BPE; `<|endoftext|>` ends every document
     train.bin        uint16 tokens, little-endian: every text as often as it repeats
     held_out.bin     uint16 tokens of the last documents of each file (HELD_OUT of its characters), never trained on
 
-A named text such as `sotu` gives its calibration half (`core/calibration/data.py`), whole: its other half is what it is
-evaluated on. The cache is keyed by everything that decides the result, so the same texts give the same folder.
+A named text such as `sotu` gives its whole calibration split (`core/calibration/data.py`): the other split is for evaluation.
+The cache key covers everything that decides the result, so the same texts give the same folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Corpus:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer as one JSON file."""
+        """The tokenizer's JSON file."""
         return self.folder / "tokenizer.json"
 
 
@@ -79,9 +79,9 @@ def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progr
 
 
 def require_same(corpus: Corpus, known: Sequence[dict[str, Any]], what: str) -> None:
-    """Refuse a corpus whose texts are not those that `what` was trained on: its tokens would mean something else.
+    """Refuse a corpus whose texts are not those that `what` was trained on: its tokens would have other meanings.
 
-    Args: known: `Corpus.sources` as they were then. what: how the message names the run or the checkpoint.
+    Args: known: `Corpus.sources` at that time. what: the message's name for the run or the checkpoint.
     Raises: ArtifactError E-CKPT-TEXT naming the first text that differs.
     """
     now, then = ({(s["sha256"], s["tokens"]): s["name"] for s in sources} for sources in (corpus.sources, known))
@@ -96,7 +96,7 @@ def require_same(corpus: Corpus, known: Sequence[dict[str, Any]], what: str) -> 
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Open a corpus tokenizer file for transformers; the end mark is also what a text begins with and what pads."""
+    """Load a corpus tokenizer file for transformers; the end mark is also first token and padding."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(file)),
         bos_token=END,
@@ -125,7 +125,7 @@ def split_documents(text: str) -> tuple[list[str], list[str]]:
 def batch_rows(tokens: Tensor, *, step: int, batch: int, seq: int, seed: int) -> Tensor:
     """Choose the windows [batch, seq] of a training step (from 1), a function of its arguments alone.
 
-    Each pass over the text cuts it anew, from a random offset, and shuffles the windows; a rest below a batch is left.
+    Each pass over the text cuts it anew, from a random offset, and shuffles the windows; a rest smaller than a batch is not used.
     Raises: TextError E-TEXT-SHORT when the text does not fill one batch.
     """
     per_pass = (len(tokens) - seq) // seq // batch
@@ -144,7 +144,7 @@ def batch_rows(tokens: Tensor, *, step: int, batch: int, seq: int, seed: int) ->
 
 
 def _source(name: str) -> TextSource:
-    """A named text's calibration half, or a file of up to a gigabyte."""
+    """Find a named text's calibration split, or read a file of up to a gigabyte."""
     if name in NAMED:
         return resolve_text(name, split="calibration")
     path = Path(os.path.expandvars(name)).expanduser()
@@ -200,7 +200,7 @@ def _train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str], end: int) -> numpy.ndarray:
-    """uint16 tokens of all documents, each followed by the end mark."""
+    """Tokenise all documents as uint16, each followed by the end mark."""
     ids = [token for e in tokenizer.encode_batch(documents, add_special_tokens=False) for token in (*e.ids, end)]
     return numpy.array(ids, dtype="<u2")
 

@@ -1,9 +1,9 @@
-"""From a run's checkpoint to a model folder: weights, tokenizer, `card.json` and `README.md`.
+"""Export a run's checkpoint as a model folder: weights, tokenizer, `card.json` and `README.md`.
 
 Float models are stored as float16 safetensors; BitNet models in the packed 2-bit format of `core/models/io/bitnet.py`, with
-float32 for everything that is not ternary. transformers opens both. What the card says is measured on the written folder's
-source, the float32 masters in the mode of the last step: perplexity on non-overlapping windows of the training context, every
-token but the first of a window predicted.
+float32 for everything that is not ternary. transformers opens both. The card's perplexities are measured on the float32 masters
+in the mode of the last step, on non-overlapping windows of the training context, every token but the first of a window
+predicted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.loop import LOG, held_out_loss, read_document, read_log
 SHARD = "8MB"
 CURVE_POINTS = 60
 LICENCES = {"tinystories_mix.txt": "CDLA-Sharing-1.0", "children_simple.txt": "public domain", "sotu": "public domain"}
-"""Terms of the texts we know; of any other text the card says that they are unknown."""
+"""Licences of known texts; of any other text the card says that its terms are unknown."""
 
 _LICENCE = "Apache-2.0"
 
@@ -67,7 +67,7 @@ def export_run(run: Path | str, out: Path | str, *, progress: Progress = silent)
 
 
 def load_run(run: Path | str) -> tuple[TrainConfig, dict[str, Any], PreTrainedModel, PreTrainedTokenizerFast]:
-    """Configuration, `run.json`, the model with the masters and the mode of its last step, and the tokenizer.
+    """Load a run: configuration, `run.json`, the model with its masters in the mode of the last step, and the tokenizer.
 
     Raises: ArtifactError (no run, unfinished, damaged).
     """
@@ -99,9 +99,9 @@ def measure(
     windows: int = 128,
     progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
-    """Perplexity ± standard error on what training never saw: the files' held-out tail, and the other half of named texts.
+    """Measure perplexity ± standard error on text not trained on: the files' held-out tail, the other split of named texts.
 
-    Args: sources: of `run.json`; the texts must still be these. windows: at most so many of each.
+    Args: sources: of `run.json`; the texts must be unchanged. windows: the largest number for each text.
     Returns: name → perplexity, stderr, nll, tokens. Raises: TextError, ArtifactError E-CKPT-TEXT.
     """
     texts: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ def readme(card: dict[str, Any]) -> str:
 def _card(
     config: TrainConfig, document: dict[str, Any], log: list[dict[str, Any]], measured: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """What `catalog.py` reads (title, description, licence, source), and how the model came about."""
+    """Make the card: the fields that `catalog.py` reads (title, description, licence, source), and facts of the training."""
     mode, million = config.mode_at(config.steps), document["parameters"] / 1e6
     tokens = config.steps * config.batch * config.seq
     kind = {"llama": "Llama, float", "opt": "OPT, float"}.get(config.architecture, f"BitNet {_MODE_TITLES.get(mode, mode)}")

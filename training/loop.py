@@ -1,14 +1,14 @@
-"""The training loop: float32 masters, AdamW, two stages, and a run folder that survives any interruption.
+"""Train a model: float32 masters, AdamW, two stages, and a run folder that survives interruptions.
 
-    run.json              the configuration, the corpus, versions and hardware; where and by what the run was resumed
+    run.json              the configuration, the corpus, versions and hardware; for each resumption its step and machine
     tokenizer.json        of the corpus
     log.jsonl             one line a step: step, loss, lr, weight_decay, tokens, tokens_per_second, seconds, mode, and
                           held_out_loss now and then
     checkpoint/           the latest state (`checkpoint.py`); previous/ the one before, step-<n>/ states that are kept
     lock                  held while a process trains here
 
-A step is a function of the checkpoint before it: windows are chosen by the step's number, the mode by the schedule, and
-nothing else is random. So a run that was killed and resumed repeats the losses of an uninterrupted one on the same
+A step depends only on the checkpoint before it: windows are chosen by the step's number, the mode by the schedule, and
+nothing else is random. So a run that was killed and resumed has the losses of an uninterrupted one on the same
 machine with the same number of threads. Several processes (torchrun or accelerate launch) share each batch.
 """
 
@@ -49,8 +49,8 @@ DOCUMENT, LOG = "run.json", "log.jsonl"
 
 @dataclass(frozen=True)
 class TrainReport:
-    """How a run ended: its last step, tokens, losses (nats per token; of a finished run those that its log tells), seconds
-    of this process, and its folder."""
+    """How a run ended: its last step, tokens, losses (nats per token; of a finished run those in its log), seconds of this
+    process, and its folder."""
 
     name: str
     folder: str
@@ -70,7 +70,7 @@ class TrainReport:
 def train(
     config: TrainConfig, out: Path | str, *, resume: bool = False, progress: Progress = silent
 ) -> TrainReport:
-    """Train from scratch, from `config.init_from`, or on from the folder's latest checkpoint.
+    """Train from scratch, from `config.init_from`, or from the folder's latest checkpoint on.
 
     Args:
         out: run folder; created, or with `resume` continued (a fresh start when it has no checkpoint yet).
@@ -92,7 +92,7 @@ def train(
 def held_out_loss(model: nn.Module, tokens: Tensor, *, seq: int, windows: int | None = None, autocast: bool = False) -> Tensor:
     """Compute mean next-token losses [S] in nats of non-overlapping windows of `seq` from the start of tokens [T].
 
-    Args: windows: at most so many. autocast: compute in bfloat16.
+    Args: windows: the largest number. autocast: compute in bfloat16.
     Raises: InputError E-PARAM-SEQ when there is no whole window.
     """
     rows = tokens[: len(tokens) // seq * seq].view(-1, seq)[:windows]
@@ -123,8 +123,8 @@ class _Run:
         self.step = 0
 
     def start(self, resume: bool) -> None:
-        """Take over an earlier state and cut the log back to it; or lay out the folder. A branch begins with the log of
-        the run that it leaves."""
+        """Load an earlier state and cut the log back to it, or set up the folder. A run from `init_from` that keeps the step
+        starts with the other run's log."""
         torch.manual_seed(self.config.seed)
         log, found = self.out / LOG, newest(self.out) if resume else None
         if found is not None:
@@ -147,7 +147,7 @@ class _Run:
             write_file(self.out / DOCUMENT, (json.dumps(document, indent=1) + "\n").encode())
 
     def _document(self, known: dict[str, Any]) -> dict[str, Any]:
-        """`run.json` of a new run; of a known one with this continuation added: what the run began on stays."""
+        """Return `run.json` of a new run, or of a known one with this resumption added; the facts of its start stay."""
         here = {"processes": self.world, "device": str(self.device), **provenance()}
         config = {"config": self.config.to_dict()}
         if not known:
@@ -162,7 +162,7 @@ class _Run:
         return sum(p.numel() for p in self.model.parameters())
 
     def loop(self, progress: Progress) -> TrainReport:
-        """Run to the last step."""
+        """Run the remaining steps."""
         config, begun = self.config, time.monotonic()
         forward, compiled = _compiled(self.model, config.compile)
         if self.world > 1:
@@ -218,13 +218,13 @@ class _Run:
         )
 
     def _last_losses(self) -> tuple[float | None, float | None]:
-        """Loss and held-out loss of the step that the run is at, as far as its log tells."""
+        """Return loss and held-out loss of the current step, None where the log does not have them."""
         entries = read_log(self.out / LOG) if self.rank == 0 else []
         last = next((entry for entry in reversed(entries) if entry["step"] == self.step), {})
         return last.get("loss"), last.get("held_out_loss")
 
     def _step(self, forward: nn.Module, mode: str) -> float:
-        """One optimizer step. Returns: the mean loss of the whole batch before it."""
+        """Do one optimizer step. Returns: the mean loss of the whole batch before it."""
         config, schedule = self.config, self.config.schedule
         if config.architecture == "bitnet":
             set_mode(self.model, mode, inputs=config.inputs)
@@ -251,7 +251,7 @@ class _Run:
         return value
 
     def _save(self, last: bool) -> None:
-        """Checkpoints that are due after this step."""
+        """Save the checkpoints that are due after this step."""
         config = self.config
         kept = self.step in {round(share * config.steps) for share in config.keep_at}
         if not (last or kept or self.step % config.checkpoint_every == 0):
@@ -268,8 +268,8 @@ class _Run:
             save_checkpoint(self.out / f"step-{self.step}", self.model, self.optimizer, state)
 
     def _take(self, folder: Path, state: dict[str, Any], *, optimizer: bool) -> None:
-        """Weights of a checkpoint that was trained on these texts; on request also its optimizer states and step."""
-        known = state.get("corpus") or read_document(folder.parent).get("corpus")  # earlier versions kept it there alone
+        """Load the weights of a checkpoint that was trained on these texts, and if asked its optimizer states and step."""
+        known = state.get("corpus") or read_document(folder.parent).get("corpus")  # earlier versions kept it only there
         if known:
             require_same(self.corpus, known, f"the checkpoint {folder.name!r}")
         load_weights(folder, self.model)
@@ -279,7 +279,7 @@ class _Run:
 
 
 def _loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean next-token cross entropy of windows [B, T], in float32."""
+    """Compute the mean next-token cross entropy of windows [B, T], in float32."""
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
@@ -289,7 +289,7 @@ def _autocast(device: torch.device, enabled: bool) -> torch.autocast:
 
 
 def _compiled(model: nn.Module, choice: str) -> tuple[nn.Module, bool]:
-    """The compiled model, or the model itself where compiling is off or does not work here."""
+    """Return the compiled model, or the model itself where compiling is off or does not work here."""
     if choice == "no":
         return model, False
     try:
@@ -301,7 +301,7 @@ def _compiled(model: nn.Module, choice: str) -> tuple[nn.Module, bool]:
 
 
 def _check_same(config: TrainConfig, stored: dict[str, Any]) -> None:
-    """A run is continued under the configuration it began with, except for what does not change its losses."""
+    """Check that a run is continued under its first configuration, except for fields that do not change its losses."""
     free = {"checkpoint_every", "eval_every", "keep_at", "name"}
     own = config.to_dict()
     differing = sorted(name for name in own if name not in free and own[name] != stored.get(name))
@@ -320,7 +320,7 @@ def _check_free(out: Path, resume: bool) -> None:
 
 @contextmanager
 def _held(out: Path, resume: bool) -> Iterator[None]:
-    """Keep other processes from training in the folder, and look again whether it is free: one may just have been there.
+    """Keep other processes from training in the folder; check again that it is free, as another may have been faster.
 
     Raises: ResourceError E-TIME at once where another process trains.
     """
@@ -345,13 +345,13 @@ def read_document(run: Path) -> dict[str, Any]:
 
 
 def _log_until(path: Path, step: int) -> bytes:
-    """A log without the lines after `step`, whose steps come again, and without a line that a kill cut short."""
+    """Return a log without the lines after `step`, whose steps are repeated, and without a line cut short by a kill."""
     entries = read_log(path) if path.exists() else []
     return "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step).encode()
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
-    """Read the entries of a run's log, in order; a last line that is not whole is left out. Raises: ArtifactError E-CKPT-BAD."""
+    """Read the entries of a run's log, in order; an incomplete last line is left out. Raises: ArtifactError E-CKPT-BAD."""
     entries = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -365,7 +365,7 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
-    """(rank, processes): one of one, or as torchrun and accelerate launch state in the environment."""
+    """Yield (rank, number of processes): (0, 1), or as torchrun and accelerate launch state in the environment."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield 0, 1

@@ -1,8 +1,8 @@
-"""Learning rate, weight decay and quantisation mode of each training step, in closed form.
+"""Compute learning rate, weight decay and quantisation mode of each training step, in closed form.
 
     warm-up      lr(t) = p t / W                                    t = 1 … W - 1, steps count from 1
     decay        lr(t) = e + (p - e) (1 - (t - W) / (T - W))        t = W … T
-    peak         p = first peak while t < T/2, second peak from T/2 on: the rate jumps down
+    peak         p = first peak while t < T/2, second peak from T/2 on: the rate drops at T/2
     weight decay first value while t < T/2, second value (0 in the paper) from T/2 on
     stage 2      from t > S = round(switch T): other input quantisers; with a restart r, lr(t) = r (1 - (t - S) / (T - S))
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The closed form for T = `steps`.
+    """The schedule for T = `steps`.
 
     Attributes:
         steps: T. warmup: W, below T.
