@@ -75,7 +75,7 @@ def interleave(*functions: Callable[[], object], rounds: int = 7, warm_up: bool 
 
 
 def installed(package: str) -> bool:
-    """Tell whether a peer's package can be imported."""
+    """Say whether a peer's package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -70,7 +70,7 @@ class LlamaCpp:
 
     @staticmethod
     def runs(model: str) -> bool:
-        """Tell whether the package is there and `model` is the one whose file it can read."""
+        """Say whether the package is there and `model` is the one whose file it can read."""
         return installed("llama_cpp") and model == DEFAULT_MODEL
 
     def read(self, tokens: list[int]) -> None:

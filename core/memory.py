@@ -23,7 +23,7 @@ def free_memory_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out: Python's own, or torch's on the processor or on a GPU."""
+    """Say whether an error says that memory ran out: Python's own, or torch's on the processor or on a GPU."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or "can't allocate memory" in str(error)
 
