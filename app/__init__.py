@@ -1,1 +1,1 @@
-"""The page: words, widgets and wiring. It imports `core` only and computes nothing heavy itself."""
+"""The page: texts, widgets and events. It imports only `core` and computes nothing heavy itself."""

@@ -1,4 +1,4 @@
-"""`python -m app [--host --port --model]`."""
+"""Start the page: `python -m app [--host --port --model]`."""
 
 from app.main import launch
 

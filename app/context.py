@@ -1,8 +1,8 @@
-"""What every tab shares: workers, sessions, status line; how handlers fail, and how they follow jobs without holding an event.
+"""The state and functions that all tabs share: workers, sessions, status line, handlers and their jobs.
 
 A handler that follows a job is an async generator of updates. `Context.on` connects it to an event of the page: the event
 only starts the handler as a task and ends; the updates wait in the session until the page's timer fetches them. So an event
-never lasts as long as a job, no place in Gradio's queue is held, and a reloaded page goes on where the earlier one was.
+does not last as long as its job, takes no place in Gradio's queue, and a reloaded page continues where the earlier one was.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from core.recipe import Calibration
 
 Updates = dict[Any, Any]
 FETCH_SECONDS = 0.1
-"""The page asks again this long after an answer."""
+"""Pause of the page's timer between an answer and the next request."""
 NEWS_SECONDS = 15.0
-"""How long a question of the page waits for news at most."""
+"""Longest time that a request of the page waits for updates."""
 REST_SECONDS = 2.0
-"""The page stops asking once its session has been at rest this long."""
+"""The same for a session without handlers, after which the page stops its timer."""
 RELOAD_SECONDS = 10.0
-"""Jobs of a closed page go on this long: a reloaded page takes them over."""
+"""Time for which jobs of a closed page go on, as a reload may take them over."""
 UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Of events that only redraw, and of those that start a job: none of them waits for one."""
+"""Options of events that only redraw or start a job, so that none of them waits for a job."""
 LIGHT_METHODS = {"load", "observe", "channel"}
 log = logging.getLogger("quantscope.page")
 
 
 @dataclass
 class Context:
-    """Shared by all handlers. `key`, `status`, `stop` and `timer` are components, set while the page is built."""
+    """Everything that handlers share. `key`, `status`, `stop` and `timer` are components, set while the page is built."""
 
     settings: Settings
     workers: Workers
@@ -61,7 +61,7 @@ class Context:
     _targets: dict[Any, None] = field(default_factory=dict)
 
     def session(self, values: Updates) -> Session:
-        """The session of an event, from its inputs."""
+        """Return the session of an event, from its inputs."""
         return self.sessions.get(values[self.key])
 
     # -- events
@@ -92,11 +92,11 @@ class Context:
 
     @property
     def listening(self) -> Updates:
-        """The update that makes the page fetch what handlers have to show."""
+        """The update that makes the page fetch the handlers' updates."""
         return {self.timer: UNCHANGED | {"active": True}}
 
     def start(self, session: Session, updates: AsyncIterator[Updates]) -> asyncio.Task:
-        """Run a handler as a task of its own; what it yields goes to the pages of the session, its error to their status line."""
+        """Run a handler as a task: its updates go to the pages of the session, its error to their status line."""
         task = asyncio.create_task(self._deliver(session, updates))
         session.handlers.add(task)
         task.add_done_callback(session.handlers.discard)
@@ -110,24 +110,24 @@ class Context:
         except asyncio.CancelledError as error:
             if STOP in error.args:
                 session.post(self.failed(Cancelled(), session))
-        except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+        except BaseException as error:  # noqa: BLE001 - handler boundary: no fault may end the server
             session.post(self.failed(error, session))
 
     async def news(self, key: object, page: str) -> Updates:
-        """What is new for a page, for the timer; waits until there is something. A session at rest stops the timer."""
+        """Return the new updates for a page, for its timer; wait for some. With neither updates nor handlers, stop it."""
         session = self.sessions.get(key)
         updates = await session.page(page).take(NEWS_SECONDS if session.handlers else REST_SECONDS)
         rest = not updates and not session.handlers
         return updates or {self.timer: UNCHANGED | ({"active": False} if rest else {})}
 
     def closed(self, page: str) -> None:
-        """Note that a page was closed. Unless it is opened again soon, the jobs of its session are stopped."""
+        """Handle the closing of a page. Unless it is opened again soon, the jobs of its session are stopped."""
         session = self.sessions.close(page)
         if session is not None:
             asyncio.get_running_loop().call_later(RELOAD_SECONDS, lambda: session.shown or session.stop())
 
     def guard(self, handler: Callable) -> Callable:
-        """The same handler, plain or `async def`, except that it never raises: errors become the status line's card."""
+        """Wrap a handler, plain or `async def`, so that it never raises: errors become the status line's card."""
         if inspect.iscoroutinefunction(handler):
 
             @functools.wraps(handler)
@@ -135,7 +135,7 @@ class Context:
                 try:
                     done = await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
                     return self.calmed(done, self._session(arguments))
-                except Exception as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+                except Exception as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                     return self.failed(error, self._session(arguments))
 
             return awaited
@@ -145,18 +145,18 @@ class Context:
             try:
                 done = handler(*arguments) or {self.status: UNCHANGED}
                 return self.calmed(done, self._session(arguments))
-            except BaseException as error:  # noqa: BLE001 - handler boundary: the server must outlive every fault
+            except BaseException as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                 return self.failed(error, self._session(arguments))
 
         return plain
 
     def _session(self, arguments: tuple) -> Session | None:
-        """The session of a handler's arguments, if its inputs hold a session's key."""
+        """Return the session of a handler's arguments, or None if its inputs hold no session's key."""
         values = arguments[0] if arguments else None
         return self.session(values) if isinstance(values, dict) and values.get(self.key) else None
 
     def calmed(self, updates: Updates, session: Session | None) -> Updates:
-        """Updates of an event that went well, without the card of an earlier error; a running job keeps its status line."""
+        """Return the updates of a successful event, without the card of an earlier error; a running job keeps its status line."""
         if session is None or not session.failed:
             return updates
         session.failed = False
@@ -164,10 +164,10 @@ class Context:
         return updates if session.jobs or told else {**updates, **self.rest(session)}
 
     def failed(self, error: BaseException, session: Session | None = None) -> Updates:
-        """The status line's card for an error; an unexpected one is logged and named by an id.
+        """Return the status line's card for an error; an unexpected one is logged and named by an id.
 
         Args:
-            session: after a Stop, the line says which model the session still has. After an error it goes at the next success.
+            session: after a Stop, the line names the model that the session still has. An error stays until the next success.
         """
         if isinstance(error, Cancelled) and session is not None:
             return {self.status: cards.stopped(session.info, session.ranges), self.stop: hidden()}
@@ -187,13 +187,13 @@ class Context:
     async def follow(
         self, session: Session, kind: str, steps: Sequence[Step], *, key: tuple | None = None
     ) -> AsyncIterator[JobView]:
-        """Run a job and yield how it stands until it is done; an older job of the same kind is ended first.
+        """Run a job and yield its state until it is done; an older job of the same kind is ended first.
 
-        Every step of a session's own job is told its owner: what is made from a private text is then the session's own.
+        Every step of a session's own job is given its owner, so that models made from a private text belong to the session.
 
         Args:
-            kind: what the job is to its session, as "observe" or "quantize".
-            key: of a result that is the same for everyone: one known already is yielded at once, one in the making is awaited.
+            kind: the job's purpose in its session, such as "observe" or "quantize".
+            key: of a result that is the same for everyone: a known one is yielded at once, one in the making is awaited.
         Raises: the job's error; Cancelled after Stop.
         """
         task, older = asyncio.current_task(), session.jobs.get(kind)
@@ -219,9 +219,9 @@ class Context:
                 del session.jobs[kind]
 
     def is_light(self, session: Session, steps: Sequence[Step]) -> bool:
-        """Whether a job takes a second or two: only looks at a model that is small enough for the light worker.
+        """Decide whether a job is for the light worker: it takes a second or two and only observes a small model.
 
-        Ranges of a model count as light only for the embedded models: any other may first have to be downloaded.
+        Observing a whole model counts as light only for embedded models: any other may have to be downloaded.
         """
         if not {step.method for step in steps} <= LIGHT_METHODS:
             return False
@@ -233,20 +233,20 @@ class Context:
         return small and {step.method for step in steps} == {"channel"}
 
     async def prepare(self) -> None:
-        """Observe the first model's ranges before any visitor has come; then make ready what light work needs."""
+        """Observe the first model's ranges before any visitor comes; then load what light jobs need."""
         model, calibration = self.settings.model, Calibration(self.settings.text, self.settings.first_tokens)
         make = functools.partial(self.workers.run, PUBLIC, observe_steps(model, None, calibration))
         try:
             async for _ in self.shared.follow(ranges_key(model, None, calibration), make):
                 pass
         except QuantscopeError as error:
-            log.warning("the first model is not ready: %s", error)  # the first visitor tries again and is told
+            log.warning("the first model is not ready: %s", error)  # the first visitor tries again and sees the error
         self.workers.light.start()
         await asyncio.to_thread(engine.warm)
 
     @contextlib.asynccontextmanager
     async def serving(self, *_: object) -> AsyncIterator[None]:
-        """The server's lifetime: the first model is prepared at its start, the workers end with it."""
+        """Prepare the first model while the server runs, and end the workers with it."""
         preparing = asyncio.create_task(self.prepare())
         try:
             yield
@@ -257,21 +257,21 @@ class Context:
     # -- status line
 
     def busy(self, view: JobView, what: str) -> Updates:
-        """The status line while a job runs, with its Stop button."""
+        """Return the status line of a running job, with its Stop button."""
         return {self.status: cards.progress(view, what), self.stop: hidden(view.finished)}
 
     def rest(self, session: Session) -> Updates:
-        """The status line when nothing runs."""
+        """Return the status line when nothing runs."""
         return {self.status: cards.idle(session.info, session.ranges), self.stop: hidden()}
 
 
 def hidden(away: bool = True) -> dict[str, Any]:
-    """Gradio's update that hides or shows a component."""
+    """Return Gradio's update that hides or shows a component."""
     return UNCHANGED | {"visible": not away}
 
 
 def start(settings: Settings) -> Context:
-    """The shared context; its main worker starts at once and loads its libraries while the page is being built."""
+    """Make the shared context; its main worker starts at once and loads its libraries while the page is being built."""
     ctx = Context(
         settings, Workers(settings), SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions)
     )
@@ -280,12 +280,12 @@ def start(settings: Settings) -> Context:
 
 
 def ranges_key(model: str, revision: str | None, calibration: Calibration) -> tuple | None:
-    """The key under which everyone finds the ranges of a model; None if the text is a visitor's own."""
+    """Return the key under which everyone finds the ranges of a model; None if the text is a visitor's own."""
     return ("ranges", model, revision, state_of(model), calibration) if is_public_text(calibration.text) else None
 
 
 def observe_steps(model: str, revision: str | None, calibration: Calibration) -> list[Step]:
-    """The job that loads a model and observes its ranges."""
+    """Return the steps of the job that loads a model and observes its ranges."""
     return [
         Step("load", {"model": model, "revision": revision}, "Loading the model", 1.0),
         Step("observe", {"model": model, "calibration": calibration, "revision": revision}, "Observing ranges", 3.0),

@@ -17,7 +17,7 @@ from core.errors import QuantscopeError
 from core.recipe import SCHEMES, Bits, Clusters
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
-"""Loss curves that `benchmarks/ablations.py` collects."""
+"""File of loss curves that `benchmarks/ablations.py` writes."""
 
 CURVES_KEPT = 64
 log = logging.getLogger("quantscope.engine")
@@ -25,31 +25,31 @@ _curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
 
 
 def warm() -> None:
-    """Import what regrouping channels needs, so that the first visitor who does it does not wait for the imports."""
-    from core import recluster  # noqa: F401 - importing is the purpose
+    """Import what clustering channels needs, so that the first visitor who does it does not wait for the imports."""
+    from core import recluster  # noqa: F401 - only the import is wanted
 
 
 def recluster(report: Any, site: str, clusters: Clusters, *, bits: int = 4) -> Any:
-    """Clusters of one observed site's channels."""
+    """Cluster the channels of one observed site."""
     from core import recluster as compute
 
     return compute(report, site, clusters, bits=bits)
 
 
 def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
-    """Predicted error by cluster count, remembered for the sites looked at last."""
+    """Predict the error by cluster count; the curves of recent sites are remembered."""
     from core import error_curve as compute
 
     key = (id(report), site, bits)
     if key not in _curves:
-        _curves[key] = (report, compute(report, site, bits=bits))  # the report is held, so its id stays its own
+        _curves[key] = (report, compute(report, site, bits=bits))  # the report is kept alive, so that no other gets its id
         while len(_curves) > CURVES_KEPT:
             _curves.popitem(last=False)
     return _curves[key][1]
 
 
 def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:
-    """Projected memory of a named size."""
+    """Project the memory of a named size."""
     from core.evaluation.memory import estimate, find_shape
 
     return estimate(find_shape(name), bits, batch=batch, sequence=sequence, label=name)
@@ -70,34 +70,34 @@ def decoder_bytes(info: Any, bits: Bits) -> float:
 
 
 def projected_schemes() -> dict[str, Bits]:
-    """Schemes of the memory projection, the unquantised model first."""
+    """Return the schemes of the memory projection, the unquantised model first."""
     return {"W16A16": Bits(), **SCHEMES}
 
 
 def model_names() -> list[str]:
-    """Names of the catalogue."""
+    """List the names of the catalogue."""
     return [entry.name for entry in catalogue()]
 
 
 def first_model() -> str:
-    """The model the page opens on: an embedded one, in full precision if there is one; else the catalogue's last."""
+    """Return the model that the page opens with: an embedded one, in full precision if any; else the catalogue's last."""
     cards = embedded_cards()
     return next((name for name, card in cards.items() if card.get("mode") == "fp"), None) or next(iter(cards), model_names()[-1])
 
 
 @functools.cache
 def is_embedded(model: str) -> bool:
-    """Whether a model is part of the installation."""
+    """Say whether a model is part of the installation."""
     return model in embedded_cards()
 
 
 def larger_model(model: str) -> str:
-    """Return a model of the catalogue to try after an embedded one; empty text for a model that is no toy."""
+    """Return a larger model of the catalogue to try after an embedded one; "" for a model that is not embedded."""
     return next((name for name in model_names() if not is_embedded(name)), "") if is_embedded(model) else ""
 
 
 def ternary_model() -> str:
-    """Return the name of an embedded BitNet model, a4.8 if there is one; empty text if there is none."""
+    """Return the name of an embedded BitNet model, a4.8 if there is one; "" if there is none."""
     modes = {name: card.get("mode", "fp") for name, card in embedded_cards().items()}
     ternary = [name for name, mode in modes.items() if mode != "fp"]
     return next((name for name in ternary if modes[name] == "a4.8"), next(iter(ternary), ""))
@@ -114,12 +114,12 @@ def versions() -> str:
 
 
 def training_runs() -> list[dict[str, Any]]:
-    """Cards of embedded models that tell how they were trained: name, mode, curve, config."""
+    """Return the cards of embedded models that hold their training: name, mode, curve, config."""
     return [card for card in embedded_cards().values() if card.get("curve") and isinstance(card.get("config"), dict)]
 
 
 def ablation_runs(path: Path = ABLATIONS) -> list[dict[str, Any]]:
-    """Training runs collected for the ablation charts; none if the file is missing or unreadable."""
+    """Return the training runs of the ablation charts; none if the file is missing or unreadable."""
     if not path.is_file():
         return []
     try:

@@ -1,6 +1,6 @@
-"""Starts the page: `python -m app`, or `python app/main.py` as a Space does.
+"""Start the page: `python -m app`, or `python app/main.py` as a Space does.
 
-The worker is started before Gradio is imported: while the page is being built, the first model is already loading.
+The worker is started before Gradio is imported, so that the first model loads while the page is being built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:
 
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "MALLOC_ARENA_MAX": "2"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Of the page process: clustering 4096 points takes 20 ms on one thread, 500 ms on several that wait for a busy worker."""
+"""Environment of the page process: clustering 4096 points takes 20 ms on one thread, but 500 ms on several."""
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def launch(argv: Sequence[str] | None = None) -> None:
-    """Serve until interrupted."""
+    """Serve the page until interrupted."""
     chosen = arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     from app.settings import Settings
@@ -55,14 +55,14 @@ def launch(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     check_address(chosen.host, chosen.port)
     os.environ.update(QUIET | ONE_THREAD)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
     with tempfile.TemporaryDirectory(prefix="quantscope-") as private:
         os.environ["GRADIO_TEMP_DIR"] = private
         serve(settings, chosen.host, chosen.port)
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Find out now, not after a model is loading, whether the page can listen there. Exits with code 2 and one sentence."""
+    """Check before a model is loaded that the page can listen there. Exits with code 2 and one sentence if it cannot."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,7 +75,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def serve(settings: Settings, host: str, port: int | None) -> None:
-    """Start the worker, build the page, listen."""
+    """Start the worker, build the page, and listen."""
     from app.context import start
 
     ctx = start(settings)
@@ -108,14 +108,14 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
             css=stylesheet(),
             app_kwargs={"openapi_url": None, "lifespan": ctx.serving},
         )
-        print(f"Quantscope is at {demo.local_url}", flush=True)  # noqa: T201 - the one line its user waits for
+        print(f"Quantscope is at {demo.local_url}", flush=True)  # noqa: T201 - the address is for the user
         demo.block_thread()
     finally:
         ctx.workers.close()
 
 
 def blocked_paths() -> list[str]:
-    """List the folders the file route must never serve from; not the whole checkout, which may hold an environment."""
+    """List the folders whose files may never be served; not the whole checkout, which may hold an environment."""
     private = [ROOT / name for name in ("app", "core", "kernels", "tests", "docs", ".git")]
     system = [Path("/proc"), Path("/etc"), Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))]
     return [str(place) for place in (*private, *system) if place.exists()]

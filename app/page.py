@@ -1,4 +1,4 @@
-"""The whole page: side, status line, five tabs, and the events that join them."""
+"""Build the whole page: side, status line, five tabs, and the events that connect them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLOSE_JS = """
   const side = document.querySelector('#side');
   if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
 """
-"""On a phone the side covers the page: put it away once it has been used."""
+"""Script that hides the side after use on a phone, where it covers the page."""
 START_JS = f"""() => {{
   const toggle = document.querySelector('#side .toggle-button');
   toggle?.setAttribute('aria-label', '{texts.SIDE}');
@@ -50,9 +50,9 @@ OPEN_TAB_JS = """(name) => {
 }"""
 REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
 REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
-"""The session's key outlives a reload of its browser tab; where the browser keeps nothing, a reload starts anew."""
+"""Script that keeps the session's key for a reload of its browser tab; where the browser stores nothing, a reload starts anew."""
 FIRST_SECONDS = 0.5
-"""The page's opening waits this long for ranges that are known already, so that they come with its first answer."""
+"""Seconds that the page's opening waits for ranges that are already known, so that its first answer has them."""
 
 
 def build_app(ctx: Context) -> gr.Blocks:
@@ -66,7 +66,7 @@ def build_app(ctx: Context) -> gr.Blocks:
 
 
 def take_as_sent(demo: gr.Blocks) -> None:
-    """Let fields hand on what was sent: handlers check every value and answer in a sentence, where Gradio would answer 500."""
+    """Accept fields' values unchecked: handlers check every value and answer in a sentence, where Gradio would answer 500."""
     kinds = (gr.Slider, gr.Dropdown, gr.Radio, gr.Number, gr.Checkbox, gr.CheckboxGroup, gr.Textbox)
     for block in demo.blocks.values():
         if isinstance(block, kinds):
@@ -74,7 +74,7 @@ def take_as_sent(demo: gr.Blocks) -> None:
 
 
 class Page:
-    """The page's parts, and the events that concern more than one of them."""
+    """The parts of the page, and the events that concern more than one of them."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -126,7 +126,7 @@ class Page:
         ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, self.range_outputs)
 
     def _wire_steps(self) -> None:
-        """The buttons that lead to the next tab."""
+        """Connect the buttons that lead to the next tab."""
         steps = {
             self.explore.forward: texts.REORDER,
             self.reorder.forward: texts.QUANTIZE_TAB,
@@ -138,7 +138,7 @@ class Page:
 
     def _chooser(self, name: str) -> Any:
         def chosen(values: Updates) -> Updates:
-            """Remember the tab for links and reloads; the card of an error belongs to the tab that was left."""
+            """Record the open tab for links and reloads; remove the error card, which belongs to the tab before."""
             self.ctx.session(values).tab = name
             return {}
 
@@ -146,14 +146,14 @@ class Page:
 
     @property
     def range_outputs(self) -> list:
-        """Targets of `show_ranges`."""
+        """Components that `show_ranges` updates."""
         side, quantize = self.side, self.quantize
         method = [side.method, side.mode, *side.show("rptq"), *quantize.show("rptq"), side.model, self.intro]
         shown = [*self.explore.outputs, *self.reorder.outputs, self.compare.runs, *method, self.ctx.status, self.ctx.stop]
         return list(dict.fromkeys(shown))
 
     def show_ranges(self, session: Session) -> Updates:
-        """Explore for new ranges, the selectors of Reorder, the base model among the runs, and what the model is."""
+        """Show new ranges: Explore, the selectors of Reorder, the base model among the runs, and the model's facts."""
         return {
             **self.explore.render(session),
             **self.explore.glance(session),
@@ -164,24 +164,24 @@ class Page:
         }
 
     def after_run(self, session: Session) -> Updates:
-        """The lists of runs once a run is there."""
+        """Show the lists of runs after a run was added."""
         return {**self.compare.choices(session), **self.compare.keep.render(session)}
 
     def fill(self, recipe: QuantRecipe) -> Updates:
-        """All fields of the recipe, set to `recipe`."""
+        """Fill all fields of the recipe from `recipe`."""
         return {**self.side.fill(recipe), **self.quantize.fill(recipe)}
 
     async def opened(self, key: object, request: gr.Request) -> Updates:
-        """Open the session that this browser tab had before a reload, or a new one with the model of the link."""
+        """Open the session that this browser tab had before a reload, or a new one with the link's model."""
         ctx, page, query = self.ctx, str(request.session_hash), dict(request.query_params)
         session = ctx.sessions.open(page, key)
         recipe, refused = default_recipe(ctx), None
         try:
             if query.get("method") == "rtn":
-                recipe = replace(recipe, weights="rtn")  # as the method's name says, unless the link says otherwise
+                recipe = replace(recipe, weights="rtn")  # the method's own choice, unless the link has another
             recipe = QuantRecipe.from_query(urlencode(query), default=recipe)
         except QuantscopeError as error:
-            refused = error  # a damaged link opens the default model and says so at the end
+            refused = error  # a damaged link opens the default model; the error is shown last
         if session.ranges is not None:
             recipe = self.recipe_of(session)
             ctx.start(session, self.shown_again(session))
@@ -193,23 +193,23 @@ class Page:
         return {ctx.key: session.key, self.start_tab: session.tab, **ctx.listening, **self.fill(recipe), **first}
 
     def recipe_of(self, session: Session) -> QuantRecipe:
-        """The recipe that a reloaded page shows: the one quantised last, else the default one for the model at hand."""
+        """Return the recipe for a reloaded page: the one quantised last, else the default one for the current model."""
         calibration = replace(session.calibration, tokens=DEFAULT_TOKENS)
         clusters, model = session.selection.clusters, session.info.name
         return session.recipe or replace(default_recipe(self.ctx), model=model, calibration=calibration, clusters=clusters)
 
     async def news(self, key: object, request: gr.Request) -> Updates:
-        """Fetch what the handlers of this session have to show."""
+        """Fetch the updates of this session's handlers."""
         return await self.ctx.news(key, str(request.session_hash))
 
     async def closed(self, request: gr.Request) -> None:
-        """Note that a browser tab was closed or reloaded."""
+        """Handle the closing or reloading of a browser tab."""
         self.ctx.closed(str(request.session_hash))
 
     async def observe_linked(
         self, session: Session, recipe: QuantRecipe, refused: QuantscopeError | None, query: dict[str, str]
     ) -> AsyncIterator[Updates]:
-        """Show the ranges of a link's model where the link says, then why a part of the link was refused."""
+        """Show the ranges of a link's model at the link's place, then say why a part of the link was refused."""
         text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else self.ctx.settings.text
         calibration = Calibration(text, self.ctx.settings.first_tokens)
         preset = "method" not in query
@@ -222,20 +222,20 @@ class Page:
             yield {self.ctx.status: cards.note(session.info.name, said)}
 
     async def shown_again(self, session: Session) -> AsyncIterator[Updates]:
-        """Show what a session holds on the page that was reloaded; a running job's line comes from its handler."""
+        """Show a session's results on a reloaded page; a running job's status line comes from its handler."""
         updates = await asyncio.to_thread(self.show_ranges, session)
         if session.jobs:
             del updates[self.ctx.status], updates[self.ctx.stop]
         yield updates | self.quantize.render(session)
 
     async def observe_clicked(self, values: Updates) -> AsyncIterator[Updates]:
-        """Observe the ranges of the model and text at the side."""
+        """Observe the ranges of the model and text chosen at the side."""
         model, revision = self.side.chosen_model(values)
         async for updates in self.observe(self.ctx.session(values), model, revision, self.side.calibration(values)):
             yield updates
 
     async def open_for(self, session: Session, recipe: QuantRecipe) -> AsyncIterator[Updates]:
-        """Open the model that is to be quantised, unless the charts show it already."""
+        """Open the model to be quantised, unless the charts show it already."""
         session.recipe = recipe
         shown = session.ranges
         if shown is None or (shown.model, shown.revision) != (recipe.model, recipe.revision):
@@ -263,9 +263,9 @@ class Page:
         """Show the ranges of a model on a text, then the channel of `place`, or the widest one.
 
         Args:
-            preset: whether the method may follow the model.
-            place: where to look, as a link says it: layer, site and channel as text.
-        Raises: the job's error; InputError for a place that is not there, once the ranges are shown.
+            preset: whether the page may choose the method that fits the model.
+            place: layer, site and channel to show, as texts of a link.
+        Raises: the job's error; InputError for a place that does not exist, after the ranges are shown.
         """
         async for updates in self._open(session, model, revision, calibration, preset):
             yield updates
@@ -285,7 +285,7 @@ class Page:
     async def _open(
         self, session: Session, model: str, revision: str | None, calibration: Calibration, preset: bool
     ) -> AsyncIterator[Updates]:
-        """Show the ranges of a model on a text. Those of a public text are made once for everyone."""
+        """Show the ranges of a model on a text. Those of a public text are computed once for everyone."""
         ctx, key = self.ctx, ranges_key(model, revision, calibration)
         try:
             async for job in ctx.follow(session, "observe", observe_steps(model, revision, calibration), key=key):
@@ -295,13 +295,13 @@ class Page:
                     yield ctx.busy(job, f"Opening {model}")
         except QuantscopeError:
             if session.ranges is None:
-                yield self.explore.render(session)  # not “starting” any more
+                yield self.explore.render(session)  # replaces “starting”
             raise
         chosen = self._take(session, results, calibration, preset)
         yield {**chosen, **await asyncio.to_thread(self.show_ranges, session)}
 
     def _take(self, session: Session, results: tuple[Any, Any], calibration: Calibration, preset: bool) -> Updates:
-        """Make ranges the session's: the widest channel is selected, and the method fits the model."""
+        """Give ranges to the session: select the widest channel, and the method that fits the model."""
         session.info, session.ranges = results
         model = session.info.name
         session.models[model] = session.info
@@ -313,7 +313,7 @@ class Page:
         return self._fit_method(session) if preset else {}
 
     def _fit_method(self, session: Session) -> Updates:
-        """Choose the method that fits the model: BitNet for a BitNet model; RPTQ again after one."""
+        """Choose the method that fits the model: BitNet for a BitNet model, and RPTQ again for the next other model."""
         fidelity = session.info.fidelity
         if not fidelity and not session.preset:
             return {}
@@ -330,6 +330,6 @@ class Page:
 
 
 def default_recipe(ctx: Context) -> QuantRecipe:
-    """The recipe that the page opens with."""
+    """Return the recipe that the page opens with."""
     settings = ctx.settings
     return QuantRecipe(settings.model, clusters=Clusters.uniform(32), calibration=Calibration(settings.text, DEFAULT_TOKENS))

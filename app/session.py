@@ -1,6 +1,6 @@
-"""What each visitor has on the server: reports and choices, never models.
+"""The results of each visitor on the server: reports and choices, never models.
 
-A session is found by a random 256-bit key that its page holds. It keeps plain reports, and is forgotten half an hour after
+A session is found by a random 256-bit key that its page holds. It keeps plain reports, and is dropped half an hour after
 its page was closed, or when there are too many. Reports of public texts are the same for everyone and kept in `app.shared`;
 those of pasted texts stay in their session.
 """
@@ -21,16 +21,16 @@ from app.view.names import names_of
 from core.recipe import Calibration, Clusters, QuantRecipe
 
 KEY = re.compile(r"[\w-]{43}", re.ASCII)
-"""What a session's key looks like: 256 random bits as text."""
+"""Pattern of a session's key: 256 random bits as text."""
 STOP = "stop"
-"""What a task is told when its visitor stops it; a task cancelled without it is silent, for something newer takes its place."""
+"""Argument with which a visitor's Stop cancels a task; without it the task ends silently, as a newer one replaces it."""
 MAX_RUNS = 12
 MAX_RANGES = 4
 
 
 @dataclass
 class TernaryReports:
-    """What was read of a ternary model. `inputs`: reports of the four projection inputs by layer."""
+    """Reports of a ternary model. `inputs`: reports of the four projection inputs by layer."""
 
     tokens: int = 0
     weights: Any = None
@@ -52,10 +52,10 @@ class Run:
     """A model that can be compared: an unquantised one, or a quantised one.
 
     Attributes:
-        key: what the workbench knows it by: a model name, or the hash of its recipe.
-        label: the name in full. name: what the visitor calls it, empty for the page's own short name.
+        key: the workbench's key: a model name, or the hash of its recipe.
+        label: the full name. name: the visitor's own name for it, empty for the page's short name.
         measured: measurements (EvalReport) by how they were made, the newest last.
-        ternary: what the BitNet tab has read of it. state: of a local model's files, see `core.folders.state_of`.
+        ternary: its reports for the BitNet tab. state: of a local model's files, see `core.folders.state_of`.
     """
 
     key: str
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        """Name of the model it is, or was made from."""
+        """Name of the model that was loaded, or that was quantised."""
         return self.recipe.model if self.recipe else self.key
 
     @property
@@ -78,7 +78,7 @@ class Run:
         return next(reversed(self.measured.values()), None)
 
     def measure(self, protocol: Protocol, report: Any) -> None:
-        """Keep a measurement as the newest."""
+        """Add a measurement as the newest."""
         self.measured.pop(protocol, None)
         self.measured[protocol] = report
 
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass
 class Selection:
-    """Where in the model the visitor looks, shared by the Explore and Reorder tabs."""
+    """The place in the model that the visitor looks at, shared by the Explore and Reorder tabs."""
 
     layer: int = 0
     kind: str = "down_in"
@@ -103,20 +103,20 @@ class Selection:
 
 
 class Inbox:
-    """Updates that one page has not fetched yet: of each component only the newest."""
+    """Updates that one page has not fetched yet; for each component only the newest is kept."""
 
     def __init__(self) -> None:
         self.updates: dict[Any, Any] = {}
         self.arrived = asyncio.Event()
 
     def put(self, updates: dict[Any, Any]) -> None:
-        """Add updates and wake who waits for them."""
+        """Add updates and wake the page's request."""
         self.updates.update(updates)
         if self.updates:
             self.arrived.set()
 
     async def take(self, seconds: float) -> dict[Any, Any]:
-        """Take everything out, waiting up to `seconds` for the first update."""
+        """Return and remove all updates, waiting up to `seconds` for the first."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.arrived.wait()
@@ -127,16 +127,16 @@ class Inbox:
 
 @dataclass
 class Session:
-    """One visitor.
+    """One visitor's results, choices, and running tasks.
 
     Attributes:
-        models: facts of every model opened or quantised, by name; `info` are those of the one at hand.
+        models: facts of every model opened or quantised, by name; `info` are those of the current one.
         jobs: the task that follows the running job of each kind.
-        handlers: tasks of this session that still have something to show; those of `jobs` are among them.
-        pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" what waits for
-            a page while there is none.
-        protocol: how the newest measurements were made, None before the first. recipe: what was quantised last.
-        tab: the tab that is open. preset: whether the page chose the method, to fit a BitNet model.
+        handlers: tasks of this session that may still post updates; those of `jobs` are among them.
+        pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" updates wait
+            while there is no page.
+        protocol: of the newest measurements, None before the first. recipe: quantised last.
+        tab: the open tab. preset: whether the page chose the method, to fit a BitNet model.
         failed: whether the status line shows an error.
     """
 
@@ -159,7 +159,7 @@ class Session:
     failed: bool = False
 
     def add_run(self, run: Run) -> Run:
-        """Keep a run, or return the one with the same key. The oldest quantised run goes when there are too many."""
+        """Add a run, or return the one with the same key. The oldest quantised run is dropped when there are too many."""
         for known in self.runs:
             if known.key == run.key:
                 return known
@@ -169,32 +169,32 @@ class Session:
         return run
 
     def base_run(self, model: str, state: str | None) -> Run:
-        """The run of an unquantised model; what was measured before its files changed is forgotten."""
+        """Return the run of an unquantised model; measurements from before its files changed are dropped."""
         run = self.add_run(Run(model, model, state=state))
         if run.state != state:
             run.state, run.measured, run.ternary = state, {}, TernaryReports()
         return run
 
     def run(self, key: object) -> Run | None:
-        """The run of that key, if this session has it."""
+        """Return the run of that key, or None if this session does not have it."""
         return next((r for r in self.runs if r.key == key), None)
 
     def title(self, run: Run) -> str:
-        """A run's short name: what differs from the other runs, and what the rules of a BitNet model are worth."""
+        """Return a run's short name: what differs from other runs, and how close a BitNet model's rules are to its training."""
         name = names_of(self.runs)[self.runs.index(run)] if run in self.runs else run.label
         return " · ".join(filter(None, (name, None if run.name else self.fidelity(run))))
 
     def fidelity(self, run: Run) -> str | None:
-        """The fidelity of a base model that is a BitNet model itself."""
+        """Return the fidelity of a base model that is a BitNet model itself, else None."""
         return getattr(self.models.get(run.key), "fidelity", None) if run.is_base else None
 
     def post(self, updates: dict[Any, Any]) -> None:
-        """Show updates on every page of this session; without one, on the page that comes next."""
+        """Send updates to every page of this session; without one, to the page that comes next."""
         for inbox in self.pages.values() or [self.page("")]:
             inbox.put(updates)
 
     def page(self, name: str) -> Inbox:
-        """The inbox of a page. A page new to this session gets what was posted when there was none."""
+        """Return the inbox of a page. A page new to this session gets what was posted when there was none."""
         if name not in self.pages:
             self.pages[name] = self.pages.pop("", None) or Inbox()
         return self.pages[name]
@@ -205,14 +205,14 @@ class Session:
         return any(self.pages)
 
     def stop(self) -> int:
-        """Stop every job, as its visitor asked; returns how many there were."""
+        """Stop every job, at its visitor's request; return how many there were."""
         for task in self.jobs.values():
             task.cancel(STOP)
         return len(self.jobs)
 
     @property
     def opening(self) -> bool:
-        """Whether ranges are on their way."""
+        """Whether ranges are being observed."""
         return "observe" in self.jobs
 
     @property
@@ -225,23 +225,23 @@ class SessionStore:
     """Sessions by key.
 
     A reload keeps the session: the page stores its key in the browser's `sessionStorage`, which survives a reload and
-    belongs to one browser tab, and hands it to `open` when it loads. A key is only honoured while its session lives; any
+    belongs to one browser tab, and sends it to `open` when it loads. A key is only accepted while its session lives; any
     other text gives a new session with a new key, so nobody can choose a key.
     """
 
     def __init__(self, *, seconds: float, capacity: int) -> None:
-        """`seconds`: how long a session is kept without a page; `capacity`: how many are kept."""
+        """Keep at most `capacity` sessions, each for `seconds` without a page."""
         self.seconds = seconds
         self.capacity = capacity
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(self, page: str | None = None, key: object = None) -> Session:
-        """The living session of `key`, which a reloaded page remembers, else a new and empty one.
+        """Return the living session of `key`, which a reloaded page sends, else a new and empty one.
 
         Args:
             page: Gradio's name for the page that shows it (`request.session_hash`).
-            key: what the page had stored; anything but the key of a living session is ignored.
+            key: the page's stored key; anything but the key of a living session is ignored.
         """
         with self._lock:
             session = self._sessions.get(key) if isinstance(key, str) else None
@@ -251,13 +251,13 @@ class SessionStore:
             return session
 
     def get(self, key: object) -> Session:
-        """The session of a key. One forgotten meanwhile comes back empty under the same key."""
+        """Return the session of a key; one that was dropped is replaced by an empty one under the same key."""
         with self._lock:
             key = key if isinstance(key, str) and KEY.fullmatch(key) else Session().key
             return self._use(self._sessions.get(key) or Session(key))
 
     def close(self, page: str) -> Session | None:
-        """Note that a page is gone. Returns its session if no other page shows it."""
+        """Remove a page from its session. Returns: the session if no other page shows it."""
         with self._lock:
             session = next((s for s in self._sessions.values() if page in s.pages), None)
             if session is not None:
@@ -268,7 +268,7 @@ class SessionStore:
         return len(self._sessions)
 
     def _use(self, session: Session) -> Session:
-        """Make a session the newest, and forget those too old or too many: sessions at work go last, then those on a page."""
+        """Make a session the newest, and drop those too old or too many: working ones last, those with a page before them."""
         session.touched_at = time.monotonic()
         self._sessions[session.key] = session
         self._sessions.move_to_end(session.key)

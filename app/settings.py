@@ -1,11 +1,11 @@
-"""What the server is told from outside: command line and environment, read once.
+"""Read the server's settings from command line and environment, once.
 
-QUANTSCOPE_MODEL            the model the page opens on; without it an embedded one, else the catalogue's download
+QUANTSCOPE_MODEL            the model the page opens with; without it an embedded one, else the catalogue's download
 QUANTSCOPE_DEVICE           where models run: cpu (without it) or cuda
 QUANTSCOPE_WORKER_GB        memory limit of the worker processes together in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
-QUANTSCOPE_CACHE_GB         limit of the cache folder in gigabytes (20 without it); what was used longest ago goes first
+QUANTSCOPE_CACHE_GB         limit of the cache folder in gigabytes (20 without it); folders used longest ago are removed first
 QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with its options as keywords
 SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
 """
@@ -25,22 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_WORKBENCH = "core.workbench:Workbench"
 GIB = 1024**3
 LIGHT_BYTES = 3 * GIB
-"""Address space that the light worker needs at least: its libraries map 1.2 GiB, loading a model of 135 M parameters 2.5 GiB."""
+"""Least address space for the light worker: its libraries map 1.2 GiB, loading a model of 135 M parameters 2.5 GiB."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The server's fixed choices.
+    """The server's settings.
 
     Attributes:
-        model: opened at start, its ranges observed on `first_tokens` tokens of `text` before anyone asks.
+        model: opened at start; its ranges are observed on `first_tokens` tokens of `text` before the first visitor comes.
         memory_bytes: address-space limit of both workers together, or of one (`main`, `light`); None for no limit.
-        model_bytes: models a worker keeps in memory, the least recently used beyond this go.
+        model_bytes: bytes of models that a worker keeps in memory; the least recently used are dropped first.
         light_weights: jobs on models of at most this many bytes may run on the light worker.
-        idle_seconds: the light worker gives its models back after this long without a job; None for never.
-        nice: how far a worker steps back for others on the processor (0 to 19).
-        job_seconds: a job running longer is ended with a sentence.
-        grace_seconds: how long a cancelled job may take to stop by itself before its worker is killed.
+        idle_seconds: time without a job after which the light worker is restarted, which frees its memory; None for never.
+        nice: the worker's nice value, 0 to 19; higher gives the processor to others first.
+        job_seconds: longest time of a job; a longer one is ended with an error.
+        grace_seconds: time that a cancelled job has to stop by itself before its worker is killed.
         worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
     """
 
@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def light(self) -> Settings | None:
-        """The choices of the light worker, None where memory is not enough for two."""
+        """The settings of the light worker, None where memory is not enough for two."""
         if self.memory_bytes is not None and self.memory_bytes < 2 * LIGHT_BYTES:
             return None
         limit = None if self.memory_bytes is None else max(LIGHT_BYTES, self.memory_bytes // 4)
@@ -71,7 +71,7 @@ class Settings:
 
     @property
     def main(self) -> Settings:
-        """The choices of the main worker: what the light one leaves."""
+        """The settings of the main worker: with the memory that the light one leaves."""
         light = self.light
         if light is None or light.memory_bytes is None:
             return self
@@ -79,7 +79,7 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, *, model: str | None = None) -> Settings:
-        """Settings of this process; `model` from the command line wins over the environment.
+        """Read the settings of this process; `model` from the command line is preferred to the environment's.
 
         Raises: InputError naming a variable that cannot be used.
         """
@@ -119,7 +119,7 @@ def _number(environment: Mapping[str, str], name: str, default: float) -> float:
 
 
 def _worker_memory(environment: Mapping[str, str]) -> int | None:
-    """Bytes the worker may map. Without a wish: most of the machine's, none where a GPU driver maps far more than it uses."""
+    """Return the limit of mapped bytes: as set, else most of the machine's; None with a GPU, whose driver maps far more."""
     if environment.get("QUANTSCOPE_WORKER_GB"):
         return int(_number(environment, "QUANTSCOPE_WORKER_GB", 0.0) * GIB) or None
     if Path("/dev/nvidiactl").exists():

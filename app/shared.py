@@ -1,7 +1,7 @@
-"""Results that are the same for everyone: reports of public models and texts, kept or in the making, each made once.
+"""Reports of public models and texts, shared by all sessions: each is computed once and kept.
 
-One key, one task: who wants a result that is being made waits for the task that makes it. The task ends when nobody waits for it
-any more. A task that fails tells its error to all who wait, and its key is forgotten, so that the next one tries again.
+A result in the making has one task, and everyone who wants it waits for that task. The task is cancelled when nobody waits any
+more. If it fails, all who wait get its error, and the next request for its key starts again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from app.worker.job import JobView
 
 CAPACITY = {"ranges": 24}
 OTHERS = 512
-"""Reports kept of each kind; ranges of a large model take some 10 MB, any other report a few kilobytes."""
+"""Reports kept of each other kind; ranges of a large model take some 10 MB, any other report a few kilobytes."""
 
 
 class Shared:
-    """Reports by key, the least recently used of each kind go first. A key is a tuple that begins with its kind."""
+    """Reports by key, of each kind the most recently used. A key is a tuple that begins with its kind."""
 
     def __init__(self) -> None:
         self._kept: dict[str, OrderedDict[tuple, Any]] = {}
@@ -29,7 +29,7 @@ class Shared:
         self._lock = threading.Lock()
 
     def get(self, key: tuple) -> Any:
-        """The report of that key, or None."""
+        """Return the report of that key, or None."""
         with self._lock:
             kept = self._kept.get(key[0], OrderedDict())
             if key in kept:
@@ -46,10 +46,10 @@ class Shared:
                 kept.popitem(last=False)
 
     async def follow(self, key: tuple, make: Callable[[], AsyncIterator[JobView]]) -> AsyncIterator[JobView]:
-        """Yield how the job that makes a result stands until it is done; the last one holds the results.
+        """Yield the state of the job that makes a result, until it is done; the last state has the results.
 
         Args:
-            make: starts the job, called if nobody has made the result or is making it.
+            make: starts the job; called if the result is neither kept nor in the making.
         Raises: the job's error.
         """
         if (results := self.get(key)) is not None:
@@ -70,7 +70,7 @@ class Shared:
         finally:
             making.waiting -= 1
             if not making.waiting and making.task.cancel() and self._making.get(key) is making:
-                del self._making[key]  # a task that is ending is not joined by those who come now
+                del self._making[key]  # later callers must not join a task that is ending
 
     def _made(self, key: tuple, task: asyncio.Task[JobView]) -> None:
         making = self._making.get(key)
@@ -81,7 +81,7 @@ class Shared:
 
 
 class _Making:
-    """A result in the making: its task, how it stands, how many wait for it, and an event that is set at its next change."""
+    """A result in the making: its task, the job's last state, how many wait for it, and an event set at its next change."""
 
     def __init__(self, views: AsyncIterator[JobView]) -> None:
         self.view: JobView | None = None

@@ -1,4 +1,4 @@
-"""The same pipeline without a browser: `python -m app.cli VERB … [--json FILE]`.
+"""Use Quantscope without a browser: `python -m app.cli VERB … [--json FILE]`.
 
     models     what can be named            evaluate   perplexity, divergence, bytes, speed
     inspect    ranges of every channel      generate   continue a prompt
@@ -46,19 +46,19 @@ PROG = "python -m app.cli"
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM, SIGHUP): unwind as for Ctrl-C, so that nothing half-written stays."""
+    """Raised when the process is asked to end (SIGTERM, SIGHUP): it unwinds as for Ctrl-C, so that no half-written file stays."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `InputError`s: one line, no usage block."""
+    """An argparse parser that raises `InputError`: one line, no usage block."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise InputError with argparse's sentence and where the options are listed."""
+        """Raise InputError with argparse's sentence and the command that lists the options."""
         raise InputError(f"{message[0].upper()}{message[1:180]}: see {self.prog} --help.", code="E-PARAM-USAGE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code. Nothing is raised, whatever happens."""
+    """Run one verb and return the exit code. Nothing is ever raised."""
     argv = list(sys.argv[1:] if argv is None else argv)
     console: Console | None = None
     try:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Say on stderr, in one line, why the verb ended. Returns: its exit code."""
+    """Print on stderr, in one line, why the verb ended. Returns: its exit code."""
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return CLOSED_PIPE
@@ -97,7 +97,7 @@ def report(error: BaseException) -> int:
 
 
 def fault_id(error: BaseException) -> str:
-    """Eight digits that are the same for the same fault: a hash of its type and where it was raised."""
+    """Compute eight digits that are the same for the same fault: a hash of its type and the place where it was raised."""
     frames = [(os.path.basename(f.filename), f.name, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     return hashlib.sha256(repr((type(error).__name__, frames)).encode()).hexdigest()[:8]
 
@@ -128,7 +128,7 @@ def parser() -> Parser:
 
 
 def _no_options(verb: Parser) -> None:
-    """The verb takes no options of its own."""
+    """Add no options: the verb has none of its own."""
 
 
 def _model(verb: Parser, *, required: bool = True) -> None:
@@ -247,7 +247,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
 
 
 def _drop_stdout() -> None:
-    """Nobody reads stdout any more: what is still buffered goes nowhere, without a complaint at exit."""
+    """Discard output that is still buffered after the reader of stdout has gone, without a message at exit."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -256,7 +256,7 @@ def _drop_stdout() -> None:
 
 
 def _prepare_process() -> None:
-    """What belongs to a process of its own: quiet libraries, signals that unwind, output in any locale."""
+    """Set up what a process of its own needs: quiet libraries, signals that unwind, output in any locale."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if "--debug" not in sys.argv:
@@ -274,7 +274,7 @@ def _prepare_process() -> None:
 
 
 def run() -> Any:
-    """Entry of `python -m app.cli`."""
+    """Run the command line and exit: the entry of `python -m app.cli`."""
     _prepare_process()
     code = main()
     try:

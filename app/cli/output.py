@@ -1,4 +1,4 @@
-"""What the command line shows: text and one JSON object on stdout, progress and the one error line on stderr."""
+"""Print for the command line: text and one JSON object to stdout, progress and error line to stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAR = 24
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then, the first after ten seconds. Called as core's callback.
+    """A progress callback that draws a bar on a terminal, elsewhere prints a line from time to time, first after ten seconds.
 
     Args:
         stream: where to write, usually stderr.
@@ -41,7 +41,7 @@ class Progress:
     def __call__(self, stage: str, fraction: float | None = None) -> None:
         """Show a stage; without a fraction, the last one of the same kind of stage stays."""
         now, phase = self.clock(), stage.partition(" ")[0]
-        if self.start is None:  # not before: what libraries take to load is no progress
+        if self.start is None:  # the time that libraries take to load does not count
             self.start, self.due = now, now + (0.0 if self.bar else FIRST_LINE_S)
         if phase != self.phase or (fraction is not None and fraction < self.fraction):
             self.phase, self.fraction, self.origin = phase, fraction or 0.0, (fraction or 0.0, now)
@@ -61,14 +61,14 @@ class Progress:
         self.stream.flush()
 
     def close(self) -> None:
-        """Wipe the bar, so that the next line begins at the left."""
+        """Clear the bar, so that the next line starts at the left."""
         if self.drawn:
             self.drawn = False
             self.stream.write("\r\x1b[K")
             self.stream.flush()
 
     def _left(self, now: float) -> str:
-        """Time still needed, once there is something to tell it from."""
+        """Return the remaining time as text, once it can be estimated."""
         fraction, begun = self.origin
         done, spent = self.fraction - fraction, now - begun
         if done < 0.02 or spent < 2:
@@ -78,7 +78,7 @@ class Progress:
 
 
 class Console:
-    """Where a verb writes: human text on stdout, unless the JSON object goes there.
+    """The output of a verb: text for people on stdout, unless the JSON object goes there.
 
     Args:
         json_target: a file, "-" for stdout, or None.
@@ -91,12 +91,12 @@ class Console:
             check_json_target(json_target)
 
     def note(self, text: str) -> None:
-        """Print a remark beside the result, on stderr."""
+        """Print a remark on stderr."""
         self.progress.close()
         complain(text)
 
     def write(self, text: str) -> None:
-        """Print text for people, at once."""
+        """Print text for people, without buffering."""
         if self.json_target != STDOUT:
             self.progress.close()
             sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
@@ -130,7 +130,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Aligned columns under a rule; the first `left` are flush left, the others flush right."""
+    """Format aligned columns under a rule; the first `left` are flush left, the others flush right."""
     cells = [[printable(str(cell)) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
     lines = [
@@ -142,7 +142,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Name and value, one pair a line."""
+    """Format names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     return "".join(f"{name.ljust(width)}  {printable(value)}\n" for name, value in pairs)
 

@@ -1,4 +1,4 @@
-"""The recipe that the options of `quantize` describe, alone or on top of a recipe from a file."""
+"""Build the recipe from the options of `quantize`, alone or on top of a recipe from a file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from core.errors import InputError
 from core.recipe import Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, parse_bits
 
 FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights")}
-"""Options that a method would not look at."""
+"""Options that each method ignores."""
 MAX_BYTES = 2**24
 PASTED_FILE = "my-text.txt"
-"""Where a command expects a text that was pasted into the page."""
+"""File name that a command gives for a text that was pasted into the page."""
 
 
 def recipe_of(args: Namespace) -> QuantRecipe:
@@ -39,7 +39,7 @@ def recipe_of(args: Namespace) -> QuantRecipe:
     if method != "rtn" and base.get("variant") == "matched":
         base.pop("variant")
     if method == "rtn" and "weights" not in base:
-        given.setdefault("weights", "rtn")  # as the method's name says
+        given.setdefault("weights", "rtn")  # the method's own choice
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
     own = {name: value for name in options if (value := getattr(args, name)) is not None}
     if own:
@@ -59,7 +59,7 @@ def recipe_of(args: Namespace) -> QuantRecipe:
 def command_of(recipe: QuantRecipe) -> str:
     """Return the command line that repeats a recipe, the inverse of `recipe_of`.
 
-    A pasted text is named as the file `PASTED_FILE`, which is to be written first.
+    A pasted text is named as the file `PASTED_FILE`, which the user has to write first.
     """
     calibration = recipe.calibration
     options = {
@@ -89,7 +89,7 @@ def _no_model() -> QuantRecipe:
 
 
 def _with_bits(recipe: QuantRecipe, scheme: str | None, bits: str | None) -> QuantRecipe:
-    """The recipe with another scheme, or with own bits on top of one (of 16 everywhere for `custom`)."""
+    """Return the recipe with another scheme, or with single bits on top of one (of 16 everywhere for `custom`)."""
     if bits is None:
         return replace(recipe, scheme=scheme, bits=None)
     start = (
@@ -107,7 +107,7 @@ def _with_bits(recipe: QuantRecipe, scheme: str | None, bits: str | None) -> Qua
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    """A recipe's fields from a file that holds one, or an object with one under "recipe" (as `--json` writes it)."""
+    """Read a recipe's fields from a file that holds one, or an object with one under "recipe" (as `--json` writes it)."""
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise InputError(f"The recipe {path[-60:]!r} is larger than 16 MB: is it a recipe?", code="E-PARAM-RECIPE")
@@ -127,7 +127,7 @@ def _read_recipe(path: str) -> dict[str, Any]:
 
 
 def calibration_of(args: Namespace, base: Calibration) -> Calibration:
-    """Return `base` with the calibration options that are given."""
+    """Return `base` changed by the calibration options that are given."""
     window = base.window if args.window is None else parse_int("window", args.window)
     tokens = base.tokens if args.calibration_tokens is None else parse_int("calibration tokens", args.calibration_tokens)
     return Calibration(base.text if args.calibration is None else args.calibration, tokens, window)

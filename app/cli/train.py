@@ -1,4 +1,4 @@
-"""What `train` does: read a configuration, train or go on, and hand a finished run over as a model folder."""
+"""The verb `train`: train or resume by a configuration, or export a finished run as a model folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train_options(verb: ArgumentParser) -> None:
 
 
 def train(args: Namespace, console: Console) -> None:
-    """Run `train`: write a run folder; with --export, a model folder that every other verb takes as `--model`."""
+    """Train into a run folder, or with --export write a model folder that every other verb accepts as `--model`."""
     if args.export is not None:
         _export(args, console)
         return

@@ -1,4 +1,4 @@
-"""What each verb of the command line does: read its options, call core, hand the report to the console.
+"""The verbs of the command line: each reads its options, calls core, and prints the report.
 
 Everything cheap to check is checked before a model is loaded. core's heavy parts are imported by the verbs that need them.
 """
@@ -105,7 +105,7 @@ def inspect(args: Namespace, console: Console) -> None:
 
 
 def quantize(args: Namespace, console: Console) -> None:
-    """Quantise a model into a folder that every other verb takes as `--model`."""
+    """Quantise a model into a folder that every other verb accepts as `--model`."""
     recipe = recipe_of(args)
     from core import load_model
     from core.models.io.quantized import check_output, save_quantized
@@ -159,7 +159,7 @@ def compare(args: Namespace, console: Console) -> None:
 
     bench, first = Workbench(device=args.device), args.models[0]
     for name in args.models:
-        resolve(name, progress=console.progress)  # a name that cannot be found is said before the first is measured
+        resolve(name, progress=console.progress)  # an unknown name must fail before the first model is measured
     reports = [
         bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
         for i, name in enumerate(args.models)
@@ -215,7 +215,7 @@ def sparsity(args: Namespace, console: Console) -> None:
 
 
 def memory(args: Namespace, console: Console) -> None:
-    """Print bytes by formula."""
+    """Project and print the bytes of a model, by formula."""
     from core import memory_estimate
 
     batch, sequence = parse_int("batch", args.batch), parse_int("sequence", args.seq)
@@ -232,7 +232,7 @@ def memory(args: Namespace, console: Console) -> None:
 
 
 def _protocol(args: Namespace) -> dict[str, Any]:
-    """Text, window, tokens and backend of a measurement."""
+    """Return text, window, tokens and backend of a measurement."""
     window = require_int("window", parse_int("window", args.window), 8, 8192, "use 8 to 8192 tokens")
     rule = f"use at least one window ({window}) and at most {MAX_TOKENS}"
     tokens = require_int("tokens", parse_int("tokens", args.tokens), window, MAX_TOKENS, rule)
@@ -241,7 +241,7 @@ def _protocol(args: Namespace) -> dict[str, Any]:
 
 
 def _writing(args: Namespace, prompt: str | None) -> dict[str, Any]:
-    """Options of a continuation."""
+    """Return the options of a continuation."""
     if prompt is not None and not prompt.strip():
         raise InputError("The prompt is empty: write a few words to continue.", code="E-PARAM-PROMPT")
     try:
@@ -264,7 +264,7 @@ def _seed(args: Namespace) -> int:
 
 
 def _require_text(text: str, split: str) -> None:
-    """Find out now, not after the model is loaded, whether a text is there and readable."""
+    """Check before the model is loaded that a text exists and is readable."""
     from core.calibration.data import resolve_text
 
     resolve_text(text, split=split)
@@ -329,7 +329,7 @@ def _evaluation_text(report: Any, reference: str | None) -> str:
 
 
 def _caution(report: Any) -> list[tuple[str, str]]:
-    """The line that a report's caution needs."""
+    """Return the line for a report's caution, if it has one."""
     return [("caution", report.caution)] if report.caution else []
 
 

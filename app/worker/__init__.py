@@ -1,1 +1,1 @@
-"""The worker process and how the page talks to it."""
+"""The worker processes, which load and run models, and their communication with the page."""

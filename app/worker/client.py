@@ -1,12 +1,12 @@
-"""The worker processes as the page sees them: lines of jobs, without threads of their own and without polling.
+"""Run jobs on the worker processes from the page: a queue for each, no extra threads, no polling.
 
-    async for view in workers.run(owner, steps): ...        the job after every change, at last finished
+    async for view in workers.run(owner, steps): ...        the job's state after every change, last when finished
 
-The generator is the job: leaving it in any way (its task is cancelled, the generator is closed) ends the job. A waiting job
-leaves the line at once; a running one is asked to stop, and its process is killed if it does not within
-`Settings.grace_seconds`. A dead process is replaced by the next job. Used from one event loop.
+Leaving the loop in any way (its task is cancelled, the generator is closed) ends the job. A waiting job leaves the queue at
+once; a running one is asked to stop, and its process is killed if it has not stopped after `Settings.grace_seconds`. The next
+job replaces a dead process. All calls come from one event loop.
 
-There are two workers, so that light jobs (a channel, the ranges of a small model) never wait behind a long one: the main worker
+There are two workers, so that light jobs (a channel, the ranges of a small model) need not wait for a long one: the main worker
 takes any job, the light worker takes light jobs while the main one is busy.
 """
 
@@ -30,17 +30,17 @@ from app.worker.job import Job, JobView, Step, at, out_of_memory
 from core.errors import QuantscopeError, ResourceError
 
 PUBLIC = "public"
-"""Owner of jobs that the server starts for everyone; the limit per session does not hold for it."""
+"""Owner of jobs that the server starts for everyone, to whom the limit per session does not apply."""
 PER_SESSION = 2
 MAX_WAITING = 64
 BEAT_SECONDS = 1.0
-"""A running job is shown again after this long without news, so that its clock goes on."""
+"""Seconds without news after which a running job is shown again, so that its clock advances."""
 EXIT_SECONDS = 2.0
 log = logging.getLogger("quantscope.worker")
 
 
 class Process:
-    """One worker process and the stream of its messages. It starts at once; its messages are read from the first job on."""
+    """One worker process and its messages. It starts at once; its messages are read from the first job on."""
 
     def __init__(self, settings: Settings) -> None:
         self._ours, theirs = socket.socketpair()
@@ -58,18 +58,18 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether a job can be sent to it."""
+        """Whether a job can be sent to the process."""
         return not self._closed and self.process.poll() is None
 
     async def send(self, *message: object) -> None:
-        """Write one message. It is buffered: a worker that does not read blocks nobody."""
+        """Send one message. It is buffered, so the page does not wait for a worker that does not read."""
         if self._reading is None:
             reader, self._writer = await asyncio.open_connection(sock=self._ours)
             self._reading = asyncio.create_task(self._read(reader))
         self._writer.write(wire.frame(message))
 
     async def receive(self, seconds: float) -> tuple | None:
-        """The next message, or None if none comes within `seconds`.
+        """Return the next message, or None if none comes within `seconds`.
 
         Raises: EOFError or OSError when the process is gone; Malformed for a message that cannot be read.
         """
@@ -86,17 +86,17 @@ class Process:
         try:
             while True:
                 self._inbox.put_nowait(await wire.read(stream))
-        except (EOFError, OSError, wire.Malformed) as error:  # nothing that follows could be read either
+        except (EOFError, OSError, wire.Malformed) as error:  # what follows could not be read either
             self._inbox.put_nowait(error)
 
     async def exit_code(self) -> int | None:
-        """How it ended, waiting a moment for the kernel: negative for a signal, None if it still runs."""
+        """Return the exit code, after at most EXIT_SECONDS: negative for a signal, None while the process runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.process.wait, EXIT_SECONDS)
         return self.process.poll()
 
     async def kill(self) -> None:
-        """End the process and everything it started, and wait a moment until it is gone."""
+        """End the process and everything it started, and wait up to EXIT_SECONDS for its exit."""
         self.close()
         await self.exit_code()
 
@@ -116,7 +116,7 @@ class Process:
 
 
 class Worker:
-    """One worker process at a time and the line of jobs before it. `start` or the first job starts the process."""
+    """A queue of jobs and the process that runs them, one at a time. `start` or the first job starts the process."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -147,7 +147,7 @@ class Worker:
                     yield job.view()
         finally:
             self.line.remove(job)
-            self._moved.set()  # wakes those that wait now; who waits later waits for an event of his own
+            self._moved.set()  # wakes all that wait now; later ones wait for the new event
             self._moved = asyncio.Event()
             if not self.line and self.settings.idle_seconds:
                 self._idle = asyncio.get_running_loop().call_later(self.settings.idle_seconds, self._renew)
@@ -170,12 +170,12 @@ class Worker:
             self.process.close()
 
     def _renew(self) -> None:
-        """Replace the process by a fresh one: what it had loaded is given back."""
+        """Replace the process by a fresh one, which frees the memory of loaded models."""
         self.close()
         self.start()
 
     async def _work(self, job: Job) -> AsyncIterator[None]:
-        """Give the process the first job of the line and apply its messages. Yields after each, and every second."""
+        """Send the first job of the queue to the process and apply its messages. Yields after each, and every second."""
         self.start()
         process, deadline = self.process, time.monotonic() + self.settings.job_seconds
         try:
@@ -193,7 +193,7 @@ class Worker:
             raise await self._died(process, job.stage, None) from None
         except QuantscopeError:
             if job.out_of_memory:
-                await process.kill()  # it leaves by itself in a moment; the next job must not be sent to it
+                await process.kill()  # it exits soon by itself, but must not get the next job
             raise
         except (GeneratorExit, asyncio.CancelledError):
             await self._stop(process, job)
@@ -244,6 +244,6 @@ class Workers:
         return (self.light if light and self.main.line else self.main).run(owner, steps)
 
     def close(self) -> None:
-        """End the processes."""
+        """End both processes."""
         self.main.close()
         self.light.close()

@@ -1,4 +1,4 @@
-"""The environment of a worker process: the server's without its secrets, plus what the server decides for it."""
+"""The environment of a worker process: the server's without its secrets, plus the server's choices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def worker_environment(settings: Settings, environment: Mapping[str, str] = os.e
     kept = {name: value for name, value in environment.items() if not SECRET.search(name)}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH", "")]))
     kept.pop("OMP_NUM_THREADS", None)
-    # Threads that spin while they wait take the core the page needs: jobs and page are then 2 to 3 times slower.
+    # Threads that spin while they wait occupy the core that the page needs: jobs and page are then 2 to 3 times slower.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     threads = {"OMP_NUM_THREADS": settings.worker_threads} if settings.worker_threads else {}
     return {

@@ -1,4 +1,4 @@
-"""A job of a worker: its steps, how far it is, what it has given so far, and how long it will still take."""
+"""A job of a worker: its steps, its progress, its results so far, and its estimated remaining time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
 
 FIRST_SHARE, FIRST_SECONDS = 0.1, 3.0
-"""The remaining time is unknown before this share of the work is done and before it has run this long."""
+"""Share of the work and seconds that must have passed before a remaining time is shown."""
 RECENT = 0.7
-"""The pace is measured over this last part of the time so far: it follows a change, and one slow layer does not turn it."""
+"""Last part of the elapsed time over which the pace is measured: long enough that one slow layer does not decide."""
 LOAD = "load"
-"""The step whose pace says nothing about the others: it may download a model, or find it in memory."""
+"""The step that does not count for the pace: it may download a model, or find it in memory."""
 MEMORY = "E-MEM"
 _names = itertools.count(1)
 
@@ -26,7 +26,7 @@ class Step:
     """One call of the workbench: `method(**arguments)`.
 
     Attributes:
-        title: what the status line says until the workbench reports a stage of its own.
+        title: text of the status line until the workbench reports a stage of its own.
         weight: the step's share of the job's time, relative to the other steps.
     """
 
@@ -38,15 +38,15 @@ class Step:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job at one moment.
+    """The state of a job at one moment.
 
     Attributes:
         state: "waiting", "running" or "done"; "cancelled" for a job that was stopped.
-        stage: what runs now.
+        stage: text that says what runs now.
         fraction: 0 to 1 over the whole job, None before the worker's first report.
         elapsed_s: seconds since the job started, or since it began to wait.
         remaining_s: seconds it will still take, None while that is unknown.
-        ahead: number of jobs that go first.
+        ahead: number of jobs before this one in the queue.
         results: one report per finished step.
         texts: streamed text, one per step.
     """
@@ -62,30 +62,30 @@ class JobView:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the job has ended."""
         return self.state not in ("waiting", "running")
 
 
 class Pace:
-    """Estimates the remaining time of work from the shares it has reported, by the pace of the last `RECENT` of its time.
+    """Estimate of the remaining time of work from the shares it has reported, by the pace of the last `RECENT` of its time.
 
-    remaining = (1 - share) / pace at the last report, counted down since; but at least half of what it would be if nothing
-    had been done since that report, so that work that has become slow never seems to be over. The clock starts at the last
-    report before anything was done: what comes earlier (imports, reading the text) says nothing about what follows.
+    remaining = (1 - share) / pace at the last report, minus the time since; but at least half of the estimate that assumes no
+    progress since that report, so that work that has slowed down never seems finished. The clock starts at the last report
+    before any progress: the time before it (imports, reading the text) is not typical of the rest.
     """
 
     def __init__(self) -> None:
         self._reports: list[tuple[float, float]] = []
 
     def report(self, seconds: float, share: float) -> None:
-        """Note that `share` (0 to 1) was done at time `seconds`. A share that is no progress is ignored."""
+        """Record that `share` (0 to 1) was done at time `seconds`. A share without progress is ignored."""
         if len(self._reports) <= 1 and (not self._reports or share <= self._reports[0][1]):
             self._reports = [(seconds, share)]
         elif share > self._reports[-1][1]:
             self._reports.append((seconds, share))
 
     def remaining(self, seconds: float) -> float | None:
-        """Seconds still to go at time `seconds`; None while too little is known."""
+        """Estimate the remaining seconds at time `seconds`; None while too little is known."""
         if len(self._reports) < 2:
             return None
         (start, first), (last, share) = self._reports[0], self._reports[-1]
@@ -98,7 +98,7 @@ class Pace:
 
 
 class Job:
-    """What the page knows of one job. `take` applies the worker's messages, `view` tells how it stands."""
+    """The page's record of one job: `take` applies the worker's messages, `view` returns its state."""
 
     def __init__(self, owner: str, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
         self.name = str(next(_names))
@@ -115,11 +115,11 @@ class Job:
         self._since = clock()
 
     def start(self) -> None:
-        """Note that the worker has the job now."""
+        """Mark the job as running."""
         self.state, self._since = "running", self._clock()
 
     def take(self, message: tuple) -> bool:
-        """Apply one message of the worker; whether it changed this job (it may belong to an earlier one).
+        """Apply one message of the worker. Returns: whether it changed this job (it may belong to an earlier one).
 
         Raises: the error that ended the job; Malformed if the message has no known form.
         """
@@ -146,14 +146,14 @@ class Job:
         return True
 
     def view(self, ahead: int = 0) -> JobView:
-        """How the job stands now, `ahead` jobs before it."""
+        """Return the state of the job now, with `ahead` jobs before it."""
         elapsed = self._clock() - self._since
         remaining = self._pace.remaining(self._clock()) if self.state == "running" else None
         parts = (tuple(self.results), tuple(self.texts))
         return JobView(self.state, self.stage, self.fraction, elapsed, remaining, ahead, *parts)
 
     def _reach(self, step: int, within: float) -> None:
-        """Note that the steps before `step` and the share `within` of it are done."""
+        """Record that the steps before `step` and the share `within` of it are done."""
         weights = [s.weight for s in self.steps]
         done = sum(weights[:step]) + min(max(within, 0.0), 1.0) * sum(weights[step : step + 1])
         self.fraction = max(self.fraction or 0.0, done / sum(weights))
@@ -163,17 +163,17 @@ class Job:
     def _error(self, code: str, sentence: str) -> QuantscopeError:
         if code == Cancelled.code:
             return Cancelled()
-        self.out_of_memory = not sentence  # the worker says so without a sentence: it has no memory to make one
+        self.out_of_memory = not sentence  # a worker without memory for a sentence sends none
         return QuantscopeError(sentence, code=code) if sentence else out_of_memory(self.stage)
 
 
 def out_of_memory(stage: str) -> ResourceError:
-    """The sentence for a worker that the kernel ended, or that could not allocate."""
+    """Make the error for a worker that the kernel ended, or that could not allocate memory."""
     return ResourceError(
         f"Ran out of memory{at(stage)}. Try a smaller model, fewer calibration tokens or fewer bits.", code=MEMORY
     )
 
 
 def at(stage: str) -> str:
-    """The stage as a part of a sentence, cut to 80 characters."""
+    """Return the stage as a part of a sentence, cut to 80 characters."""
     return f" at “{stage[:80]}”" if stage else ""

@@ -1,7 +1,7 @@
-"""The worker process: owns core's workbench and every model, does one job at a time.
+"""The worker process: it owns core's workbench and all models, and does one job at a time.
 
-Started as `python -m app.worker.server FD` by `app.worker.client`; FD is its end of a socket pair. When the other end closes, it
-exits. Whatever a job raises, `SystemExit` included, becomes a reply: only the kernel or native code can end it early.
+It is started as `python -m app.worker.server FD` by `app.worker.client`; FD is its end of a socket pair. When the other end
+closes, it exits. Any exception of a job, `SystemExit` included, becomes a reply: only the kernel or native code can end it early.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ log = logging.getLogger("quantscope.worker")
 
 
 class Worker:
-    """Reads jobs from the pipe, runs their steps on the workbench, writes progress and results back."""
+    """A loop that reads jobs from the socket, runs their steps on the workbench, and sends progress and results back."""
 
     def __init__(self, connection: Connection, workbench: str, options: dict[str, Any]) -> None:
-        """`workbench` is "module:factory", called with `options` as keywords."""
+        """Store the connection and `workbench`, "module:factory", which is called with `options` as keywords."""
         self.connection, self.workbench, self.options = connection, workbench, options
         self.bench: Any = None
         self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
@@ -55,7 +55,7 @@ class Worker:
         self.sending = threading.Lock()
 
     def run(self) -> None:
-        """Serve until the page's end closes."""
+        """Serve until the page's end of the socket closes."""
         threading.Thread(target=self._read, daemon=True).start()
         self._warm()
         self._send("ready")
@@ -68,17 +68,17 @@ class Worker:
             try:
                 message = wire.receive(self.connection)
             except (EOFError, OSError):
-                os._exit(0)  # the server is gone: leave at once, whatever native code is running
+                os._exit(0)  # the server is gone: exit at once, even inside native code
             if message[0] == "cancel":
                 self.cancelled.add(message[1])
             else:
                 self.jobs.put(message)
 
     def _warm(self) -> None:
-        """Import the heavy libraries before the first job needs them; a failure is told by that job."""
+        """Import the heavy libraries before the first job needs them; if that fails, the first job reports it."""
         try:
             self._ensure_bench()
-        except BaseException:  # noqa: BLE001 - process boundary: nothing may end the worker but the page
+        except BaseException:  # noqa: BLE001 - process boundary: only the page may end the worker
             log.exception("the workbench could not be built")
 
     def _ensure_bench(self) -> Any:
@@ -113,7 +113,7 @@ class Worker:
     def _fault(self, job: str, error: BaseException) -> None:
         if is_out_of_memory(error):
             self._send("failed", job, MEMORY_CODE, "")
-            os._exit(0)  # what was half allocated is uncertain: the page starts a fresh worker
+            os._exit(0)  # half-allocated memory is in an unknown state: the page starts a fresh worker
         name = uuid.uuid4().hex[:6]
         log.error("fault %s in a job\n%s", name, "".join(traceback.format_exception(error)))
         self._send("failed", job, "E-BUG", texts.BUG.format(name))
@@ -124,7 +124,7 @@ class Worker:
 
 
 class _Relay:
-    """Progress and text of one step on their way to the page: at most one message per `EVERY_SECONDS`, cancel on the way back."""
+    """Sender of one step's progress and text, at most one message per `EVERY_SECONDS`; it raises Cancelled after a cancel."""
 
     def __init__(self, worker: Worker, job: str, index: int) -> None:
         self.worker, self.job, self.index = worker, job, index
@@ -156,7 +156,7 @@ class _Relay:
 
 
 def limit(memory_bytes: int | None, nice: int) -> None:
-    """Lower this process's rank and rights: nice, first victim of the kernel's memory killer, address space, core dumps."""
+    """Limit this process: its priority, its address space, no core dumps, and first to be killed when memory runs out."""
     os.nice(nice)
     try:
         with open("/proc/self/oom_score_adj", "w") as handle:
@@ -169,7 +169,7 @@ def limit(memory_bytes: int | None, nice: int) -> None:
 
 
 def main() -> None:
-    """Entry of `python -m app.worker.server FD`; choices come by environment from `app.worker.environment`."""
+    """Run the worker: `python -m app.worker.server FD`, with choices from the variables of `app.worker.environment`."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     limit(int(os.environ["QUANTSCOPE_LIMIT_BYTES"]) or None, int(os.environ["QUANTSCOPE_NICE"]))
     options = {

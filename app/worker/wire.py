@@ -4,8 +4,8 @@
     worker → page   ("ready",)  ("progress", id, step, stage, fraction)  ("text", id, step, chunk)
                     ("result", id, step, report)  ("done", id)  ("failed", id, code, sentence)
 
-Pickled, but read back by a reader that only builds plain values, numpy arrays, dataclasses and errors of `core`: a
-worker taken over by a hostile model file gains nothing from writing to the pipe.
+Messages are pickled, but the page's reader only builds plain values, numpy arrays, dataclasses and errors of `core`: a worker
+that a hostile model file has taken over cannot make the page run code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from core.errors import QuantscopeError
 
 MAX_BYTES = 512 * 1024**2
 INLINE_BYTES = 100_000
-"""Larger messages are unpickled in a thread: a report of a large model takes tens of milliseconds."""
+"""Bytes above which a message is unpickled in a thread: a report of a large model takes tens of milliseconds."""
 _NUMPY = {"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"}
 _PLAIN = {
     ("pathlib", "PosixPath"),
@@ -36,7 +36,7 @@ _PLAIN = {
 
 
 class Malformed(Exception):
-    """What the worker wrote has none of the forms above."""
+    """Raised for a message of the worker that has none of the forms above."""
 
 
 class _Reader(pickle.Unpickler):
@@ -53,20 +53,20 @@ class _Reader(pickle.Unpickler):
 
 
 def loads(data: bytes) -> Any:
-    """A message from its bytes. Raises UnpicklingError if it holds anything but data."""
+    """Unpickle a message. Raises: UnpicklingError if it holds anything but data."""
     return _Reader(io.BytesIO(data)).load()
 
 
 def frame(message: tuple) -> bytes:
-    """The bytes of a message on the pipe: its length and the pickle, as `multiprocessing.Connection` writes them."""
+    """Pickle a message with its length in front, as `multiprocessing.Connection` does."""
     data = pickle.dumps(message, protocol=5)
     return struct.pack("!i", len(data)) + data
 
 
 async def read(stream: asyncio.StreamReader) -> tuple:
-    """Read one message of the worker.
+    """Read one message of the worker, on the page's side.
 
-    Raises: EOFError or OSError when the worker is gone; Malformed for bytes that are no message.
+    Raises: EOFError or OSError when the worker is gone; Malformed for bytes that are not a message.
     """
     (size,) = struct.unpack("!i", await stream.readexactly(4))
     if not 0 <= size <= MAX_BYTES:
@@ -74,7 +74,7 @@ async def read(stream: asyncio.StreamReader) -> tuple:
     data = await stream.readexactly(size)
     try:
         message = await asyncio.to_thread(loads, data) if size > INLINE_BYTES else loads(data)
-    except Exception as error:  # noqa: BLE001 - process boundary: bytes that are no pickle can raise anything
+    except Exception as error:  # noqa: BLE001 - process boundary: unpickling arbitrary bytes can raise anything
         raise Malformed(repr(error)) from error
     if not isinstance(message, tuple):
         raise Malformed(f"a message of type {type(message).__name__}")
@@ -82,10 +82,10 @@ async def read(stream: asyncio.StreamReader) -> tuple:
 
 
 def send(connection: Connection, message: tuple) -> None:
-    """Write one message, from the worker's side."""
+    """Send one message, on the worker's side."""
     connection.send_bytes(pickle.dumps(message, protocol=5))
 
 
 def receive(connection: Connection) -> tuple:
-    """Read one message on the worker's side, waiting for it. Raises: EOFError when the page is gone."""
+    """Wait for one message and return it, on the worker's side. Raises: EOFError when the page is gone."""
     return loads(connection.recv_bytes(MAX_BYTES))
