@@ -1,1 +1,1 @@
-"""Benchmarks that print ratios: every figure comes with its baseline, measured in the same run, interleaved, medians."""
+"""Benchmarks that print ratios: each figure has a baseline from the same run, interleaved, by medians."""

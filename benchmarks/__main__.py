@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …] [--model M] [--json FILE]`: run all jobs or the named ones (C1 to C7, U1 to U3, W1 to W4)."""
+"""Run benchmark jobs: `python -m benchmarks [NAME …] [--model M] [--json FILE]`, all or the named ones."""
 
 from __future__ import annotations
 

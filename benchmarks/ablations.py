@@ -16,11 +16,11 @@ from training.loop import LOG, read_log
 
 POINTS = 100
 LAST = 0.05
-"""The final training loss is the mean over this share of the steps."""
+"""Share of the steps, the last ones, over which the final training loss is averaged."""
 
 
 def entry(folder: Path) -> dict[str, Any]:
-    """Collect one run: configuration, where it ended, and its curve."""
+    """Collect one run: configuration, last step, and curve."""
     document = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = read_log(folder / LOG)
     config, tail = document["config"], log[-max(1, round(LAST * len(log))) :]
@@ -39,7 +39,7 @@ def entry(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Collect, write, and print a line per run."""
+    """Collect the runs, write the file, and print a line per run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__)
     parser.add_argument("runs", type=Path, help="folder whose subfolders are runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

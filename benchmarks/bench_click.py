@@ -1,4 +1,4 @@
-"""From Quantize to the first side-by-side numbers, in a fresh process: seconds, peak memory, and one plain float32 pass."""
+"""Time a fresh process from Quantise to the first side-by-side numbers: seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps({"total": total, "quantize": quantized, "plain": time.perf_coun
 
 
 def run(model: str) -> list[Result]:
-    """W4A4, g = 32, GPTQ, 8,192 calibration tokens; then 2,048 tokens on both models."""
+    """Measure W4A4, g = 32, GPTQ, 8,192 calibration tokens; then 2,048 tokens on both models; and one float32 pass."""
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "PYTHONPATH": str(root), "QUANTSCOPE_CACHE": _cache_without_results(Path(scratch))}
@@ -60,7 +60,7 @@ def run(model: str) -> list[Result]:
 
 
 def _cache_without_results(scratch: Path) -> str:
-    """A cache folder that has the downloaded models but no quantised ones, so nothing is only read back."""
+    """Make a cache folder that has the downloaded models but no quantised ones, so that none is only loaded."""
     from core.cache import cache_root
 
     scratch = scratch / "cache"

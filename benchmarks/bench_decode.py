@@ -1,4 +1,4 @@
-"""C5: tokens per second of decoding with packed 4-bit weights, against transformers in float32 and bfloat16."""
+"""C5: tokens per second of decoding with packed 4-bit weights, against transformers in float and bfloat16."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decode(model: torch.nn.Module) -> float:
 
 
 def run(model: str) -> list[Result]:
-    """W4A16 by rounding (one scale per row) and by RPTQ in aligned runs; torchao and llama.cpp where they are installed."""
+    """Measure W4A16 by rounding (one scale per row) and by RPTQ in aligned runs; torchao and llama.cpp where installed."""
     bench = Workbench()
     base = bench.model(model)
     recipes = {
@@ -76,7 +76,7 @@ def run(model: str) -> list[Result]:
 
 
 def _decode_llama_cpp(peer: LlamaCpp) -> float:
-    """As `decode`, of llama.cpp."""
+    """Measure what `decode` measures, in llama.cpp."""
     peer.read(list(range(1, CONTEXT + 1)))
     start = time.perf_counter()
     peer.write(NEW)

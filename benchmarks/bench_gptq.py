@@ -1,4 +1,4 @@
-"""C2: GPTQ of one layer's matrices against a plain column loop with three factorisations, on the same grid.
+"""C2: time GPTQ of a layer's matrices against a plain column loop, on the same grid.
 
 The baseline is written from the algorithm's description (arXiv:2210.17323, algorithm 1): Cholesky of H, its inverse, the upper
 Cholesky factor of that; columns one by one, a block of 128 at a time.
@@ -54,12 +54,12 @@ def problem(rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def rows_of(grid: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    """Take the same grid for some rows."""
+    """Return the same grid for some rows."""
     return replace(grid, codes=grid.codes[rows], scale=grid.scale[rows], zero_point=grid.zero_point[rows])
 
 
 def compare(name: str, problems: list[tuple[Tensor, Tensor, QuantizedWeight]], parts: list[tuple[int, ...]]) -> Result:
-    """Compare in one line: all `problems` fused by ours, their `parts` (row counts) one by one by the loop."""
+    """Compare in one line: ours on all `problems`, fused, and the loop on their `parts` (row counts), one by one."""
     found: dict[str, list[Tensor]] = {}
 
     def slow(name: str = "loop", dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""How cost grows: seconds at doubling channels, layers, tokens, batch and clusters, and the exponent between the ends."""
+"""Measure how cost grows: seconds at doubling sizes, and the exponent between the ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _linear(rows: int, clusters: int, backend: Backend) -> Callable[[], object]:
 
 
 def run(model: str) -> list[Result]:
-    """Clustering and GPTQ over channels; a quantised model over layers and tokens; one layer over batch and clusters."""
+    """Measure clustering and GPTQ by channels, a quantised model by layers and tokens, one layer by batch and clusters."""
     results = series("channels (clustering, g = 32)", (512, 1024, 2048, 4096), _clustering)
     results += series("channels (GPTQ, 512 rows)", (512, 1024, 2048), _gptq)
     results += series("rows of a batch (int8, g = 1)", (1, 8, 64, 512), lambda m: _linear(m, 1, Backend.INT8), rounds=9)

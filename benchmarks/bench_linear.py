@@ -1,4 +1,4 @@
-"""The two linear backends against float32 and torch's own int8 layer, by rows and clusters: what AUTO's rule rests on."""
+"""Time the two CPU backends against float32 and torch's int8 layer, by rows and clusters, for AUTO's rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = [(512, 576, 1536), (512, 1536, 576), (512, 4096, 4096), (1, 4096, 4096)]
 
 
 def run(model: str) -> list[Result]:
-    """Speed of REFERENCE and INT8 (activation quantisation included) over `F.linear` in float32."""
+    """Measure the speed of REFERENCE and INT8 (activation quantisation included) over `F.linear` in float32."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for rows, width, outputs in CASES:
@@ -49,7 +49,7 @@ def run(model: str) -> list[Result]:
 
 
 def _torch_int8(weight: torch.Tensor) -> object:
-    """A weight [N, K] prepared for torch's own linear layer with int8 weights and inputs quantised as they come."""
+    """Prepare a weight [N, K] for torch's own linear layer with int8 weights and dynamically quantised inputs."""
     scale = weight.abs().amax(1) / 127
     codes = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8)
     return torch.ops.quantized.linear_prepack(codes, None)

@@ -1,4 +1,4 @@
-"""`python -m app` to a page whose first chart is drawn, in headless Chromium, with the model cached."""
+"""Time `python -m app` until the first chart is drawn, in headless Chromium, with the model cached."""
 
 from __future__ import annotations
 

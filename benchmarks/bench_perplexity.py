@@ -1,4 +1,4 @@
-"""C3 and C4: perplexity with quantised activations over float32 perplexity on the same windows."""
+"""C3 and C4: time of perplexity with quantised activations over that of float32, on the same windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.workbench import Workbench, evaluation_windows
 
 
 def run(model: str) -> list[Result]:
-    """Time of W4A4 in float arithmetic (C3) and of RTN W4A4 in integers (C4) over float32, over bfloat16 and over the peers."""
+    """Measure W4A4 in float arithmetic (C3) and RTN W4A4 in integers (C4), as time over float32, bfloat16 and the peers."""
     bench = Workbench()
     base = bench.model(model)
     parts, _ = evaluation_windows(base, "sotu", tokens=512, window=512)

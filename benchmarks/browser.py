@@ -1,4 +1,4 @@
-"""Run the page's server and a headless Chromium for the jobs that time what a person waits for."""
+"""Run the page's server and a headless Chromium, for the jobs that measure waiting times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ START_SECONDS = 120.0
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Start headless Chromium and close it at the end. Raises: RuntimeError if there is none on this machine."""
+    """Start headless Chromium and close it at the end. Raises: RuntimeError if this machine has none."""
     from playwright.sync_api import sync_playwright
 
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -66,7 +66,7 @@ def page_server(model: str) -> Iterator[str]:
 
 
 def visit(browser: Any, address: str, *, width: int = 1440, height: int = 900) -> Any:
-    """Open the page as soon as the server listens, and return once the first chart is drawn.
+    """Open the page as soon as the server listens, and return it once the first chart is drawn.
 
     Raises: TimeoutError if it does not listen within START_SECONDS.
     """
@@ -78,7 +78,7 @@ def visit(browser: Any, address: str, *, width: int = 1440, height: int = 900) -
         try:
             page.goto(address)
             break
-        except Error as error:  # refused: the server is not up yet
+        except Error as error:  # refused: the server does not listen yet
             if time.perf_counter() > limit:
                 raise TimeoutError(f"The page did not answer within {START_SECONDS:.0f} s: {error}") from None
             time.sleep(0.2)

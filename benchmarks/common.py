@@ -1,4 +1,4 @@
-"""Interleaved timing, limits of the machine, optional peers, peak memory and provenance, shared by every job."""
+"""Functions for all benchmark jobs: interleaved timing, limits, optional peers, peak memory, provenance."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Result:
         job: what was measured. peer: what `ratio` is relative to.
         ratio: speed relative to the peer (above 1 is faster) unless the job's name says "time over".
         seconds, peak_bytes: where the job is judged by them.
-        limit_fraction: share of what the machine could do, from rates measured in the same run (`limits`).
-        target: the mark the project set itself, in words.
+        limit_fraction: share of the machine's limit, from rates measured in the same run (`limits`).
+        target: the project's own target, in words.
     """
 
     job: str
@@ -49,8 +49,8 @@ class Limits:
 
 @functools.cache
 def limits() -> Limits:
-    """Measure rates of this machine with the threads torch uses, measured once per process."""
-    source = torch.empty(2**26)  # 256 MiB, beyond most caches
+    """Measure the rates of this machine with torch's number of threads, once per process."""
+    source = torch.empty(2**26)  # 256 MiB, larger than most caches
     target = torch.empty_like(source)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     i, j = (t.mul(40).clamp(-127, 127).to(torch.int8) for t in (a, b))
@@ -62,7 +62,7 @@ def limits() -> Limits:
 
 
 def interleave(*functions: Callable[[], object], rounds: int = 7, warm_up: bool = True) -> list[float]:
-    """Median seconds of each function, called in turn A B A B …, after one call each where `warm_up`."""
+    """Measure the median seconds of each function, called in turn A B A B …, after one call each where `warm_up`."""
     for function in functions if warm_up else ():
         function()
     times: list[list[float]] = [[] for _ in functions]
@@ -85,7 +85,7 @@ def absent(job: str, *packages: str) -> list[Result]:
 
 
 def commit() -> str:
-    """Short commit of the working tree, with + when it has changes."""
+    """Return the short commit of the working tree, with + when it has changes."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

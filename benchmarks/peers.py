@@ -1,4 +1,4 @@
-"""Programs a user would pick instead, on the same model: timed where they are installed, named as not measured where not."""
+"""Run the same model in other programs, where they are installed; else they are listed as not measured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def torchao(model: nn.Module, *, activations: bool) -> nn.Module | None:
 
 
 class LlamaCpp:
-    """llama.cpp on the default model's packaged weights, requantised from Q4_1 to Q4_0, its fastest 4-bit format.
+    """The default model's packaged weights in llama.cpp, requantised from Q4_1 to Q4_0, its fastest 4-bit format.
 
     Args:
         logits: "all" positions (as perplexity needs) or the "last".
@@ -70,11 +70,11 @@ class LlamaCpp:
 
     @staticmethod
     def runs(model: str) -> bool:
-        """Say whether the package is there and `model` is the one whose file it can read."""
+        """Say whether the package is installed and `model` is the one whose file it can read."""
         return installed("llama_cpp") and model == DEFAULT_MODEL
 
     def read(self, tokens: list[int]) -> None:
-        """Forget what was read, then read `tokens`."""
+        """Clear the cache, then read `tokens`."""
         self._model.reset()
         self._model.eval(tokens)
 
@@ -87,7 +87,7 @@ class LlamaCpp:
 def _requantise(path: Path) -> Path:
     import llama_cpp
 
-    _requantise.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library holds only a pointer
+    _requantise.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept alive: the library holds only a pointer
     llama_cpp.llama_log_set(_requantise.quiet, None)
     target = path.with_name("q4_0.gguf")
     options = llama_cpp.llama_model_quantize_default_params()

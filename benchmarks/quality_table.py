@@ -1,4 +1,4 @@
-"""Measure the quality tables of docs/results.md: `python -m benchmarks.quality_table --model M --out FILE`, resumable.
+"""Measure the quality tables of docs/results.md: `python -m benchmarks.quality_table`, resumable.
 
 Rows, all at the bits of the published schemes: RPTQ; RTN matched (RPTQ's groups, clip search and first token, without reordering)
 with GPTQ and with rounded weights; RTN plain; then g = 1, 8, 32 and per channel for W4A4 and its strict variant.
@@ -46,7 +46,7 @@ PROTOCOLS = {
     "quantscope-opt-6m": Protocol("quantscope-opt-6m", "sotu", "sotu", 512, "sotu, other years and held-out years"),
     "whisper-tiny-en-as-opt": Protocol("whisper-tiny-en-as-opt", STORIES, STORIES, 448, "TinyStories, second and first MB"),
 }
-"""By the last part of a model's name; another model is measured as the first one is."""
+"""Protocols by the last part of a model's name; a model that is not listed gets the first one."""
 
 
 def protocol_of(model: str) -> Protocol:
@@ -88,7 +88,7 @@ def recipes(model: str, calibration: Calibration) -> list[QuantRecipe]:
 
 
 def main() -> int:
-    """Run what is missing in the output file, then print the table as Markdown."""
+    """Run the recipes that are missing in the output file, then print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_table", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a model's name or folder; PROTOCOLS says what it is measured on")
     parser.add_argument("--tokens", type=int, default=32_768, help="evaluation tokens")
@@ -122,7 +122,7 @@ def main() -> int:
 
 
 def markdown(data: dict) -> str:
-    """Write the rows of a results file as a table."""
+    """Format the rows of a results file as a Markdown table."""
     base = data["base"]
     lines = [
         "| configuration | perplexity ± | ln ratio ± | KL to float32 ± | same top, % ± | bits/weight | model bytes | KV |",
@@ -144,7 +144,7 @@ def markdown(data: dict) -> str:
 
 
 def _figure(value: float | None, error: float | None, places: int, factor: int = 1) -> str:
-    """A figure with its standard error; a dash where it was not measured."""
+    """Format a figure with its standard error; a dash where it was not measured."""
     if value is None:
         return "–"
     return f"{factor * value:.{places}f}" + ("" if error is None else f" ± {factor * error:.{places}f}")

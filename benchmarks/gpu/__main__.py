@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu [G1 …] [--json FILE]`: run all GPU jobs or the named ones."""
+"""Run GPU jobs: `python -m benchmarks.gpu [G1 …] [--json FILE]`, all or the named ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a job of `benchmarks.gpu` is checked, timed and compared with its peers."""
+"""Check, time and compare the jobs of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         ours, peers: called with the number of a copy of the inputs.
-        copies: how many there are.
+        copies: number of copies of the inputs.
         expected: the exact result for copy 0, or None where `ours` has no single output to compare.
         packages: further peers by package, as functions that build the call. captured: whether calls can be CUDA graphs.
         bytes, operations: what the job must move, and compute in `rate` ("int8" or "bfloat16"); the slower one is the limit.
@@ -42,7 +42,7 @@ class Job:
 
 
 class Machine:
-    """Where jobs run: the device, the backend of our kernels, and how many copies defeat the cache."""
+    """The device of the jobs, the backend of our kernels, and the number of copies of inputs that exceed the cache."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
@@ -53,15 +53,15 @@ class Machine:
         self.rates = self._rates() if self.cuda else {}
 
     def copies(self, bytes_each: float) -> int:
-        """Copies of inputs of this size that exceed L2 four times, at most 64."""
+        """Count the copies of inputs of this size that exceed L2 four times, at most 64."""
         return max(1, min(64, int(4 * L2 // max(bytes_each, 1)) + 1)) if self.cuda else 1
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers on the device."""
+        """Draw normal numbers on the device."""
         return torch.randn(*shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
 
     def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """Integers in [low, high) on the device."""
+        """Draw integers in [low, high) on the device."""
         return torch.randint(low, high, shape, generator=self.generator, device=self.device).to(dtype)
 
     def _rates(self) -> dict[str, float]:
@@ -73,12 +73,12 @@ class Machine:
         return {"copy": 2 * source.numel() / found[0], "bfloat16": 2 * 8192**3 / found[1], "int8": 2 * 8192**3 / found[2]}
 
     def limit(self, job: Job) -> float:
-        """Seconds that the job takes at the measured rates."""
+        """Compute the seconds that the job takes at the measured rates."""
         return max(job.bytes / self.rates["copy"], job.operations / self.rates[job.rate])
 
 
 def measure(functions: list[Callable[[], object]], *, captured: bool = True) -> list[float]:
-    """Median seconds of each function in turn, as captured graphs where `captured` (else three rounds of plain calls)."""
+    """Measure the median seconds of each function in turn, as captured graphs where `captured` (else three rounds of calls)."""
     runs = [_captured(function) for function in functions] if captured else functions
     rounds = ROUNDS if captured else 3
     times: list[list[float]] = [[] for _ in runs]
@@ -108,7 +108,7 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Relative error in the norm."""
+    """Compute the relative error in the norm."""
     exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
@@ -142,7 +142,7 @@ def run_job(job: Job, machine: Machine) -> list[Result]:
 
 
 def _packages(job: Job) -> tuple[dict[str, Callable[[int], object]], list[Result]]:
-    """The further peers that run, and a line for each that does not. A package that fails does not end the run."""
+    """Return the further peers that run, and a line for each that does not. A package that fails does not end the run."""
     found, missing = {}, []
     for name, build in job.packages.items():
         try:
@@ -154,6 +154,6 @@ def _packages(job: Job) -> tuple[dict[str, Callable[[int], object]], list[Result
             found[name] = call
         except ImportError:
             missing.append(Result(job.name, None, name, note="not measured: not installed"))
-        except Exception as error:  # noqa: BLE001 - other people's code
+        except Exception as error:  # noqa: BLE001 - foreign code can raise anything
             missing.append(Result(job.name, None, name, note=f"not measured: {type(error).__name__} {str(error)[:80]}"))
     return found, missing

@@ -1,4 +1,4 @@
-"""The jobs of `benchmarks.gpu`: shapes, inputs, peers, limits. Small shapes stand in where there is no GPU."""
+"""The jobs of `benchmarks.gpu`: shapes, inputs, peers, limits; with small shapes where there is no GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kernels.ternary import pack_ternary
 
 
 def norm_quant(m: Machine) -> Iterator[Job]:
-    """G1: RMSNorm, reorder and quantise, bfloat16 to bytes. Codes of 4 bits take a byte too: no product reads packed inputs."""
+    """Yield G1: RMSNorm, reorder and quantise, bfloat16 to bytes. 4-bit codes take a byte too: no product reads packed inputs."""
     rows, width = (16384, 4096) if m.cuda else (2, 64)
     n = m.copies(2 * rows * width)
     xs = [m.randn(rows, width) for _ in range(n)]
@@ -53,7 +53,7 @@ def _eager_norm(x: Tensor, norm: Norm, scale: Tensor) -> Tensor:
 
 
 def weight_only(m: Machine) -> Iterator[Job]:
-    """G2: 4-bit weights, bfloat16 inputs, few rows."""
+    """Yield G2: 4-bit weights, bfloat16 inputs, few rows."""
     shapes = ((14336, 4096), (28672, 8192), (4096, 4096)) if m.cuda else ((32, 64),)
     for rows, width in shapes:
         n = m.copies(rows * width / 2)
@@ -91,7 +91,7 @@ def weight_only(m: Machine) -> Iterator[Job]:
 
 
 def tinygemm(m: Machine, x: Tensor, rows: int, copies: int) -> dict[str, Callable[[int], Tensor]]:
-    """torch's own int4 product with groups of 128, where there is a GPU."""
+    """Make torch's own int4 product with groups of 128, where there is a GPU."""
     if not m.cuda:
         return {}
     width = x.shape[1]
@@ -101,7 +101,7 @@ def tinygemm(m: Machine, x: Tensor, rows: int, copies: int) -> dict[str, Callabl
 
 
 def cluster(m: Machine) -> Iterator[Job]:
-    """G3: 4-bit weights, int8 codes, clusters of whole blocks."""
+    """Yield G3: 4-bit weights, int8 codes, clusters of whole blocks."""
     rows, width = (11008, 4096) if m.cuda else (32, 128)
     for tokens in (512, 2048, 8192) if m.cuda else (16,):
         codes, packed = m.randint(-128, 128, tokens, width, dtype=torch.int8), m.randint(0, 256, rows, width // 2)
@@ -130,7 +130,7 @@ def cluster(m: Machine) -> Iterator[Job]:
 
 
 def ternary(m: Machine) -> Iterator[Job]:
-    """G4: ternary weights, int8 codes."""
+    """Yield G4: ternary weights, int8 codes."""
     for rows, width in ((13824, 2560), (28672, 8192)) if m.cuda else ((16, 64),):
         n = m.copies(rows * width / 4)
         weights = [pack_ternary(m.randint(-1, 2, rows, width, dtype=torch.int8)) for _ in range(n)]
@@ -154,7 +154,7 @@ def ternary(m: Machine) -> Iterator[Job]:
 
 
 def sparse(m: Machine) -> Iterator[Job]:
-    """G5: the down projection over half of its channels, and the selection itself."""
+    """Yield G5: the down projection over half of its channels, and the selection itself."""
     rows, width = (4096, 11008) if m.cuda else (16, 64)
     n = m.copies(rows * width / 4)
     dense = [m.randint(-1, 2, rows, width, dtype=torch.int8) for _ in range(n)]
@@ -189,7 +189,7 @@ def _heads(m: Machine, batch: int, kv: int, slots: int, dim: int, bits: int) -> 
 
 
 def attention(m: Machine) -> Iterator[Job]:
-    """G6: one new token over a packed cache."""
+    """Yield G6: one new token over a packed cache."""
     heads, kv, dim = (32, 8, 128) if m.cuda else (2, 1, 16)
     for batch, slots in ((64, 8192), (1, 32768)) if m.cuda else ((1, 64),):
         q, plain = m.randn(batch, heads, dim), [m.randn(batch, kv, slots, dim) for _ in range(2)]
@@ -215,7 +215,7 @@ def attention(m: Machine) -> Iterator[Job]:
 
 
 def append(m: Machine) -> Iterator[Job]:
-    """G7: quantise and pack keys of a prompt, as the cache stores them."""
+    """Yield G7: quantise and pack keys of a prompt, as the cache stores them."""
     rows, dim = (2**20, 128) if m.cuda else (8, 32)
     xs = [m.randn(1, 1, rows, dim) for _ in range(m.copies(2 * rows * dim))]
     scale, zero = torch.full((1, dim), 0.2, device=m.device), torch.full((1, dim), 8.0, device=m.device)
@@ -238,7 +238,7 @@ def append(m: Machine) -> Iterator[Job]:
 
 
 def gptq(m: Machine) -> Iterator[Job]:
-    """G9: GPTQ of one square matrix."""
+    """Yield G9: GPTQ of one square matrix."""
     width = 4096 if m.cuda else 64
     weight, inputs = m.randn(width, width, dtype=torch.float32) * 0.05, m.randn(2 * width, width, dtype=torch.float32)
     hessian, offsets = inputs.t() @ inputs, torch.linspace(0, width, 33, device=m.device).round().to(torch.int64)
@@ -252,7 +252,7 @@ def gptq(m: Machine) -> Iterator[Job]:
 
 
 def decoding(m: Machine) -> Iterator[Job]:
-    """G8: one token through a stack of Llama-3-8B-shaped layers with random weights, packed against bfloat16."""
+    """Yield G8: one token through a stack of Llama-3-8B-shaped layers with random weights, packed against bfloat16."""
     for batch, slots in ((1, 512), (16, 512), (64, 8192)) if m.cuda else ((1, 8),):
         stacks = {}
         for packed in (True, False):

@@ -1,6 +1,6 @@
-"""Packages a user would pick instead on a GPU: each function builds what `benchmarks.gpu` times, where it is installed.
+"""Build the calls of other packages that `benchmarks.gpu` times, where they are installed.
 
-Weights are random, of the peer's own 4-bit or ternary format at the job's shape, one copy per copy of the job.
+Weights are random, in the package's own 4-bit or ternary format at the job's shape, one copy per copy of the job.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GROUP = 128
 
 
 def liger(xs: list[Tensor], norm: Tensor, order: Tensor, scale: Tensor, eps: float) -> Peer:
-    """Liger's RMSNorm, then gather and quantisation in eager torch."""
+    """Build Liger's RMSNorm, followed by gather and quantisation in eager torch."""
     from liger_kernel.transformers.functional import liger_rms_norm
 
     def call(i: int) -> Tensor:
@@ -29,7 +29,7 @@ def liger(xs: list[Tensor], norm: Tensor, order: Tensor, scale: Tensor, eps: flo
 
 
 def bitsandbytes(m: Machine, x: Tensor, rows: int, copies: int) -> Peer:
-    """NF4 layers, bfloat16 products."""
+    """Build NF4 layers with bfloat16 products."""
     from bitsandbytes.nn import Linear4bit
 
     layers = []
@@ -41,7 +41,7 @@ def bitsandbytes(m: Machine, x: Tensor, rows: int, copies: int) -> Peer:
 
 
 def gemlite(m: Machine, x: Tensor, rows: int, copies: int, *, inputs: int = 16) -> Peer:
-    """4-bit layers with groups of `GROUP` columns; inputs of 16 bits, or of 8 quantised per token by the layer."""
+    """Build 4-bit layers with groups of `GROUP` columns; inputs of 16 bits, or of 8 quantised per token by the layer."""
     from gemlite import helper
 
     kind = helper.A16W4_HQQ_INT if inputs == 16 else helper.A8W4_HQQ_INT_dynamic
@@ -56,7 +56,7 @@ def gemlite(m: Machine, x: Tensor, rows: int, copies: int, *, inputs: int = 16) 
 
 
 def gemlite_ternary(m: Machine, x: Tensor, rows: int, copies: int) -> Peer:
-    """Ternary layers whose inputs are quantised to 8 bits per token by the layer."""
+    """Build ternary layers whose inputs are quantised to 8 bits per token by the layer."""
     from gemlite.helper import A8W158_INT_dynamic
 
     def layer() -> nn.Module:

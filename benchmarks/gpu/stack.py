@@ -1,4 +1,4 @@
-"""A stack of decoder layers with random weights for `benchmarks.gpu`: packed through our kernels, or bfloat16."""
+"""A stack of decoder layers with random weights for `benchmarks.gpu`: packed for our kernels, or bfloat16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = {"layers": 1, "hidden": 32, "heads": 2, "kv": 1, "dim": 16, "ffn": 64, "
 
 
 class Stack:
-    """One decode step of the whole stack, always at the last slot of its cache.
+    """A model of equal layers for one decode step, always at the last slot of its cache.
 
     Attributes:
         bytes: of weights and cache that a step must read.
@@ -35,7 +35,7 @@ class Stack:
         self.bytes = sum(t.numel() * t.element_size() for t in (*tensors, self.head))
 
     def step(self) -> Tensor:
-        """Logits [B, V] of one token."""
+        """Compute the logits [B, V] of one token."""
         s, x = self.shape, self.x
         for (qkv, o, up, down), cache in self.layers:
             n1 = functional.rms_norm(x, (s["hidden"],), self.gain, 1e-5)
