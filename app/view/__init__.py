@@ -1,1 +1,1 @@
-"""What the page shows: words, HTML, tables, charts."""
+"""The contents of the page: texts, HTML, tables, charts."""

@@ -1,4 +1,4 @@
-"""Small pieces of HTML: the status line, cards, tables, streamed texts. Every foreign text is escaped here."""
+"""Write small pieces of HTML: status line, cards, tables, streamed texts; foreign text is escaped here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ VERDICTS = (
     (2.9, "Perplexity more than doubled:"),
     (3.1, "Perplexity tripled:"),
 )
-"""What a ratio of perplexities below each limit is called."""
+"""(upper limit of a ratio of perplexities, words for it), ascending."""
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration for people."""
+    """Format a duration for people."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:
@@ -35,17 +35,17 @@ def seconds_text(seconds: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """A count with its noun: "1 channel", "1,536 channels"."""
+    """Format a count with its noun: "1 channel", "1,536 channels"."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def css_colour(place: int) -> str:
-    """The CSS variable of a run's colour."""
+    """Return the CSS variable of a run's colour."""
     return f"var(--qs-{run_colour(place)[1:]})"
 
 
 def progress(view: JobView, what: str) -> str:
-    """The status line of a running or waiting job."""
+    """Write the status line of a running or waiting job."""
     if view.state == "waiting":
         ahead = "next in line" if view.ahead == 0 else f"{counted(view.ahead, 'job')} ahead"
         return _line("wait", what, f"waiting, {ahead}", None)
@@ -68,45 +68,45 @@ def _line(kind: str, title: str, detail: str, fraction: float | None) -> str:
 
 
 def starting() -> str:
-    """The status line before anything is known."""
+    """Write the status line that is shown before the first model is known."""
     return _line("run", texts.TITLE, texts.STARTING, None)
 
 
 def working(what: str) -> str:
-    """The status line while the server works on something that has no measure of its progress."""
+    """Write the status line for work of the server without a measure of progress."""
     return _line("run", texts.TITLE, what, None)
 
 
 def note(title: str, words: str) -> str:
-    """The status line that says something which is no error."""
+    """Write the status line for a message that is not an error."""
     return _line("idle", title, words, None)
 
 
 def intro(info: Any, larger: str) -> str:
-    """What the page shows and why it matters; under a toy model, how to open a real one."""
+    """Write what the page shows and why it matters; under a small embedded model, how to open a larger one."""
     size = number(info.parameters / 1e6) if info is not None else ""
     toy = f" <span>{escape(texts.INTRO_TOY.format(size=size, other=larger))}</span>" if larger and info is not None else ""
     return f'<div class="qs-intro"><h1>{escape(texts.INTRO_TITLE)}</h1><p>{texts.INTRO}{toy}</p></div>'
 
 
 def footer(versions: str) -> str:
-    """Which versions run here, and what tells more."""
+    """Write which versions run here, and where to read more."""
     return f'<footer class="qs-footer">{escape(versions)} · {escape(texts.FOOTER)} <code>python -m app.cli doctor</code></footer>'
 
 
 def links(pairs: Sequence[tuple[str, str]]) -> str:
-    """Links to papers, each opened in a tab of its own."""
+    """Write links to papers, each opened in a tab of its own."""
     shown = " · ".join(f'<a href="{escape(url)}" target="_blank" rel="noreferrer">{escape(name)}</a>' for name, url in pairs)
     return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>'
 
 
 def command(line: str) -> str:
-    """A command line that repeats a run."""
+    """Write a command line that repeats a run."""
     return f'<p class="qs-protocol">{escape(texts.KEEP_COMMAND)}</p><pre class="qs-command" tabindex="0">{escape(line)}</pre>'
 
 
 def error_card(error: QuantscopeError) -> str:
-    """What happened, in one sentence, with its code. A stop by the user is no error."""
+    """Write an error in one sentence, with its code; a stop by the user is not shown as an error."""
     if error.code == Cancelled.code:
         return stopped(None, None)
     return (
@@ -116,13 +116,13 @@ def error_card(error: QuantscopeError) -> str:
 
 
 def stopped(info: Any, ranges: Any) -> str:
-    """The status line after a Stop: which model is still there."""
+    """Write the status line after a Stop, which names the model that is still open."""
     still = f"{texts.STOPPED} {info.name} · {_facts(info, ranges)}" if info and ranges else texts.STOPPED
     return _line("idle", "Stopped", still, None)
 
 
 def idle(info: Any, ranges: Any) -> str:
-    """The status line at rest: which model, how large, what its ranges were observed on."""
+    """Write the status line when nothing runs: the model, its size, what its ranges were observed on."""
     if info is None or ranges is None:
         return _line("idle", "Ready", texts.NO_RANGES, None)
     return _line("idle", info.label or info.name, _facts(info, ranges), None)
@@ -131,7 +131,7 @@ def idle(info: Any, ranges: Any) -> str:
 def _facts(info: Any, ranges: Any) -> str:
     size = f"{number(info.parameters / 1e6)} M parameters"
     fidelity = f" · {info.fidelity}" if info.fidelity else ""
-    kept = "packed" if info.fidelity else info.dtype  # ternary weights: the type is that of the activations
+    kept = "packed" if info.fidelity else info.dtype  # for ternary weights `dtype` is the activations' type
     stored = f" · from {info.precision}" if info.precision and not info.fidelity else ""
     where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}{stored}"
     asked = ranges.calibration["tokens"]
@@ -149,7 +149,7 @@ def table(
     colours: Sequence[int] | None = None,
     pick: bool = False,
 ) -> str:
-    """A table; `colours` gives the colour place of each row's run, `pick` makes rows for a `PickTable`."""
+    """Write a table; `colours` gives the colour place of each row's run, `pick` makes rows for a `PickTable`."""
     head = "".join(f"<th scope='col'>{escape(h)}</th>" for h in headers)
     body = []
     for index, row in enumerate(rows):
@@ -176,14 +176,14 @@ def _cell(cell: Cell) -> str:
 
 
 def verdict(perplexity: float, pair: Any, measured_on: str) -> str:
-    """What quantising did to the perplexity, in words with the ratio. `pair`: PairedRatio against the unquantised model."""
+    """Write how quantising changed the perplexity, with the ratio. `pair`: PairedRatio against the unquantised model."""
     words = texts.NOT_TOLD_APART if pair.differs is False else verdict_words(pair.ratio)
     figures = f"{number(perplexity / pair.ratio, 4)} → {number(perplexity, 4)} (×{number(pair.ratio)}) on {measured_on}"
     return f'<p class="qs-verdict"><b>{escape(words)}</b> {escape(figures)}</p>'
 
 
 def verdict_words(ratio: float) -> str:
-    """A ratio of perplexities as a sentence's beginning."""
+    """Describe a ratio of perplexities as the beginning of a sentence."""
     if not math.isfinite(ratio) or ratio >= 10:
         return "The model is broken, it writes noise: perplexity"
     for limit, words in VERDICTS:
@@ -193,12 +193,12 @@ def verdict_words(ratio: float) -> str:
 
 
 def hint(text: str) -> str:
-    """An empty state: what to do first."""
+    """Write the text of an empty panel: what to do first."""
     return f'<div class="qs-hint">{escape(text)}</div>'
 
 
 def channel_facts(site: Any, channel: int, median_width: float, cluster: Any = None, bits: int = 4) -> str:
-    """What is known about a channel at once: range, width against its site, and its cluster if one is given."""
+    """Write the known facts of a channel: range, width against its site's, and its cluster if one is given."""
     low, high = float(site.low[channel]), float(site.high[channel])
     facts = [
         (texts.AVERAGE_RANGE if site.is_average else "range", f"{number(low)} to {number(high)}"),
@@ -215,7 +215,7 @@ def channel_facts(site: Any, channel: int, median_width: float, cluster: Any = N
 
 
 def extremes(detail: Any) -> str:
-    """The tokens behind a channel's extreme values, with their neighbours."""
+    """Write the tokens at a channel's extreme values, with their neighbours."""
     ordered = sorted(detail.extremes, key=lambda e: -e.value)
     rows = "".join(
         f'<tr><td class="qs-num">{escape(number(e.value))}</td><td class="qs-token">…{escape(e.context_before)}'
@@ -231,7 +231,7 @@ def extremes(detail: Any) -> str:
 
 
 def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
-    """The result of a quantisation in a sentence (`verdict`, HTML) and a few figures, under the run's name."""
+    """Write the result of a quantisation as a sentence (`verdict`, HTML) and a few figures, under the run's name."""
     saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
     before = f"{number(saved)} × smaller than {bytes_text(report.float_bytes)}" if saved > 1.01 else "no smaller than before"
     calibrated = "errors compared on" if report.recipe["method"] == "bitnet" else "calibrated on"
@@ -249,13 +249,13 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
 
 
 def headed(title: str, place: int, content: str) -> str:
-    """A panel about a run: its name and colour over content that is HTML already."""
+    """Write a panel about a run: its name and colour above `content`, which is HTML already."""
     dot = f'<i class="qs-dot" style="background:{css_colour(place)}"></i>'
     return f'<div class="qs-summary"><h4>{dot}{escape(title)}</h4>{content}</div>'
 
 
 def cluster_figures(view: Any, heads: int) -> str:
-    """The predicted error of a clustering in words."""
+    """Write the predicted error of a clustering in words."""
     times = 1 / view.predicted_error if view.predicted_error > 0 else float("inf")
     where = f"clusters in each of {heads} heads" if heads > 1 else "clusters"
     return _figures(
@@ -272,7 +272,7 @@ def _figures(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
-    """Texts side by side.
+    """Write texts side by side.
 
     Args:
         panels: (colour place, name, prompt, text so far, footer) of each run.
@@ -285,10 +285,10 @@ def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
 
 
 def protocol(text: str) -> str:
-    """How the numbers above were measured."""
+    """Write how the numbers above were measured."""
     return caution(f"How it was measured: {text}")
 
 
 def caution(text: str) -> str:
-    """What must be known to read the numbers above; nothing for an empty text."""
+    """Write a warning about the numbers above; nothing for an empty text."""
     return f'<p class="qs-protocol">{escape(text)}</p>' if text else ""

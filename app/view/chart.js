@@ -1,5 +1,5 @@
-// Draws props.value, a figure as JSON, with plotly. The value's colour tokens ("@ink") are replaced by the theme's.
-// One reference to plotly is taken at load: another bundle on the page may overwrite window.Plotly later.
+// Draw props.value, a figure as JSON, with plotly; colour tokens ("@ink") become the theme's colours.
+// Keep one reference to plotly: another bundle on the page may overwrite window.Plotly later.
 const Plotly = window.Plotly;
 const THEMES = __THEMES__;
 const host = element.querySelector('.qs-chart');
@@ -13,7 +13,7 @@ const CONFIG = {
 const isDark = () => document.body.classList.contains('dark');
 const isNarrow = () => host.clientWidth < 460;
 
-// ---- from the value to a figure ----
+// ---- make a figure of the value ----
 
 function ordered(theme, share) {
   const scale = theme.ordered;
@@ -57,7 +57,7 @@ function template(theme, family) {
   } };
 }
 
-// ---- room for words: captions break into lines, legends get rows of their own ----
+// ---- captions break into lines, legends get rows of their own ----
 
 const ruler = document.createElement('canvas').getContext('2d');
 
@@ -115,7 +115,7 @@ function arrange(figure, family) {
   layout.margin = { ...margin, t: margin.t + top };
 }
 
-// Named places on an axis: those that would touch the one before are left out.
+// Place named marks on an axis, leaving out those that would touch the one before.
 function thin(axis, pixels) {
   if (!axis || !axis.tickvals || !axis.range) return;
   const unit = pixels / Math.abs(axis.range[1] - axis.range[0]);
@@ -130,7 +130,7 @@ function thin(axis, pixels) {
   axis.ticktext = kept.map((i) => axis.ticktext[i]);
 }
 
-// ---- drawing: the page's charts take turns, the first ones of an answer first, and each is painted before the next begins ----
+// ---- drawing: one chart at a time, each painted before the next; charts of one answer in their order ----
 
 const turns = (window.quantscopeTurns ??= { waiting: new Map(), busy: false });
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
@@ -138,7 +138,7 @@ const frame = () => Promise.race([new Promise((done) => requestAnimationFrame(()
 
 async function takeTurns() {
   turns.busy = true;
-  await pause(0);  // the other charts of the same answer get in line
+  await pause(0);  // so that the other charts of the same answer are queued
   while (turns.waiting.size) {
     const round = [...turns.waiting].sort(([a], [b]) => a.dataset.turn - b.dataset.turn);
     for (const [chart, drawNow] of round) {
@@ -150,7 +150,7 @@ async function takeTurns() {
   turns.busy = false;
 }
 
-// Only the newest value is drawn: a dragged slider must not queue up work.
+// Draw only the newest value: a dragged slider must not queue up work.
 function draw() {
   turns.waiting.set(host, drawNow);
   if (!turns.busy) takeTurns();
@@ -165,7 +165,7 @@ async function drawNow() {
   arrange(figure, family);
   await Plotly.react(host, figure.data, figure.layout, { ...CONFIG, displayModeBar: isNarrow() ? false : 'hover' });
   host.dataset.drawn = String(Number(host.dataset.drawn || 0) + 1);
-  for (const button of host.querySelectorAll('.modebar-btn')) button.tabIndex = -1;  // the arrow keys do what they do
+  for (const button of host.querySelectorAll('.modebar-btn')) button.tabIndex = -1;  // the arrow keys replace them
   curves = null;
   bind();
 }

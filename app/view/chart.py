@@ -1,8 +1,8 @@
-"""The page's own components: a chart drawn by plotly's script, served from here, and a table whose rows can be chosen.
+"""The page's own components: a chart drawn by plotly's script, and a table whose rows can be chosen.
 
-Gradio's own plot component remounts at every update, which loses zoom, and reports no clicks. This one keeps its element: zoom
-survives updates that keep `uirevision`, a click on a point arrives as a `select` event whose data hold x, y and the
-point's customdata, and light or dark follows the page.
+Gradio's own plot component is mounted anew at every update, which loses zoom, and reports no clicks. This one keeps its element:
+zoom survives updates that keep `uirevision`, a click on a point arrives as a `select` event whose data hold x, y and the
+point's customdata, and the chart's theme, light or dark, is the page's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRAME = (
     '<div class="qs-chart" role="group" aria-roledescription="chart" aria-label="${{label}}" tabindex="0" '
     'data-turn="{turn}" style="height:{height}px"></div><div class="qs-said" aria-live="polite"></div>'
 )
-"""A group, not an image: plotly's buttons are inside it. The second element tells screen readers the point of the arrow keys."""
+"""HTML of the frame: a group, not an image, as plotly's buttons are in it; a line for screen readers explains the arrow keys."""
 
 _PICK_JS = """
 const pick = (event) => {
@@ -42,17 +42,17 @@ element.addEventListener('keydown', (event) => {
 
 
 def serve_script() -> None:
-    """Let the server hand out plotly's script, and nothing else of that folder."""
+    """Let the server send plotly's script, and nothing else of that folder."""
     gr.set_static_paths([SCRIPT])
 
 
 class Chart(gr.HTML):
-    """Draw a figure dict.
+    """A component that draws a figure dict.
 
     Args:
         label: what the chart shows, read aloud by screen readers.
         height: in CSS pixels.
-        turn: of the charts that one answer changes, those with the smallest number are drawn and painted first.
+        turn: drawing order of the charts that one answer changes; the smallest number is drawn first.
         render: Gradio's; it makes a component anew, without placing it, for each update that sets more than the value.
     """
 
@@ -80,29 +80,29 @@ class Chart(gr.HTML):
         )
 
     def postprocess(self, value: Figure | str | None) -> str | None:
-        """A figure dict as JSON text; text and None as they are."""
+        """Convert a figure dict to JSON text; return text and None unchanged."""
         if isinstance(value, dict):
             return json.dumps(value, separators=(",", ":"), allow_nan=False)
         return value
 
     def api_info(self) -> dict[str, Any]:
-        """Type of the value for Gradio's schema."""
+        """Return the type of the value for Gradio's schema."""
         return {"type": "string"}
 
 
 class PickTable(gr.HTML):
-    """Shows what `cards.table(..., pick=True)` makes."""
+    """A component that shows the result of `cards.table(..., pick=True)`."""
 
     def __init__(self, value: str = "", *, label: str, elem_id: str | None = None, **more: Any) -> None:
         super().__init__(value=value, label=label, elem_id=elem_id, js_on_load=_PICK_JS, apply_default_css=False, **more)
 
     def api_info(self) -> dict[str, Any]:
-        """Type of the value for Gradio's schema."""
+        """Return the type of the value for Gradio's schema."""
         return {"type": "string"}
 
 
 def picked_row(event: gr.EventData) -> int:
-    """The chosen row's index, -1 if the event carries none."""
+    """Return the chosen row's index, -1 if the event has none."""
     data = event._data if isinstance(event._data, dict) else {}
     index = data.get("index")
     return index if isinstance(index, int) and not isinstance(index, bool) else -1

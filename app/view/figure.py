@@ -1,4 +1,4 @@
-"""What all charts share: colours, number texts, axes, and arrays as plotly reads them.
+"""What all charts share: colours, number formats, axes, and arrays in plotly's form.
 
 A figure is a plain dict of plotly's JSON. Colours that must differ between light and dark are written as tokens
 ("@ink", "@run1", "@cluster3", …) and replaced in the browser by `chart.js` from `THEMES`; so one figure serves both.
@@ -28,7 +28,7 @@ BELOW = {"orientation": "h", "xref": "container", "x": 0.01, "yref": "container"
 """Places of a legend: rows under the caption or under the chart. `chart.js` makes room for as many rows as the names need."""
 
 CLUSTER_COUNT = 8
-"""Up to this many clusters have a colour and a symbol each; more share an ordered scale."""
+"""Number of clusters up to which each has a colour and a symbol; more clusters share an ordered scale."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 
 _CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
@@ -43,7 +43,7 @@ _RUNS_DARK = (
     *("#b9c832", "#ff5c93", "#c59a6d", "#7fe3ff", "#d76bff", "#a9c7b4"),
 )
 RUN_COLOURS = len(_RUNS)
-"""So many runs have a colour of their own; lines differ in dashes and marks too."""
+"""Number of runs with a colour of their own; lines differ in dashes and marks too."""
 _CLUSTERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#6b6b6b")
 _CLUSTERS_DARK = ("#3fa7e0", "#f0b429", "#1fc49a", "#e29cc4", "#f07b3a", "#8fd0f5", "#f0e442", "#bdbdbd")
 
@@ -84,7 +84,7 @@ for _theme, _runs, _clusters, _parts in (
 
 
 def pack(values: Iterable[float], *, columns: int = 1, kind: str = "f4") -> dict[str, str]:
-    """Numbers as plotly's typed array: a quarter of the bytes of a JSON list. `columns` > 1 gives rows of that width."""
+    """Pack numbers as plotly's typed array: a quarter of the bytes of a JSON list. `columns` > 1 gives rows of that width."""
     data = values if hasattr(values, "tobytes") else array({"f4": "f", "i4": "i"}[kind], values)
     packed = {"dtype": kind, "bdata": base64.b64encode(data.tobytes()).decode()}
     if columns > 1:
@@ -93,7 +93,7 @@ def pack(values: Iterable[float], *, columns: int = 1, kind: str = "f4") -> dict
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for people: three significant digits, no exponent where it can be avoided, a true minus sign."""
+    """Format a number for people: three significant digits, no exponent where it can be avoided, a true minus sign."""
     if value != value or math.isinf(value):
         return "∞" if value > 0 else "−∞" if value < 0 else "undefined"
     if value == 0:
@@ -114,17 +114,17 @@ def _superscript(value: int) -> str:
 
 
 def axis_name(title: str, characters: int = 28) -> str:
-    """A run's name in lines short enough for an axis or a legend, escaped."""
+    """Break a run's name into lines short enough for an axis or a legend, escaped."""
     return "<br>".join(escape(line) for line in textwrap.wrap(title, characters, max_lines=NAME_LINES, placeholder="…"))
 
 
 def legend_name(title: str, characters: int = 32) -> str:
-    """A run's name in one line of a legend, escaped; the pointer shows it in full."""
+    """Cut a run's name to one line of a legend, escaped; the pointer shows it in full."""
     return escape(title if len(title) <= characters else f"{title[: characters - 1].rstrip()}…")
 
 
 def bytes_text(count: float) -> str:
-    """Bytes in the largest fitting decimal unit."""
+    """Format bytes in the largest fitting decimal unit."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= size:
             return f"{number(count / size)} {unit}"
@@ -133,7 +133,7 @@ def bytes_text(count: float) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """From activation units to chart coordinates.
+    """A mapping from activation units to chart coordinates.
 
     Attributes:
         threshold: t of the formula above, in activation units; None for a linear axis.
@@ -143,7 +143,7 @@ class Scale:
 
     @classmethod
     def fit(cls, values: Sequence[float], *, linear: bool = False) -> Scale:
-        """Linear, or symmetric-log with t a power of ten below which only a tenth of the values lie."""
+        """Choose a linear mapping, or a symmetric-log one with t a power of ten that a tenth of the values lie below."""
         sizes = sorted(abs(v) for v in values if v)
         if linear or not sizes:
             return cls(None)
@@ -153,14 +153,14 @@ class Scale:
         return value if self.threshold is None else math.asinh(value / (2 * self.threshold)) / LOG10
 
     def map(self, values: Iterable[float]) -> list[float]:
-        """All values in chart coordinates."""
+        """Convert values to chart coordinates."""
         if self.threshold is None:
             return list(values)
         factor, asinh = 0.5 / self.threshold, math.asinh
         return [asinh(v * factor) / LOG10 for v in values]
 
     def axis(self, low: float, high: float, *, title: str, margin: float = 0.05) -> dict[str, Any]:
-        """Layout of an axis that shows [low, high] (activation units) with tick texts in activation units."""
+        """Return the layout of an axis that shows [low, high] (activation units) with tick texts in activation units."""
         a, b = self(low), self(high)
         pad = (b - a) * margin or 1.0
         axis = {"title": {"text": title}, "range": [a - pad, b + pad], "zeroline": True}
@@ -170,13 +170,13 @@ class Scale:
         return axis
 
     def ticks(self, low: float, high: float) -> list[float]:
-        """Zero and decades on both sides, at most about nine of them; where fewer than three fit, 2 and 5 times them too."""
+        """List ticks: zero and decades on both sides, about nine at most; where fewer than three fit, 2 and 5 times them too."""
         decades = []
         top = max(abs(low), abs(high))
         while self.threshold and self.threshold * 10 ** len(decades) <= top * 1.0001:
             decades.append(self.threshold * 10 ** len(decades))
         if len(decades) > 2:
-            decades = decades[1:]  # t itself would touch the zero
+            decades = decades[1:]  # t itself would be too close to zero
         signed = [-d for d in decades if -d >= low] + [d for d in decades if d <= high]
         if len(signed) > 9:
             decades = decades[len(decades) % 2 - 1 :: 2]
@@ -191,7 +191,7 @@ class Scale:
 def layer_map(
     rows: dict[str, list[float | None]], *, unit: str, hover: str, caption: str, revision: str, left: int, **trace: Any
 ) -> Figure:
-    """A heat map with a named row per quantity and a column per layer; `left` is the margin for the names."""
+    """Draw a heat map with a named row per quantity and a column per layer; `left` is the margin for the names."""
     layers = list(range(max(map(len, rows.values()), default=0)))
     cells = {"type": "heatmap", "z": list(rows.values()), "y": list(rows), "x": layers, "colorscale": "@heat"}
     bar = {"title": {"text": unit, "side": "right"}, "thickness": 8, "outlinewidth": 0}
@@ -208,7 +208,7 @@ def layer_map(
 
 
 def cluster_colour(index: int, count: int) -> str:
-    """Token of a cluster's colour if there are few, else of its place on the ordered scale as "@ordered:0.25"."""
+    """Return a cluster's colour token if there are few, else its place on the ordered scale as "@ordered:0.25"."""
     if count <= CLUSTER_COUNT:
         return f"@cluster{index}"
     return f"@ordered:{index / max(1, count - 1):.4f}"
@@ -217,11 +217,11 @@ def cluster_colour(index: int, count: int) -> str:
 def layout(
     *, uirevision: str, caption: str = "", margin: tuple[int, int, int, int] = (56, 16, 12, 44), **more: Any
 ) -> dict[str, Any]:
-    """The layout every chart starts from.
+    """Return the layout that every chart starts from.
 
     Args:
         uirevision: zoom is kept while this stays the same.
-        caption: one line over the chart that says what is drawn; it makes the top margin 34 pixels.
+        caption: one line above the chart that says what is drawn; it makes the top margin 34 pixels.
         margin: left, right, top, bottom, in pixels.
     """
     left, right, top, bottom = margin
@@ -247,7 +247,7 @@ def layout(
 
 
 def note(text: str) -> Figure:
-    """An empty chart that says what to do first."""
+    """Draw an empty chart that says what to do first."""
     words = {"text": text, "showarrow": False, "font": {"size": 14, "color": "@muted"}}
     place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
     hidden = {"visible": False}

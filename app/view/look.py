@@ -1,4 +1,4 @@
-"""The page's look: Gradio's theme in quiet greys, and the stylesheet with the charts' colours as CSS variables."""
+"""The page's look: Gradio's theme in greys, and the stylesheet with the charts' colours as variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CSS = Path(__file__).parent / "page.css"
 
 
 def theme() -> gr.themes.Base:
-    """Quiet greys; colour is kept for data."""
+    """Make Gradio's theme in greys; colour is only for data."""
     base = gr.themes.Default(
         primary_hue=gr.themes.colors.slate,
         secondary_hue=gr.themes.colors.slate,
@@ -55,7 +55,7 @@ def theme() -> gr.themes.Base:
 
 
 def stylesheet() -> str:
-    """The page's rules, with the charts' colours as CSS variables."""
+    """Return the page's style rules, with the charts' colours as CSS variables."""
 
     def variables(name: str) -> str:
         return "".join(f"--qs-{key}:{value};" for key, value in THEMES[name].items() if isinstance(value, str))

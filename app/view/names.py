@@ -1,4 +1,4 @@
-"""Short names of runs: what they are, and what differs between them. The full name is for hovering.
+"""Make short names of runs from what differs between them; hovering shows the full name.
 
 A quantised run is called by its bits and clusters, "W4A4 g32", "RTN W4A4" or "BitNet a4.8". Every other choice of its recipe is
 named only where a run of the same short name chose otherwise, the calibration text where any run did: "W4A4 g32 · WikiText-2".
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from app.session import Run
 
 MOST_BITS = 3
-"""So many tensors of own bits are named; the others are counted."""
+"""Number of tensors with bits of their own up to which they are named; more are counted."""
 
 
 def short_name(recipe: QuantRecipe, label: str) -> str:
-    """Return the bits and clusters of a recipe. `label`: the run's full name, which ends with what a BitNet run is worth."""
+    """Return the bits and clusters of a recipe. `label`: the run's full name, which ends with a BitNet run's fidelity."""
     if recipe.bitnet is not None:
         worth = label.removeprefix(recipe.label()).strip(" ·").rpartition(": ")[2]
         return " · ".join(filter(None, (f"BitNet {recipe.bitnet.describe()}", worth)))
@@ -33,14 +33,14 @@ def short_name(recipe: QuantRecipe, label: str) -> str:
 
 
 def _clusters(clusters: Clusters) -> str:
-    """g of clusters that one g gives, else all five counts."""
+    """Return the g that gives these clusters, or else all five counts."""
     if clusters == Clusters.uniform(clusters.R1):
         return clusters.describe() if clusters.R1 >= PER_CHANNEL else f"g{clusters.R1}"
     return "g" + "/".join(map(str, asdict(clusters).values()))
 
 
 def _nearest_scheme(recipe: QuantRecipe) -> str:
-    """Own bits as the scheme that differs in the fewest tensors, and these tensors."""
+    """Write bits of single tensors as the scheme that differs in the fewest tensors, and these tensors."""
     own = asdict(recipe.tensor_bits)
     different = {name: {k: v for k, v in own.items() if asdict(bits)[k] != v} for name, bits in SCHEMES.items()}
     nearest = min(different, key=lambda name: len(different[name]))
@@ -50,7 +50,7 @@ def _nearest_scheme(recipe: QuantRecipe) -> str:
 
 
 def choices_of(recipe: QuantRecipe) -> dict[str, str]:
-    """Return every choice that a short name leaves out, as words."""
+    """Return every choice that a short name leaves out, in words."""
     calibration = recipe.calibration
     chosen = {
         "text": text_name(calibration.text),
@@ -67,7 +67,7 @@ def choices_of(recipe: QuantRecipe) -> dict[str, str]:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Name runs so that what differs between them is said, and nothing else. A run that the visitor named keeps that name."""
+    """Name runs by what differs between them, and nothing else. A run that the visitor named keeps that name."""
     made = {run.key: (run.model, short_name(run.recipe, run.label)) for run in runs if run.recipe is not None}
     chosen = {run.key: choices_of(run.recipe) for run in runs if run.recipe is not None}
     several = len({run.model for run in runs}) > 1
@@ -102,5 +102,5 @@ def text_name(text: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """A model's name; of a folder or file its last part."""
+    """Return a model's name; of a folder or file its last part."""
     return PurePath(model).name if model.startswith(("/", ".", "~")) else model

@@ -1,4 +1,4 @@
-"""Ternary models as charts: zeros, weights, inputs and their codes, training curves. Pure, as `app.view.plots_ranges`."""
+"""Charts of ternary models: zeros, weights, inputs and their codes, training curves; pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODE_COLOURS = {"fp": "@base", "w1.58a8": "@run1", "a4.8": "@run2", "a4.8-fp4": 
 
 
 def sparsity_map(report: Any) -> Figure:
-    """Share of zero codes by layer and projection."""
+    """Draw the share of zero codes by layer and projection."""
     return layer_map(
         {label: [100 * getattr(layer, name) for layer in report.layers] for name, label in texts.PROJECTION_LABELS.items()},
         unit="%",
@@ -29,7 +29,7 @@ def sparsity_map(report: Any) -> Figure:
 
 
 def weight_bars(report: Any) -> Figure:
-    """Shares of the three weights of each projection, mean over layers."""
+    """Draw the shares of the three weight values of each projection, mean over layers."""
     names = [name for name in PROJECTIONS if name in report.layers[0]]
     traces = []
     for value, label, colour, shape in WEIGHTS:
@@ -71,7 +71,7 @@ def weight_bars(report: Any) -> Figure:
 
 
 def input_distribution(report: Any, label: str) -> Figure:
-    """Values of one projection's input above, the codes they become below; both as shares on a logarithmic axis."""
+    """Draw one projection's input values above and their codes below; both as shares on a logarithmic axis."""
     edges, total = report.edges, sum(report.counts) or 1
     top = {
         "type": "bar",
@@ -121,13 +121,13 @@ def input_distribution(report: Any, label: str) -> Figure:
 
 
 def _corner(text: str, y: float, side: str, *, size: float = 12, colour: str = "@ink") -> Figure:
-    """A note at the left or right edge."""
+    """Draw a note at the left or right edge."""
     place = {"xref": "paper", "yref": "paper", "x": 0 if side == "left" else 1, "xanchor": side, "y": y, "yanchor": "top"}
     return {"text": text, "showarrow": False, "font": {"size": size, "color": colour}, **place}
 
 
 def training_curves(cards: Sequence[dict[str, Any]]) -> Figure:
-    """Training loss of the embedded models; the switch of input rules is a dotted line.
+    """Draw the training loss of the embedded models; a dotted line marks the switch of input rules.
 
     Args:
         cards: with mode, architecture and curve, as `training.export` writes them.
@@ -144,7 +144,7 @@ def training_curves(cards: Sequence[dict[str, Any]]) -> Figure:
 
 
 def ablation_curves(runs: Sequence[dict[str, Any]], figure: str) -> Figure | None:
-    """Loss curves of the runs that belong to a figure of the paper: "figure4" (number format), "figure5" (input of down)."""
+    """Draw the loss curves of the runs for a figure of the paper: "figure4" (number format), "figure5" (input of down)."""
     lines = []
     for run in runs:
         config = run["config"]
@@ -171,7 +171,7 @@ def ablation_curves(runs: Sequence[dict[str, Any]], figure: str) -> Figure | Non
 def loss_chart(
     lines: Sequence[tuple[str, list[dict[str, Any]], str, str]], *, caption: str, revision: str, marks: Sequence[float] = ()
 ) -> Figure:
-    """Loss against tokens; lines as (name, points with tokens and loss, colour token, dash)."""
+    """Draw loss against tokens; lines as (name, points with tokens and loss, colour token, dash)."""
     traces = [
         {
             "type": "scatter",
@@ -215,7 +215,7 @@ def loss_chart(
 
 
 def _after_the_start(curves: Sequence[list[dict[str, Any]]]) -> Figure:
-    """The axis of what follows the first tenth of each training: the steep start would press the curves into one line."""
+    """Return an axis for what follows the first tenth of each training, whose steep fall would leave the rest no room."""
     late = [p["loss"] for curve in curves for p in curve if p["tokens"] >= 0.1 * curve[-1]["tokens"]]
     margin = 0.05 * (max(late, default=0.0) - min(late, default=0.0))
     return {"range": [min(late) - margin, max(late) + margin]} if margin else {}

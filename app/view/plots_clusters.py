@@ -1,4 +1,4 @@
-"""Clusterings as charts: strips before and after reordering, error by cluster count. Pure, as `app.view.plots_ranges`."""
+"""Charts of clusterings: strips before and after reordering, error by cluster count; pure functions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ STRIP_COLUMNS = 512
 
 
 def groups_of(view: Any) -> list[tuple[int, Any, list[int]]]:
-    """(label, cluster, its channels) of every cluster. Labels count inside a head, so several clusters may share one."""
+    """List (label, cluster, its channels) of every cluster. Labels count inside a head, so several clusters may share one."""
     order, offsets, labels = view.order.tolist(), view.offsets.tolist(), view.labels.tolist()
     members = [order[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
     return [(labels[channels[0]], cluster, channels) for cluster, channels in zip(view.clusters, members, strict=True)]
 
 
 def label_count(view: Any) -> int:
-    """How many clusters a head, or the whole site, is divided into: the number of colours."""
+    """Count the clusters of a head, or of the whole site: the number of colours."""
     return 1 + int(view.labels.max())
 
 
 def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
-    """Two strips of bars from minimum to maximum: channels as the model has them, and in the order of their clusters.
+    """Draw two strips of bars from minimum to maximum: channels in the model's order, and in the order of their clusters.
 
-    Over the lower strip, the outline of each cluster is the one range all its channels are quantised with.
+    In the lower strip, the outline of each cluster is the one range by which all its channels are quantised.
     """
     low, high, labels, count = view.low.tolist(), view.high.tolist(), view.labels.tolist(), label_count(view)
     order, width = view.order.tolist(), len(view.low)
@@ -84,7 +84,7 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
 def _strip(
     order: Iterable[int], low: list[float], high: list[float], labels: list[int], count: int, scale: Scale, *, axis: str
 ) -> Figure:
-    """Bars of one strip; where channels outnumber pixels, neighbours share a bar and the widest gives the colour."""
+    """Draw the bars of one strip; where channels outnumber pixels, neighbours share a bar, coloured by the widest."""
     order = list(order)
     step = -(-len(order) // STRIP_COLUMNS)
     x, base, length, colour, data = [], [], [], [], []
@@ -97,7 +97,7 @@ def _strip(
         length.append(b - a)
         colour.append(labels[widest])
         data += [widest, low[widest], high[widest], labels[widest]]
-    tokens = [cluster_colour(label, count) for label in range(count)]  # numbers on a colour scale: a warning for each bar
+    tokens = [cluster_colour(label, count) for label in range(count)]  # plotly warns for each bar about numbers on a colour scale
     return {
         "type": "bar",
         "x": pack(x),
@@ -114,7 +114,7 @@ def _strip(
 
 
 def error_curve(curve: Any, *, current: int, error: float, revision: str = "") -> Figure:
-    """Rounding error relative to one scale for the whole tensor, by cluster count; the marker is the count chosen now."""
+    """Draw the rounding error relative to one scale for the whole tensor, by cluster count; a marker at the current count."""
     line = {
         "type": "scatter",
         "mode": "lines+markers",

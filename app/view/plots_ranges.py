@@ -1,4 +1,4 @@
-"""Range reports as charts: pure functions from core's reports to figures (see `app.view.figure`)."""
+"""Charts of observed ranges: pure functions from core's reports to figures (see `app.view.figure`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CURSOR = {"symbol": "circle-open", "size": 17, "color": "@ink", "line": {"width"
 
 
 def scale_of(sites: Iterable[Any], *, linear: bool) -> Scale:
-    """One axis mapping for all the given sites, from their channel bounds."""
+    """Fit one axis mapping for all the given sites, from their channel bounds."""
     return Scale.fit([v for s in sites for v in (*s.low.tolist(), *s.high.tolist())], linear=linear)
 
 
 def limits_of(sites: Iterable[Any]) -> tuple[float, float, float, float]:
-    """Smallest and largest minimum, smallest and largest maximum over the given sites."""
+    """Return smallest and largest minimum, smallest and largest maximum over the given sites."""
     sites = list(sites)
     return (
         float(min(s.low.min() for s in sites)),
@@ -47,7 +47,7 @@ class _Cloud:
     y: list[float]
 
     def trace(self, channels: Iterable[int], extra: dict[int, tuple[float, float]] | None = None, **trace: Any) -> Figure:
-        """Points of some channels; `extra` adds (cluster, scale) to what the pointer shows."""
+        """Draw the points of some channels; `extra` adds (cluster, scale) to the pointer's text."""
         channels, rows = list(channels), []
         for c in channels:
             rows += (c, self.low[c], self.high[c]) if extra is None else (c, self.low[c], self.high[c], *extra[c])
@@ -72,7 +72,7 @@ def range_scatter(
     selected: int | None = None,
     revision: str = "",
 ) -> Figure:
-    """Every channel of one site as a point, x = minimum and y = maximum; coloured by cluster when `view` is given.
+    """Draw every channel of one site as a point, x = minimum and y = maximum; coloured by cluster when `view` is given.
 
     Args:
         site: low, high [C] float32 in activation units.
@@ -135,7 +135,7 @@ def _many_clusters(view: Any, cloud: _Cloud) -> Figure:
 
 
 def _boxes(view: Any, cloud: _Cloud) -> list[Figure]:
-    """A rectangle around each cluster's points; those of one colour in one trace."""
+    """Draw a rectangle around each cluster's points; those of one colour in one trace."""
     count = label_count(view)
     few = count <= CLUSTER_COUNT
     outlines: dict[int, tuple[list[float | None], list[float | None]]] = {}
@@ -159,7 +159,7 @@ def _boxes(view: Any, cloud: _Cloud) -> list[Figure]:
 
 
 def heatmap(matrix: Any, *, kind_label: str, layer: int | None = None, channel: int | None = None, revision: str = "") -> Figure:
-    """Largest absolute value by layer and channel, log10; wide sites are shown by the maximum of neighbouring channels.
+    """Draw the largest absolute value by layer and channel, log10; for wide sites the maximum of neighbouring channels.
 
     Args:
         matrix: [L, C] float32, log10 of the absolute maximum.
@@ -240,7 +240,7 @@ def _percentile(values: list[float], share: float) -> float:
 
 
 def channel_histogram(detail: Any) -> Figure:
-    """How often the channel takes which value; counts on a logarithmic axis, so rare extremes stay visible."""
+    """Draw how often the channel has which value; counts on a logarithmic axis, so that rare extremes stay visible."""
     edges, counts = list(detail.edges), list(detail.counts)
     middle = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
     widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""Quantised runs as charts: error per layer, bytes by part, projected memory. Pure, as `app.view.plots_ranges`."""
+"""Charts of quantised runs: error per layer, bytes by part, projected memory; pure functions."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PARTS = {
 
 
 def run_colour(index: int) -> str:
-    """Colour token of the run at that place: 0 is the base model, grey; then blue, orange, and so on."""
+    """Return the colour token of the run at that place: 0 is the base model, grey; then blue, orange, and so on."""
     return "@base" if index == 0 else f"@run{(index - 1) % RUN_COLOURS + 1}"
 
 
 def drawable(decibels: float | None) -> float | None:
-    """A finite number or None: a chart has no place for the infinite decibels of an exact result."""
+    """Return a finite number or None: a chart cannot show the infinite decibels of an exact result."""
     return decibels if decibels is not None and math.isfinite(decibels) else None
 
 
 def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -> Figure:
-    """Signal-to-noise of every layer's output, one line per run.
+    """Draw the signal-to-noise ratio of every layer's output, one line per run.
 
     Args:
         reports: (colour place, name, QuantizeReport) of each run. A long name is cut; the pointer shows the run's label in full.
@@ -82,7 +82,7 @@ def layer_sqnr(reports: Sequence[tuple[int, str, Any]], *, revision: str = "") -
 
 
 def site_sqnr(report: Any, kinds: Sequence[tuple[str, str]]) -> Figure:
-    """Signal-to-noise by layer and activation site as a heat map of one run.
+    """Draw the signal-to-noise ratio by layer and activation site as a heat map of one run.
 
     Args:
         kinds: (site kind, label) in display order.
@@ -104,7 +104,7 @@ def site_sqnr(report: Any, kinds: Sequence[tuple[str, str]]) -> Figure:
 
 
 def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figure:
-    """Measured bytes of each run by part, stacked; a hollow diamond is the formula's estimate.
+    """Draw the measured bytes of each run by part, stacked; a hollow diamond is the formula's estimate.
 
     Args:
         runs: (name, bytes by part, estimated bytes or None), in display order.
@@ -170,7 +170,7 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
 
 
 def memory_bars(estimates: Sequence[tuple[str, Any]]) -> Figure:
-    """Projected memory by part for several schemes: outlined bars, because nothing here is measured.
+    """Draw projected memory by part for several schemes, with outlined bars, because nothing here is measured.
 
     Args:
         estimates: (scheme, MemoryEstimate) in display order.

@@ -1,6 +1,6 @@
-"""Reports as rows of cells, and rows as files: pure functions, no widgets.
+"""Turn reports into rows of cells, and rows into files: pure functions, without widgets.
 
-A cell is a text, or an `Estimate`, which tables show in italics after "≈" so that it is never taken for a measurement.
+A cell is a text, or an `Estimate`, which tables show in italics after "≈" so that it is not taken for a measurement.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Rows = list[list[Cell]]
 
 
 def outlier_rows(outliers: Sequence[Any]) -> list[list[Any]]:
-    """Rows of the outliers table: layer, site, channel, minimum, maximum, ratio."""
+    """Make rows of the outliers table: layer, site, channel, minimum, maximum, ratio."""
     return [
         [o.layer, texts.SITE_LABELS.get(o.kind, o.kind), o.channel, number(o.low), number(o.high), number(o.ratio)]
         for o in outliers
@@ -48,7 +48,7 @@ def outlier_rows(outliers: Sequence[Any]) -> list[list[Any]]:
 
 
 def cluster_rows(view: Any) -> list[list[Any]]:
-    """Rows of the cluster table: index, channels, low, high, scale, zero point."""
+    """Make rows of the cluster table: index, channels, low, high, scale, zero point."""
     return [[c.index, c.size, number(c.low), number(c.high), number(c.scale), c.zero_point] for c in view.clusters]
 
 
@@ -74,7 +74,7 @@ class Measured:
         name: the short name. hover: the full one.
         report: EvalReport.
         estimate: bytes by formula, None for a model as it was opened.
-        protocol: text, tokens and window in words. other: whether they are not those of the newest measurements.
+        protocol: text, tokens and window in words. other: whether they differ from those of the newest measurements.
         place: colour place of the run.
     """
 
@@ -88,7 +88,7 @@ class Measured:
 
 
 def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
-    """Headers and rows of the comparison. Where protocols differ, a last column names them and the rows of others are marked."""
+    """Make headers and rows of the comparison. Where protocols differ, a last column names them and rows of others are marked."""
     mixed = len({run.protocol for run in runs}) > 1
     rows: Rows = []
     for run in runs:
@@ -108,7 +108,7 @@ def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
 
 
 def ratio_cell(run: Measured) -> Cell:
-    """Perplexity as a multiple of the unquantised model's on the same windows, with the paired error of its logarithm."""
+    """Format perplexity as a multiple of the unquantised model's on the same windows, with the paired error of its logarithm."""
     e = run.report
     if e.ln_ratio is None:
         return "–"
@@ -117,7 +117,7 @@ def ratio_cell(run: Measured) -> Cell:
 
 
 def divergence_cells(run: Measured) -> list[Cell]:
-    """Divergence from the unquantised model, and how often both name the same next token; hovering shows the distribution."""
+    """Format the divergence from the unquantised model, with its distribution on hovering, and the share of same top tokens."""
     e = run.report
     spread = ", ".join(f"{quantile(name)} {number(value)}" for name, value in (e.kld_quantiles or {}).items())
     kld = "–" if e.kld_mean is None else Hover(f"{with_error(e.kld_mean, e.kld_stderr)} nats", f"over tokens: {spread}")
@@ -125,7 +125,7 @@ def divergence_cells(run: Measured) -> list[Cell]:
 
 
 def with_error(value: float | None, error: float | None) -> str:
-    """A figure with its standard error, to two digits of the error; a dash where it was not measured."""
+    """Format a figure with its standard error, to two digits of the error; a dash where it was not measured."""
     if value is None or error is None:
         return "–" if value is None else number(value, 4)
     places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
@@ -133,7 +133,7 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def share(value: float | None, error: float | None = None) -> str:
-    """A share as percent, with its standard error where it is known."""
+    """Format a share as percent, with its standard error where it is known."""
     return "–" if value is None else f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
 
 
@@ -143,7 +143,7 @@ def quantile(name: str) -> str:
 
 
 def several_models(models: Sequence[Any]) -> str:
-    """What to know before comparing runs of several models (ModelInfo, None where unknown); nothing for one."""
+    """Say what to know before comparing runs of several models (ModelInfo, None where unknown); nothing for one."""
     if len(models) < 2:
         return ""
     sizes = sorted({info.vocab for info in models if info is not None})
@@ -157,7 +157,7 @@ def several_models(models: Sequence[Any]) -> str:
 
 
 def speed_rows(runs: Sequence[tuple[str, Any, Any]]) -> Rows:
-    """Rows of the speed table: (name, GenerationReport, SpeedLimit) of each run."""
+    """Make rows of the speed table: (name, GenerationReport, SpeedLimit) of each run."""
     rows: Rows = []
     for name, made, limit in runs:
         bound = limit.tokens_per_second(made.kv_bytes)
@@ -175,7 +175,7 @@ def speed_rows(runs: Sequence[tuple[str, Any, Any]]) -> Rows:
 
 
 def sparsity_rows(report: Any, paper: tuple[str, tuple[str, ...], str] | None = None) -> Rows:
-    """The whole model as a row of table 2: SparsityReport; `paper`: a published row to put beside it."""
+    """Make the whole model's row of table 2 from a SparsityReport; `paper`: a published row to add."""
     share = report.active_parameters / report.parameters if report.parameters else 0.0
     active = f"{_millions(report.active_parameters)} of {_millions(report.parameters)} ({100 * share:.0f} %)"
     rows: Rows = [["this model", *_shares(report.total), active]]
@@ -183,7 +183,7 @@ def sparsity_rows(report: Any, paper: tuple[str, tuple[str, ...], str] | None = 
 
 
 def sparsity_layer_rows(report: Any) -> Rows:
-    """Zeros of every layer: layer, projections, overall."""
+    """Make a row of zeros for every layer: layer, projections, overall."""
     return [[str(index), *_shares(layer)] for index, layer in enumerate(report.layers)]
 
 
@@ -196,7 +196,7 @@ def _millions(count: int) -> str:
 
 
 def fallback_rows(report: Any) -> Rows:
-    """Weights that were rounded another way than asked: layer, weight, reason."""
+    """Make a row for each weight that GPTQ did not round although asked to: layer, weight, reason."""
     return [
         [str(entry.layer), name, str(weight.fallback)]
         for entry in report.layers
@@ -206,17 +206,17 @@ def fallback_rows(report: Any) -> Rows:
 
 
 def stage_rows(report: Any) -> Rows:
-    """Seconds per stage of a quantisation."""
+    """Make rows of seconds per stage of a quantisation."""
     return [[name, f"{number(seconds)} s"] for name, seconds in report.stages.items()]
 
 
 def backend_rows(report: Any) -> Rows:
-    """Which kernels run how many layers, and why."""
+    """Make rows of the backends: how many layers run on each, and why."""
     return [[use.backend, str(use.layers), use.reason] for use in report.backends]
 
 
 def ranges_csv(report: Any) -> str:
-    """Every channel's range as CSV; each row repeats which model, text and tokens it is from."""
+    """Write every channel's range as CSV; each row repeats its model, text and tokens."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(["model", "text", "tokens", "window", "site", "layer", "kind", "channel", "minimum", "maximum"])
@@ -228,13 +228,13 @@ def ranges_csv(report: Any) -> str:
 
 
 def safe_cell(text: str) -> str:
-    """A text cell no spreadsheet takes for a formula."""
+    """Return a text cell that no spreadsheet takes for a formula."""
     text = str(text)
     return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
 def report_json(runs: Sequence[Any]) -> str:
-    """All runs of a session as one JSON object: recipes, quantisation reports, measurements."""
+    """Write all runs of a session as one JSON object: recipes, quantisation reports, measurements."""
     entries = [
         {
             "key": r.key,

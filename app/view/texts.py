@@ -27,7 +27,7 @@ SITE_REORDER = {"attn_in": "R1", "q": "R2", "k": "R2", "v": "R3", "o_in": "R3", 
 
 
 def site_label(kind: str) -> str:
-    """A site's name for people, with RPTQ's name of its reordering."""
+    """Return a site's name for people, with RPTQ's name of its reordering."""
     return f"{SITE_LABELS.get(kind, kind)} · {SITE_REORDER.get(kind, '')}"
 
 
@@ -239,7 +239,7 @@ RUNS = "Compare"
 PROMPT = "Prompt"
 PROMPT_DEFAULT = "The state of the union is"
 PROMPT_STORY = "Once upon a time"
-"""For the embedded models, which were trained on stories."""
+"""Prompt for the embedded models, which were trained on stories."""
 GENERATE = "Write"
 NEW_TOKENS = "New tokens"
 TEMPERATURE = "Temperature"
