@@ -1,1 +1,1 @@
-"""One class per tab: it makes its widgets when created, `wire` connects them, and its methods are their handlers."""
+"""One class per tab: making one makes its widgets, `wire` connects them, its methods are the handlers."""

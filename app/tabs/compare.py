@@ -1,4 +1,4 @@
-"""Compare: texts side by side, numbers with their protocol, bytes by part, and memory projected to any size."""
+"""The tab Compare: texts side by side, numbers with protocol, bytes by part, memory at any size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES_OFFERED = ("opt-125m", "opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt
 
 
 class Compare:
-    """The tab: its widgets, what it shows of a session, and what its events do."""
+    """The tab: its widgets, their contents for a session, and the handlers of their events."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -113,7 +113,7 @@ class Compare:
                 gr.Markdown(texts.LEARN_COMPARE)
 
     def choices(self, session: Session, ticked: list[str] | None = None) -> Updates:
-        """The runs to tick. Ticked are `ticked`, else the first model, the one at hand and the newest quantised runs."""
+        """List the runs to tick. Ticked are `ticked`, else the first model, the current one and the newest quantised runs."""
         pairs = [(session.title(run), run.key) for run in session.runs]
         bases = [run.key for run in session.runs if run.is_base]
         current = [key for key in bases[1:] if session.info is not None and key == session.info.name]
@@ -122,11 +122,11 @@ class Compare:
         return {self.runs: gr.update(choices=pairs, value=usual if ticked is None else ticked)}
 
     def listed(self, session: Session) -> Updates:
-        """Everything here that lists the runs."""
+        """Show everything on this tab that lists the runs."""
         return {**self.choices(session), **self.render(session)}
 
     def render(self, session: Session, keys: list[str] | None = None) -> Updates:
-        """Numbers and bars of the chosen runs."""
+        """Show numbers and bars of the chosen runs."""
         runs = [r for r in session.runs if keys is None or r.key in keys]
         measured = [r for r in runs if r.evaluation is not None]
         bars = plots_runs.bytes_bars(
@@ -158,7 +158,7 @@ class Compare:
         self.keep.wire(self.listed, [self.runs, self.numbers, self.bars])
 
     def opened(self, values: Updates) -> Updates:
-        """Show the runs there are; a prompt not yet edited follows the model."""
+        """Show the current runs; a prompt that was not edited follows the model."""
         session = self.ctx.session(values)
         untouched = values[self.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
         prompt = {self.prompt: prompt_for(session.info.name)} if untouched else {}
@@ -215,7 +215,7 @@ class Compare:
         yield {self.speed: gr.update(value=speeds(session, runs, job), visible=True), **self.ctx.rest(session)}
 
     async def evaluate(self, values: Updates) -> AsyncIterator[Updates]:
-        """Measure the ticked runs, and the models they were made from, by one protocol; each row appears when it is there."""
+        """Measure the ticked runs, and the models they were made from, by one protocol; each row appears when it is done."""
         session = self.ctx.session(values)
         ticked = chosen_runs(session, values[self.runs], MAX_RUNS)
         tokens = require_int("tokens", values[self.eval_tokens], WINDOW, MAX_EVAL_TOKENS, f"use {WINDOW} to {MAX_EVAL_TOKENS}")
@@ -241,7 +241,7 @@ class Compare:
         yield {**self.choices(session, shown), **self.ctx.rest(session)}
 
     def chosen_text(self, session: Session, values: Updates) -> str:
-        """The text to measure on. Raises InputError for one that is not offered, or a pasted one that is not there."""
+        """Return the text to measure on. Raises: InputError for one that is not offered, or a pasted one that is missing."""
         text = require_choice("evaluation text", values[self.eval_text], (*texts.TEXT_NAMES, OWN_TEXT))
         if text != OWN_TEXT:
             return text
@@ -251,7 +251,7 @@ class Compare:
 
 
 def chosen_runs(session: Session, keys: object, most: int) -> list[Run]:
-    """The ticked runs of this session, in order. Raises InputError if none is ticked, or more than `most`."""
+    """Return the ticked runs of this session, in order. Raises: InputError if none is ticked, or more than `most`."""
     runs = [r for r in session.runs if isinstance(keys, list) and r.key in keys]
     if not runs:
         raise InputError("No run is ticked: tick at least one, two to compare.", code="E-PARAM-RUNS")
@@ -261,19 +261,19 @@ def chosen_runs(session: Session, keys: object, most: int) -> list[Run]:
 
 
 def origin_of(session: Session, run: Run) -> dict[str, str | None]:
-    """Arguments that say what a quantised run is compared with, or which revision of an unquantised model is meant."""
+    """Return the arguments for a run's comparison: a quantised run's reference, or an unquantised model's revision."""
     if run.recipe is not None:
         return {"reference": run.recipe.model, "reference_revision": run.recipe.revision}
     return {"revision": getattr(session.models.get(run.key), "revision", None)}
 
 
 def prompt_for(model: str) -> str:
-    """What a model is first asked to continue."""
+    """Return the first prompt for a model."""
     return texts.PROMPT_STORY if engine.is_embedded(model) else texts.PROMPT_DEFAULT
 
 
 def speeds(session: Session, runs: list[Run], job: JobView) -> str:
-    """How fast each run wrote, beside what the memory allows."""
+    """Write a table of how fast each run wrote, and of how fast memory would let it."""
     limits = job.results[len(runs) :]
     rows = tables.speed_rows([(session.title(r), made, m) for r, made, m in zip(runs, job.results, limits, strict=False)])
     table = cards.table(texts.SPEED_HEADERS, rows, colours=[session.runs.index(run) for run in runs], caption=texts.SPEED_CAPTION)
@@ -281,7 +281,7 @@ def speeds(session: Session, runs: list[Run], job: JobView) -> str:
 
 
 def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
-    """The texts so far, one panel per run."""
+    """Write the texts so far, one panel per run."""
     shown = []
     for index, run in enumerate(runs):
         footer = "not finished" if job.finished else "waiting…"

@@ -1,4 +1,4 @@
-"""Explore: every channel as a point, layers × channels as a heat map, the outliers as a list, one channel in detail."""
+"""The tab Explore: channels as points, a heat map of layers, a list of outliers, one channel closely."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SITE_CHOICES = [(texts.site_label(kind), kind) for kind in SITES]
 
 
 class Explore:
-    """The tab: its widgets, what it shows of a session, and what its events do."""
+    """The tab: its widgets, their contents for a session, and the handlers of their events."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -62,17 +62,17 @@ class Explore:
 
     @property
     def selectors(self) -> set:
-        """Inputs that say where in the model to look."""
+        """Inputs that decide which part of the model is shown."""
         return {self.layer, self.kind, self.linear, self.same_axes, self.averaged}
 
     @property
     def outputs(self) -> list:
-        """What a new selection changes."""
+        """Components that a new selection changes."""
         charts = [self.scatter, self.heatmap, self.histogram]
         return [*self.selectors, *charts, self.outliers, self.channel, self.facts, self.tokens]
 
     def take(self, session: Session, values: Updates) -> None:
-        """Read the selectors into the session. Raises InputError if one is out of range."""
+        """Store the selectors' values in the session. Raises: InputError if one is out of range."""
         chosen = session.selection
         if session.ranges is not None:
             top = max(s.layer for s in session.ranges.sites.values())
@@ -85,7 +85,7 @@ class Explore:
         chosen.averaged = bool(values[self.averaged])
 
     def render(self, session: Session) -> Updates:
-        """Everything but the channel's detail, for the session's selection."""
+        """Show everything but the channel's detail, for the session's selection."""
         report, chosen = session.ranges, session.selection
         if report is None:
             return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: ""}
@@ -104,7 +104,7 @@ class Explore:
         }
 
     def controls(self, session: Session) -> Updates:
-        """The selectors and the channel's field, set to the session's selection."""
+        """Set the selectors and the channel's field to the session's selection."""
         last, chosen = len(site_of(session).low) - 1, session.selection
         top = max(s.layer for s in session.ranges.sites.values())
         return {
@@ -117,7 +117,7 @@ class Explore:
         }
 
     def glance(self, session: Session) -> Updates:
-        """The detail panel for a channel of which only the range is known yet."""
+        """Show the detail panel of a channel of which only the range is known yet."""
         site, number = site_of(session), session.selection.channel
         if number is None or number >= len(site.low):
             return self.forget_channel()
@@ -128,7 +128,7 @@ class Explore:
         return {**facts, self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_LATER)}
 
     def forget_channel(self) -> Updates:
-        """The detail panel without a channel."""
+        """Show the detail panel without a channel."""
         return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
 
     def wire(self) -> None:
@@ -147,7 +147,7 @@ class Explore:
             ctx.on(event, self.typed, {ctx.key, self.channel}, outputs)
 
     def moved(self, values: Updates) -> Updates:
-        """Draw another layer, site or kind of axes. The sliders stay as they are: one of them may still be dragged."""
+        """Draw another layer, site or kind of axes. The sliders are not set, as one of them may be moving."""
         session = self.ctx.session(values)
         self.take(session, values)
         if session.ranges is None:
@@ -161,7 +161,7 @@ class Explore:
         return self.render(session) if session.ranges is not None else {}
 
     async def released(self, values: Updates) -> AsyncIterator[Updates]:
-        """Read the chosen channel once the layer's slider has come to rest."""
+        """Read the chosen channel after the layer's slider was released."""
         session = self.ctx.session(values)
         if session.ranges is not None and session.selection.channel is not None:
             async for updates in self.show_channel(session, session.selection.channel):
@@ -175,7 +175,7 @@ class Explore:
                 yield updates
 
     async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
-        """Go to the layer and channel of a cell of the heat map."""
+        """Show the layer and channel of a cell of the heat map."""
         session, data = self.ctx.session(values), event._data if isinstance(event._data, dict) else {}
         top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
         layer = require_int("layer", data.get("y"), 0, top, "click inside the map")
@@ -185,7 +185,7 @@ class Explore:
             yield updates
 
     async def clicked_row(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
-        """Go to the channel of a row of the outliers."""
+        """Show the channel of a row of the outliers."""
         session = self.ctx.session(values)
         found = session.ranges.outliers(LISTED) if session.ranges is not None else []
         row = picked_row(event)
@@ -201,7 +201,7 @@ class Explore:
                 yield updates
 
     async def show_channel(self, session: Session, channel: object) -> AsyncIterator[Updates]:
-        """Show what is known of a channel at once, then, from a job, its histogram and the tokens behind its extremes."""
+        """Show the known facts of a channel at once, then, from a job, its histogram and the tokens at its extreme values."""
         if session.ranges is None:
             raise InputError(texts.NO_RANGES, code="E-PARAM-CHANNEL")
         site = site_of(session)
@@ -235,18 +235,18 @@ class Explore:
 
 
 def no_ranges(session: Session) -> dict:
-    """The chart while there are no ranges: that they come, or what to do."""
+    """Draw an empty chart that says that ranges are coming, or what to do."""
     return note(texts.STARTING if session.opening else texts.NO_RANGES)
 
 
 def median_width(site: object) -> float:
-    """Width of the site's median channel."""
+    """Compute the width of the site's median channel."""
     widths = sorted((site.high - site.low).tolist())
     return widths[len(widths) // 2]
 
 
 def site_of(session: Session) -> object:
-    """The selected site's ranges; the nearest that exists if the selection does not."""
+    """Return the selected site's ranges; if it does not exist, select the first site."""
     sites, chosen = session.ranges.sites, session.selection
     name = f"layers.{chosen.layer}.{chosen.kind}"
     if name not in sites:
@@ -256,32 +256,32 @@ def site_of(session: Session) -> object:
 
 
 def shown_site(session: Session) -> object:
-    """The selected site with the bounds that are looked at: exact ones, or moving averages."""
+    """Return the selected site with the chosen bounds: exact ones, or moving averages."""
     site = site_of(session)
     return site.averaged() if session.selection.averaged else site
 
 
 def channel_facts(session: Session, channel: int, cluster: object = None) -> str:
-    """What is known of a channel at once, of the same bounds as its point; its cluster is one of exact ranges."""
+    """Write the known facts of a channel, by the bounds that its point shows; its cluster only with exact ranges."""
     site = shown_site(session)
     return cards.channel_facts(site, channel, median_width(site), None if site.is_average else cluster)
 
 
 def peers(session: Session) -> list:
-    """The sites that share the axes: all layers of this kind, or this layer alone."""
+    """List the sites that share the axes: all layers of this kind, or this layer alone."""
     site = site_of(session)
     return [s for s in session.ranges.sites.values() if s.kind == site.kind] if session.selection.same_axes else [site]
 
 
 def revision(session: Session, name: str) -> str:
-    """Zoom is kept while this stays the same: across layers only if they share axes."""
+    """Return a text that is the same as long as zoom is to be kept: across layers only if they share axes."""
     chosen = session.selection
     layer = "all" if chosen.same_axes else chosen.layer
     return f"{name}/{session.ranges.model}/{session.ranges.tokens}/{chosen.kind}/{layer}/{chosen.linear}"
 
 
 def scatter(session: Session, view: object = None) -> dict:
-    """The scatter of the selected site, with clusters if `view` is given."""
+    """Draw the scatter of the selected site, with clusters if `view` is given."""
     site, shared = site_of(session), peers(session)
     if session.selection.averaged and view is None:
         site, shared = shown_site(session), [peer.averaged() for peer in shared]
@@ -298,7 +298,7 @@ def scatter(session: Session, view: object = None) -> dict:
 
 
 def channel_steps(session: Session, site: str, channel: int) -> list[Step]:
-    """The job that reads one channel's values and tokens."""
+    """Return the job that reads one channel's values and tokens."""
     ranges = session.ranges
     where = {"model": ranges.model, "calibration": session.calibration, "site": site, "channel": channel}
     return [Step("channel", {**where, "revision": ranges.revision}, texts.CHANNEL_JOB)]

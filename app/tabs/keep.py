@@ -1,4 +1,4 @@
-"""Runs as things to keep: a name, a zip file to take away, the command that repeats one, and saved ones opened again."""
+"""The panel of runs: name one, download it, repeat its command, and open saved ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_NAME = 40
 
 
 class Keep:
-    """The panel: its widgets, and what its events do."""
+    """The panel: its widgets, and the handlers of their events."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -64,11 +64,11 @@ class Keep:
 
     @property
     def outputs(self) -> list:
-        """What a chosen run changes."""
+        """Components that a chosen run changes."""
         return [self.run, self.name, self.command, self.file]
 
     def render(self, session: Session, chosen: object = None) -> Updates:
-        """The runs to choose from; `chosen` if it is one of them, else the newest, with its name and command."""
+        """List the runs to choose from; `chosen` if it is one of them, else the newest, with its name and command."""
         runs = session.runs[::-1]
         run = next((r for r in runs if r.key == chosen), runs[0] if runs else None)
         return {
@@ -79,7 +79,7 @@ class Keep:
         }
 
     def _run(self, session: Session, values: Updates) -> Run:
-        """The chosen run. Raises InputError if there is none."""
+        """Return the chosen run. Raises: InputError if there is none."""
         run = session.run(values[self.run])
         if run is None:
             raise InputError("No run is chosen: choose one of the list.", code="E-PARAM-RUNS")
@@ -90,7 +90,7 @@ class Keep:
         return self.render(self.ctx.session(values), values[self.run])
 
     def renamed(self, values: Updates) -> Updates:
-        """Give the chosen run a name of the visitor's own; an empty one gives back the page's name."""
+        """Rename the chosen run to the visitor's own name; an empty one restores the page's name."""
         session = self.ctx.session(values)
         run, name = self._run(session, values), " ".join(str(values[self.name] or "").split())
         if len(name) > MAX_NAME:
@@ -101,7 +101,7 @@ class Keep:
         return {**self.render(session, run.key), **self.shown(session)}
 
     def removed(self, values: Updates) -> Updates:
-        """Take the chosen run off the lists."""
+        """Remove the chosen run from the lists."""
         session = self.ctx.session(values)
         session.runs.remove(self._run(session, values))
         return {**self.render(session), **self.shown(session)}
@@ -138,7 +138,7 @@ class Keep:
             Path(place).unlink(missing_ok=True)
 
     async def follow(self, session: Session, where: dict[str, str]) -> AsyncIterator[Updates]:
-        """Follow the job that opens a saved model, and put the model among the runs."""
+        """Follow the job that opens a saved model, and add the model to the runs."""
         async for job in self.ctx.follow(session, "open", [Step("open_saved", where, texts.OPENING)]):
             yield self.ctx.busy(job, texts.OPENING)
         report = job.results[0]
@@ -147,7 +147,7 @@ class Keep:
 
 
 def packed_file(folder: str, name: str) -> tuple[Path, int]:
-    """Zip a saved folder into the folder of Gradio's files, which are deleted in time; return the file and its bytes."""
+    """Zip a saved folder into Gradio's folder of files, which it deletes later; return the file and its number of bytes."""
     from core.models.io.bundle import pack
 
     path = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / name

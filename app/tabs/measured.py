@@ -1,4 +1,4 @@
-"""Measured runs as a table and as a verdict, for the tabs Quantise and Compare: one table, one way of measuring."""
+"""Tables and verdicts of measured runs, shared by the tabs Quantise and Compare."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from core.evaluation.paired import against_reference
 
 
 def measurement(session: Session, run: Run) -> tuple[Protocol, Any] | None:
-    """The run's measurement by the session's newest protocol; else its own newest, None if there is none."""
+    """Return the run's measurement by the session's newest protocol, else its own newest, else None."""
     if session.protocol in run.measured:
         return session.protocol, run.measured[session.protocol]
     return next(reversed(run.measured.items()), None)
 
 
 def numbers_table(session: Session, runs: list[Run]) -> str:
-    """Measured runs as a table with the protocol under it; empty text if none is measured.
+    """Write measured runs as a table with the protocol under it; empty text if none is measured.
 
     A run that was measured in another way than the newest runs is marked, and a column says how.
     """
@@ -55,7 +55,7 @@ def numbers_table(session: Session, runs: list[Run]) -> str:
 
 
 def verdict(run: Run) -> str:
-    """What quantising did to the perplexity, in words with the ratio; empty text until it is measured against the original."""
+    """Write how quantising changed the perplexity, with the ratio; empty text until it is measured against the original."""
     for protocol, report in reversed(run.measured.items()):
         if report.ln_ratio is not None:
             where = f"{report.tokens:,} tokens of {text_name(protocol.text)}"
@@ -64,7 +64,7 @@ def verdict(run: Run) -> str:
 
 
 def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:
-    """Bytes of a quantised run by formula: decoder weights at their bits, embeddings and head as they are kept."""
+    """Compute a quantised run's bytes by formula: decoder weights at their bits, embeddings and head as stored."""
     info = session.models.get(run.model)
     if run.recipe is None or info is None:
         return None

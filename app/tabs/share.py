@@ -1,4 +1,4 @@
-"""Share and save: the link to what the page shows, and the recipe, the ranges and the report as files."""
+"""The panel Share: a link to the page's state, and recipe, ranges and report as files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LINK_JS = """async (query, note) => {
 
 
 class Share:
-    """The panel at the side: its widgets, and what its events do."""
+    """The panel at the side: its widgets, and the handlers of their events."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -56,7 +56,7 @@ class Share:
         """Connect the events.
 
         Args:
-            inputs: the fields of the recipe. recipe: the recipe that their values describe. fill: updates that set them to one.
+            inputs: the fields of the recipe. recipe: function from their values to a recipe. fill: updates that set them to one.
         """
         self.recipe, self.fill = recipe, fill
         guard, key, status = self.ctx.guard, self.ctx.key, [self.ctx.status, self.ctx.stop]
@@ -71,13 +71,13 @@ class Share:
         self.open_recipe.upload(guard(self.opened), {key, self.open_recipe}, [*inputs_of(fill), *status], **LIGHT)
 
     def recipe_file(self, values: Updates) -> Updates:
-        """Hand out the recipe as JSON."""
+        """Make a file of the recipe as JSON."""
         recipe = self.recipe(values)
         saved = {"name": f"recipe-{recipe.hash}.json", "type": "application/json", "text": recipe.to_json()}
         return {self.saved: saved}
 
     def ranges_file(self, values: Updates) -> Updates:
-        """Hand out every channel's range as CSV."""
+        """Make a file of every channel's range as CSV."""
         report = self.ctx.session(values).ranges
         if report is None:
             raise InputError(texts.NO_RANGES, code="E-PARAM-RANGES")
@@ -90,7 +90,7 @@ class Share:
         }
 
     def report_file(self, values: Updates) -> Updates:
-        """Hand out all runs of the session as JSON."""
+        """Make a file of all runs of the session as JSON."""
         text = tables.report_json(self.ctx.session(values).runs)
         return {self.saved: {"name": "report.json", "type": "application/json", "text": text}}
 
@@ -118,7 +118,7 @@ class Share:
 
 
 def place_of(session: Session) -> dict[str, object]:
-    """What the visitor looks at, as keys of a link."""
+    """Return the visitor's place in the model as keys of a link."""
     chosen = session.selection
     place: dict[str, object] = {"tab": session.tab}
     if session.ranges is not None:
@@ -129,7 +129,7 @@ def place_of(session: Session) -> dict[str, object]:
 
 
 def go_to(session: Session, query: dict[str, str]) -> None:
-    """Look where a link says. Raises: InputError for a tab, layer, site or channel that is not there."""
+    """Select the place of a link. Raises: InputError for a tab, layer, site or channel that does not exist."""
     chosen = session.selection
     if "tab" in query:
         session.tab = require_choice("tab", query["tab"], TABS)
@@ -146,15 +146,15 @@ def go_to(session: Session, query: dict[str, str]) -> None:
 
 
 def _whole(text: object) -> object:
-    """A text of digits as the number it writes; anything else as it is."""
+    """Convert a text of digits to its number; return anything else unchanged."""
     return int(text) if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10 else text
 
 
 def is_unknown_text(text: str) -> bool:
-    """Whether a recipe's calibration text is one that this page was not given: pasted elsewhere, or a file."""
+    """Say whether a recipe's calibration text is unknown to this page: pasted elsewhere, or a file."""
     return text not in texts.TEXT_NAMES and not text.startswith(PASTED)
 
 
 def inputs_of(fill: Callable[[QuantRecipe], Updates]) -> list:
-    """The components that `fill` sets."""
+    """List the components that `fill` sets."""
     return list(fill(QuantRecipe("model")))

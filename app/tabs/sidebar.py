@@ -1,4 +1,4 @@
-"""The side: which model and text, which recipe, the two buttons that start work, and what can be taken away."""
+"""The side of the page: model and text, recipe, the two buttons that start work, links and files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_TEXT = 2_000_000
 MAX_TOKENS = 65_536
 DEFAULT_TOKENS = 2048
 TOKEN_RANGE = (512, 16_384)
-"""Ends of the sliders of calibration tokens: the side's and that of Quantise are one."""
+"""Ends of the sliders of calibration tokens, at the side and on the tab Quantise."""
 
 
 class Sidebar:
-    """The side: its widgets, and the recipe's part that is chosen there."""
+    """The side: its widgets, and the part of the recipe that is chosen there."""
 
     def __init__(self, ctx: Context) -> None:
         model, on_space = ctx.settings.model, ctx.settings.on_space
@@ -83,16 +83,16 @@ class Sidebar:
 
     @property
     def source(self) -> set:
-        """Inputs that say which model and text."""
+        """Inputs that decide model and text."""
         return {self.model, self.text, self.pasted, self.tokens}
 
     @property
     def recipe(self) -> set:
-        """Inputs that say how to quantise."""
+        """Inputs that decide how to quantise."""
         return {self.method, self.scheme, self.mode}
 
     def chosen_model(self, values: dict) -> tuple[str, str | None]:
-        """(name, revision) of the model field. Raises InputError if it is empty or far too long."""
+        """Return (name, revision) of the model field. Raises: InputError if it is empty or far too long."""
         name = values[self.model]
         if not isinstance(name, str) or not name.strip():
             raise InputError(
@@ -107,7 +107,7 @@ class Sidebar:
         return name, revision or None
 
     def chosen_text(self, values: dict) -> str:
-        """The calibration text, pasted ones marked as such. Raises TextError if nothing was pasted or far too much."""
+        """Return the calibration text, a pasted one with its prefix. Raises: TextError if nothing was pasted or far too much."""
         if values[self.text] != PASTE:
             return require_choice("calibration text", values[self.text], tuple(texts.TEXT_NAMES))
         pasted = values[self.pasted] or ""
@@ -120,12 +120,12 @@ class Sidebar:
         return PASTED + pasted
 
     def calibration(self, values: dict) -> Calibration:
-        """What the ranges are observed on."""
+        """Return the text and tokens that ranges are observed on."""
         tokens = require_int("calibration tokens", values[self.tokens], 512, MAX_TOKENS, f"use 512 to {MAX_TOKENS}")
         return Calibration(self.chosen_text(values), tokens)
 
     def fill(self, recipe: QuantRecipe) -> dict[Any, Any]:
-        """The widgets, set to a recipe."""
+        """Set the widgets to a recipe."""
         revision = f"@{recipe.revision}" if recipe.revision else ""
         text = recipe.calibration.text
         pasted = text.removeprefix(PASTED) if text.startswith(PASTED) else ""
@@ -142,13 +142,13 @@ class Sidebar:
         }
 
     def show(self, method: object) -> dict[Any, Any]:
-        """Only the controls that concern a method."""
+        """Show only the controls that a method uses."""
         shown = {self.grid: method != "bitnet", self.ternary: method == "bitnet", self.clusters: method == "rptq"}
         return {part: gr.update(visible=visible) for part, visible in shown.items()}
 
 
 def scheme_choices() -> list[tuple[str, str]]:
-    """Schemes by name; what stays at more bits than a name says is told under the field."""
+    """List the schemes by name; a line under the field says which tensors have more bits than the name."""
     return [*((name, name) for name in SCHEMES), (texts.SCHEME_CUSTOM, "custom")]
 
 
