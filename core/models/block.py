@@ -1,13 +1,13 @@
-"""The one decoder block every adapter maps to: float for observing, quantised for running, same forward.
+"""The one decoder block for all architectures: float for observing, quantised for running, one forward.
 
     n1 = norm1(x)[R1]                     q, k, v = qkv(n1)            q, k = rope(q, k)[R2]      v is in order R3
     h  = x + o(attention(q, k, v))        n2 = norm2(h)[R4]            y = h + down(mlp(n2))      mlp output in order R5
 
-BitNet's layers normalise once more before o and before down (`attn_sub_norm`, `ffn_sub_norm`): o_in and down_in are what these
-norms put out.
+BitNet's layers normalise the inputs of o and down too (`attn_sub_norm`, `ffn_sub_norm`): o_in and down_in are the outputs of
+these norms.
 
-R1 and R4 are stored by the norm, R2 by the rotation (OPT: by the rows of Wq and Wk), R3 and R5 by the rows of the
-producing weights: no permutation is left to run. `observe(site, tensor)` sees the seven sites before quantisation.
+R1 and R4 are applied when the norm stores its output, R2 when the rotation does (OPT: in the rows of Wq and Wk), R3 and R5 in
+the rows of the weights before: none needs a step of its own. `observe(site, tensor)` gets the seven sites before quantisation.
 Shapes: B batch, T tokens, D hidden, H query heads, Hkv key/value heads, E head dimension, F feed-forward width.
 """
 
@@ -38,11 +38,11 @@ Rotary = tuple[Tensor, Tensor] | None
 ZERO_GATES = ("relu", "relu2")
 """Activations that are exactly zero for negative gates: there the up projection need not be computed."""
 GATE_FIRST_WEIGHTS = 2**22
-"""Smallest up projection for which "auto" looks at the gate first: below, the look costs more than it can save."""
+"""Least number of weights of an up projection for which "auto" computes the gate first; for fewer the test does not pay."""
 
 
 class DecoderBlock(nn.Module):
-    """Compute a pre-norm decoder layer; each token sees `window` positions, itself included, or all before it (None).
+    """A pre-norm decoder layer; each token sees `window` positions, itself included, or all before it (None).
 
     Attributes set by quantisation: `qkv`, `o`, `up`, `down` become QuantLinear; `q_quantizer`, `k_quantizer`,
     `v_quantizer` ActivationQuantizer or None; `softmax_bits`; `rope_order` [Hkv, E] (R2, None keeps the order);
@@ -72,7 +72,7 @@ class DecoderBlock(nn.Module):
 
     @classmethod
     def from_layer(cls, model: nn.Module, adapter: ModelAdapter, index: int) -> DecoderBlock:
-        """Make the float block that computes what layer `index` of a transformers model computes. Weights are copied."""
+        """Make a float block that computes the same as layer `index` of a transformers model. Weights are copied."""
         layer, spec = adapter.decoder_layers(model)[index], adapter.spec(model.config)
         block = cls(spec, index, adapter.windows(model.config)[index])
 
@@ -103,7 +103,7 @@ class DecoderBlock(nn.Module):
         return block.eval()
 
     def with_linears(self, linears: dict[str, LinearLayer]) -> DecoderBlock:
-        """Make a block with these norms and orders around other linear layers, given by the names of `linears`; no quantisers."""
+        """Make a block with these norms and orders and other linear layers, by the names of `linears`; without quantisers."""
         made = DecoderBlock(self.spec, self.layer_index, self.window)
         for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm", "rope_order"):
             setattr(made, name, getattr(self, name))
@@ -112,7 +112,7 @@ class DecoderBlock(nn.Module):
         return made.eval()
 
     def dequantized(self) -> DecoderBlock:
-        """Make the float block with this one's weights (α t where they are ternary): what another method starts from."""
+        """Make the float block with this block's weights (α t if they are ternary), for another method to quantise."""
         return self.with_linears({n: FloatLinear(x.dequantized_weight(), x.bias) for n, x in self.linears().items()})
 
     def linears(self) -> dict[str, LinearLayer]:
@@ -121,7 +121,7 @@ class DecoderBlock(nn.Module):
 
     @property
     def is_float(self) -> bool:
-        """True if the weights are plain floating-point matrices, neither packed nor ternary."""
+        """Whether the weights are plain floating-point matrices, neither packed nor ternary."""
         return isinstance(self.qkv, FloatLinear)
 
     def new_cache(self) -> FloatKVLayer | QuantizedKVLayer:
@@ -139,7 +139,7 @@ class DecoderBlock(nn.Module):
         cache: FloatKVLayer | QuantizedKVLayer | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Compute the layer for tokens that follow those of `cache`, or begin a sequence without one.
+        """Compute the layer for tokens that follow those of `cache`, or that start a sequence without one.
 
         Args:
             x: [B, T, D].
@@ -149,7 +149,7 @@ class DecoderBlock(nn.Module):
         Returns: [B, T, D].
         """
         keep_float, alone = self._keep_float(x.shape[1], cache), observe is None
-        see = _ignore if alone else observe  # whoever looks needs floats that nothing overwrites: no fused kernels, no `inplace`
+        see = _ignore if alone else observe  # an observer needs floats that nothing overwrites
         fused = alone and keep_float is None and triton_runs_on(x.device)
         _, n1 = self._norm(self.norm1, x, self.qkv, fused)
         see("attn_in", n1)
@@ -176,7 +176,7 @@ class DecoderBlock(nn.Module):
     def _norm(
         self, norm: ReorderNorm, x: Tensor, reader: nn.Module, fused: bool, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | Codes]:
-        """Compute x + residual and its norm as `reader` takes it: floats, or codes where one kernel makes them."""
+        """Compute x + residual and its norm as input of `reader`: floats, or codes where one kernel makes them."""
         found = norm.codes(x, reader, residual) if fused else None
         if found is not None:
             return found
@@ -270,7 +270,7 @@ class DecoderBlock(nn.Module):
             return self._activate(n2, keep_float, inplace=inplace)
         codes, ffn = n2 if isinstance(n2, Codes) else self.up.quantize(n2), self.spec.ffn
         gate = self.activation(self.up.product(codes, slice(0, ffn)))
-        if self.up.bias is None and self.up.choice.backend is Backend.TRITON:  # the host does not look
+        if self.up.bias is None and self.up.choice.backend is Backend.TRITON:  # no test on the host
             return self.up.gated_product(codes, gate, slice(ffn, 2 * ffn)).view(*n2.shape[:-1], ffn)
         live = gate.any(dim=0).nonzero().flatten()
         if self.gate_first == "auto" and len(live) > ROW_DENSITY * ffn:
@@ -295,7 +295,7 @@ class DecoderBlock(nn.Module):
 
 
 def _ignore(site: str, tensor: Tensor) -> None:
-    """Look at nothing: the observer of a pass that nobody observes."""
+    """Ignore a site: the observer when there is none."""
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

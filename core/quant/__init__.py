@@ -1,1 +1,1 @@
-"""Grids, packed storage and low-bit layers: tensors in, tensors out."""
+"""Quantisation grids, packed storage and low-bit layers, as functions and modules of tensors."""

@@ -1,8 +1,8 @@
 """Choose scale and zero point for a range: the affine grid.
 
-There are two rules. OFFICIAL is the published code's: the step is the range over 2**bits, so the largest value falls one code
-beyond the grid and is clipped by up to 1.5 steps; scale and zero point are clipped to 1e-4..1e4. EXACT spreads
-2**bits - 1 steps over the range, so both ends are codes, and constants round-trip exactly.
+There are two rules. OFFICIAL is the published code's: the step is the range over 2**bits, so the largest value is one code
+beyond the grid and is clipped by up to 1.5 steps; scale and zero point are clipped to 1e-4..1e4. EXACT has
+2**bits - 1 steps in the range, so both ends are codes, and constants are represented exactly.
 
     OFFICIAL   scale = clip((max - min) / 2**bits, 1e-4, 1e4)     zero_point = round(clip(-(max + min) / (2 scale), ±1e4))
     EXACT      scale = (max - min) / (2**bits - 1)                zero_point = qmin - round(min / scale)
@@ -28,7 +28,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Grid(StrEnum):
-    """Name the rule by which a range becomes a grid of 2**bits codes."""
+    """The rules by which a range becomes a grid of 2**bits codes."""
 
     OFFICIAL = "official"
     EXACT = "exact"
@@ -48,9 +48,8 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zer
     Args:
         low, high: [...] floating, low <= high, in units of the tensor.
         bits: 2 to 8.
-        clip_zero_point: keep the OFFICIAL rule's limit of ±1e4. It never acts on the paper's weights, but weights above 1
-            in clusters of one column would be clipped to a fraction of their value: weights are quantised without it
-            (docs/log.md).
+        clip_zero_point: keep the OFFICIAL rule's limit of ±1e4. It never matters for the paper's weights, but would clip weights
+            above 1 in clusters of one column to a fraction of their value, so weights are quantised without it (docs/log.md).
     Returns: QParams of the same shape.
     Raises: NumericError if a bound is NaN or infinite.
     """
@@ -72,18 +71,18 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zer
 
 
 def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) -> QParams:
-    """Round a scale to the type it is stored in, and recompute the zero point for the rounded scale (EXACT rule).
+    """Round a scale to its stored type, and recompute the zero point for the rounded scale (EXACT rule).
 
-    Weights store their scales in float16: with the scale rounded before the codes are made, the codes fit the stored scale.
-    Scales below the type's normal range lose significant bits: no scale becomes smaller than the one that keeps four of them,
-    nor 0 (a cluster of one column often holds weights of 1e-4 and less).
+    Weights store their scales in float16; codes are made with the rounded scale. Scales below the type's normal range lose
+    significant bits, so no scale becomes smaller than the smallest one with four of them, nor 0 (a cluster of one column often
+    holds weights of 1e-4 and less).
 
     Args:
         params: [...] of the EXACT rule.
         low: [...], the lower bounds that `params` was made from.
         dtype: floating type of the stored scale.
         bits: 2 to 8.
-    Returns: QParams in float32 whose scale `dtype` holds exactly.
+    Returns: QParams in float32 whose scale is exact in `dtype`.
     """
     info = torch.finfo(dtype)
     scale = params.scale.clamp(16 * info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Attention with the softmax output on a grid: p̂ = round((2**bits - 1) p) / (2**bits - 1) on [0, 1].
+"""Attention with a quantised softmax output: p̂ = round((2**bits - 1) p) / (2**bits - 1) on [0, 1].
 
 Source: RPTQ's published code quantises the softmax output on the fixed range [0, 1] at 8 bits. Query rows are taken in
 blocks, so that a causal mask skips the keys after each block and the score matrix stays in cache.
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
 def window_mask(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
     """Make the mask [1, 1, T, S] bool of the last `tokens` of `keys` positions: True for the `window` keys up to its own.
 
-    None where that is plain causal attention.
+    Returns: None where that is plain causal attention.
     """
     if window is None or keys <= window:
         return None
@@ -51,8 +51,8 @@ def window_mask(tokens: int, keys: int, window: int | None, device: torch.device
 
 
 def _per_query_head(states: Tensor, heads: int) -> Tensor:
-    """Repeat [B, Hkv, S, E] to [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once: without
-    this, all scores are written to memory."""
+    """Repeat [B, Hkv, S, E] to [B, heads, S, E]. On CUDA no fused attention takes float32 and grouped heads at once; without
+    this, all scores would be written to memory."""
     groups = heads // states.shape[1]
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
@@ -62,7 +62,7 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ste
     kv_heads, past = k.shape[1], k.shape[2] - tokens
     lead = (batch, kv_heads, heads // kv_heads)
     q = q.unflatten(1, lead[1:]).flatten(0, 1)  # [B Hkv, G, T, E]
-    k, v = k.flatten(0, 1).transpose(1, 2), (v / steps).flatten(0, 1)  # v carries the 1 / steps of p̂
+    k, v = k.flatten(0, 1).transpose(1, 2), (v / steps).flatten(0, 1)  # 1 / steps of p̂ is applied to v
     out = q.new_empty(batch, tokens, *lead[1:], dim)
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)
@@ -82,12 +82,12 @@ def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ste
 
 @lru_cache(maxsize=8)
 def _future(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make [t, t]: -inf where the key comes after the query, else 0. Adding it is faster than filling through a mask."""
+    """Make [t, t]: -inf where the key comes after the query, else 0. Adding it is faster than masked filling."""
     return torch.full((tokens, tokens), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask that is True where a key is seen into numbers to add; return an additive mask as it is."""
+    """Convert a mask that is True for visible keys into numbers to add; return an additive mask unchanged."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

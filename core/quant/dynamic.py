@@ -1,4 +1,4 @@
-"""Quantise by the rules of BitNet b1.58 and BitNet a4.8: pure functions that return integer codes and their scale.
+"""Quantise by the rules of BitNet b1.58 and BitNet a4.8, into integer codes and scales: pure functions.
 
     ternary   round(w / α) clipped to -1 … 1      α = mean |w|, one per projection
     int8      round(127 x / γ)                    γ = max |x|, one per token; value = code · γ / 127
@@ -38,7 +38,7 @@ def ternary_absmean(w: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise the weight of one projection to ternary codes.
 
     Args:
-        w: floating, any shape; the scale is one for the whole tensor, so q, k and v are given apart.
+        w: floating, any shape; the whole tensor has one scale, so q, k and v are given one by one.
     Returns: (codes int8 in {-1, 0, 1} like w, scale 0-dim float32).
     """
     w = w.to(torch.float32)
@@ -93,7 +93,7 @@ def fp4_minmax(x: Tensor, *, fmt: str = "e2m1") -> tuple[Tensor, Tensor]:
 
 
 def topk_mask(x: Tensor, keep: float = 0.5) -> Tensor:
-    """Mark the int(keep · C), at least 1, largest |x| of each row of x [..., C]; among equals the first ones."""
+    """Select the int(keep · C), at least 1, largest |x| of each row of x [..., C]: a bool mask; among equals the first ones."""
     count = max(1, int(x.shape[-1] * keep))
     size = x.abs()
     threshold = size.topk(count, dim=-1).values[..., -1:]

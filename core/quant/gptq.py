@@ -1,8 +1,8 @@
 """Quantise weights with static grouped scales: round-to-nearest and GPTQ, as pure functions of tensors.
 
-GPTQ (Frantar et al., arXiv:2210.17323) rounds one input column after another and lets the columns not yet rounded
-absorb the error, weighted by the inverse Hessian H = (2 / M) Xᵀ X. Scales and zero points come from the unmodified
-weight, per output row and input cluster (RPTQ's published code), so groups need no re-fitting on the way.
+GPTQ (Frantar et al., arXiv:2210.17323) rounds one input column after another and corrects the columns not yet rounded
+for its error, weighted by the inverse Hessian H = (2 / M) Xᵀ X. Scales and zero points come from the unmodified
+weight, per output row and input cluster (RPTQ's published code), so groups are not fitted again while rounding.
 
 The factor used is U with H⁻¹ = Uᵀ U, U upper triangular. With H = R Rᵀ, R upper triangular (the Cholesky factor of H with
 rows and columns reversed), U = R⁻¹: one factorisation and one triangular inverse. Columns are kept as contiguous rows
@@ -22,18 +22,18 @@ from core.quant.linear.quant import QuantizedWeight
 from kernels import code_limits
 
 BLOCK = 128
-"""Columns of the outer level: what they change in later columns is one matrix product per block."""
+"""Columns of the outer level: their effect on later columns is one matrix product per block."""
 INNER = 16
 """Columns of the inner level: inside them every rounded column updates the others one by one."""
 DAMPING = 0.01
-"""Share of the Hessian's mean diagonal that is added to its diagonal: the published code's."""
+"""Share of the Hessian's mean diagonal that is added to its diagonal, as in the published code."""
 DAMPING_RETRIES = 3
 """How often the damping grows tenfold before the layer falls back to round-to-nearest."""
 
 
 @dataclass(frozen=True)
 class WeightResult:
-    """A quantised weight and how it came about.
+    """A quantised weight and the method that made it.
 
     Attributes:
         method: "gptq" or "rtn".
@@ -119,10 +119,10 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
     largest = float(diagonal.max())
     if largest <= 0:
         return None, "no input of this layer ever fired"
-    dead = diagonal.flip(0) <= 0  # inputs that never fire: 1 on the diagonal keeps the matrix invertible
+    dead = diagonal.flip(0) <= 0  # inputs that are always 0: 1 on the diagonal keeps the matrix invertible
     mean = float(diagonal.mean()) / largest
     for attempt in range(DAMPING_RETRIES + 1):
-        damped = hessian.flip(0, 1).div_(largest)  # reversed: Cholesky's lower factor, flipped back, is the upper R of H = R Rᵀ
+        damped = hessian.flip(0, 1).div_(largest)  # lower factor of the reversed matrix, reversed back: R of H = R Rᵀ
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(mean * DAMPING * 10**attempt)
         lower, info = torch.linalg.cholesky_ex(damped)
@@ -134,7 +134,7 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite. A finite sum says so at once; an overflowing one needs a look at each value."""
+    """Say whether no value is NaN or infinite; each value is only tested if their sum is not finite, which may be an overflow."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
@@ -157,7 +157,7 @@ def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _G
     """Choose scales and zero points from the ranges of the unmodified weight, per output row and cluster."""
     runs = weight.t().contiguous().split(offsets.diff().tolist())  # [columns of a cluster, N] each
     low, high = (torch.stack([reduce(run, 0) for run in runs], dim=1) for reduce in (torch.amin, torch.amax))
-    if grid is Grid.EXACT:  # zero is a code, so zero points fit the code's own width
+    if grid is Grid.EXACT:  # zero is a code, so zero points fit the width of a code
         low, high = low.clamp_max(0), high.clamp_min(0)
     params = choose_qparams(low, high, bits=bits, grid=grid, clip_zero_point=False)
     if grid is Grid.EXACT:
@@ -180,7 +180,7 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
     channel_cluster = torch.repeat_interleave(clusters, groups.offsets.diff())
     zero = groups.zero_point.t().contiguous()  # [G, N]
     grids = list(zip(groups.scale.t().contiguous(), groups.qmin - zero, groups.qmax - zero, strict=True))
-    factor = factor / factor.diagonal()[:, None]  # GPTQ divides the error by U[i, i]: with rows scaled so, it enters as it is
+    factor = factor / factor.diagonal()[:, None]  # GPTQ divides the error by U[i, i]; with these rows it need not
     errors = torch.empty(min(BLOCK, width), columns.shape[1], device=columns.device)
     rows = list(zip(columns, codes, (grids[c] for c in channel_cluster.tolist()), strict=True))
     for start in range(0, width, BLOCK):
@@ -191,11 +191,11 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
                 column, rounded, (scale, lower, upper) = rows[i]
                 torch.div(column, scale, out=rounded).round_().clamp_(lower, upper)
                 error = torch.addcmul(column, rounded, scale, value=-1.0, out=errors[i - start])
-                if i + 1 < end:  # the rest of the inner block sees the error at once, because it is rounded next
+                if i + 1 < end:  # the inner block is rounded next: update it at once
                     columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
-            if end < stop:  # the rest of the block sees the errors of 16 columns in one product
+            if end < stop:  # the rest of the block gets the errors of 16 columns in one product
                 columns[end:stop].addmm_(factor[inner:end, end:stop].t(), errors[inner - start : end - start], alpha=-1.0)
-        if stop < width:  # all later columns see the errors of the whole block in one large product
+        if stop < width:  # all later columns get the errors of the whole block in one large product
             columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[: stop - start], alpha=-1.0)
     return codes.add_(zero[channel_cluster])
 

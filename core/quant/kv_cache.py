@@ -1,8 +1,8 @@
-"""Keys and values of the tokens that a model has read: packed low-bit codes, or floats where a layer does not quantise them.
+"""The KV cache: keys and values as packed low-bit codes, or floats where they are not quantised.
 
-Packed keys and values are quantised as they arrive, after the rotation, with the static scales of their sites (RPTQ, R2 and
-R3); the first `sink_tokens` positions stay in float. Slots grow by doubling, so appending a token copies nothing else.
-Reading dequantises what the attention needs; a single new token attends to the codes as they are.
+Packed keys and values are quantised when they are stored, after the rotation, with the static scales of their sites (RPTQ, R2
+and R3); the first `sink_tokens` positions stay in float. Room doubles when it runs out, so that appending a token copies nothing
+else. Reading dequantises what the attention needs; a single new token attends to the codes themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.kv import PackedHeads
 
 
 class PackedStates:
-    """Store keys or values of one layer, [B, Hkv, S, E]: packed codes, and the first tokens in float.
+    """Keys or values of one layer, [B, Hkv, S, E]: packed codes, and the first tokens in float.
 
     Args:
         quantizer: C = Hkv * E channels.
@@ -32,11 +32,11 @@ class PackedStates:
         self.sink: Tensor | None = None
         self.packed: Tensor | None = None
         self.dim = 0
-        self._grid: tuple[Tensor, Tensor] | None = None  # the quantiser's, as `PackedHeads` takes it
-        self.cursor: tuple[Tensor, Tensor] | None = None  # where the next token goes and the slots filled then, on the device
+        self._grid: tuple[Tensor, Tensor] | None = None  # the quantiser's, in the form of `PackedHeads`
+        self.cursor: tuple[Tensor, Tensor] | None = None  # on the device: the next token's slot, and filled slots with it
 
     def append(self, states: Tensor) -> Tensor:
-        """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        """Quantise and store [B, Hkv, t, E]; return all states so far, dequantised: [B, Hkv, S, E]."""
         if triton_runs_on(states.device):
             self.store(states)
             return self.read()
@@ -48,12 +48,12 @@ class PackedStates:
         return self._decode(codes) if first == 0 else self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """Do what `KVCache.pin` says for these states."""
+        """Prepare these states for a captured graph, as `KVCache.pin` says."""
         self._reserve(self.packed, self.length + room)
         self.cursor = (ends[1:2], ends[2:3])
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
-        """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
+        """Quantise and store [B, Hkv, t, E] without reading anything; return the store and its filled slots."""
         from kernels import kv_append
 
         self._prepare(states)
@@ -66,7 +66,7 @@ class PackedStates:
         return heads, self.length
 
     def heads(self) -> PackedHeads:
-        """Describe what is stored as kernels take it."""
+        """Return the stored states in the form that kernels take."""
         if self._grid is None:
             self._grid = self.quantizer.head_grid(self.packed.shape[1])
         scale, zero = self._grid
@@ -79,7 +79,7 @@ class PackedStates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored states: packed codes of the filled slots, and the float sink."""
+        """Bytes of stored states: packed codes of the filled slots, and the first tokens in float."""
         if self.packed is None:
             return 0
         sink = 0 if self.sink is None else self.sink.numel() * self.sink.element_size()
@@ -117,7 +117,7 @@ class PackedStates:
         self._reserve(states, self.length + states.shape[2])
 
     def _reserve(self, like: Tensor, slots: int) -> None:
-        """Make room for `slots` tokens; it doubles when it runs out."""
+        """Make room for `slots` tokens; the room doubles when it runs out."""
         held = 0 if self.packed is None else self.packed.shape[2]
         if self.packed is None or held < slots:
             width = packed_width(self.dim, self.quantizer.bits)
@@ -128,7 +128,7 @@ class PackedStates:
 
 
 class FloatKVLayer:
-    """Store keys and values of one layer in their own float type."""
+    """Keys and values of one layer in their own float type."""
 
     packed = pinned = False
 
@@ -137,7 +137,7 @@ class FloatKVLayer:
         self._slots: Tensor | None = None  # [2, B, Hkv, slots, E]
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, Hkv, t, E]; returns all stored ones, [B, Hkv, S, E], which later calls may overwrite."""
+        """Store new keys and values [B, Hkv, t, E]; return all stored ones, [B, Hkv, S, E], which later calls may overwrite."""
         stop = self.length + keys.shape[2]
         held = 0 if self._slots is None else self._slots.shape[3]
         if held < stop:
@@ -161,7 +161,7 @@ class FloatKVLayer:
 
 
 class QuantizedKVLayer:
-    """Store keys and values of one layer as packed codes with static scales."""
+    """Keys and values of one layer as packed codes with static scales."""
 
     packed = True
 
@@ -169,9 +169,9 @@ class QuantizedKVLayer:
         self.key_states, self.value_states = PackedStates(key, sink_tokens), PackedStates(value, sink_tokens)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new float keys and values [B, Hkv, t, E]; returns all stored ones dequantised, [B, Hkv, S, E].
+        """Store new float keys and values [B, Hkv, t, E]; return all stored ones dequantised, [B, Hkv, S, E].
 
-        Raises: RuntimeError while the cache is pinned, when its length is on the device.
+        Raises: RuntimeError while the cache is pinned, as its length is then on the device.
         """
         if self.pinned:
             raise RuntimeError("a pinned cache takes single tokens: unpin it first")
@@ -179,19 +179,19 @@ class QuantizedKVLayer:
 
     @property
     def pinned(self) -> bool:
-        """True between `KVCache.pin` and `unpin`: then one sequence is decoded, a token at a time."""
+        """Whether the cache is between `KVCache.pin` and `unpin`, when one sequence is decoded a token at a time."""
         return self.key_states.cursor is not None
 
     def attends(self, q: Tensor, softmax_bits: int) -> bool:
-        """Tell whether `attend` needs no dequantised copy for queries [B, H, T, E]: one new token, stored ones before it, and a
-        softmax that stays in float."""
+        """Say whether `attend` can run for queries [B, H, T, E] without a dequantised copy: one new token, stored ones before
+        it, and a float softmax."""
         return q.shape[2] == 1 and softmax_bits >= FLOAT_BITS and self.length > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_bits: int) -> Tensor:
         """Store one token's keys and values [B, Hkv, 1, E] and attend to all stored ones, without a mask.
 
-        They stay packed. Only for a quantised softmax, whose step needs all scores before the first product, every slot of a
-        pinned cache is dequantised and the empty ones are masked.
+        They stay packed, except for a quantised softmax on a pinned cache, whose step needs all scores before the first
+        product: then every slot is dequantised, and empty slots are masked.
 
         Args:
             q: [B, H, 1, E], scaled.
@@ -217,7 +217,7 @@ class QuantizedKVLayer:
 
     @property
     def length(self) -> int:
-        """Stored positions."""
+        """Number of stored positions."""
         return self.key_states.length
 
     def select(self, rows: Tensor) -> None:
@@ -232,7 +232,7 @@ class QuantizedKVLayer:
 
 
 class KVCache:
-    """Store keys and values of a whole model, one layer per decoder block.
+    """Keys and values of a whole model, one layer per decoder block.
 
     Args:
         layers: `FloatKVLayer`, `QuantizedKVLayer` or `core.quant.kv_cache_dynamic.DynamicKVLayer`.
@@ -242,19 +242,19 @@ class KVCache:
         self.layers = layers
 
     def get_seq_length(self) -> int:
-        """Count the stored positions. transformers' `generate` calls this name."""
+        """Count the stored positions. transformers' `generate` requires this name."""
         return self.layers[0].length
 
     def reorder_cache(self, rows: Tensor) -> None:
-        """Keep or repeat the given rows of the batch, int64. The beam search of transformers' `generate` calls this name."""
+        """Keep or repeat the given rows of the batch, int64. The beam search of transformers' `generate` requires this name."""
         for layer in self.layers:
             layer.select(rows)
 
     def pin(self, room: int) -> None:
-        """Make room for `room` more tokens and take their places from device tensors: what a captured graph needs.
+        """Make room for `room` more tokens and read their slots from device tensors, as a captured graph needs.
 
-        From here to `unpin` every token comes alone, through `QuantizedKVLayer.attend`, and is counted by `advance`. All layers
-        hold packed states, sinks included.
+        Until `unpin` every token comes alone, through `QuantizedKVLayer.attend`, and is counted by `advance`. All layers hold
+        packed states, with their first tokens stored.
         """
         length, device = self.get_seq_length(), self.layers[0].key_states.packed.device
         self._ends = torch.tensor([length - 1, length, length + 1], dtype=torch.int32, device=device)
@@ -268,7 +268,7 @@ class KVCache:
             states.length += 1
 
     def unpin(self) -> None:
-        """Return to tokens in any number, with the length on the host."""
+        """Return to any number of tokens per call, with the length on the host."""
         for states in self._states():
             states.cursor = None
 

@@ -1,11 +1,11 @@
-"""Keys and values of BitNet a4.8: symmetric unsigned codes, one scale per token and head, nothing calibrated.
+"""The KV cache of BitNet a4.8: symmetric unsigned codes, one scale per token and head, not calibrated.
 
     Q = 2**(b - 1) - 1      s = max |x| / Q over one head of one token, stored in float16
     u = round(x / s) clipped to -Q … Q, plus Q + 1      x ≈ (u - Q - 1) s      (b = 4: u in 1 … 15; code 0 never occurs)
 
 The first token of a sequence (bos) has bits of its own: the paper keeps it at 4 where the others have 3. Codes are written once
-and never touched again. Source: arXiv:2411.04965, section 2.3, which names absmax and unsigned integers; the offset and the scale
-per token and head are our reading.
+and never changed. Source: arXiv:2411.04965, section 2.3, which names absmax and unsigned integers; the offset and the scale per
+token and head are our interpretation.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ def fake_heads(x: Tensor, bits: int) -> Tensor:
 
 
 class DynamicStates:
-    """Store keys or values of one layer, [B, Hkv, S, E]: the first token at bits of its own (or in float), the others packed.
+    """Keys or values of one layer, [B, Hkv, S, E]: the first token at bits of its own (or in float), the others packed.
 
-    Offers what `core.quant.kv_cache.PackedStates` offers.
+    It has the methods of `core.quant.kv_cache.PackedStates`.
     """
 
     def __init__(self, bits: AttentionBits) -> None:
         self.bits = bits
         self.length = self.dim = 0
         self.first: tuple[Tensor, Tensor | None] | None = None  # packed codes and scale; values and None in float
-        self._first_values: Tensor | None = None  # what they say, for `store`
+        self._first_values: Tensor | None = None  # dequantised, for `store`
         self.cursor: tuple[Tensor, Tensor] | None = None  # as `PackedStates.cursor`
         self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E)]
         self.scale: Tensor | None = None  # [B, Hkv, slots, 1] float16
 
     def append(self, states: Tensor) -> Tensor:
-        """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        """Quantise and store [B, Hkv, t, E]; return all states so far, dequantised: [B, Hkv, S, E]."""
         self.dim = states.shape[-1]
         stop = self.length + states.shape[2]
         if self.length == 0:
@@ -91,13 +91,12 @@ class DynamicStates:
         return self.read()
 
     def pin(self, room: int, ends: Tensor) -> None:
-        """Do what `KVCache.pin` says for these states; the first token has no slot."""
+        """Prepare these states for a captured graph, as `KVCache.pin` says; the first token has no slot."""
         self._reserve(self.packed, self.length - 1 + room)
         self.cursor = (ends[0:1], ends[1:2])
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
-        """Quantise and store [B, Hkv, t, E] behind the first token without reading anything back; returns the store and its
-        filled slots."""
+        """Quantise and store [B, Hkv, t, E] after the first token without reading; return the store and its filled slots."""
         from kernels import kv_append
 
         start, stop = self.length - 1, self.length + states.shape[2]
@@ -111,7 +110,7 @@ class DynamicStates:
         return heads, stop - 1
 
     def heads(self) -> PackedHeads:
-        """Describe what is stored as kernels take it."""
+        """Return the stored states in the form that kernels take."""
         if self._first_values is None:
             self._first_values = self._read_first()
         return PackedHeads(self.packed, self.bits.kv, self.dim, row_scale=self.scale, first=self._first_values)
@@ -150,7 +149,7 @@ class DynamicStates:
         return codes if scale is None else dequantize_rows(unpack(codes, self.bits.bos, self.dim), scale, self.bits.bos)
 
     def _reserve(self, like: Tensor, slots: int) -> None:
-        """Make room for `slots` tokens behind the first; it doubles when it runs out."""
+        """Make room for `slots` tokens after the first; the room doubles when it runs out."""
         if self.packed is not None and self.packed.shape[2] >= slots:
             return
         held = 0 if self.packed is None else self.packed.shape[2]
@@ -163,13 +162,13 @@ class DynamicStates:
 
 
 class DynamicKVLayer(QuantizedKVLayer):
-    """Store keys and values of one layer as packed codes with a scale per token and head."""
+    """Keys and values of one layer as packed codes with a scale per token and head."""
 
     def __init__(self, bits: AttentionBits) -> None:
         self.key_states, self.value_states = DynamicStates(bits), DynamicStates(bits)
 
     def unsupported_reason(self, softmax_bits: int) -> str | None:
-        """Name what `QuantizedKVLayer.unsupported_reason` names, and a quantised softmax: empty slots have no scale."""
+        """Say why a pinned layer cannot be captured: as `QuantizedKVLayer`, or a quantised softmax: empty slots lack scales."""
         if softmax_bits < FLOAT_BITS:
             return "the softmax over scales per token is quantised"
         return super().unsupported_reason(softmax_bits)

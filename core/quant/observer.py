@@ -1,8 +1,8 @@
-"""Scale and zero point per cluster of one site, by the published rules or by the better ones.
+"""Choose scale and zero point per cluster of one site, by the published rules or by better ones.
 
 Published: moving-average ranges, official grid. Better: exact ranges without the first token, both ends on the grid, and
 each cluster's range shrunk towards its centre by the factor with the smallest squared error on sampled rows, the channels
-weighted by how much their consumer amplifies them. Why: docs/log.md.
+weighted by how much the layer that reads them amplifies their errors. Why: docs/log.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 
 @dataclass(frozen=True)
 class RangeRules:
-    """Which rules make a grid out of observed ranges.
+    """Rules by which observed ranges become a grid.
 
     Attributes:
         grid: OFFICIAL (2**bits steps) or EXACT (2**bits - 1).
@@ -38,10 +38,10 @@ class RangeRules:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How one activation site is quantised.
+    """The quantisation of one activation site.
 
     Attributes:
-        bits: 2 to 8, or 16 for not at all.
+        bits: 2 to 8, or 16 for not quantised.
         offsets: [G + 1] int64 cluster boundaries in the planned order (16-bit sites keep them: weights are grouped by them).
         params: scale and zero point per cluster [G]; None at 16 bits.
         sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
@@ -56,13 +56,13 @@ class SitePlan:
 
 
 def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRules, importance: Tensor | None = None) -> SitePlan:
-    """Quantisation of one site whose channels lie in cluster order.
+    """Plan the quantisation of one site whose channels are in cluster order.
 
     Args:
         ranges: of the site, in the planned order.
         offsets: [G + 1] int64.
         bits: 2 to 8, or 16 for none.
-        importance: [C] weights of the channels' squared errors; None for equal.
+        importance: [C] factors of the channels' squared errors; None for equal ones.
     """
     if bits >= 16:
         return SitePlan(16, offsets, None, None)
@@ -74,13 +74,13 @@ def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRul
 
 
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
-    """Signal to quantisation noise, 10 log10(Σ x² / Σ (x - x̂)²) in dB; infinite for an exact copy."""
+    """Compute the signal-to-noise ratio 10 log10(Σ x² / Σ (x - x̂)²) in dB; infinite for an exact copy."""
     noise = float((signal - approximation).square().sum(dtype=torch.float64))
     return decibels(float(signal.square().sum(dtype=torch.float64)), noise)
 
 
 def decibels(power: float, noise: float) -> float:
-    """10 log10(power / noise) of two finite sums of squares; infinite without noise, -infinite for noise without a signal."""
+    """Compute 10 log10(power / noise) of two finite sums of squares; infinite without noise, -infinite without power."""
     if noise == 0:
         return math.inf
     return 10 * (math.log10(power) - math.log10(noise)) if power > 0 else -math.inf
@@ -104,7 +104,7 @@ def _search(
 
 
 def fake_rows(rows: Tensor, params: QParams, offsets: Tensor, bits: int) -> Tensor:
-    """x̂ of rows [R, C] whose clusters lie between `offsets`."""
+    """Quantise and dequantise rows [R, C] with clusters between `offsets`."""
     qmin, qmax = code_limits(bits)
     zero = expand(params.zero_point, offsets)
     return fake_quantize(rows, expand(params.scale, offsets), qmin - zero, qmax - zero)

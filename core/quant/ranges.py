@@ -37,22 +37,22 @@ class ChannelRanges:
     rows: Tensor
 
     def permuted(self, order: Tensor) -> ChannelRanges:
-        """The same channels in another order: new = old[order]."""
+        """Return the same channels in another order: new = old[order]."""
         return ChannelRanges(*(getattr(self, name)[..., order] for name in ("low", "high", "sample_low", "sample_high", "rows")))
 
 
 def cluster_bounds(ranges: ChannelRanges, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact (low, high) of each cluster, [G] each. Channels must lie in cluster order."""
+    """Compute the exact (low, high) of each cluster, [G] each. Channels must be in cluster order."""
     return segment_min(ranges.low, offsets), segment_max(ranges.high, offsets)
 
 
 def channel_ema(ranges: ChannelRanges) -> tuple[Tensor, Tensor]:
-    """Moving-average (low, high) of each channel over the samples, [C] each."""
+    """Compute the moving-average (low, high) of each channel over the samples, [C] each."""
     return _ema(ranges.sample_low), _ema(ranges.sample_high)
 
 
 def ema_bounds(ranges: ChannelRanges, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Moving-average (low, high) of each cluster over the samples, [G] each."""
+    """Compute the moving-average (low, high) of each cluster over the samples, [G] each."""
     return _ema(segment_min(ranges.sample_low, offsets)), _ema(segment_max(ranges.sample_high, offsets))
 
 

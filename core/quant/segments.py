@@ -1,4 +1,4 @@
-"""Reduce and expand runs of contiguous channels, which share a scale.
+"""Reduce and expand runs of contiguous channels that share a scale.
 
 one run [0, C]            per tensor
 G runs [0, 7, 12, …, C]   per cluster, after the reordering has made clusters contiguous

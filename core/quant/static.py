@@ -1,4 +1,4 @@
-"""Quantise the activations of one site with static scales: one scale and zero point per cluster of contiguous channels."""
+"""Quantise the activations of one site with static scales: one scale and zero point per cluster."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def keep_float_rows(keep_float: KeepFloat, x: Tensor) -> tuple | Tensor:
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantise [..., C] activations whose channels lie in cluster order.
+    """A quantiser of [..., C] activations whose channels are in cluster order.
 
     Saved buffers: scale [G] float32, zero_point [G] int32, offsets [G + 1] int32. Derived and not saved, one value per channel:
     channel_scale, channel_zero, and lower and upper, the code limits minus the zero point, all [C] float32.
@@ -78,11 +78,11 @@ class ActivationQuantizer(nn.Module):
         return self.channel_scale.numel()
 
     def fake(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """Compute x̂ for x [..., T, C]; tokens in `keep_float` come back unchanged. With `inplace` x is overwritten by x̂."""
+        """Quantise and dequantise x [..., T, C], except for tokens in `keep_float`. With `inplace` the result overwrites x."""
         return self._fake(x, (-1,), keep_float, inplace)
 
     def fake_heads(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """Compute x̂ for heads x [B, H, T, E], C = H * E; other arguments as `fake`."""
+        """Quantise and dequantise heads x [B, H, T, E], C = H * E; other arguments as `fake`."""
         keep_float = keep_float[:, None] if isinstance(keep_float, Tensor) else keep_float
         return self._fake(x, (x.shape[1], 1, x.shape[3]), keep_float, inplace)
 

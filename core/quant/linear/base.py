@@ -1,6 +1,6 @@
-"""The base class of a decoder block's linear layers: float, packed (`quant.py`) and ternary (`ternary.py`).
+"""The base class of a decoder block's linear layers (float, packed, ternary), and the float one.
 
-A layer keeps its weight as it is saved. What its backend multiplies with instead, if anything, is a working copy: derived from
+A layer keeps its weight as it is saved. If its backend multiplies with another form of it, that is a working copy: derived from
 the saved tensors on first use and never saved. All working copies of a layer live in `LinearLayer.copies` and nowhere else.
 """
 
@@ -59,7 +59,7 @@ def _tensors(entry: object) -> Iterator[Tensor]:
 
 
 class LinearLayer(nn.Module):
-    """Compute y = x̂ Ŵᵀ + b, x̂ and Ŵ being x and W or what is left of them after quantisation.
+    """A linear layer y = x̂ Ŵᵀ + b; x̂ and Ŵ are x and W, or their quantised values.
 
     Attributes:
         bits: bits of a stored weight; 16 for floats.
@@ -83,16 +83,16 @@ class LinearLayer(nn.Module):
     # what each kind of layer defines
 
     def choose(self, backend: Backend) -> Choice:
-        """Decide what runs this layer where its tensors are now. Raises: ValueError if `backend`, asked for by name, cannot."""
+        """Decide which backend runs this layer on its device. Raises: ValueError if `backend`, asked for by name, cannot."""
         raise NotImplementedError
 
     def parts(
         self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
-        """Compute `forward` as tensors [..., n] whose n are `sizes` (Σ sizes = N), one after the other; None is one of N.
+        """Compute `forward` in parts [..., n] with the n of `sizes` (Σ sizes = N), one after the other; None is one part of N.
 
-        A layer may compute a part only when it is taken from the iterator. So x must stay as this call has left it until the last
-        part has been taken. Other arguments: see `forward`.
+        A layer may compute a part only when the iterator reaches it, so x must not be changed until the last part was taken.
+        Other arguments: see `forward`.
         """
         raise NotImplementedError
 
@@ -106,20 +106,20 @@ class LinearLayer(nn.Module):
 
     @property
     def decode_bytes(self) -> int:
-        """Bytes of the weight that the product of one token reads: of the working copy where it takes one."""
+        """Bytes of the weight that the product of one token reads: those of the working copy where it uses one."""
         return self.stored_bytes
 
     # what all layers share
 
     def forward(self, x: Tensor | Codes, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """Compute the layer.
+        """Compute the layer's output.
 
         Args:
             x: [..., K] floating, or its codes where a kernel made them (`norm_codes`).
             keep_float: tokens of x [..., T, K] whose input is not quantised.
             inplace: allow the layer to overwrite x. A caller may pass True only if nobody reads x afterwards. The layer
-                overwrites x where that saves it a copy and leaves it alone otherwise; the result is the same bits in both cases
-                and shares no memory with x.
+                overwrites x where that saves a copy, else it leaves x alone; the result has the same bits in both cases and
+                shares no memory with x.
         Returns: [..., N].
         """
         return next(self.parts(x, None, keep_float, inplace=inplace))
@@ -129,9 +129,9 @@ class LinearLayer(nn.Module):
 
         Args:
             x: [..., K] floating; residual: the same, or None.
-            norm: the norm that stands before the layer.
+            norm: the norm before the layer.
         Returns: (x + residual, codes of its norm), or None where the layer does not multiply codes that this kernel makes: then
-        only the gather and the norm are left, where plain torch is right.
+        only reordering and norm remain, for which plain torch is used.
         """
         done = self._norm_rows(x.flatten(0, -2), norm, None if residual is None else residual.flatten(0, -2))
         if done is None:
@@ -159,7 +159,7 @@ class LinearLayer(nn.Module):
         self.copies.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearLayer:
-        """Move or convert the tensors; another device is another choice of backend."""
+        """Move or convert the tensors, and choose the backend again for their device."""
         super()._apply(fn, recurse)
         if not self.stored_tensors()[0].is_meta:
             self.set_backend(self.requested)
@@ -172,7 +172,7 @@ class LinearLayer(nn.Module):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the weight as it is saved, scales and zero points included."""
+        """Bytes of the weight as saved, scales and zero points included."""
         return sum(t.nbytes for t in self.stored_tensors())
 
     @property
@@ -182,7 +182,7 @@ class LinearLayer(nn.Module):
 
 
 class FloatLinear(LinearLayer):
-    """Compute y = x Wᵀ + b in floating point: `nn.functional.linear` behind the interface of the low-bit layers.
+    """A linear layer y = x Wᵀ + b in floating point, with the interface of the low-bit layers.
 
     Args:
         weight: [N, K] floating, kept as it is.
@@ -196,7 +196,7 @@ class FloatLinear(LinearLayer):
         self.set_backend(Backend.AUTO)
 
     def choose(self, backend: Backend) -> Choice:
-        """Take the reference: torch's product. Raises: ValueError for another backend by name."""
+        """Choose the reference: torch's product. Raises: ValueError for another backend by name."""
         if backend not in (Backend.AUTO, Backend.REFERENCE):
             raise ValueError(f"{backend} cannot run this layer, whose weights stay in float: use reference")
         return Choice(Backend.REFERENCE, "weights stay in float, so the product does too")
@@ -204,7 +204,7 @@ class FloatLinear(LinearLayer):
     def parts(
         self, x: Tensor, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
-        """See `LinearLayer.parts`; nothing is quantised, so `keep_float` changes nothing, and x is not overwritten."""
+        """Compute `LinearLayer.parts`; `keep_float` has no effect, as nothing is quantised, and x is not overwritten."""
         y = nn.functional.linear(x, self.weight, self.bias)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 

@@ -1,4 +1,4 @@
-"""Linear layer with packed weights and a static quantiser on its input: the layer a quantised model is made of."""
+"""Linear layer of a quantised model: packed weights and a static quantiser of its input."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class QuantizedWeight:
 
 
 class QuantLinear(LinearLayer):
-    """Compute y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
+    """A linear layer y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
 
-    Weight and input share their clusters; or the weight has one scale per row, and the scales of the input's clusters are its
-    largest one divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator.
+    Weight and input share their clusters; or the weight has one scale per row, and the input's scales are the largest one
+    divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator.
 
     Saved buffers: `packed` [N, packed_width(K, bits)] uint8, `weight_scale`, `weight_zero` [N, G], `offsets` [G + 1]
     int32, `bias` [N]; with 16-bit weights `weight` [N, K] replaces the first three. Working copies, by name in `copies`:
@@ -68,7 +68,7 @@ class QuantLinear(LinearLayer):
         product      the operands of the chosen backend (INT4: REFERENCE's, for more rows than INT4 takes)
         few rows     INT4's operands
         float rows   INT8's operands without the input's scales, for tokens that keep a float input
-        step         INT8 and TRITON with codes: the input's scales, and factors of its codes where a step is common to clusters
+        step         INT8 and TRITON with codes: the input's scales, and factors of its codes where clusters share a step
 
     Args:
         tensors: the saved buffers by name, without `bias`.
@@ -135,7 +135,7 @@ class QuantLinear(LinearLayer):
                 raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
 
     def choose(self, backend: Backend) -> Choice:
-        """See `LinearLayer.choose` and `kernels.select_linear_backend`."""
+        """Choose the backend as `LinearLayer.choose` and `kernels.select_linear_backend` say."""
         return select_linear_backend(
             backend,
             weight_bits=self.bits,
@@ -157,20 +157,20 @@ class QuantLinear(LinearLayer):
         return self.choice.backend is Backend.INT8
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
-        """See `LinearLayer.stored_tensors`."""
+        """Return the saved tensors of the weight, as `LinearLayer.stored_tensors` says."""
         return (self.weight,) if self.bits >= 16 else (self.packed, self.weight_scale, self.weight_zero)
 
     @property
     def decode_bytes(self) -> int:
-        """Bytes of the weight that the product of one token reads: of the working copy where it takes one."""
-        few = self.choice.backend is Backend.INT4  # one token does not take the float copy of more rows
+        """Bytes of the weight that the product of one token reads: those of the working copy where it uses one."""
+        few = self.choice.backend is Backend.INT4  # one token does not use the float copy for more rows
         copy = self.copies.nbytes(self, "few rows" if few else "product")
         if not copy:
             return self.stored_bytes
-        return copy + self.packed.nbytes if self.choice.backend is Backend.TRITON else copy  # TRITON reads the weight as stored
+        return copy + self.packed.nbytes if self.choice.backend is Backend.TRITON else copy  # TRITON reads the stored weight
 
     def dequantized_weight(self) -> Tensor:
-        """See `LinearLayer.dequantized_weight`; columns are in cluster order."""
+        """Return Ŵ [N, K] float32, columns in cluster order."""
         return self.weight.to(torch.float32) if self.bits >= 16 else self._quantized_weight().dequantize()
 
     def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
@@ -184,7 +184,7 @@ class QuantLinear(LinearLayer):
     def parts(
         self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
-        """See `LinearLayer.parts`; INT8 and REFERENCE compute a part when it is taken."""
+        """Compute `LinearLayer.parts`; INT8 and REFERENCE compute a part when the iterator reaches it."""
         if self.choice.backend is Backend.INT4 and x.numel() <= int4.MAX_ROWS * self.in_features:
             return self.copies.get("few rows", self._int4_operands).parts(x, sizes)
         operands = self.copies.get("product", self._operands)
@@ -217,7 +217,7 @@ class QuantLinear(LinearLayer):
         return self.quantizer.common_step()
 
     def _float_product(self, x: Tensor) -> Tensor:
-        """Apply the layer to a few float rows x [..., K], beside integer operands."""
+        """Apply the layer to a few float rows x [..., K], where its operands are for integers."""
         if self.choice.backend is not Backend.INT8:
             return nn.functional.linear(x, self.dequantized_weight(), self.bias)
         operands = self.copies.get("float rows", self._float_row_operands)
@@ -243,7 +243,7 @@ class QuantLinear(LinearLayer):
         weight = self._quantized_weight()
         output_scale, zero_rows, bias = self._folded(weight)
         codes = weight.shifted_codes()
-        if codes is None:  # the zero points stay outside
+        if codes is None:  # zero points do not fit the codes: they stay separate
             return Int8Operands(signed_codes(weight.codes, self.bits), output_scale, zero_rows, bias, self._segments)
         return Int8Operands(codes, output_scale, None, bias, self._segments)
 
@@ -264,7 +264,7 @@ class QuantLinear(LinearLayer):
         return WeightOnlyOperands(self.packed, *scales, self.bias, self.bits, self._segments, backend)
 
     def _folded(self, weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
-        """Fold the input's scales and zero points into the epilogue: sx sw [G, N], sx sw zw [G, N] and b' [N], all float32."""
+        """Combine the input's scales and zero points with the weight's: sx sw [G, N], sx sw zw [G, N] and b' [N], all float32."""
         step, _ = self.copies.get("step", self._input_step)
         output_scale = (step * weight.scale.to(torch.float32)).t().contiguous()
         zero_rows = output_scale * weight.zero_point.to(torch.float32).t()
@@ -273,6 +273,6 @@ class QuantLinear(LinearLayer):
         return output_scale, zero_rows, bias if self.bias is None else bias + self.bias
 
     def extra_repr(self) -> str:
-        """Describe shape, bits and backend, as the model's repr shows them."""
+        """Describe shape, bits and backend for the model's repr."""
         clusters = len(self._segments) - 1
         return f"{self.in_features} → {self.out_features}, {self.bits} bits, {clusters} clusters, {self.choice.backend}"

@@ -1,7 +1,7 @@
-"""Linear layer with ternary weights and a dynamic quantiser on its input: the layer a BitNet model is made of.
+"""Linear layer of a BitNet model: ternary weights and a dynamic quantiser of its input.
 
 Weights are two bits each with one scale per projection: a fused q|k|v or gate|up keeps the scales of its parts (`bounds`). The
-input is quantised once per call, per token, and all parts share the codes. Integer and float arithmetic give the same bits
+input is quantised once per call, per token, and all parts use the same codes. Integer and float arithmetic give the same bits
 (`kernels/ternary/`). Source: BitNet a4.8 (arXiv:2411.04965), section 2.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TernaryLinear(LinearLayer):
-    """Compute y = x̂ Ŵᵀ + b with Ŵ = α t, t in {-1, 0, 1}, and x̂ quantised per token.
+    """A linear layer y = x̂ Ŵᵀ + b with Ŵ = α t, t in {-1, 0, 1}, and x̂ quantised per token.
 
     Saved buffers: `packed` [N, ceil(K / 4)] uint8, `weight_scale` [P] float32, `bounds` [P + 1] int32 (rows of the P projections,
     0 … N), `bias` [N] or none. Working copies, by name in `copies`:
@@ -59,7 +59,7 @@ class TernaryLinear(LinearLayer):
     def from_codes(
         cls, parts: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, *, kind: str = "int8", keep: float = 0.5
     ) -> TernaryLinear:
-        """Fuse projections given as (codes [n, K] int8 in {-1, 0, 1}, scale 0-dim) that read one input."""
+        """Make a layer of fused projections (codes [n, K] int8 in {-1, 0, 1}, scale 0-dim) that read the same input."""
         codes = torch.cat([c for c, _ in parts])
         bounds = torch.tensor([0, *(len(c) for c, _ in parts)]).cumsum(0).to(torch.int32)
         scales = torch.stack([s.to(torch.float32).reshape(()) for _, s in parts])
@@ -70,7 +70,7 @@ class TernaryLinear(LinearLayer):
     def from_weights(
         cls, parts: list[Tensor], bias: Tensor | None = None, *, kind: str = "int8", keep: float = 0.5
     ) -> TernaryLinear:
-        """Round float projections [n, K] that read one input to ternary, each by its own mean."""
+        """Make a layer of float projections [n, K] that read the same input, each rounded to ternary by its own mean."""
         return cls.from_codes([ternary_absmean(p) for p in parts], bias, kind=kind, keep=keep)
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
@@ -85,12 +85,12 @@ class TernaryLinear(LinearLayer):
             raise ValueError(f"input quantiser {self.kind[:20]!r} with keep {self.keep}")
 
     def with_input(self, kind: str, keep: float) -> TernaryLinear:
-        """Return a layer of the same weights, shared, behind another input quantiser."""
+        """Return a layer with the same weights, shared, and another input quantiser."""
         tensors = {name: getattr(self, name) for name in ("packed", "weight_scale", "bounds")}
         return TernaryLinear(tensors, in_features=self.in_features, bias=self.bias, kind=kind, keep=keep)
 
     def choose(self, backend: Backend) -> Choice:
-        """See `LinearLayer.choose`."""
+        """Choose the backend as `LinearLayer.choose` says."""
         automatic = self._automatic()
         if backend is Backend.AUTO:
             return automatic
@@ -109,12 +109,12 @@ class TernaryLinear(LinearLayer):
         return Choice(Backend.INT8, "ternary weights and integer codes multiply exactly in int8")
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
-        """See `LinearLayer.stored_tensors`; the row bounds are among them."""
+        """Return the saved tensors of the weight, as `LinearLayer.stored_tensors` says, and the row bounds."""
         return self.packed, self.weight_scale, self.bounds
 
     @property
     def decode_bytes(self) -> int:
-        """Bytes of the weight that one token reads at most: of the working copy where there is one, skipping left out."""
+        """Bytes of the weight that one token reads at most: those of the working copy if there is one; skipped rows count."""
         copy = self.copies.nbytes(self, "weight")
         return copy + self.copies.nbytes(self, "row scale") if copy else self.stored_bytes
 
@@ -123,7 +123,7 @@ class TernaryLinear(LinearLayer):
         return list(zip(self._ternary().split(self.bounds.diff().tolist()), self.weight_scale, strict=True))
 
     def dequantized_weight(self) -> Tensor:
-        """See `LinearLayer.dequantized_weight`."""
+        """Return Ŵ [N, K] float32."""
         return torch.cat([codes.to(torch.float32) * scale for codes, scale in self.projections()])
 
     def quantize(self, x: Tensor) -> Codes:
@@ -170,7 +170,7 @@ class TernaryLinear(LinearLayer):
     def parts(
         self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
     ) -> Iterator[Tensor]:
-        """See `LinearLayer.parts`; all parts are computed at once, and x is not overwritten."""
+        """Compute `LinearLayer.parts`, all parts at once; x is not overwritten."""
         y = self._floats(x) if self.kind == "fp" else self._codes_product(x, keep_float)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 
