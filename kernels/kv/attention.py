@@ -1,15 +1,15 @@
-"""Attend to packed keys and values without unpacking the cache, for one new token: the op `decode_attention`.
+"""Attend to packed keys and values without unpacking them, for one new token: `decode_attention`.
 
     STATIC   x = s[h, e] (u - z[h, e])            scales per head and channel, known in advance (RPTQ, arXiv:2304.01089)
     DYNAMIC  x = s[t] (u - code_offset(bits))     one scale per token and head (BitNet a4.8, arXiv:2411.04965, section 2.3)
 
-Static scales leave the inner loop: the keys' scale multiplies q once; their zero point adds the same number to every score of a
-query and so drops out of the softmax; the values' scale and zero point are applied to the sum. Dynamic scales multiply the score
-and the probability of their token. With bfloat16 queries OR 0x4300 turns a code of up to 7 bits into 128 + u, and the 128 joins
-the zero points; l and Σ p are sums of the p that enters the product, after its rounding, or those constants would not cancel.
+Static scales are applied outside the inner loop: the keys' scale multiplies q once; their zero point adds the same number to
+every score of a query, which softmax ignores; the values' scale and zero point are applied to the sum. Dynamic scales multiply
+the score and the probability of their token. With bfloat16 queries OR 0x4300 turns a code of up to 7 bits into 128 + u, and the
+zero points grow by 128; l and Σ p are sums of the rounded p of the product, or the constants would not cancel.
 
-The first F tokens (attention sinks; BitNet's first token, which has bits of its own) are given in floating point and enter at the
-end. Queries that share a key head are tiles of 16 rows. The tokens are split over programs, whose (max, sum, weighted values)
+The first F tokens (attention sinks; BitNet's first token, which has bits of its own) are given in floating point and added at
+the end. Queries that share a key head are tiles of 16 rows. The tokens are split over programs, whose (max, sum, weighted values)
 a second kernel merges in a fixed order. Cost: the packed keys and values read once per tile.
 """
 
@@ -27,11 +27,11 @@ from kernels.packing.kernel import unpacked
 from kernels.tiles import multiprocessors
 
 QUERIES = 16
-"""Rows of a tile of queries: the least that a matrix instruction takes."""
+"""Rows of a tile of queries: the least number that a matrix instruction takes."""
 MAX_DIM = 256
-"""Channels of a head that fit into a program's shared memory."""
+"""Largest number of channels of a head that fits into a program's shared memory."""
 SPLIT_TOKENS, MAX_SPLITS = 128, 64
-"""Fewest tokens of one program, and most programs of one head."""
+"""Least number of tokens for one program, and largest number of programs for one head."""
 
 
 def reference(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int, scaling: float) -> Tensor:
@@ -52,14 +52,14 @@ def _operand(code, BITS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
-    """Convert x to what enters a product: bfloat16 on a GPU, else float32."""
+    """Convert x to the type of a product's operands: bfloat16 on a GPU, else float32."""
     if INTERPRET:
         return x
     else:
         return x.to(tl.bfloat16) if dtype == tl.bfloat16 else x
 
 
-@triton.jit(do_not_specialize=["SLOTS", "SPLITS"])  # both change while decoding: no kernel of their own for each value
+@triton.jit(do_not_specialize=["SLOTS", "SPLITS"])  # both change while decoding, and must not compile a kernel for each value
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, k_first_ptr, v_first_ptr, slots_ptr,
     max_ptr, sum_ptr, out_ptr, SLOTS, SPLITS, KV_HEADS, GROUP, scaling,
@@ -76,7 +76,7 @@ def _attend_kernel(
     live, channel = g < GROUP, e < E
     q = tl.load(q_ptr + query[:, None] * E + e[None, :], mask=live[:, None] & channel[None, :], other=0.0).to(tl.float32)
     q = q * (scaling * 1.4426950408889634)  # times log2 e: exp(x) becomes exp2, which is one instruction
-    # Static key scales join q. The keys' zero point adds the same number to all scores of a query, so the softmax loses it.
+    # Static key scales multiply q. The keys' zero point adds the same number to all scores of a query, which softmax ignores.
     folded, key_zero, value_zero, value_scale = q, tl_code_offset(KEY_BITS), tl_code_offset(VALUE_BITS), 1.0
     if not DYNAMIC:
         folded = q * tl.load(k_scale_ptr + head * E + e, mask=channel, other=0.0)[None, :]
@@ -108,7 +108,7 @@ def _attend_kernel(
         if DYNAMIC:
             s = tl.load(k_scale_ptr + batch * ksb + head * ksh + t * kst, mask=used, other=0.0).to(tl.float32)
             score = (score - (key_offset + key_zero) * factor_sum[:, None]) * s[None, :]
-        # Online softmax: when the maximum rises, what was summed so far shrinks by exp2(old - new). While all scores are -inf,
+        # Online softmax: when the maximum rises, the sums so far are multiplied by exp2(old - new). While all scores are -inf,
         # `base` is 0 instead of the maximum: -inf minus -inf would be NaN.
         score = tl.where(used[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
@@ -123,11 +123,11 @@ def _attend_kernel(
         weighted_sum = weighted_sum * shrink + tl.sum(p.to(tl.float32), axis=1)
         acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
         top = higher
-    # Σ p v = s (Σ p u - z Σ p): codes went into the product as they are, scale and zero point follow on the sums.
+    # Σ p v = s (Σ p u - z Σ p): the product is of codes, and scale and zero point are applied to the sums.
     total = total if DYNAMIC else weighted_sum
     acc = value_scale * (acc - (value_offset + value_zero) * weighted_sum[:, None])
     if FIRST > 0:  # noqa: SIM102 (known when compiled)
-        if tl.program_id(1) == 0:  # in the frame of the other scores, which left out the zero point and kept the 128
+        if tl.program_id(1) == 0:  # relative to the other scores, which have no zero point and keep the 128
             shift = tl.zeros((BG,), tl.float32)
             if not DYNAMIC:
                 zero = tl.load(k_zero_ptr + head * E + e, mask=channel, other=0.0)
@@ -146,7 +146,7 @@ def _attend_kernel(
                 value = tl.load(v_first_ptr + line, mask=mask, other=0.0).to(tl.float32)
                 acc = tl.dot(p, value, acc * shrink[:, None], input_precision="tf32x3")
                 top = higher
-    # What the programs of a query hold is relative to their own maxima: `_merge_kernel` brings them to a common one.
+    # Each program's sums are relative to its own maximum; `_merge_kernel` makes them relative to a common one.
     place = query * SPLITS + tl.program_id(1)
     tl.store(max_ptr + place, top, mask=live)
     tl.store(sum_ptr + place, total, mask=live)
@@ -198,7 +198,7 @@ def launch(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int | Tenso
 
 
 def _tile(dim: int, dtype: torch.dtype, bits: tuple[int, int]) -> tuple[int, int, int]:
-    """Choose (tokens per step, warps, stages), all within the 99 KiB of shared memory that a program has on consumer GPUs.
+    """Choose (tokens per step, warps, stages) within the 99 KiB of shared memory that a program has on consumer GPUs.
 
     Float32 and float16 queries are multiplied in float32, whose operands take twice the space; codes of several planes are
     loaded plane by plane.

@@ -1,11 +1,11 @@
-"""Attend to packed keys and values in plain torch, for one new token, with scales outside the products: for CPUs.
+"""Attend to packed keys and values on CPUs, for one new token, with scales outside the products.
 
-Codes are unpacked and multiplied as they are; the dequantised cache is never formed, which takes half the time or less:
+The products use unpacked codes; the dequantised cache is never formed, which takes half the time or less:
 
     STATIC    scores = (q s_k) u_kᵀ - (q s_k) z_k            y = s_v (p u_v - z_v Σp)
     DYNAMIC   scores = s_k[t] (q u_kᵀ - o Σq)                y = (p s_v) u_v - o Σ(p s_v)         o = code_offset(bits)
 
-The sums run over the tokens that are stored as codes; first tokens in floating point join the softmax and the result.
+The sums run over the tokens that are stored as codes; first tokens in floating point are added to softmax and result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.packing import unpack
 
 
 def folded_attention(q: Tensor, keys: PackedHeads, values: PackedHeads, slots: int, scaling: float) -> Tensor:
-    """Compute softmax(q kᵀ scaling) v; arguments as `kernels.decode_attention`. Returns [B, H, E] float32."""
+    """Compute softmax(q kᵀ scaling) v; arguments as `kernels.decode_attention`. Returns: [B, H, E] float32."""
     kv_heads, first = keys.packed.shape[1], keys.first_tokens
     q = (q.to(torch.float32) * scaling).unflatten(1, (kv_heads, -1))  # [B, Hkv, G, E]
     scores = _scores(q, keys, slots)

@@ -1,4 +1,4 @@
-"""Keys or values of one layer as they are stored: packed codes, their scales, and first tokens in floating point."""
+"""The stored keys or values of one layer: packed codes, scales, and first tokens in floating point."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernels.packing import unpack
 
 @dataclass(frozen=True)
 class PackedHeads:
-    """Keys or values of one layer as they are stored.
+    """The stored keys or values of one layer.
 
     Attributes:
         packed: [B, Hkv, slots, packed_width(E, bits)] uint8 of `kernels.pack`.
@@ -34,12 +34,12 @@ class PackedHeads:
 
     @property
     def first_tokens(self) -> int:
-        """Count the first tokens, F."""
+        """Number of first tokens, F."""
         return 0 if self.first is None else self.first.shape[2]
 
     @property
     def skipped(self) -> int:
-        """Count the slots at the beginning whose codes are not used."""
+        """Number of slots at the start whose codes are not used."""
         return self.first_tokens if self.row_scale is None else 0
 
     def states(self, slots: int) -> Tensor:
