@@ -154,7 +154,7 @@ class QuantizeReport(Report):
 
     @property
     def fallbacks(self) -> list[str]:
-        """List the weights that GPTQ could not quantise, with the reason."""
+        """Weights that GPTQ could not quantise, with the reason."""
         return [
             f"layers.{entry.layer}.{name}: {note.fallback}"
             for entry in self.layers

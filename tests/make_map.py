@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("app", "core", "kernels", "training", "benchmarks")
 SUFFIXES = (".py", ".js", ".css")
 WIDTH = 130
+"""Longest line of the tree: a test holds the first lines of docstrings to it."""
+
 HEAD = """# Where everything is
 
 `app → training → core → kernels → torch`, never back; `app/cli` alone imports `training`. `tests/test_architecture.py` checks it.
@@ -39,7 +41,7 @@ def lines(folder: Path, depth: int = 0) -> list[str]:
 
 
 def _line(name: str, what: str, depth: int) -> str:
-    return f"{'  ' * depth}{name:<{26 - 2 * depth}} {what}"[:WIDTH].rstrip()
+    return f"{'  ' * depth}{name:<{26 - 2 * depth}} {what}".rstrip()
 
 
 def text() -> str:

@@ -196,6 +196,43 @@ def test_a_file_is_documented_and_small(path):
     assert not found
 
 
+VERBS = """
+Accept Add Apply Ask Break Build Capture Check Choose Clear Cluster Collect Compare Compute Connect Continue Convert Copy Count
+Cut Decide Decode Delete Dequantise Derive Describe Download Draw Drop End Estimate Factorise Fetch Fill Find Fit Follow Format
+Handle Hide Hold Ignore Import Keep Label Let Limit List Load Lock Log Look Lower Make Mark Measure Multiply Name Normalise
+Observe Open Pack Parse Pickle Plan Predict Prepare Print Project Put Quantise Raise Read Record Refuse Remove Rename Render
+Repeat Replace Resolve Restore Return Rotate Round Run Say Score Select Send Serve Set Shorten Show Solve Split Start Stop Store
+Swap Switch Time Tokenise Train Turn Undo Unpack Unpickle Wait Wrap Write Yield Zip
+"""
+"""Verbs that open the docstrings of functions and methods; a new one is added here."""
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=name)
+def test_docstrings_of_functions_say_what_is_done(path):
+    found = []
+    for node, inner in _definitions(tree(path)):
+        text = ast.get_docstring(node)
+        noun = isinstance(node, ast.ClassDef) or any("property" in ast.dump(decorator) for decorator in node.decorator_list)
+        if text and not (inner or noun or node.name.startswith("_") or _imperative(text)):
+            found.append(f"{node.name}: {text.splitlines()[0]}")
+    assert not found, "begin with a verb and its object, such as “Return the …”"
+
+
+@pytest.mark.parametrize(("text", "good"), [
+    ("Return the width.", True), ("Normalise, reorder and quantise rows.", True), ("The width.", False), ("A width.", False),
+    ("Whether it fits.", False), ("Width of a site.", False), ("Name of a run.", False), ("Returns the width.", False),
+    ("Run", False),
+])
+def test_verbs_are_told_from_nouns(text, good):
+    assert _imperative(text) is good
+
+
+def _imperative(text: str) -> bool:
+    """Say whether a docstring opens with an imperative verb that has an object."""
+    words = text.split()
+    return len(words) > 1 and words[0].rstrip(",") in VERBS.split() and words[1] not in ("of", "is", "are")
+
+
 def _definitions(module: ast.Module) -> Iterator[tuple[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """Classes and functions, and whether each is an inner or private matter."""
     pending: list[tuple[ast.AST, bool]] = [(module, False)]
@@ -246,7 +283,7 @@ def test_no_code_is_run_that_a_model_brings():
     assert not found
 
 
-PICKLE_OF_OUR_OWN = {"app/worker/wire.py", "app/worker/process.py"}
+PICKLE_OF_OUR_OWN = {"app/worker/wire.py"}
 """The page talks to the worker it started over a private socket pair; what crosses is checked there."""
 
 

@@ -17,6 +17,7 @@ from tests import make_map
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("app", "core", "kernels", "training", "benchmarks", "docs", "tests")
 EMOJI_COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 
 
@@ -93,15 +94,22 @@ def test_the_map_is_up_to_date():
     assert (ROOT / "docs" / "map.md").read_text(encoding="utf-8") == make_map.text(), "run python -m tests.make_map"
 
 
+def test_a_first_line_fits_the_map():
+    lines = [line for folder in make_map.FOLDERS for line in make_map.lines(ROOT / folder)]
+    assert not [line for line in lines if len(line) > make_map.WIDTH], "shorten the first line of the file's docstring"
+
+
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_in_backticks_exist(page):
-    """A path is anything in backticks that begins with one of the repository's folders."""
+    """A path begins with one of the repository's folders; a file may also be named without its folder."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:app|core|kernels|training|benchmarks|docs|tests|\.ci)/[^`\s<>*{}]*)`", text)
+    named = re.findall(r"`((?:app|core|kernels|training|benchmarks|configs|docs|tests|\.ci)/[^`\s<>*{}]*)`", text)
     assert not [path for path in named if not (ROOT / path).exists()]
+    names = {path.name for path in [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]}
+    assert not [file for file in re.findall(r"`(\w+\.(?:py|md|js|css))`", text) if file not in names]
 
 
 def test_tabs_are_named_as_in_the_page():

@@ -70,7 +70,7 @@ class TrainReport:
 def train(
     config: TrainConfig, out: Path | str, *, resume: bool = False, progress: Progress = silent
 ) -> TrainReport:
-    """Train from scratch, from `config.init_from`, or from the folder's latest checkpoint on.
+    """Train a model from scratch, from `config.init_from`, or from the folder's latest checkpoint on.
 
     Args:
         out: run folder; created, or with `resume` continued (a fresh start when it has no checkpoint yet).

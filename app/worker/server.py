@@ -55,7 +55,7 @@ class Worker:
         self.sending = threading.Lock()
 
     def run(self) -> None:
-        """Serve until the page's end of the socket closes."""
+        """Run jobs until the page's end of the socket closes."""
         threading.Thread(target=self._read, daemon=True).start()
         self._warm()
         self._send("ready")

@@ -45,7 +45,7 @@ class Stopwatch:
     _start: float = 0.0
 
     def start(self) -> None:
-        """Begin timing."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def lap(self, stage: str) -> None:
