@@ -35,7 +35,7 @@ FETCH_SECONDS = 0.1
 NEWS_SECONDS = 15.0
 """Longest time that a request of the page waits for updates."""
 REST_SECONDS = 2.0
-"""The same for a session without handlers, after which the page stops its timer."""
+"""Longest time that such a request waits without any handler, before the page stops its timer."""
 RELOAD_SECONDS = 10.0
 """Time for which jobs of a closed page go on, as a reload may take them over."""
 UNCHANGED = {"__type__": "update"}

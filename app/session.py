@@ -40,7 +40,7 @@ class TernaryReports:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is measured: `text` as `resolve_text` takes it, `tokens` of it in windows of `window`."""
+    """The protocol of a measurement: `text` as `resolve_text` takes it, `tokens` of it in windows of `window`."""
 
     text: str
     tokens: int

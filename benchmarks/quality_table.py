@@ -24,7 +24,7 @@ STORY_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is calibrated and measured.
+    """The texts and windows that a model is calibrated and measured on.
 
     Attributes:
         name: of the model in results.

@@ -96,7 +96,7 @@ def sweep(keep: Path) -> None:
 
 
 def _entries() -> list[Path]:
-    """Folders of the cache that have a manifest, that is, which a writer has completed (`quantized/*`, `hub/*/*`, …)."""
+    """List the folders of the cache that have a manifest: those that a writer has completed (`quantized/*`, `hub/*/*`, …)."""
     found = {path.parent for pattern in ("*/*/manifest.json", "*/*/*/manifest.json") for path in cache_root().glob(pattern)}
     return [folder for folder in found if ".old-" not in folder.name]
 

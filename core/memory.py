@@ -1,4 +1,4 @@
-"""The memory of this machine, or of the container that it is, and how errors say that it ran out."""
+"""Measure the memory of this machine or container, and recognise errors that say that it ran out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _containers() -> list[tuple[int, int]]:
-    """(limit, bytes in use) of every control group that limits this process."""
+    """List (limit, bytes in use) of every control group that limits this process."""
     found = []
     for names in _LIMITS:
         with contextlib.suppress(OSError, ValueError):  # a limit of "max" is no number

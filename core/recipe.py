@@ -139,7 +139,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text ranges are observed on: `text` as `resolve_text` takes it, `tokens` in windows of `window`."""
+    """The text that ranges are observed on: `text` as `resolve_text` takes it, `tokens` in windows of `window`."""
 
     text: str = "sotu"
     tokens: int = 8192

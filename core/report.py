@@ -113,7 +113,7 @@ class LayerReport(Report):
 
 @dataclass(frozen=True)
 class BackendUse(Report):
-    """How many linear layers run on a backend, and why."""
+    """Number of linear layers that run on a backend, and the reason."""
 
     backend: str
     reason: str
@@ -165,7 +165,7 @@ class QuantizeReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(Report):
-    """What a model scored on windows, and how far it is from a reference model on them. ± are standard errors over windows.
+    """Scores of a model on windows, and its distance from a reference model on them. ± are standard errors over windows.
 
     Attributes:
         nll: mean negative log-likelihood, nats per predicted token; window_nll: the same of each window.
@@ -261,7 +261,7 @@ class GenerationReport(Report):
 
 @dataclass(frozen=True)
 class SpeedLimit(Report):
-    """What bounds a model's decoding on this machine.
+    """The upper limit of a model's decoding speed on this machine.
 
     Attributes:
         weight_bytes: read for each token by the backends that run now.

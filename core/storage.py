@@ -212,7 +212,7 @@ def file_lock(path: Path | str, *, timeout: float = 600.0) -> Iterator[None]:
 
 
 def _read_line(path: Path) -> str:
-    """What a lock file says, at most 32 characters."""
+    """Return at most 32 characters of a lock file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace")[:32].strip()
     except OSError:
@@ -220,7 +220,7 @@ def _read_line(path: Path) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a manifest's file name stays inside its folder."""
+    """Say whether a manifest's file name stays inside its folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name and name != MANIFEST
 

@@ -291,7 +291,7 @@ class Workbench:
         return self._models[self._load(key, revision, owner, progress)]
 
     def _load(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> _Name:
-        """Bring the model of a key that `owner` may use into memory, from memory, from the cache, or by loading its name."""
+        """Load the model of a key that `owner` may use, from memory, from the cache, or by name; return its name in memory."""
         state = state_of(key)
         for tag in (owner_tag(owner), None):
             name = self._aliases.get((key, revision, tag), (key, revision, tag))
@@ -325,7 +325,7 @@ class Workbench:
             logger.info("dropped model %s from memory", dropped[0])
 
     def _reference(self, name: _Name, parts: Tensor, progress: Progress) -> list[Tensor]:
-        """Hidden states of the reference on these windows, kept for the next comparison where they fit."""
+        """Return the hidden states of the reference on these windows, and keep them for the next comparison where they fit."""
         kept = (name, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
         hidden = self._references.pop(kept, None)
         if hidden is None:

@@ -1,4 +1,4 @@
-"""What all charts share: colours, number formats, axes, and arrays in plotly's form.
+"""The common parts of all charts: colours, number formats, axes, and arrays in plotly's form.
 
 A figure is a plain dict of plotly's JSON. Colours that must differ between light and dark are written as tokens
 ("@ink", "@run1", "@cluster3", …) and replaced in the browser by `chart.js` from `THEMES`; so one figure serves both.

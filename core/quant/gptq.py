@@ -28,7 +28,7 @@ INNER = 16
 DAMPING = 0.01
 """Share of the Hessian's mean diagonal that is added to its diagonal, as in the published code."""
 DAMPING_RETRIES = 3
-"""How often the damping grows tenfold before the layer falls back to round-to-nearest."""
+"""Number of times that the damping grows tenfold before the layer falls back to round-to-nearest."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _SHARE = 0.02
 
 @dataclass(frozen=True)
 class Origin:
-    """Where float weights come from; a quantised model keeps the origin of the model it was made from.
+    """The origin of float weights; a quantised model keeps that of the model it was made from.
 
     Attributes:
         name, revision, source: of the float model, as in `LoadedModel`.
