@@ -6,15 +6,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from core.errors import InputError, ModelError
+from core.evaluation.describe import set_backend
 from core.evaluation.generate import generate
 from core.models.architectures import adapter_for
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
+from core.models.io.load import load_model
 from core.models.tiny import tiny_model, tiny_transformers
-from core.recipe import BITNET_MODES, SCHEMES, BitNetOptions
+from core.recipe import BITNET_MODES, SCHEMES, BitNetOptions, Calibration, QuantRecipe
+from core.stages import quantize
 from tests.core.tools import ARCHITECTURES, block_inputs, in_steps, quantised, relative, tiny, tokens
 
 BOUND = 1e-5
@@ -136,21 +140,38 @@ def low_bit_models() -> list[tuple[str, str, dict]]:
     "architecture, method, recipe", low_bit_models(), ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
 )
 def test_generating_with_the_cache_is_generating_by_full_passes(architecture, method, recipe):
-    """Until two scores are so close that rounding decides: a sum in another order may move an activation to the next code."""
+    """The reference backend computes one token as it computes many: what is left are sums in another order (measured: 2e-5)."""
     made = quantised(architecture, method=method, weights="rtn", **recipe)
+    set_backend(made.loaded, "reference")
     decoder, ids, cache = made.model.decoder, tokens(1, 9, seed=7), made.model.decoder.new_cache()
     step, stored = ids, 0
     for _ in range(12):
         found, whole = decoder.head(decoder(step, cache)[0, -1]), logits(made.model, ids)[0, -1]
         assert cache.get_seq_length() == ids.shape[1] and cache.nbytes > stored
         stored = cache.nbytes
-        first, second = whole.topk(2).values.tolist()
-        noise = float((found - whole).abs().max())
-        assert noise < 0.15 * float(whole.std()), "the cache holds other keys or values"
-        if first - second > 2 * noise:
-            assert int(found.argmax()) == int(whole.argmax())
+        assert float((found - whole).abs().max()) < 1e-4 * float(whole.std()), "the cache holds other keys or values"
+        assert int(found.argmax()) == int(whole.argmax())
         step = whole.argmax().view(1, 1)
         ids = torch.cat([ids, step], dim=1)
+
+
+@pytest.mark.parametrize("scheme, most", [("W4A16", 0.01), ("W4A4KV", 0.3)])
+def test_fast_products_of_single_tokens_cost_little_beside_quantising(scheme, most):
+    """On processors with bfloat16 tiles AUTO decodes in bfloat16: divergence from the full pass over that from the float model.
+
+    Measured: 0.001, and 0.12 where bfloat16 moves keys across the rounding edges of 4-bit codes.
+    """
+    base = load_model("quantscope-llama-6m")
+    recipe = QuantRecipe(base.name, method="rtn", scheme=scheme, weights="rtn", calibration=Calibration(tokens=1024))
+    model = quantize(base, recipe)[0].model
+    ids = base.tokenizer("The people have always believed that peace is the first condition of happiness.", return_tensors="pt")
+    ids = ids["input_ids"]
+    found = (logits(model, ids), in_steps(model, ids), logits(base.model, ids))
+    whole, stepwise, plain = (torch.log_softmax(x, dim=-1).flatten(0, 1) for x in found)
+    noise, cost = (
+        float(kl_div(q, p, log_target=True, reduction="batchmean")) for p, q in ((whole, stepwise), (plain, whole))
+    )
+    assert noise <= most * cost
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

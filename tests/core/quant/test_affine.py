@@ -199,6 +199,15 @@ def test_small_weights_keep_a_useful_scale():
     assert float((round_trip(x, stored, 4) - x).norm() / x.norm()) < 0.15
 
 
+def test_the_zero_point_is_that_of_the_rounded_scale():
+    """A range too narrow for float16: its scale grows to the smallest useful one, and its lower end is fewer steps from zero."""
+    low, high = torch.tensor([-7e-7]), torch.tensor([8e-7])
+    params = choose_qparams(low, high, bits=4, grid=Grid.EXACT)
+    stored = round_scale(params, low, torch.float16, bits=4)
+    assert params.zero_point.tolist() == [-1.0]
+    assert stored.zero_point.tolist() == [-8.0 + round(7e-7 / float(stored.scale))] == [-7.0]
+
+
 def test_scales_outside_the_storage_type_stay_finite():
     low, high = torch.tensor([-1e9, -1e-12, 0.0]), torch.tensor([1e9, 1e-12, 0.0])
     stored = round_scale(choose_qparams(low, high, bits=4, grid=Grid.EXACT), low, torch.float16, bits=4)

@@ -49,7 +49,7 @@ def compare(folder: Path, tmp_path: Path, most: float) -> None:
 
 @pytest.mark.parametrize("name", EMBEDDED_BITNET)
 def test_the_embedded_models_run_in_transformers(name, tmp_path):
-    compare(EMBEDDED / name, tmp_path, 5e-3)  # measured: 2.2e-3, roundings on the edge of a code
+    compare(EMBEDDED / name, tmp_path, 2e-2)  # measured: 2.2e-3 and 5.2e-3 on two processors, roundings on the edge of a code
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / name)
     assert tokenizer.decode(tokenizer("Once upon a time").input_ids) == "Once upon a time"
 
