@@ -4,7 +4,7 @@
     python -m tests.mutants --only gptq     those whose name contains a word
     python -m tests.mutants --list
 
-Not part of the gate: a full run takes about fifteen minutes on two cores. A mutant is one replaced piece of text. A piece that does
+Not part of the gate: a full run takes about fifteen minutes on two cores. A mutant is one replaced piece of text. One that does
 not stand in its file exactly once is an error, so that the list cannot rot silently.
 """
 

@@ -44,6 +44,12 @@ def test_boundaries_are_the_best_of_all(width, limit, weighted):
     assert cost(found, low, high, importance) == pytest.approx(best, rel=1e-6)
 
 
+def test_the_square_of_a_range_counts():
+    """Widths 1, 6 and 10 in two runs: 2 · 6² + 10² is less than 1 + 2 · 10², though 2 · 6 + 10 is more than 1 + 2 · 10."""
+    high = torch.tensor([1.0, 6.0, 10.0]).repeat_interleave(ALIGN)
+    assert aligned_offsets(torch.zeros_like(high), high, None, limit=2).tolist() == [0, 2 * ALIGN, 3 * ALIGN]
+
+
 @pytest.mark.parametrize("bits", (2, 4, 7))
 def test_shared_steps_are_no_smaller_and_at_most_double_inside_reach(bits):
     g = torch.Generator().manual_seed(bits)
