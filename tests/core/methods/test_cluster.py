@@ -177,12 +177,12 @@ def parameters(low: torch.Tensor, high: torch.Tensor, found: ChannelClusters, bi
 
 
 def test_of_several_restarts_the_best_is_kept():
-    """Six separate heaps and six clusters: one start often puts two centres into one heap, the best of eight seldom."""
+    """Ten heaps that nearly touch, and ten clusters: one start often puts two centres into one heap, the best of eight seldom."""
     g = np.random.default_rng(0)
-    points = 100 * np.arange(6)[g.integers(0, 6, (40, 48, 1))] + g.normal(0, 1, (40, 48, 2))
+    points = 10 * g.integers(0, 10, (40, 60, 1)) + g.normal(0, 1, (40, 60, 2))
 
     def inertia(restarts: int) -> float:
-        labels, total = kmeans_batch(points, 6, seed=3, restarts=restarts), 0.0
+        labels, total = kmeans_batch(points, 10, seed=3, restarts=restarts), 0.0
         for own, found in zip(points, labels, strict=True):
             total += sum(np.square(own[found == k] - own[found == k].mean(0)).sum() for k in set(found.tolist()))
         return total
