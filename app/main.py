@@ -80,17 +80,20 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
 
     ctx = start(settings)
     try:
+        from app.door import install
         from app.page import build_app
         from app.view.look import stylesheet, theme
 
         demo = build_app(ctx)
+        host = "0.0.0.0" if settings.on_space else host
+        limits = install.limits(settings, host, demo)
         demo.queue(max_size=512, api_open=False, default_concurrency_limit=8)
         demo.launch(
-            server_name="0.0.0.0" if settings.on_space else host,
+            server_name=host,
             server_port=port,
             share=False,
             show_error=False,
-            max_file_size="10mb",
+            max_file_size=settings.file_bytes,
             max_threads=32,
             state_session_capacity=200,
             allowed_paths=[],
@@ -106,8 +109,9 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
             prevent_thread_lock=True,
             theme=theme(),
             css=stylesheet(),
-            app_kwargs={"openapi_url": None, "lifespan": ctx.serving},
+            app_kwargs={"openapi_url": None, "lifespan": install.gated(limits, ctx.serving)},
         )
+        install.guard(demo.server, settings)
         print(f"Quantscope is at {demo.local_url}", flush=True)  # noqa: T201 - the address is for the user
         demo.block_thread()
     finally:

@@ -5,8 +5,10 @@ QUANTSCOPE_DEVICE           where models run: cpu (without it) or cuda
 QUANTSCOPE_WORKER_GB        memory limit of the worker processes together in GiB (0 = none)
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
+QUANTSCOPE_HOSTS            host names under which the page may be opened besides this machine's own, separated by commas
 QUANTSCOPE_CACHE_GB         limit of the cache folder in gigabytes (20 without it); folders used longest ago are removed first
 QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with its options as keywords
+SPACE_HOST                  on a Space, its host name
 SPACE_ID                    set on a Hugging Face Space: local folders are then refused as models
 """
 
@@ -40,6 +42,8 @@ class Settings:
         idle_seconds: time without a job after which the light worker is restarted, which frees its memory; None for never.
         nice: the worker's nice value, 0 to 19; higher gives the processor to others first.
         job_seconds: longest time of a job; a longer one is ended with an error.
+        file_bytes: largest file that may be uploaded.
+        hosts: host names under which the page may be opened, besides those of this machine.
         grace_seconds: time that a cancelled job has to stop by itself before its worker is killed.
         worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
     """
@@ -58,6 +62,8 @@ class Settings:
     job_seconds: float = 3600.0
     session_seconds: float = 1800.0
     max_sessions: int = 200
+    file_bytes: int = 10_000_000
+    hosts: tuple[str, ...] = ()
     grace_seconds: float = 1.2
     worker_threads: str | None = None
 
@@ -95,6 +101,7 @@ class Settings:
             job_seconds=60.0 * _number(environment, "QUANTSCOPE_JOB_MINUTES", 60.0),
             worker_threads=environment.get("OMP_NUM_THREADS"),
             session_seconds=60.0 * _number(environment, "QUANTSCOPE_SESSION_MINUTES", 30.0),
+            hosts=_hosts(environment),
         )
 
 
@@ -116,6 +123,11 @@ def _number(environment: Mapping[str, str], name: str, default: float) -> float:
     if not 0 <= value < 1e9:
         raise InputError(f"{name} is {str(text)[:40]!r}: give a number of at least 0, without a unit.", code="E-PARAM-SETTING")
     return value
+
+
+def _hosts(environment: Mapping[str, str]) -> tuple[str, ...]:
+    names = [environment.get("SPACE_HOST", ""), *environment.get("QUANTSCOPE_HOSTS", "").split(",")]
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def _worker_memory(environment: Mapping[str, str]) -> int | None:

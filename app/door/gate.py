@@ -1,0 +1,202 @@
+"""The gate: an ASGI layer around Gradio's whole application, which refuses what the page does not send."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.door import bodies, rules
+from app.door.connections import CONNECTION
+from app.door.log import told
+from app.door.rules import Names, Refusal
+from app.door.visitor import VISITOR, Visitor, address_of, browser_of
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+App = Callable[[Scope, bodies.Receive, Send], Awaitable[None]]
+ANSWER_SECONDS = 600.0
+"""Longest time of an answer, so that a reader who takes nothing loses its place; a heartbeat may last as long as its page."""
+MULTIPART_BYTES = 64 * 1024
+"""Bytes of an upload around the file itself."""
+log = logging.getLogger("quantscope.door")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate allows.
+
+    Attributes:
+        names: the host names of the page. behind_proxy: whether addresses come from `X-Forwarded-For`, as on a Space.
+        upload_bytes: longest file. requests: requests in progress, in all and per address; a page has two or three.
+        events: what the page's events may bring.
+    """
+
+    names: Names
+    behind_proxy: bool = False
+    upload_bytes: int = 10 * 10**6
+    requests: int = 1500
+    requests_per_address: int = 200
+    events: bodies.Events = field(default_factory=bodies.Events)
+
+
+class Gate:
+    """The gate around `app`."""
+
+    def __init__(self, app: App, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+        self.budget = bodies.Budget()
+        self.running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: bodies.Receive, send: Send) -> None:
+        """Answer one request, or let Gradio do so."""
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        connection = CONNECTION.get()
+        reply = _Reply(send)
+        try:
+            with self._visit(scope):
+                receive = await self._admit(scope, receive, connection.complete if connection else _nothing)
+                receive = reply.noting(receive)
+                seconds = None if scope["path"].startswith(rules.HEARTBEAT) else ANSWER_SECONDS
+                async with asyncio.timeout(seconds):
+                    await self._answer(scope, receive, reply)
+        except Refusal as refusal:
+            told(f"requests refused with status {refusal.status}")
+            await reply.refuse(refusal)
+        except (ConnectionError, TimeoutError):
+            told("requests ended before their answer did")
+        except Exception as error:  # noqa: BLE001 - the server's boundary: a fault becomes one line and one sentence
+            name = uuid.uuid4().hex[:6]
+            log.error("fault %s in a request: %s", name, type(error).__name__)
+            await reply.refuse(Refusal(500, f"Something broke on our side (id {name}): reload the page."))
+        finally:
+            if connection is not None:
+                connection.answered()
+
+    async def _answer(self, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
+        try:
+            await self.app(scope, receive, reply)
+        except Exception:  # noqa: BLE001 - whatever Gradio raises after a refused body
+            if reply.refusal is None:
+                raise
+        if reply.refusal is not None:
+            raise reply.refusal
+
+    @contextlib.contextmanager
+    def _visit(self, scope: Scope) -> Iterator[None]:
+        """Count the request and say whose it is while it is answered."""
+        headers = _headers(scope)
+        peer = str((scope.get("client") or ("local",))[0])
+        address = address_of(peer, headers.get("x-forwarded-for", ""), behind_proxy=self.limits.behind_proxy)
+        if self.running[address] >= self.limits.requests_per_address:
+            raise Refusal(429, "Too many requests from your address at once: wait a moment.")
+        if self.running.total() >= self.limits.requests:
+            raise Refusal(503, "The server is full: try again in a minute.")
+        self.running[address] += 1
+        token = VISITOR.set(Visitor(browser_of(headers.get("cookie", "")), address))
+        try:
+            yield
+        finally:
+            VISITOR.reset(token)
+            self.running[address] -= 1
+            if not self.running[address]:
+                del self.running[address]
+
+    async def _admit(self, scope: Scope, receive: bodies.Receive, complete: Callable[[], None]) -> bodies.Receive:
+        """Check a request and return how its body is received; an event's is read and checked first. Raises: Refusal."""
+        headers, path, names = _headers(scope), scope["path"], self.limits.names
+        rules.check_headers(scope["headers"])
+        names.check_host(headers.get("host", ""))
+        names.check_origin(
+            headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site"), is_page=path == "/"
+        )
+        rules.check_route(scope["method"], path)
+        length = headers.get("content-length")
+        if scope["method"] != "POST":
+            bodies.limit_of(length, 0)
+            complete()
+            return receive
+        if path == rules.UPLOAD:
+            return bodies.limited(receive, headers, self.limits.upload_bytes + MULTIPART_BYTES, complete)
+        body = await bodies.read(receive, length, bodies.EVENT_BYTES, self.budget)
+        complete()
+        try:
+            await self.limits.events.check(body)
+        finally:
+            self.budget.used -= len(body)
+        return _replayed(body, receive)
+
+
+class _Reply:
+    """The answer to one request: passes messages on, and knows whether the answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.begun = send, False
+        self.refusal: Refusal | None = None
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        if self.refusal is not None:
+            return  # Gradio's own answer to a body that was refused
+        self.begun = True
+        if message["type"] == "http.response.start":
+            kept = [(n, v) for n, v in message["headers"] if not n.lower().startswith(b"access-control-")]
+            message = {**message, "headers": kept}
+        await self.send(message)
+
+    def noting(self, receive: bodies.Receive) -> bodies.Receive:
+        """Wrap `receive`, so that a refusal that it raises is answered, whatever Gradio makes of it."""
+
+        async def noted() -> dict[str, Any]:
+            try:
+                return await receive()
+            except Refusal as refusal:
+                self.refusal = refusal
+                raise
+
+        return noted
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal and close the connection, as its body may not have been read; too late, end it unanswered."""
+        if self.begun:
+            raise ConnectionError  # uvicorn closes a connection whose answer is incomplete
+        self.refusal, self.begun = None, True
+        body = json.dumps({"detail": refusal.sentence}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Return the headers as text; of a repeated one, the values joined by commas."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
+
+
+def _replayed(body: bytes, receive: bodies.Receive) -> bodies.Receive:
+    """Return a function that gives a body that was read already, then what `receive` gives."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> dict[str, Any]:
+        return parts.pop() if parts else await receive()
+
+    return again
+
+
+def _nothing() -> None:
+    """Do nothing: there is no connection to tell, as in tests."""
