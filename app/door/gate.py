@@ -14,9 +14,11 @@ from typing import Any
 
 from app.door import bodies, rules
 from app.door.connections import CONNECTION
+from app.door.headers import with_security
 from app.door.log import told
+from app.door.pages import STATIC, Pages
 from app.door.rules import Names, Refusal
-from app.door.visitor import VISITOR, Visitor, address_of, browser_of
+from app.door.visitor import VISITOR, Visitor, address_of, browser_of, new_cookie, visitor
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -34,12 +36,14 @@ class Limits:
 
     Attributes:
         names: the host names of the page. behind_proxy: whether addresses come from `X-Forwarded-For`, as on a Space.
-        upload_bytes: longest file. requests: requests in progress, in all and per address; a page has two or three.
+        frames: sources that may show the page in a frame. upload_bytes: longest file.
+        requests: requests in progress, in all and per address; a page has two or three.
         events: what the page's events may bring.
     """
 
     names: Names
     behind_proxy: bool = False
+    frames: str = "'none'"
     upload_bytes: int = 10 * 10**6
     requests: int = 1500
     requests_per_address: int = 200
@@ -51,6 +55,7 @@ class Gate:
 
     def __init__(self, app: App, limits: Limits) -> None:
         self.app, self.limits = app, limits
+        self.pages = Pages(app, frames=limits.frames)
         self.budget = bodies.Budget()
         self.running: Counter[str] = Counter()
 
@@ -83,6 +88,17 @@ class Gate:
                 connection.answered()
 
     async def _answer(self, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
+        headers, path, get = _headers(scope), scope["path"], scope["method"] in ("GET", "HEAD")
+        encoding, head = headers.get("accept-encoding", ""), scope["method"] == "HEAD"
+        if get and path == "/":
+            cookie = [] if visitor().browser else [(b"set-cookie", new_cookie(embedded=self.limits.behind_proxy).encode())]
+            place = tuple(headers.get(name, "") for name in ("host", "x-forwarded-host", "x-forwarded-proto"))
+            page = await self.pages.page(scope, place, encoding)
+            return await page.send(reply.send, cookie, head=head)
+        if get and STATIC.fullmatch(path) and not {"range", "if-none-match", "if-modified-since"} & set(headers):
+            file = await self.pages.static(scope, encoding)
+            if file is not None:
+                return await file.send(reply.send, [], head=head)
         try:
             await self.app(scope, receive, reply)
         except Exception:  # noqa: BLE001 - whatever Gradio raises after a refused body
@@ -116,6 +132,8 @@ class Gate:
         headers, path, names = _headers(scope), scope["path"], self.limits.names
         rules.check_headers(scope["headers"])
         names.check_host(headers.get("host", ""))
+        if "x-forwarded-host" in headers:
+            names.check_host(headers["x-forwarded-host"])
         names.check_origin(
             headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site"), is_page=path == "/"
         )
@@ -148,8 +166,7 @@ class _Reply:
             return  # Gradio's own answer to a body that was refused
         self.begun = True
         if message["type"] == "http.response.start":
-            kept = [(n, v) for n, v in message["headers"] if not n.lower().startswith(b"access-control-")]
-            message = {**message, "headers": kept}
+            message = {**message, "headers": with_security(message["headers"])}
         await self.send(message)
 
     def noting(self, receive: bodies.Receive) -> bodies.Receive:
@@ -175,7 +192,8 @@ class _Reply:
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        start = {"type": "http.response.start", "status": refusal.status, "headers": with_security(headers)}
+        await self.send(start)
         await self.send({"type": "http.response.body", "body": body})
 
 

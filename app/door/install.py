@@ -20,6 +20,8 @@ from app.door.visitor import is_private
 if TYPE_CHECKING:
     from app.settings import Settings
 
+FRAMES = "'self' https://huggingface.co"
+"""Sources that may show a Space in a frame."""
 CONNECTIONS, PER_ADDRESS = 1000, 200
 Lifespan = Callable[[Any], Any]
 
@@ -30,7 +32,8 @@ def limits(settings: Settings, host: str, demo: Any) -> Limits:
     inputs = {index: [_kind(block) for block in blocks] for index, blocks in called.items()}
     events = Events(inputs, Path(os.environ["GRADIO_TEMP_DIR"]).resolve())
     names = Names.of(host, *settings.hosts)
-    return Limits(names, settings.on_space, upload_bytes=settings.file_bytes, events=events)
+    frames = FRAMES if settings.on_space else "'none'"
+    return Limits(names, settings.on_space, frames=frames, upload_bytes=settings.file_bytes, events=events)
 
 
 def _kind(block: Any) -> str:

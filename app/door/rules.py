@@ -12,7 +12,7 @@ RUN, UPLOAD, HEARTBEAT = "/gradio_api/run/predict", "/gradio_api/upload", "/grad
 ROUTES = {
     "GET": re.compile(
         r"/|/(assets|static)/[^\\]*|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
-        r"|/gradio_api/(theme\.css|startup-events|upload_progress|heartbeat/[a-z0-9]{1,40}|file=[^\\]*)"
+        r"|/gradio_api/(theme\.css|startup-events|heartbeat/[a-z0-9]{1,40}|file=[^\\]*)"
     ),
     "POST": re.compile(f"{RUN}/?|{UPLOAD}"),
 }
