@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app import engine
+from app.door.visitor import Heartbeats
 from app.session import STOP, Session, SessionStore
 from app.settings import Settings
 from app.shared import Shared
@@ -38,6 +39,8 @@ REST_SECONDS = 2.0
 """Longest time that such a request waits without any handler, before the page stops its timer."""
 RELOAD_SECONDS = 10.0
 """Time for which jobs of a closed page go on, as a reload may take them over."""
+SWEEP_SECONDS = 60.0
+"""Seconds between two looks for sessions that have ended."""
 UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -53,6 +56,7 @@ class Context:
     settings: Settings
     workers: Workers
     sessions: SessionStore
+    heartbeats: Heartbeats = field(default_factory=Heartbeats)
     shared: Shared = field(default_factory=Shared)
     key: Any = None
     status: Any = None
@@ -83,7 +87,7 @@ class Context:
             self.start(session, handler(values, *data))
             return self.listening
 
-        return trigger(start, inputs, [self.timer], **LIGHT, trigger_mode="multiple")
+        return trigger(self.guard(start), inputs, [self.timer, self.status, self.stop], **LIGHT, trigger_mode="multiple")
 
     @property
     def followed(self) -> list:
@@ -115,7 +119,10 @@ class Context:
 
     async def news(self, key: object, page: str) -> Updates:
         """Return the new updates for a page, for its timer; wait for some. With neither updates nor handlers, stop it."""
-        session = self.sessions.get(key)
+        try:
+            session = self.sessions.get(key)
+        except QuantscopeError as error:
+            return self.failed(error) | {self.timer: UNCHANGED | {"active": False}}
         updates = await session.page(page).take(NEWS_SECONDS if session.handlers else REST_SECONDS)
         rest = not updates and not session.handlers
         return updates or {self.timer: UNCHANGED | ({"active": False} if rest else {})}
@@ -132,6 +139,8 @@ class Context:
 
             @functools.wraps(handler)
             async def awaited(*arguments: Any) -> Updates:
+                if self._is_early(arguments):
+                    return {self.status: UNCHANGED}
                 try:
                     done = await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
                     return self.calmed(done, self._session(arguments))
@@ -142,6 +151,8 @@ class Context:
 
         @functools.wraps(handler)
         def plain(*arguments: Any) -> Updates:
+            if self._is_early(arguments):
+                return {self.status: UNCHANGED}
             try:
                 done = handler(*arguments) or {self.status: UNCHANGED}
                 return self.calmed(done, self._session(arguments))
@@ -150,10 +161,18 @@ class Context:
 
         return plain
 
+    def _is_early(self, arguments: tuple) -> bool:
+        """Say whether an event came before its page had a session, as the choice of the first tab does."""
+        values = arguments[0] if arguments else None
+        return isinstance(values, dict) and self.key in values and not values[self.key]
+
     def _session(self, arguments: tuple) -> Session | None:
         """Return the session of a handler's arguments, or None if its inputs hold no session's key."""
         values = arguments[0] if arguments else None
-        return self.session(values) if isinstance(values, dict) and values.get(self.key) else None
+        if not isinstance(values, dict) or self.key not in values:
+            return None
+        with contextlib.suppress(QuantscopeError):  # its own event has said that the session has ended
+            return self.session(values)
 
     def calmed(self, updates: Updates, session: Session | None) -> Updates:
         """Return the updates of a successful event, without the card of an earlier error; a running job keeps its status line."""
@@ -232,6 +251,17 @@ class Context:
         small = all(info is not None and info.weight_bytes <= self.settings.light_weights for info in known)
         return small and {step.method for step in steps} == {"channel"}
 
+    async def sweep(self) -> None:
+        """End sessions whose time is over: stop their jobs."""
+        for session in self.sessions.sweep():
+            session.stop()
+
+    async def sweep_often(self) -> None:
+        """Run `sweep` every `SWEEP_SECONDS`, without end."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self.sweep()
+
     async def prepare(self) -> None:
         """Observe the first model's ranges before any visitor comes; then load what light jobs need."""
         model, calibration = self.settings.model, Calibration(self.settings.text, self.settings.first_tokens)
@@ -247,11 +277,12 @@ class Context:
     @contextlib.asynccontextmanager
     async def serving(self, *_: object) -> AsyncIterator[None]:
         """Prepare the first model while the server runs, and end the workers with it."""
-        preparing = asyncio.create_task(self.prepare())
+        tasks = [asyncio.create_task(self.prepare()), asyncio.create_task(self.sweep_often())]
         try:
             yield
         finally:
-            preparing.cancel()
+            for task in tasks:
+                task.cancel()
             self.workers.close()
 
     # -- status line
@@ -272,9 +303,9 @@ def hidden(away: bool = True) -> dict[str, Any]:
 
 def start(settings: Settings) -> Context:
     """Make the shared context; its main worker starts at once and loads its libraries while the page is being built."""
-    ctx = Context(
-        settings, Workers(settings), SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions)
-    )
+    heartbeats = Heartbeats()
+    sessions = SessionStore(seconds=settings.session_seconds, capacity=settings.max_sessions, is_open=heartbeats.open)
+    ctx = Context(settings, Workers(settings), sessions, heartbeats)
     ctx.workers.main.start()
     return ctx
 

@@ -86,7 +86,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
 
         demo = build_app(ctx)
         host = "0.0.0.0" if settings.on_space else host
-        limits = install.limits(settings, host, demo)
+        limits = install.limits(settings, host, demo, ctx.heartbeats)
         demo.queue(max_size=512, api_open=False, default_concurrency_limit=8)
         demo.launch(
             server_name=host,

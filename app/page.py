@@ -31,10 +31,22 @@ CLOSE_JS = """
   if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
 """
 """Script that hides the side after use on a phone, where it covers the page."""
+RESTART_MS = 4000
+"""Time to read that a visit has ended, before the page starts anew."""
 START_JS = f"""() => {{
   const toggle = document.querySelector('#side .toggle-button');
   toggle?.setAttribute('aria-label', '{texts.SIDE}');
   toggle?.setAttribute('title', '{texts.SIDE}');
+  const watch = () => {{
+    const status = document.querySelector('#status');
+    if (!status) return setTimeout(watch, 200);
+    new MutationObserver(() => {{
+      if (!status.querySelector('[data-restart]')) return;
+      try {{ sessionStorage.removeItem('quantscope'); }} catch {{}}
+      setTimeout(() => location.reload(), {RESTART_MS});
+    }}).observe(status, {{ childList: true, subtree: true }});
+  }};
+  watch();
   {CLOSE_JS}
 }}"""
 TAB_JS = """() => {

@@ -1,31 +1,41 @@
 """The results of each visitor on the server: reports and choices, never models.
 
-A session is found by a random 256-bit key that its page holds. It keeps plain reports, and is dropped half an hour after
-its page was closed, or when there are too many. Reports of public texts are the same for everyone and kept in `app.shared`;
-those of pasted texts stay in their session.
+A session is found by a random 256-bit key that its page holds, and only for the browser whose cookie it was made with: a key that
+somebody else sees opens nothing. It keeps plain reports, and is dropped half an hour after its page was closed. Reports of public
+texts are the same for everyone and kept in `app.shared`; those of pasted texts stay in their session.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.door.visitor import visitor
+from app.view import texts
 from app.view.names import names_of
+from core.errors import ResourceError
 from core.recipe import Calibration, Clusters, QuantRecipe
 
-KEY = re.compile(r"[\w-]{43}", re.ASCII)
-"""Pattern of a session's key: 256 random bits as text."""
+LOST = "E-SESSION"
+"""Code of the error for a session that has ended: the page shows it and starts anew."""
 STOP = "stop"
 """Argument with which a visitor's Stop cancels a task; without it the task ends silently, as a newer one replaces it."""
 MAX_RUNS = 12
-MAX_RANGES = 4
+MAX_PAGES = 16
+"""Pages of one session: a reload makes a new one before the old one is closed."""
+OPENING_SECONDS = 60.0
+"""Time in which a page must have opened its heartbeat; without one, nobody looks at it."""
+FEW = 4
+"""Sessions that an address keeps whatever others do."""
+PRIVATE_BYTES = 512 * 1024**2
+"""Bytes of observed ranges that all sessions may keep; beyond it the largest sessions are dropped."""
 
 
 @dataclass
@@ -108,6 +118,7 @@ class Inbox:
     def __init__(self) -> None:
         self.updates: dict[Any, Any] = {}
         self.arrived = asyncio.Event()
+        self.made_at = time.monotonic()
 
     def put(self, updates: dict[Any, Any]) -> None:
         """Add updates and wake the page's request."""
@@ -130,6 +141,7 @@ class Session:
     """One visitor's results, choices, and running tasks.
 
     Attributes:
+        browser, address: whose session it is, see `app.door.visitor`.
         models: facts of every model opened or quantised, by name; `info` are those of the current one.
         jobs: the task that follows the running job of each kind.
         handlers: tasks of this session that may still post updates; those of `jobs` are among them.
@@ -141,6 +153,8 @@ class Session:
     """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    browser: str = field(default_factory=lambda: visitor().browser)
+    address: str = field(default_factory=lambda: visitor().address)
     touched_at: float = field(default_factory=time.monotonic)
     info: Any = None
     models: dict[str, Any] = field(default_factory=dict)
@@ -197,7 +211,15 @@ class Session:
         """Return the inbox of a page. A page new to this session gets what was posted when there was none."""
         if name not in self.pages:
             self.pages[name] = self.pages.pop("", None) or Inbox()
+            if len(self.pages) > MAX_PAGES:
+                del self.pages[next(iter(self.pages))]
         return self.pages[name]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the session's observed ranges, which are nearly all that it keeps."""
+        sites = getattr(self.ranges, "sites", {}).values()
+        return sum(getattr(value, "nbytes", 0) for site in sites for value in vars(site).values())
 
     @property
     def shown(self) -> bool:
@@ -224,16 +246,30 @@ class Session:
 class SessionStore:
     """Sessions by key.
 
-    A reload keeps the session: the page stores its key in the browser's `sessionStorage`, which survives a reload and
-    belongs to one browser tab, and sends it to `open` when it loads. A key is only accepted while its session lives; any
-    other text gives a new session with a new key, so nobody can choose a key.
+    Only opening the page makes a session. A reload keeps it: the page stores its key in the browser's `sessionStorage`, which
+    survives a reload and belongs to one browser tab, and sends it to `open` when it loads. A key is only accepted while its
+    session lives and from the browser that it was made for; any other gives a new session with a new key.
+
+    A session ends when it was idle too long without a page, or is the largest when all together are too large. When an address
+    has too many, its own oldest one without a page gives way, so that nobody loses a session by what strangers do.
     """
 
-    def __init__(self, *, seconds: float, capacity: int) -> None:
-        """Keep at most `capacity` sessions, each for `seconds` without a page."""
-        self.seconds = seconds
-        self.capacity = capacity
+    def __init__(
+        self,
+        *,
+        seconds: float,
+        capacity: int,
+        per_address: int = 40,
+        is_open: Callable[[str, str], bool] = lambda browser, page: True,
+    ) -> None:
+        """Keep at most `capacity` sessions, `per_address` of them for one address, each for `seconds` without a page.
+
+        Args:
+            is_open: tells whether a browser has a page open: called with its cookie and Gradio's name for the page.
+        """
+        self.seconds, self.capacity, self.per_address, self.is_open = seconds, capacity, per_address, is_open
         self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._dropped: list[Session] = []
         self._lock = threading.Lock()
 
     def open(self, page: str | None = None, key: object = None) -> Session:
@@ -241,41 +277,91 @@ class SessionStore:
 
         Args:
             page: Gradio's name for the page that shows it (`request.session_hash`).
-            key: the page's stored key; anything but the key of a living session is ignored.
+            key: the page's stored key; anything but the key of a living session of this browser is ignored.
+        Raises: ResourceError E-SESSION-COOKIE if the browser sends no cookie, E-BUSY if there is no room for a new session.
         """
+        if not visitor().browser:
+            raise ResourceError(texts.NO_COOKIE, code="E-SESSION-COOKIE")
         with self._lock:
-            session = self._sessions.get(key) if isinstance(key, str) else None
-            session = self._use(session or Session())
+            session = self._find(key)
+            if session is None:
+                self._drop_old()
+                self._make_room()
+                session = Session()
+                self._sessions[session.key] = session
+            self._touch(session)
             if page:
                 session.page(page)
             return session
 
     def get(self, key: object) -> Session:
-        """Return the session of a key; one that was dropped is replaced by an empty one under the same key."""
+        """Return the living session of a key. Raises: ResourceError E-SESSION if this browser has none of that key."""
         with self._lock:
-            key = key if isinstance(key, str) and KEY.fullmatch(key) else Session().key
-            return self._use(self._sessions.get(key) or Session(key))
+            session = self._find(key)
+            if session is None:
+                raise ResourceError(texts.LOST, code=LOST)
+            return self._touch(session)
 
     def close(self, page: str) -> Session | None:
         """Remove a page from its session. Returns: the session if no other page shows it."""
         with self._lock:
-            session = next((s for s in self._sessions.values() if page in s.pages), None)
+            browser = visitor().browser
+            session = next((s for s in self._sessions.values() if s.browser == browser and page in s.pages), None)
             if session is not None:
                 del session.pages[page]
             return session if session is not None and not session.shown else None
 
+    def sweep(self) -> list[Session]:
+        """Drop the sessions that are too old or too large. Returns: all that were dropped since the last call."""
+        with self._lock:
+            self._drop_old()
+            sizes = {id(s.ranges): s.bytes for s in self._sessions.values()}  # ranges of a public text are shared
+            for session in sorted(self._sessions.values(), key=lambda s: (bool(s.handlers), s.shown, -s.bytes)):
+                if sum(sizes.values()) <= PRIVATE_BYTES:
+                    break
+                sizes.pop(id(session.ranges), None)
+                self._drop(session)
+            dropped, self._dropped = self._dropped, []
+            return dropped
+
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def _use(self, session: Session) -> Session:
-        """Make a session the newest, and drop those too old or too many: working ones last, those with a page before them."""
+    def _find(self, key: object) -> Session | None:
+        """Return the session of a key, if it is the browser's own."""
+        session = self._sessions.get(key) if isinstance(key, str) else None
+        return session if session is not None and secrets.compare_digest(session.browser, visitor().browser) else None
+
+    def _touch(self, session: Session) -> Session:
         session.touched_at = time.monotonic()
-        self._sessions[session.key] = session
         self._sessions.move_to_end(session.key)
-        others = sorted(list(self._sessions.values())[:-1], key=lambda s: (bool(s.handlers), s.shown))
-        excess = len(self._sessions) - self.capacity
-        for place, other in enumerate(others):
-            old = session.touched_at - other.touched_at > self.seconds and not (other.handlers or other.shown)
-            if old or place < excess:
-                del self._sessions[other.key]
         return session
+
+    def _drop_old(self) -> None:
+        """Drop pages that nobody looks at, and sessions that had no page for too long."""
+        now = time.monotonic()
+        for session in list(self._sessions.values()):
+            for name, inbox in list(session.pages.items()):
+                if name and now - inbox.made_at > OPENING_SECONDS and not self.is_open(session.browser, name):
+                    del session.pages[name]
+            if now - session.touched_at > self.seconds and not (session.handlers or session.shown):
+                self._drop(session)
+
+    def _make_room(self) -> None:
+        """Make room for one more session. Raises: ResourceError E-BUSY if there is none."""
+        counts, address = Counter(s.address for s in self._sessions.values()), visitor().address
+        if counts[address] >= self.per_address:
+            giving = address
+        elif len(self._sessions) >= self.capacity:
+            giving, most = counts.most_common(1)[0]
+            giving = giving if most > max(FEW, counts[address]) else None
+        else:
+            return
+        idle = (s for s in self._sessions.values() if s.address == giving and not (s.handlers or s.shown))
+        oldest = next(idle, None)
+        if oldest is None:
+            raise ResourceError(texts.FULL.format(round(self.seconds / 60)), code="E-BUSY")
+        self._drop(oldest)
+
+    def _drop(self, session: Session) -> None:
+        self._dropped.append(self._sessions.pop(session.key))

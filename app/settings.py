@@ -61,7 +61,7 @@ class Settings:
     nice: int = 10
     job_seconds: float = 3600.0
     session_seconds: float = 1800.0
-    max_sessions: int = 200
+    max_sessions: int = 400
     file_bytes: int = 10_000_000
     hosts: tuple[str, ...] = ()
     grace_seconds: float = 1.2

@@ -18,7 +18,7 @@ from app.door.headers import with_security
 from app.door.log import told
 from app.door.pages import STATIC, Pages
 from app.door.rules import Names, Refusal
-from app.door.visitor import VISITOR, Visitor, address_of, browser_of, new_cookie, visitor
+from app.door.visitor import VISITOR, Heartbeats, Visitor, address_of, browser_of, new_cookie, visitor
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -38,7 +38,7 @@ class Limits:
         names: the host names of the page. behind_proxy: whether addresses come from `X-Forwarded-For`, as on a Space.
         frames: sources that may show the page in a frame. upload_bytes: longest file.
         requests: requests in progress, in all and per address; a page has two or three.
-        events: what the page's events may bring.
+        events: what the page's events may bring. heartbeats: told of the pages that are open.
     """
 
     names: Names
@@ -48,6 +48,7 @@ class Limits:
     requests: int = 1500
     requests_per_address: int = 200
     events: bodies.Events = field(default_factory=bodies.Events)
+    heartbeats: Heartbeats = field(default_factory=Heartbeats)
 
 
 class Gate:
@@ -99,8 +100,10 @@ class Gate:
             file = await self.pages.static(scope, encoding)
             if file is not None:
                 return await file.send(reply.send, [], head=head)
+        beats = path.startswith(rules.HEARTBEAT)
         try:
-            await self.app(scope, receive, reply)
+            with self.limits.heartbeats.beat(path[len(rules.HEARTBEAT) :]) if beats else contextlib.nullcontext():
+                await self.app(scope, receive, reply)
         except Exception:  # noqa: BLE001 - whatever Gradio raises after a refused body
             if reply.refusal is None:
                 raise
@@ -143,6 +146,8 @@ class Gate:
             bodies.limit_of(length, 0)
             complete()
             return receive
+        if not visitor().browser and path != rules.RUN:  # an event is answered in the page's own words
+            raise Refusal(403, "This browser sends no cookie: allow cookies, or open the page in its own tab.")
         if path == rules.UPLOAD:
             return bodies.limited(receive, headers, self.limits.upload_bytes + MULTIPART_BYTES, complete)
         body = await bodies.read(receive, length, bodies.EVENT_BYTES, self.budget)

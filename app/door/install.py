@@ -15,7 +15,7 @@ from app.door.connections import Connections
 from app.door.gate import Gate, Limits
 from app.door.log import limit_lines
 from app.door.rules import Names
-from app.door.visitor import is_private
+from app.door.visitor import Heartbeats, is_private
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -26,14 +26,14 @@ CONNECTIONS, PER_ADDRESS = 1000, 200
 Lifespan = Callable[[Any], Any]
 
 
-def limits(settings: Settings, host: str, demo: Any) -> Limits:
+def limits(settings: Settings, host: str, demo: Any, heartbeats: Heartbeats) -> Limits:
     """Return what the gate allows for the page `demo` on the address `host`."""
     called = {index: event.inputs for index, event in demo.fns.items() if event.fn is not None and not event.queue}
     inputs = {index: [_kind(block) for block in blocks] for index, blocks in called.items()}
     events = Events(inputs, Path(os.environ["GRADIO_TEMP_DIR"]).resolve())
     names = Names.of(host, *settings.hosts)
     frames = FRAMES if settings.on_space else "'none'"
-    return Limits(names, settings.on_space, frames=frames, upload_bytes=settings.file_bytes, events=events)
+    return Limits(names, settings.on_space, frames, settings.file_bytes, events=events, heartbeats=heartbeats)
 
 
 def _kind(block: Any) -> str:

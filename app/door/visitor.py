@@ -5,9 +5,12 @@ The gate sets `VISITOR` for each request; handlers and the tasks that they start
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import secrets
+from collections import Counter
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
@@ -21,7 +24,7 @@ class Visitor:
     """The sender of a request.
 
     Attributes:
-        browser: value of the page's cookie, 256 random bits as text; empty without one.
+        browser: value of the page's cookie, 256 random bits as text; empty for a request without one.
         address: the network that the request comes from: an IPv4 address, or the first 64 bits of an IPv6 address.
     """
 
@@ -30,12 +33,35 @@ class Visitor:
 
 
 VISITOR: ContextVar[Visitor] = ContextVar("visitor")
-LOCAL = Visitor()
+LOCAL = Visitor("this process")
 
 
 def visitor() -> Visitor:
     """Return the sender of the current request; outside of one, this process itself."""
     return VISITOR.get(LOCAL)
+
+
+class Heartbeats:
+    """Pages that are open: each holds a request open as long as it lives, which is its heartbeat."""
+
+    def __init__(self) -> None:
+        self._beating: Counter[tuple[str, str]] = Counter()
+
+    def open(self, browser: str, page: str) -> bool:
+        """Say whether a browser has a page open. `page`: Gradio's name for it."""
+        return (browser, page) in self._beating
+
+    @contextlib.contextmanager
+    def beat(self, page: str) -> Iterator[None]:
+        """Mark a page of the current visitor as open for the time of its request."""
+        key = (visitor().browser, page)
+        self._beating[key] += 1
+        try:
+            yield
+        finally:
+            self._beating[key] -= 1
+            if not self._beating[key]:
+                del self._beating[key]
 
 
 def browser_of(cookies: str) -> str:

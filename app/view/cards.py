@@ -106,11 +106,15 @@ def command(line: str) -> str:
 
 
 def error_card(error: QuantscopeError) -> str:
-    """Write an error in one sentence, with its code; a stop by the user is not shown as an error."""
+    """Write an error in one sentence, with its code; a stop by the user is not shown as an error.
+
+    The card of a session that has ended tells the page's script to load the page anew.
+    """
     if error.code == Cancelled.code:
         return stopped(None, None)
+    restart = " data-restart" if error.code == "E-SESSION" else ""
     return (
-        f'<div class="qs-status qs-error" role="alert"><b>That did not work</b><span>{escape(str(error))} '
+        f'<div class="qs-status qs-error" role="alert"{restart}><b>That did not work</b><span>{escape(str(error))} '
         f"<code>{escape(error.code)}</code></span></div>"
     )
 

@@ -389,3 +389,6 @@ STARTING = "Starting: the model is being loaded and observed for the first time.
 STOPPED = "Earlier results are still there."
 NO_RANGES = "No ranges yet. Choose a model and a text at the side, then press “Observe ranges”."
 BUG = "Something broke on our side; your inputs are kept. Try again or report id {}."
+LOST = "This visit has ended: nothing was done for long, or the server was restarted. The page starts anew now."
+FULL = "Too many visits are open from your network or in all. Close a tab of this page, or come back in {} minutes."
+NO_COOKIE = "This browser sends no cookie, so your results cannot be kept apart. Allow cookies, or open the page in its own tab."

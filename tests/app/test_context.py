@@ -43,7 +43,7 @@ def event(ctx, session, outputs, handler):
     connected = []
     ctx.on(lambda fn, inputs, targets, **options: connected.append((fn, targets, options)), handler, {"key"}, outputs)
     ((start, targets, options),) = connected
-    assert targets == ["timer"] and options["queue"] is False
+    assert targets == ["timer", "status", "stop"] and options["queue"] is False
     return start({"key": session.key})
 
 
@@ -79,6 +79,26 @@ def test_expected_errors_show_their_sentence(ctx):
 
     for card in (ctx.guard(handler)()["status"], asyncio.run(ctx.guard(awaited)())["status"]):
         assert "g is 0: use 1 or more." in card and "E-PARAM-G" in card
+
+
+def test_a_session_that_has_ended_says_so_everywhere_and_an_early_event_says_nothing(ctx):
+    def handler(values):
+        return {"chart": ctx.session(values).tab}
+
+    async def stream(values):
+        yield {"chart": ctx.session(values).tab}
+
+    async def asked(key):
+        connected = []
+        ctx.on(lambda fn, *_, **__: connected.append(fn), stream, {"key"}, ["chart"])
+        return ctx.guard(handler)({"key": key}), await connected[0]({"key": key}), await ctx.news(key, "page")
+
+    plain, started, fetched = asyncio.run(asked("x" * 43))
+    for card in (plain, started, fetched):
+        assert "data-restart" in card["status"] and "E-SESSION" in card["status"]
+    assert fetched["timer"]["active"] is False, "the page asks no more"
+    assert asyncio.run(asked(None))[:2] == asyncio.run(asked(""))[:2] == ({"status": UNCHANGED},) * 2
+    assert len(ctx.sessions) == 0
 
 
 def test_no_update_is_said_so(ctx):

@@ -31,7 +31,8 @@ EVENT = {"data": ["k", 3], "fn_index": 1, "session_hash": "abc", "trigger_id": N
 LIMITS = Limits(Names.of("page.example"), upload_bytes=1000, events=Events({1: [ONE, ONE], 2: [FILE], 3: [MANY]}))
 UPLOADED = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.zip"\r\n\r\nPK\r\n--b--\r\n'
 JSON_TYPE = {"content-type": "application/json"}
-FORM = {"content-type": "multipart/form-data; boundary=b"}
+COOKIE = {"cookie": "quantscope=" + "c" * 43}
+FORM = {"content-type": "multipart/form-data; boundary=b", **COOKIE}
 
 
 async def echo(scope, receive, send):
@@ -71,6 +72,7 @@ def test_what_the_page_sends_passes_and_no_page_elsewhere_may_read_it():
     assert "access-control-allow-origin" not in answer.headers
     assert ask("GET", "/").status_code == ask("HEAD", "/").status_code == 200
     assert ask("POST", UPLOAD, content=UPLOADED, headers=FORM).status_code == 200
+    assert ask("POST", UPLOAD, content=UPLOADED, headers={**FORM, "cookie": "quantscope=invented"}).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_long_bodies_are_refused_by_their_length_and_while_they_arrive():
 def test_an_upload_is_one_file(body):
     answer = ask("POST", UPLOAD, content=body, headers=FORM)
     assert answer.status_code == (200 if body == b"" else 400)
-    assert ask("POST", UPLOAD, content=UPLOADED).status_code == 400, "no form"
+    assert ask("POST", UPLOAD, content=UPLOADED, headers=COOKIE).status_code == 400, "no form"
 
 
 def test_the_memory_for_bodies_that_arrive_is_bounded_and_given_back():
@@ -379,7 +381,7 @@ def page(tmp_path_factory) -> Iterator[Gate]:
     demo = build_app(ctx)
     demo.queue(max_size=512, api_open=False)
     demo.launch(prevent_thread_lock=True, quiet=True, share=False, run_history=False, server_name="127.0.0.1")
-    yield Gate(demo.app, install.limits(chosen, "127.0.0.1", demo))
+    yield Gate(demo.app, install.limits(chosen, "127.0.0.1", demo, ctx.heartbeats))
     demo.close(verbose=False)
     ctx.workers.close()
     patch.undo()
@@ -394,7 +396,7 @@ def test_no_malformed_event_reaches_a_traceback(page, capfd):
             for place, value in enumerate(values):
                 data = [values[(place + i) % len(values)] if i else value for i in range(len(inputs))]
                 event = {**EVENT, "fn_index": index, "data": data, "event_data": value}
-                statuses.add(client.post(RUN, content=json.dumps(event), headers=JSON_TYPE).status_code)
+                statuses.add(client.post(RUN, content=json.dumps(event), headers={**JSON_TYPE, **COOKIE}).status_code)
     said = capfd.readouterr()
     assert statuses == {200, 400} and "Traceback" not in said.out + said.err
 

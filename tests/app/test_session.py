@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
-from app.session import MAX_RUNS, Run, SessionStore
+from app.door.visitor import VISITOR, Heartbeats, Visitor
+from app.session import MAX_PAGES, MAX_RUNS, Run, Session, SessionStore
+from core.errors import ResourceError
 from core.privacy import is_public_text
 from core.recipe import QuantRecipe
 
@@ -31,51 +34,118 @@ def test_a_reloaded_page_finds_its_session_and_nobody_chooses_a_key():
         assert other is not first and other.key != unknown and other.runs == []
 
 
+@contextlib.contextmanager
+def asked_by(browser: str, address: str = "8.8.8.8"):
+    """A request of a browser at an address."""
+    token = VISITOR.set(Visitor(browser, address))
+    yield
+    VISITOR.reset(token)
+
+
+def aged(store: SessionStore, session: Session, seconds: float) -> Session:
+    """Let time pass for a session and its pages."""
+    session.touched_at -= seconds
+    for inbox in session.pages.values():
+        inbox.made_at -= seconds
+    return session
+
+
 def test_a_reload_after_the_sessions_lifetime_starts_a_new_one():
-    store = SessionStore(seconds=0, capacity=10)
-    first = store.open()
-    store.open()
+    store = SessionStore(seconds=60, capacity=10)
+    first = aged(store, store.open(), 61)
+    assert store.sweep() == [first] and store.sweep() == []
     assert store.open("page", first.key).key != first.key
 
 
-def test_the_oldest_goes_beyond_the_cap_and_comes_back_empty():
+@pytest.mark.parametrize("key", [None, "", "short", "x" * 43, "x" * 5000, 7, "ö" * 43, ["a"], {}])
+def test_only_opening_the_page_makes_a_session(key):
     store = SessionStore(seconds=60, capacity=3)
-    first = store.open()
-    first.add_run(Run("m", "m"))
-    for _ in range(3):
-        store.open()
-    assert len(store) == 3
-    again = store.get(first.key)
-    assert again.key == first.key and again.runs == []
+    with pytest.raises(ResourceError) as lost:
+        store.get(key)
+    assert lost.value.code == "E-SESSION" and len(store) == 0
 
 
-@pytest.mark.parametrize("key", [None, "", "short", "x" * 5000, 7, "ö" * 43])
-def test_a_key_of_another_form_is_not_kept(key):
-    store = SessionStore(seconds=60, capacity=3)
-    assert store.get(key).key != key and len(store.get(key).key) == 43
+def test_a_key_opens_nothing_for_another_browser():
+    store = SessionStore(seconds=60, capacity=10)
+    with asked_by("a" * 43):
+        mine = store.open("page")
+    for thief in ("b" * 43, ""):
+        with asked_by(thief):
+            with pytest.raises(ResourceError):
+                store.get(mine.key)
+            assert store.close("page") is None and mine.shown, "its jobs go on"
+    with asked_by("b" * 43):
+        assert store.open("page", mine.key) is not mine
+    with asked_by("a" * 43, address="9.9.9.9"):
+        assert store.get(mine.key) is mine, "a telephone changes its network"
+    with asked_by(""), pytest.raises(ResourceError, match="cookie"):
+        store.open("page")
 
 
-def test_sessions_at_work_or_on_a_page_go_last():
-    store = SessionStore(seconds=60, capacity=3)
-    at_work, on_page = store.open(), store.open("page")
-    at_work.handlers.add("task")
-    for _ in range(5):
-        store.open()
-    assert store.get(at_work.key) is at_work and store.get(on_page.key) is on_page and len(store) == 3
+def test_a_stranger_ends_nobodys_session():
+    store = SessionStore(seconds=60, capacity=50, per_address=20)
+    with asked_by("a" * 43):
+        mine, also = store.open("page"), store.open()
+    for n in range(2000):
+        with asked_by(f"{n:043}", "6.6.6.6"):
+            store.open()
+    for n in range(2000):
+        with asked_by(f"{n:043}", f"6.6.7.{n % 250}"), contextlib.suppress(ResourceError):
+            store.open(f"page-{n}")
+    assert len(store) == 50
+    with asked_by("a" * 43):
+        assert store.get(mine.key) is mine and store.get(also.key) is also
 
 
-def test_only_idle_sessions_without_a_page_are_forgotten_with_time():
+def test_who_finds_no_room_is_told_when_to_come_back():
+    store = SessionStore(seconds=1800, capacity=10, per_address=3)
+    with asked_by("a" * 43):
+        kept = [store.open("p"), store.open("q"), store.open()]
+        fourth = store.open("r")
+        assert len(store) == 3 and fourth.key not in [s.key for s in kept], "the one without a page gave way"
+        with pytest.raises(ResourceError, match="30 minutes"):
+            store.open("s")
+        assert store.get(kept[0].key) is kept[0] and store.get(kept[1].key) is kept[1]
+    assert store.sweep() == [kept[2]]
+
+
+def test_a_page_without_a_heartbeat_keeps_no_session():
+    beats = Heartbeats()
+    store = SessionStore(seconds=60, capacity=10, is_open=beats.open)
+    looked_at, script = store.open("page"), store.open("other")
+    with beats.beat("page"):
+        for session in (looked_at, script):
+            aged(store, session, 100)
+        assert store.sweep() == [script] and looked_at.shown
+    aged(store, looked_at, 1)
+    assert store.sweep() == [looked_at]
+
+
+def test_sessions_at_work_are_not_too_old():
     store = SessionStore(seconds=0, capacity=10)
-    alone, on_page = store.open(), store.open("page")
-    store.open()
-    assert store.get(alone.key) is not alone and store.get(on_page.key) is on_page
+    at_work = aged(store, store.open(), 100)
+    at_work.handlers.add("task")
+    assert store.sweep() == [] and store.get(at_work.key) is at_work
 
 
-def test_thousands_of_visitors_stay_within_the_cap():
-    store = SessionStore(seconds=60, capacity=20)
-    for i in range(2000):
-        store.open(f"page-{i}")
-    assert len(store) == 20
+def test_the_largest_go_when_all_together_are_too_large(ranges, wide_ranges, monkeypatch):
+    store = SessionStore(seconds=60, capacity=10)
+    sessions = [store.open(), store.open(), store.open()]
+    for session, shown in zip(sessions, (ranges, wide_ranges, ranges), strict=True):
+        session.ranges = shown
+    small, large = sessions[0].bytes, sessions[1].bytes
+    assert 0 < small < large
+    monkeypatch.setattr("app.session.PRIVATE_BYTES", small + large)
+    assert store.sweep() == [], "what two sessions share counts once"
+    monkeypatch.setattr("app.session.PRIVATE_BYTES", small)
+    assert store.sweep() == [sessions[1]]
+
+
+def test_pages_of_a_session_are_bounded():
+    session = SessionStore(seconds=60, capacity=10).open()
+    for n in range(500):
+        session.page(str(n))
+    assert len(session.pages) == MAX_PAGES and "499" in session.pages
 
 
 def test_what_is_posted_without_a_page_waits_for_one():
