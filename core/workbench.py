@@ -30,6 +30,7 @@ from core.evaluation.generate import generate
 from core.evaluation.memory import measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.speed import speed_limit
+from core.evaluation.tokens import TokensReport, token_divergences
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.folders import state_of
 from core.models.io import saved
@@ -195,6 +196,24 @@ class Workbench:
             against = Reference(reference, other.model.get_output_embeddings(), hidden)
         report = evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
         return report if reference is None else replace(report, caution=caution_of(loaded, other))
+
+    def tokens(
+        self,
+        key: str,
+        reference: str,
+        *,
+        reference_revision: str | None = None,
+        text: str = "sotu",
+        tokens: int = 128,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> TokensReport:
+        """Compare a model with `reference` (another key) token by token on the start of a text."""
+        other = self._get(reference, reference_revision, owner, progress)
+        loaded = self._get(key, None, owner, progress)
+        return token_divergences(
+            loaded, other, text, tokens=tokens, key=key, allow_local=self.allow_local, progress=progress
+        )
 
     def generate(
         self,

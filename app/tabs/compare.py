@@ -13,6 +13,7 @@ from app.session import MAX_RUNS, Protocol, Run, Session
 from app.tabs.keep import Keep
 from app.tabs.measured import estimated_bytes, numbers_table
 from app.tabs.quantize import MEASURED_TEXT, WINDOW, window_of
+from app.tabs.tokens import Tokens
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart
 from app.view.figure import axis_name, number
@@ -91,6 +92,7 @@ class Compare:
             self.speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
             self.numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
             self.bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
+            self.tokens = Tokens(ctx)
             self.keep = Keep(ctx)
             with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
                 gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
@@ -123,7 +125,7 @@ class Compare:
 
     def listed(self, session: Session) -> Updates:
         """Show everything on this tab that lists the runs."""
-        return {**self.choices(session), **self.render(session)}
+        return {**self.choices(session), **self.tokens.render(session), **self.render(session)}
 
     def render(self, session: Session, keys: list[str] | None = None) -> Updates:
         """Show numbers and bars of the chosen runs."""
@@ -144,7 +146,8 @@ class Compare:
         """Connect the tab's events."""
         guard, on, key, status = self.ctx.guard, self.ctx.on, self.ctx.key, [self.ctx.status, self.ctx.stop]
         sizes = {key, self.shape, self.batch, self.sequence}
-        shown = [*self.keep.outputs, self.runs, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
+        lists = [*self.keep.outputs, *self.tokens.outputs, self.runs]
+        shown = [*lists, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
         projection = [self.memory, self.memory_note, *status]
         self.tab.select(guard(self.opened), {*sizes, self.prompt}, [*shown, *status], **LIGHT)
         self.runs.input(guard(self.ticked), {key, self.runs}, [self.numbers, self.bars, *status], **LIGHT)
@@ -155,7 +158,8 @@ class Compare:
             on(event, self.generate, wishes, [self.streams, self.speed, *status])
         protocol = {key, self.runs, self.eval_text, self.eval_tokens}
         on(self.measure.click, self.evaluate, protocol, [self.runs, self.numbers, self.bars, *status])
-        self.keep.wire(self.listed, [self.runs, self.numbers, self.bars])
+        self.tokens.wire()
+        self.keep.wire(self.listed, [self.runs, *self.tokens.outputs, self.numbers, self.bars])
 
     def opened(self, values: Updates) -> Updates:
         """Show the current runs; a prompt that was not edited follows the model."""

@@ -31,6 +31,7 @@ METHODS = {
     "quantize",
     "open_saved",
     "evaluate",
+    "tokens",
     "generate",
     "speed_limit",
     "sparsity",
