@@ -24,6 +24,7 @@ import numpy as np
 
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
 from core.errors import ModelError, TextError
+from core.evaluation.tokens import ConfidenceGroup, TokenDivergence, TokensReport
 from core.models.io.bundle import unpack
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import (
@@ -296,6 +297,17 @@ class FakeWorkbench:
     def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress) -> SpeedLimit:
         """A quarter of the measured speed is reached."""
         return SpeedLimit(key, 100_000_000, 40.0e9 + 400 * 55_296, 2)
+
+    def tokens(
+        self, key: str, reference: str, *, reference_revision: None = None, text: str, tokens: int, owner: str, progress: Progress
+    ) -> TokensReport:
+        """Two words over and over, each predicted a little worse than the one before; every fifth flips; HTML among them."""
+        best = (("yes", 0.6), ("<b>no</b>", 0.2))
+        shown = [
+            TokenDivergence(f"<i>{i} ", 0.01 * i if i else None, 0.5, 0.6, best[:: -1 if i % 5 == 0 else 1], best, i % 5 == 0)
+            for i in range(tokens)
+        ]
+        return TokensReport(key, reference, text, tuple(shown), (ConfidenceGroup(0.6, 0.8, tokens - 1, 0.3, 0.2),), 0.3)
 
     def sparsity(
         self, key: str, *, text: str = "sotu", tokens: int = 512, owner: str | None = None, progress: Progress

@@ -227,6 +227,25 @@ def test_runs_of_two_models_are_compared_and_written_side_by_side(visit):
     open_tab(page, "BitNet", "#zeros")
 
 
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_text_is_read_token_by_token(visit, width):
+    page = visit()
+    quantise(page)
+    open_tab(page, "Compare")
+    page.set_viewport_size({"width": width, "height": 900})
+    page.locator("#token-panel").get_by_text("token by token").click()
+    page.locator("#read-tokens").click()
+    page.wait_for_selector("#reading .qs-reading .qs-flip")
+    tokens = page.locator("#reading .qs-reading .qs-tok")
+    assert tokens.count() == 128 and tokens.nth(3).inner_text().startswith("<i>3")
+    assert "127 predictions" in page.locator("#reading .qs-verdict").inner_text()
+    tip = tokens.nth(5).locator(".qs-tip")
+    tokens.nth(5).focus()
+    assert tip.is_visible() and "<b>no</b> 20.0 %" in tip.inner_text().replace("\n", " ")
+    box = tip.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
 def test_stop_ends_the_reading_of_a_ternary_model(visit):
     page = visit("?model=fake-slow&method=bitnet")
     status(page, "fake-slow")
