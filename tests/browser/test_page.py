@@ -232,6 +232,7 @@ def test_a_text_is_read_token_by_token(visit, width):
     page = visit()
     quantise(page)
     open_tab(page, "Compare")
+    page.locator("#side .toggle-button").click()  # open, it covers a phone's whole page
     page.set_viewport_size({"width": width, "height": 900})
     page.locator("#token-panel").get_by_text("token by token").click()
     page.locator("#read-tokens").click()
