@@ -1,4 +1,4 @@
-"""The panel of the tab Compare that shows a text token by token, coloured by how far a run and its original are apart."""
+"""The panel of the tab Compare that shows a text token by token, coloured by divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show where two models differ on one text: the divergence at each token, and what both find likeliest there.
+"""Show where two models differ on one text: divergence at each token, and what both find likeliest.
 
     KLD_t = Σ_v p_ref(v | x_<t) (log p_ref(v | x_<t) - log p(v | x_<t))        nats
 
