@@ -1,4 +1,4 @@
-"""Write a text as coloured tokens: where two models differ and what both find likeliest. Foreign text is escaped."""
+"""Write a text as coloured tokens: where two models differ and what both find likeliest."""
 
 from __future__ import annotations
 
