@@ -23,8 +23,9 @@ from app.session import STOP, Session, SessionStore
 from app.settings import Settings
 from app.shared import Shared
 from app.view import cards, texts
-from app.worker.client import PUBLIC, Workers
+from app.worker.client import Workers
 from app.worker.job import JobView, Step
+from app.worker.line import PUBLIC
 from core.errors import Cancelled, QuantscopeError
 from core.folders import state_of
 from core.privacy import is_public_text

@@ -1,4 +1,4 @@
-"""Run jobs on the worker processes from the page: a queue for each, no extra threads, no polling.
+"""Run jobs on the worker processes from the page: a line for each, no extra threads, no polling.
 
     async for view in workers.run(owner, steps): ...        the job's state after every change, last when finished
 
@@ -23,16 +23,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
+from app.door.visitor import visitor
 from app.settings import Settings
 from app.worker import wire
 from app.worker.environment import worker_environment
 from app.worker.job import Job, JobView, Step, at, out_of_memory
+from app.worker.line import Line
 from core.errors import QuantscopeError, ResourceError
 
-PUBLIC = "public"
-"""Owner of jobs that the server starts for everyone, to whom the limit per session does not apply."""
-PER_SESSION = 2
-MAX_WAITING = 64
 BEAT_SECONDS = 1.0
 """Seconds without news after which a running job is shown again, so that its clock advances."""
 EXIT_SECONDS = 2.0
@@ -120,7 +118,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.line: list[Job] = []
+        self.line = Line()
         self.process: Process | None = None
         self._moved = asyncio.Event()
         self._idle: asyncio.TimerHandle | None = None
@@ -130,15 +128,15 @@ class Worker:
 
         Raises: the job's error; ResourceError E-BUSY if this owner or the server has too many jobs.
         """
-        self._admit(owner)
+        job = Job(owner, steps, visitor().address)
+        self.line.add(job)
         if self._idle is not None:
             self._idle.cancel()
-        job = Job(owner, steps)
-        self.line.append(job)
+        self._move()
         try:
-            while (ahead := self.line.index(job)) > 0:
+            while (ahead := self.line.ahead(job)) > 0:
                 yield job.view(ahead)
-                while self.line.index(job) == ahead:
+                while self.line.ahead(job) == ahead:
                     await self._moved.wait()
             job.start()
             yield job.view()
@@ -147,16 +145,14 @@ class Worker:
                     yield job.view()
         finally:
             self.line.remove(job)
-            self._moved.set()  # wakes all that wait now; later ones wait for the new event
-            self._moved = asyncio.Event()
-            if not self.line and self.settings.idle_seconds:
+            self._move()
+            if not len(self.line) and self.settings.idle_seconds:
                 self._idle = asyncio.get_running_loop().call_later(self.settings.idle_seconds, self._renew)
 
-    def _admit(self, owner: str) -> None:
-        if owner != PUBLIC and sum(job.owner == owner for job in self.line) >= PER_SESSION:
-            raise ResourceError("You already have one job running and one waiting. Wait for them or press Stop.", code="E-BUSY")
-        if len(self.line) > MAX_WAITING:
-            raise ResourceError(f"{MAX_WAITING} jobs are waiting already. Try again in a few minutes.", code="E-BUSY")
+    def _move(self) -> None:
+        """Wake all that wait, as their places may have changed; later ones wait for the new event."""
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def start(self) -> None:
         """Start the process, if none is alive: it loads its libraries, so that the next job finds it ready."""
@@ -241,7 +237,7 @@ class Workers:
 
     def run(self, owner: str, steps: Sequence[Step], *, light: bool = False) -> AsyncIterator[JobView]:
         """Run a job as `Worker.run` does: on the main worker, but a light job on the light worker while the main one is busy."""
-        return (self.light if light and self.main.line else self.main).run(owner, steps)
+        return (self.light if light and len(self.main.line) else self.main).run(owner, steps)
 
     def close(self) -> None:
         """End both processes."""

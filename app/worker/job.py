@@ -100,9 +100,11 @@ class Pace:
 class Job:
     """The page's record of one job: `take` applies the worker's messages, `view` returns its state."""
 
-    def __init__(self, owner: str, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, owner: str, steps: Sequence[Step], address: str = "", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.name = str(next(_names))
-        self.owner = owner
+        self.owner, self.address = owner, address
         self.steps = tuple(steps)
         self.state = "waiting"
         self.stage = self.steps[0].title

@@ -13,8 +13,8 @@ import pytest
 
 from app.context import REST_SECONDS, UNCHANGED, observe_steps, ranges_key
 from app.session import Protocol
-from app.worker.client import PUBLIC
 from app.worker.job import JobView, Step
+from app.worker.line import PUBLIC
 from core.errors import Cancelled, InputError, QuantscopeError
 from core.folders import state_of
 from core.recipe import Calibration

@@ -19,6 +19,7 @@ from app.settings import GIB, LIGHT_BYTES, Settings
 from app.worker.client import Worker, Workers
 from app.worker.environment import worker_environment
 from app.worker.job import Job, Pace, Step
+from app.worker.line import PER_ADDRESS
 from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
 from core.recipe import Calibration
@@ -218,10 +219,10 @@ def test_one_running_and_one_waiting_per_session():
 
 def test_a_full_line_says_so():
     async def scenario(worker):
-        jobs = [follow(worker.run(f"visitor {n}", load("fake-endless" if n == 0 else "fake"))) for n in range(65)]
+        jobs = [follow(worker.run(f"visitor {n}", load("fake-endless" if n == 0 else "fake"))) for n in range(PER_ADDRESS)]
         await started(worker)
         error = await end_of(worker.run("one more", load("fake")))
-        assert error.code == "E-BUSY" and "64 jobs are waiting" in str(error)
+        assert error.code == "E-BUSY" and f"{PER_ADDRESS} jobs" in str(error)
         await leave(jobs[0])
         assert {view.state for view in await asyncio.gather(*jobs[1:])} == {"done"}
 
