@@ -57,7 +57,7 @@ def test_sdk_version_is_within_the_requirements():
 
 def test_the_two_commands():
     assert commands("pip install -r requirements.txt")[0][-4:] == ["&&", "python", "-m", "app"]
-    assert commands("pip install -r requirements-dev.txt")[0][-2:] == ["&&", "pytest"]
+    assert commands("pip install -r requirements-dev.txt")[0][-4:] == ["&&", "pytest", "-n", "2"]
     assert main.arguments(["--host", "127.0.0.1", "--port", "7860", "--model", "m"]).port == 7860
     assert "requirements-dev.txt" in (ROOT / ".ci" / "run").read_text()
 
