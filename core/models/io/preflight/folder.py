@@ -22,6 +22,7 @@ from typing import Any
 from core.errors import ModelError
 from core.models.io.preflight.config import bitnet_format, check_config, check_layers, refuse_code
 from core.models.io.preflight.other_tools import refuse_quantized_files, refuse_quantized_tensors
+from core.models.io.preflight.tokenizer import check_brackets, check_settings, check_tokenizer
 
 MAX_HEADER_BYTES = 2 * 2**20
 MAX_TENSORS = 20_000
@@ -29,7 +30,7 @@ MAX_DIMENSIONS = 8
 MAX_SHARDS = 1_000
 MAX_INDEX_BYTES = 8 * 2**20
 MAX_JSON_BYTES = 2**20
-MAX_TOKENIZER_BYTES = 64 * 10**6
+MAX_TOKENIZER_BYTES = 48 * 10**6
 DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
                "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 """Bytes per element of the accepted safetensors types."""
@@ -198,9 +199,16 @@ def _check_side_files(folder: Path) -> None:
         size = regular_file(folder, name).stat().st_size
         if size > limit:
             raise _too_large(name, size, limit)
-    for name in ("generation_config.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
-            refuse_code(read_json(folder, name, limit=4 * MAX_JSON_BYTES))
+            settings = read_json(folder, name, limit=4 * MAX_JSON_BYTES)
+            check_settings(settings, name)
+            refuse_code(settings)
+    if (folder / "tokenizer.json").exists():
+        raw = (folder / "tokenizer.json").read_bytes()
+        check_brackets(raw, "tokenizer.json")
+        tokenizer = strict_json(raw, "tokenizer.json")
+        check_tokenizer(tokenizer if isinstance(tokenizer, dict) else {})
 
 
 def _no_weights(names: list[str]) -> ModelError:
