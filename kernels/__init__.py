@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 
 from kernels.backend import Backend, Choice
-from kernels.codes import code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
+from kernels.codes import Codes, code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
 from kernels.linear import int_linear, select_linear_backend
 from kernels.packing import pack, packed_width, unpack
 
@@ -36,6 +36,7 @@ _LAZY = {
 __all__ = [
     "Backend",
     "Choice",
+    "Codes",
     "cluster_linear",
     "code_limits",
     "code_offset",

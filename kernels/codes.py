@@ -16,11 +16,35 @@ u = q + 2**(b-1) in 0 … 2**b - 1, so that bytes can be packed; the grid is the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
 """Limits of the scales of `quantize_rows`, which are stored in float16: a smaller one would become 0, a larger one infinite."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The input of a linear layer as integer codes.
+
+    Attributes:
+        codes: [M, K] int8.
+        scale: [M, 1] float32 where scales are dynamic, else None.
+        code_sum: [M] int32, Σ_k codes, where it is known.
+        lead: the leading dimensions of the input [..., K], whose product is M; None for [M].
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    code_sum: Tensor | None = None
+    lead: torch.Size | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the input, [..., K]."""
+        return self.codes.shape if self.lead is None else torch.Size((*self.lead, self.codes.shape[1]))
 
 
 def code_offset(bits: int) -> int:

@@ -17,14 +17,14 @@ equations 1-3) for the scales per token, clamped at 1e-5.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels._triton import next_power, on_its_device, round_even, rows_strided, tl, tl_code_offset, triton
 from kernels.backend import Backend, use_triton
-from kernels.codes import code_limits, quantize
+from kernels.codes import Codes, code_limits, quantize
 from kernels.tiles import row_warps
 
 KINDS = ("int8", "int4", "int4x2")
@@ -49,23 +49,6 @@ class Norm:
     order: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Rows after the norm, as codes.
-
-    Attributes:
-        codes: [M, D] int8.
-        hidden: [M, D], x, or x + residual.
-        scale: [M, 1] float32 with dynamic scales, else None.
-        code_sum: [M] int32, Σ codes of a row, with dynamic scales, else None.
-    """
-
-    codes: Tensor
-    hidden: Tensor
-    scale: Tensor | None = None
-    code_sum: Tensor | None = None
-
-
 def normalized(x: Tensor, norm: Norm) -> Tensor:
     """Compute the norm by torch: [M, D] -> [M, D] float32, in the stored order."""
     x = x.to(torch.float32)
@@ -79,20 +62,20 @@ def normalized(x: Tensor, norm: Norm) -> Tensor:
     return y if norm.bias is None else y + norm.bias.to(torch.float32)
 
 
-def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> Quantized:
+def _reference(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> tuple[Tensor, Codes]:
     hidden = x if residual is None else x + residual
     y = normalized(hidden, norm)
     if static is not None:
         scale, zero, bits = static
         codes = quantize(y, scale.to(torch.float32), zero.to(torch.float32), *code_limits(bits))
-        return Quantized(codes, hidden)
+        return hidden, Codes(codes)
     if kind == "int8":
         size, top, low, high = y.abs().amax(-1, keepdim=True), 127.0, -127, 127
     else:
         size, top, low, high = (2.0 if kind == "int4x2" else 1.0) * y.abs().mean(-1, keepdim=True), math.sqrt(7.0), -8, 7
     size = size.clamp(min=1e-5)
     codes = (y * (top / size)).round_().clamp_(low, high).to(torch.int8)
-    return Quantized(codes, hidden, size / top, codes.sum(-1, dtype=torch.int32))
+    return hidden, Codes(codes, size / top, codes.sum(-1, dtype=torch.int32))
 
 
 @triton.jit
@@ -160,7 +143,7 @@ def _norm_quant_kernel(
 
 
 @on_its_device
-def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> Quantized:
+def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None) -> tuple[Tensor, Codes]:
     x = rows_strided(x)
     rows, width = x.shape
     new = {"device": x.device}
@@ -183,14 +166,20 @@ def _launch(x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: t
         ORDERED=norm.order is not None, KIND="static" if static is not None else kind, BITS=bits, BLOCK=block,
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
-    return Quantized(codes, hidden, row_scale, code_sum)
+    return hidden, Codes(codes, row_scale, code_sum)
 
 
-def _checked(norm: Norm, x: Tensor, residual: Tensor | None) -> None:
+def _run(
+    x: Tensor, norm: Norm, residual: Tensor | None, kind: str, static: tuple | None, backend: Backend
+) -> tuple[Tensor, Codes]:
+    """Check what both ops share, and run one of them."""
     if norm.kind not in NORMS:
         raise ValueError(f"norm {norm.kind[:20]!r} is unknown: use one of {', '.join(NORMS)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"a residual of {tuple(residual.shape)} {residual.dtype} does not fit {tuple(x.shape)} {x.dtype}")
+    run = _launch if use_triton(backend, x) and x.numel() else _reference
+    hidden, codes = run(x.flatten(0, -2), norm, None if residual is None else residual.flatten(0, -2), kind, static)
+    return hidden.view(x.shape), replace(codes, lead=x.shape[:-1])
 
 
 def norm_quantize(
@@ -202,36 +191,34 @@ def norm_quantize(
     bits: int,
     residual: Tensor | None = None,
     backend: Backend = Backend.AUTO,
-) -> Quantized:
+) -> tuple[Tensor, Codes]:
     """Normalise, reorder and quantise rows with static scales.
 
     Args:
-        x: [M, D] floating; residual: the same, added first.
+        x: [..., D] floating; residual: the same, added first.
         scale, zero_point: [D] in the stored order; codes lie within code_limits(bits).
         bits: 2 to 8.
         backend: AUTO takes Triton for CUDA tensors.
+    Returns: (x, or x + residual; codes of its norm).
     Raises: ValueError for other norms, shapes or widths, or if TRITON is asked for where it cannot run.
     """
-    _checked(norm, x, residual)
     if not 2 <= bits <= 8:
         raise ValueError(f"codes of {bits} bits do not fit bytes: use 2 to 8")
-    run = use_triton(backend, x) and x.numel()
-    return (_launch if run else _reference)(x, norm, residual, "static", (scale, zero_point, bits))
+    return _run(x, norm, residual, "static", (scale, zero_point, bits), backend)
 
 
 def norm_quantize_dynamic(
     x: Tensor, norm: Norm, kind: str, *, residual: Tensor | None = None, backend: Backend = Backend.AUTO
-) -> Quantized:
+) -> tuple[Tensor, Codes]:
     """Normalise, reorder and quantise rows with one scale per token.
 
     Args:
-        x: [M, D] floating; residual: the same, added first.
+        x: [..., D] floating; residual: the same, added first.
         kind: one of KINDS.
         backend: as `norm_quantize`.
+    Returns: as `norm_quantize`, scales and sums of codes with them.
     Raises: ValueError for other norms, shapes or kinds, or if TRITON is asked for where it cannot run.
     """
-    _checked(norm, x, residual)
     if kind not in KINDS:
         raise ValueError(f"input quantiser {kind[:20]!r} is unknown: use one of {', '.join(KINDS)}")
-    run = use_triton(backend, x) and x.numel()
-    return (_launch if run else _reference)(x, norm, residual, kind, None)
+    return _run(x, norm, residual, kind, None, backend)

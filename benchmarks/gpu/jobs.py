@@ -33,7 +33,7 @@ def norm_quant(m: Machine) -> Iterator[Job]:
     scale, zero = torch.full((width,), 0.05, device=m.device), torch.zeros(width, device=m.device)
 
     def call(backend: Backend) -> Callable[[int], Tensor]:
-        return lambda i: kernels.norm_quantize(xs[i], norm, scale, zero, bits=8, backend=backend).codes
+        return lambda i: kernels.norm_quantize(xs[i], norm, scale, zero, bits=8, backend=backend)[1].codes
 
     others = {"torch, eager": call(Backend.REFERENCE)}
     if m.cuda:

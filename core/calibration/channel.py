@@ -89,14 +89,13 @@ def _values(
         passed.keep(index + 1, hidden)
     seen: list[Tensor] = []
 
-    def observe(site: str, x: Tensor) -> None:
-        if site == kind:
-            seen.append(x[..., channel].clone())
-            raise _Found
+    def look(x: Tensor) -> None:
+        seen.append(x[..., channel].clone())
+        raise _Found
 
     for h, item in zip(hidden, inputs, strict=True):
-        with contextlib.suppress(_Found):
-            blocks[layer](h, item.rotary, observe=observe)
+        with contextlib.suppress(_Found), blocks[layer].slots.fill({kind: look}):
+            blocks[layer](h, item.rotary)
     return torch.cat(seen).cpu()
 
 

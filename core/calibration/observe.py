@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.calibration.states import KeptStates
 from core.errors import NumericError
-from core.models.block import Rotary
+from core.models.attention import Rotary
 from core.models.decoder import CausalModel
 from core.progress import Progress, silent
 from core.quant.ranges import ChannelRanges
@@ -119,5 +119,6 @@ def observe_layers(
         recorder = Recorder(index, len(windows), hessians_wanted=False)
         for i, item in enumerate(inputs):
             progress(f"Observing layer {index + 1} of {len(model.blocks)}", (index + i / len(inputs)) / len(model.blocks))
-            hidden[i] = block(hidden[i], item.rotary, observe=recorder)
+            with block.slots.watch(recorder):
+                hidden[i] = block(hidden[i], item.rotary)
         yield recorder.ranges()

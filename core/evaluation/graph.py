@@ -86,14 +86,14 @@ def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | N
     if not all(layer.packed for layer in cache.layers):
         return "the cache grows, because keys and values are not packed"
     blocks, length = model.blocks, cache.get_seq_length()
-    if any(length < block.sink_tokens for block in blocks):
+    if any(length < block.attention.sink_tokens for block in blocks):
         return "the prompt ends among the tokens that stay in float"
-    window = min((block.window for block in blocks if block.window is not None), default=None)
+    window = min((w for block in blocks if (w := block.attention.window) is not None), default=None)
     if window is not None and length + room >= window:
         return f"{length + room} tokens leave the window of {window}"
-    if any(block.qkv.requested is Backend.REFERENCE for block in blocks):
+    if any(block.attention.qkv.requested is Backend.REFERENCE for block in blocks):
         return "the reference was asked for by name"
-    reasons = (layer.unsupported_reason(block.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))
+    reasons = (layer.unsupported_reason(block.attention.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))
     return next(filter(None, reasons), None)
 
 

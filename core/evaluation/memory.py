@@ -238,18 +238,9 @@ def working_bytes(model: CausalModel) -> int:
 
 def kv_bytes_per_token(model: CausalModel) -> int:
     """Count the stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
-    from core.quant.kv_cache import bytes_per_token
-    from core.quant.kv_cache_dynamic import dynamic_bytes_per_token
-
-    spec, total = model.blocks[0].spec, 0
-    for block in model.blocks:
-        if block.rules is not None:
-            total += 2 * dynamic_bytes_per_token(spec.kv_heads, spec.head_dim, block.rules.attention)
-            continue
-        packed = block.k_quantizer is not None and block.v_quantizer is not None
-        for q in (block.k_quantizer, block.v_quantizer):
-            total += bytes_per_token(spec.kv_heads, spec.head_dim, q.bits if packed else 16, float_bytes=model.dtype.itemsize)
-    return total
+    spec = model.blocks[0].spec
+    layers = model.decoder.new_cache().layers
+    return sum(layer.bytes_per_token(spec.kv_heads, spec.head_dim, model.dtype.itemsize) for layer in layers)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -9,7 +9,8 @@ Source: BitNet a4.8 (arXiv:2411.04965), table 2. Zero codes alone save no work: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,11 +41,12 @@ def measure_sparsity(loaded: LoadedModel, windows: Tensor, text_name: str, *, pr
     """Count zero codes on windows [S, T]. Raises: ModelError E-MODEL-ARCH for a model without ternary weights."""
     blocks = _ternary_blocks(loaded)
     counts: list[dict[str, float]] = []
-    for index, run in _layers(loaded, windows, progress):
-        counter = _Counter(blocks[index])
-        hook = blocks[index].activation.register_forward_hook(counter.gate)
+    for block, run in _layers(loaded, windows, progress):
+        counter = _Counter(block)
+        hook = block.mlp.activation.register_forward_hook(counter.gate)
         try:
-            run(counter)
+            with block.slots.watch(counter):
+                run()
         finally:
             hook.remove()
         counts.append(counter.shares())
@@ -85,10 +87,12 @@ def input_histogram(
     if not isinstance(layer, int) or not 0 <= layer < depth:
         raise InputError(f"layer is {str(layer)[:30]!r}: this model has layers 0 to {depth - 1}.", code="E-PARAM-LAYER")
     seen: list[Tensor] = []
-    for index, run in _layers(loaded, windows, progress):
-        run((lambda name, x: seen.append(x.flatten(0, 1)) if name == site else None) if index == layer else None)
-        if index == layer:
+    for block, run in _layers(loaded, windows, progress):
+        if block.layer_index == layer:
+            with block.slots.fill({site: lambda x: seen.append(x.flatten(0, 1))}):
+                run()
             break
+        run()
     x = torch.cat(seen)
     values = x.flatten().float().cpu()
     edge = float(values.abs().kthvalue(max(1, int(TAIL * len(values)))).values) or 1.0
@@ -111,20 +115,18 @@ def input_histogram(
     )
 
 
-Observe = Callable[[str, Tensor], None]
-
-
-def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> list[tuple[int, Callable[[Observe | None], None]]]:
-    """Return, per layer in the order to call them, (index, function that runs the layer on all windows with an observer)."""
+def _layers(loaded: LoadedModel, windows: Tensor, progress: Progress) -> Iterator[tuple[DecoderBlock, Callable[[], None]]]:
+    """Yield each block with a function to call once: it runs the block on all windows and carries the hidden states on."""
     blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
     hidden = [item.hidden for item in inputs]
 
-    def run(index: int, observe: Observe | None) -> None:
-        progress(f"Layer {index + 1} of {len(blocks)}", index / len(blocks))
+    def run(block: DecoderBlock) -> None:
+        progress(f"Layer {block.layer_index + 1} of {len(blocks)}", block.layer_index / len(blocks))
         for i, item in enumerate(inputs):
-            hidden[i] = blocks[index](hidden[i], item.rotary, observe=observe)
+            hidden[i] = block(hidden[i], item.rotary)
 
-    return [(index, lambda observe, i=index: run(i, observe)) for index in range(len(blocks))]
+    for block in blocks:
+        yield block, partial(run, block)
 
 
 class _Counter:
@@ -165,10 +167,10 @@ def _summary(sizes: dict[str, int], shares: dict[str, float]) -> Sparsity:
 
 def _sizes(block: DecoderBlock) -> dict[str, int]:
     """Count the weights of each projection of one layer."""
-    s = block.spec
+    s, linears = block.spec, block.linears()
     sizes = {
-        name: getattr(block, attribute).packed.shape[0] * width
-        for name, attribute, width in (("qkv", "qkv", s.hidden), ("out", "o", s.width("o_in")), ("down", "down", s.ffn))
+        name: linears[fused].packed.shape[0] * linears[fused].in_features
+        for name, fused in (("qkv", "qkv"), ("out", "o"), ("down", "down"))
     }
     return sizes | dict.fromkeys(("up", "gate") if s.gated else ("up",), s.hidden * s.ffn)
 

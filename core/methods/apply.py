@@ -47,10 +47,10 @@ def build_block(
         if hessian is not None and order is not None:
             hessian = hessian[order][:, order]
         layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits, grid)
-    new = block.with_linears(layers)
-    new.softmax_bits, new.sink_tokens = plan.softmax_bits, plan.sink_tokens
+    new = block.with_parts(**layers)
+    new.attention.softmax_bits, new.attention.sink_tokens = plan.softmax_bits, plan.sink_tokens
     for site in ("q", "k", "v"):
-        setattr(new, f"{site}_quantizer", quantizer(plan.sites[site]))
+        setattr(new.attention, f"{site}_quantizer", quantizer(plan.sites[site]))
     return new, errors
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from core.methods.base import LayerPlan, LayerStatistics
 from core.models.architectures import BlockSpec
-from core.models.bitnet import BitNetRules
+from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
 from core.quant.dynamic import MODES, quantize_input
-from core.quant.kv_cache_dynamic import AttentionBits, fake_heads
+from core.quant.kv_grid import fake_per_row
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.observer import SitePlan, sqnr_db
 from core.recipe import INPUT_SITE, SITES, BitNetOptions, QuantRecipe
@@ -81,9 +81,7 @@ class BitNet:
                 noise = sqnr_db(weight, layer.dequantized_weight())
                 errors[name] = WeightError(2, "ternary", noise, None, layer.effective_bits)
             layers[name] = layer
-        new = block.with_linears(layers)
-        new.rules = rules
-        return new, errors
+        return block.with_parts(**layers, rules=rules), errors
 
 
 def _rows(name: str, spec: BlockSpec) -> list[int]:
@@ -103,7 +101,7 @@ def _approximation(site: str, rows: Tensor, options: BitNetOptions, spec: BlockS
     bits = options.q_bits if site == "q" else options.kv_bits
     if bits >= 16:
         return None
-    return fake_heads(rows.unflatten(-1, (-1, spec.head_dim)), bits).flatten(-2)
+    return fake_per_row(rows.unflatten(-1, (-1, spec.head_dim)), bits).flatten(-2)
 
 
 METHOD = BitNet()

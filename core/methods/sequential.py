@@ -91,7 +91,7 @@ def quantize_layers(
         quantized, errors = method.apply_layer(block, plan, stats, recipe)
         quantized.to(model.device)  # it was built on the CPU, where plans are made
         watch.lap("weights")
-        hidden = _run(quantized, hidden, inputs, None, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
+        hidden = _run(quantized, hidden, inputs, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
             linear.release()
         outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
@@ -118,15 +118,16 @@ def _observe(
             skip_first=method.sink_tokens(recipe),
             seed=recipe.seed,
         )
-        return recorder, _run(block, hidden, inputs, recorder, lambda part: tell(stage, 0.35 * part))
+        with block.slots.watch(recorder):
+            return recorder, _run(block, hidden, inputs, lambda part: tell(stage, 0.35 * part))
 
     wanted, softmax_bits = method.uses_hessians(recipe), method.calibration_softmax_bits(recipe)
     recorder, outputs = record(wanted and softmax_bits >= FLOAT_BITS, "observing")
     ranges = calibrated = recorder.ranges()
     if softmax_bits < FLOAT_BITS:
-        block.softmax_bits = softmax_bits
+        block.attention.softmax_bits = softmax_bits
         recorder, _ = record(wanted, "calibrating")
-        block.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
+        block.attention.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
     linears = block.linears()
     importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
     return LayerStatistics(ranges, calibrated, recorder.hessians, importance), outputs
@@ -136,13 +137,12 @@ def _run(
     block: DecoderBlock,
     hidden: list[Tensor],
     inputs: list[BlockInputs],
-    observe: Recorder | None,
     tell: Callable[[float], None],
 ) -> list[Tensor]:
     outputs = []
     for i, (states, item) in enumerate(zip(hidden, inputs, strict=True)):
         tell(i / len(inputs))
-        outputs.append(block(states, item.rotary, observe=observe))
+        outputs.append(block(states, item.rotary))
     return outputs
 
 

@@ -6,8 +6,22 @@ from dataclasses import dataclass, field
 
 from core.checks import FLOAT_BITS
 from core.quant.dynamic import MODES
-from core.quant.kv_cache_dynamic import AttentionBits
+from core.quant.kv_grid import RowGrid
 from core.recipe import BITNET_MODES
+
+
+@dataclass(frozen=True)
+class AttentionBits:
+    """Bits of keys and values, of the first token's, and of queries: 2 to 8, or 16 for not quantised."""
+
+    kv: int = FLOAT_BITS
+    bos: int = 4
+    q: int = FLOAT_BITS
+
+    @property
+    def kv_grid(self) -> RowGrid | None:
+        """The grid of keys and values, None where they stay in float."""
+        return RowGrid(self.kv, self.bos) if self.kv < FLOAT_BITS else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from core.errors import InputError, ModelError
 from core.models.architectures import HEAD, POSITION_OFFSET, ModelAdapter
-from core.models.block import DecoderBlock, Rotary
+from core.models.attention import Rotary
+from core.models.block import DecoderBlock
 from core.models.norm import ReorderNorm
 from core.quant.kv_cache import KVCache
 
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
 
     def new_cache(self) -> KVCache:
         """Make an empty cache: packed where a block quantises its keys and values, in float where it does not."""
-        return KVCache([block.new_cache() for block in self.blocks])
+        return KVCache([block.attention.new_cache() for block in self.blocks])
 
     def enter(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Rotary]:
         """Compute the input of the first block, and the rotation of every block.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from core.quant.linear.base import LinearLayer
-from core.quant.static import Codes
+from core.quant.static import InputUse
+from kernels import Codes
+from kernels.backend import triton_runs_on
 
 
 class ReorderNorm(nn.Module):
@@ -33,11 +35,19 @@ class ReorderNorm(nn.Module):
         weight, bias = (None if t is None else t[order].contiguous() for t in (self.weight, self.bias))
         return ReorderNorm(self.kind, weight, bias, self.eps)
 
-    def codes(self, x: Tensor, reader: LinearLayer, residual: Tensor | None) -> tuple[Tensor, Codes] | None:
-        """Compute x + residual and the codes of its norm for `reader` in one kernel, on CUDA; see `LinearLayer.norm_codes`."""
-        from kernels.norm_quant import Norm
+    def before(
+        self, reader: LinearLayer, x: Tensor, use: InputUse, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | Codes]:
+        """Compute x + residual, and its norm as `reader` takes it: floats, or codes where one kernel makes them, on CUDA."""
+        if use.owned and not use.float_tokens and triton_runs_on(x.device):
+            from kernels.norm_quant import Norm
 
-        return reader.norm_codes(x, Norm(self.kind, self.eps, self.weight, self.bias, self.order), residual)
+            norm = Norm(self.kind, self.eps, self.weight, self.bias, self.order)
+            found = reader.norm_codes(x, norm, residual)
+            if found is not None:
+                return found
+        h = x if residual is None else x + residual
+        return h, self(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., D] over its last dimension."""
@@ -46,7 +56,7 @@ class ReorderNorm(nn.Module):
             factor, shift = torch.rsqrt(variance + self.eps), mean
         else:
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass over x, no temporary
-            factor, shift = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self.eps)), None
+            factor, shift = torch.rsqrt(norm.square().div_(x.shape[-1]).add_(self.eps)), None
         if self.order is not None:
             x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: far faster than [B, T, D]
         if shift is not None:

@@ -1,8 +1,8 @@
 """The KV cache: keys and values as packed low-bit codes, or floats where they are not quantised.
 
-Packed keys and values are quantised when they are stored, after the rotation, with the static scales of their sites (RPTQ, R2
-and R3); the first `sink_tokens` positions stay in float. Room doubles when it runs out, so that appending a token copies nothing
-else. Reading dequantises what the attention needs; a single new token attends to the codes themselves.
+Packed keys and values are quantised as they arrive, after the rotation, by the grid of their layer (`kv_grid`). Slots grow by
+doubling, so appending a token copies nothing else. Reading dequantises what the attention needs; a single new token attends to
+the codes as they are.
 """
 
 from __future__ import annotations
@@ -12,132 +12,112 @@ from torch import Tensor
 
 from core.checks import FLOAT_BITS
 from core.quant.attention import attend
-from core.quant.static import ActivationQuantizer
-from kernels import dequantize, pack, packed_width, quantize, unpack
-from kernels.backend import triton_runs_on
+from core.quant.kv_grid import KVGrid, StaticGrid
+from kernels import packed_width
 from kernels.kv import PackedHeads
 
 
 class PackedStates:
-    """Keys or values of one layer, [B, Hkv, S, E]: packed codes, and the first tokens in float.
+    """Store keys or values of one layer, [B, Hkv, S, E]: packed codes in slots, and the first tokens as their grid has them."""
 
-    Args:
-        quantizer: C = Hkv * E channels.
-        sink_tokens: how many first positions stay in float.
-    """
-
-    def __init__(self, quantizer: ActivationQuantizer, sink_tokens: int) -> None:
-        self.quantizer, self.sink_tokens = quantizer, sink_tokens
-        self.length = 0
-        self.sink: Tensor | None = None
-        self.packed: Tensor | None = None
-        self.dim = 0
-        self._grid: tuple[Tensor, Tensor] | None = None  # the quantiser's, in the form of `PackedHeads`
-        self.cursor: tuple[Tensor, Tensor] | None = None  # on the device: the next token's slot, and filled slots with it
+    def __init__(self, grid: KVGrid) -> None:
+        self.grid = grid
+        self.length = self.dim = 0
+        self.first: tuple[Tensor, ...] = ()  # of `grid.store_first`
+        self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E, bits)] uint8
+        self.row_scale: Tensor | None = None  # of a `RowGrid`: [B, Hkv, slots, 1] float16
+        self.cursor: tuple[Tensor, Tensor] | None = None  # where the next token goes and the slots filled then, on the device
+        self._described: tuple[Tensor | None, ...] | None = None  # scales, zero points and first tokens, as `heads` gives them
 
     def append(self, states: Tensor) -> Tensor:
-        """Quantise and store [B, Hkv, t, E]; return all states so far, dequantised: [B, Hkv, S, E]."""
-        if triton_runs_on(states.device):
-            self.store(states)
-            return self.read()
-        first = self.length
-        self._prepare(states)
-        codes = self._codes(states)
-        self.packed[:, :, first : first + states.shape[2]] = pack(codes, self.quantizer.bits)
-        self.length = first + states.shape[2]
-        return self._decode(codes) if first == 0 else self.read()
-
-    def pin(self, room: int, ends: Tensor) -> None:
-        """Prepare these states for a captured graph, as `KVCache.pin` says."""
-        self._reserve(self.packed, self.length + room)
-        self.cursor = (ends[1:2], ends[2:3])
+        """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
+        begins = self.length == 0
+        heads, slots = self.store(states)
+        return self.grid.fake(states, 0) if begins else heads.states(slots)
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
-        """Quantise and store [B, Hkv, t, E] without reading anything; return the store and its filled slots."""
+        """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
         from kernels import kv_append
 
-        self._prepare(states)
+        first = max(0, min(self.grid.first_tokens - self.length, states.shape[2]))
+        if first:
+            made = self.grid.store_first(states[:, :, :first])
+            self.first = tuple(torch.cat(pair, dim=2) for pair in zip(self.first, made, strict=True)) if self.first else made
+            self._described = None
+        self.dim = states.shape[-1]
+        apart = max(0, self.grid.apart - self.length)
+        start, stop = self.length + apart - self.grid.apart, self.length + states.shape[2]
+        self._reserve(states, stop - self.grid.apart)
         heads = self.heads()
         if self.cursor is not None:
             kv_append(states, heads, self.cursor[0])
             return heads, self.cursor[1]
-        kv_append(states, heads, self.length)
-        self.length += states.shape[2]
-        return heads, self.length
+        kv_append(states[:, :, apart:], heads, start)
+        self.length = stop
+        return heads, stop - self.grid.apart
+
+    def pin(self, room: int, ends: Tensor) -> None:
+        """Make room and take the places of new tokens from device tensors: see `KVCache.pin`."""
+        filled = self.length - self.grid.apart
+        self._reserve(self.packed, filled + room)
+        place = 1 - self.grid.apart
+        self.cursor = (ends[place : place + 1], ends[place + 1 : place + 2])
 
     def heads(self) -> PackedHeads:
-        """Return the stored states in the form that kernels take."""
-        if self._grid is None:
-            self._grid = self.quantizer.head_grid(self.packed.shape[1])
-        scale, zero = self._grid
-        return PackedHeads(self.packed, self.quantizer.bits, self.dim, scale=scale, zero_point=zero, first=self.sink)
+        """Describe what is stored as kernels take it."""
+        if self._described is None:
+            static = self.grid.quantizer.head_grid(self.packed.shape[1]) if isinstance(self.grid, StaticGrid) else (None, None)
+            self._described = (*static, self.grid.read_first(self.first, self.dim) if self.first else None)
+        scale, zero, first = self._described
+        return PackedHeads(self.packed, self.grid.bits, self.dim, scale, zero, self.row_scale, first)
 
-    def read(self, slots: int | None = None) -> Tensor:
-        """Dequantise the first `slots` slots, filled or not (None: the filled ones): [B, Hkv, S, E] float32."""
-        used = self.packed[:, :, : self.length if slots is None else slots]
-        return self._decode(unpack(used, self.quantizer.bits, self.dim))
+    def read(self) -> Tensor:
+        """Dequantise all states: [B, Hkv, S, E] float32."""
+        return self.heads().states(self.length - self.grid.apart)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored states: packed codes of the filled slots, and the first tokens in float."""
-        if self.packed is None:
-            return 0
-        sink = 0 if self.sink is None else self.sink.numel() * self.sink.element_size()
-        return self.packed[:, :, : self.length].numel() + sink
+        """Bytes of stored states: codes and scales of the filled slots, and the first tokens."""
+        filled = max(0, self.length - self.grid.apart)
+        slots = [t[:, :, :filled] for t in (self.packed, self.row_scale) if t is not None]
+        return sum(t.numel() * t.element_size() for t in (*slots, *self.first))
 
     def select(self, rows: Tensor) -> None:
         """Keep or repeat the given rows of the batch."""
         if self.packed is not None:
             self.packed = self.packed.index_select(0, rows)
-        if self.sink is not None:
-            self.sink = self.sink.index_select(0, rows)
-
-    def _per_head(self, values: Tensor, heads: int) -> Tensor:
-        return values.view(heads, 1, self.dim)
-
-    def _codes(self, states: Tensor) -> Tensor:
-        q, heads = self.quantizer, states.shape[1]
-        zero = self._per_head(q.channel_zero, heads) - q.qmin
-        return quantize(states, self._per_head(q.channel_scale, heads), zero, 0, q.qmax - q.qmin).to(torch.uint8)
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        q, heads = self.quantizer, codes.shape[1]
-        out = dequantize(codes, self._per_head(q.channel_scale, heads), self._per_head(q.channel_zero, heads) - q.qmin)
-        if self.sink is not None:
-            out[:, :, : self.sink.shape[2]] = self.sink
-        return out
-
-    def _prepare(self, states: Tensor) -> None:
-        """Store the float tokens among new states [B, Hkv, t, E], and make room for all of them."""
-        self.dim = states.shape[-1]
-        sink = max(0, min(self.sink_tokens - self.length, states.shape[2]))
-        if sink:
-            part = states[:, :, :sink].clone()
-            self.sink = part if self.sink is None else torch.cat([self.sink, part], dim=2)
-        self._reserve(states, self.length + states.shape[2])
+        if self.row_scale is not None:
+            self.row_scale = self.row_scale.index_select(0, rows)
+        self.first, self._described = tuple(t.index_select(0, rows) for t in self.first), None
 
     def _reserve(self, like: Tensor, slots: int) -> None:
-        """Make room for `slots` tokens; the room doubles when it runs out."""
+        """Make room for `slots` slots; it doubles when it runs out."""
         held = 0 if self.packed is None else self.packed.shape[2]
-        if self.packed is None or held < slots:
-            width = packed_width(self.dim, self.quantizer.bits)
-            grown = like.new_empty(*like.shape[:2], max(slots, 2 * held), width, dtype=torch.uint8)
+        if self.packed is not None and held >= slots:
+            return
+
+        def grown(old: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+            new = like.new_empty(*like.shape[:2], max(slots, 2 * held), width, dtype=dtype)
             if held:
-                grown[:, :, : self.length] = self.packed[:, :, : self.length]
-            self.packed = grown
+                new[:, :, :held] = old
+            return new
+
+        self.packed = grown(self.packed, packed_width(self.dim, self.grid.bits), torch.uint8)
+        if not isinstance(self.grid, StaticGrid):
+            self.row_scale = grown(self.row_scale, 1, torch.float16)
 
 
 class FloatKVLayer:
-    """Keys and values of one layer in their own float type."""
+    """Store keys and values of one layer in their own float type; a grid given for one of the two is applied before."""
 
     packed = pinned = False
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, keys: KVGrid | None = None, values: KVGrid | None = None) -> None:
+        self.length, self.grids = 0, (keys, values)
         self._slots: Tensor | None = None  # [2, B, Hkv, slots, E]
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, Hkv, t, E]; return all stored ones, [B, Hkv, S, E], which later calls may overwrite."""
+        """Store new keys and values [B, Hkv, t, E]; returns all stored ones, [B, Hkv, S, E], which later calls may overwrite."""
         stop = self.length + keys.shape[2]
         held = 0 if self._slots is None else self._slots.shape[3]
         if held < stop:
@@ -145,9 +125,14 @@ class FloatKVLayer:
             if held:
                 grown[:, :, :, : self.length] = self._slots[:, :, :, : self.length]
             self._slots = grown
-        self._slots[0, :, :, self.length : stop], self._slots[1, :, :, self.length : stop] = keys, values
+        for slots, states, grid in zip(self._slots, (keys, values), self.grids, strict=True):
+            slots[:, :, self.length : stop] = states if grid is None else grid.fake(states, self.length)
         self.length = stop
         return self._slots[0, :, :, :stop], self._slots[1, :, :, :stop]
+
+    def attends(self, q: Tensor, softmax_bits: int) -> bool:
+        """Say no: see `QuantizedKVLayer.attends`."""
+        return False
 
     def select(self, rows: Tensor) -> None:
         """Keep or repeat the given rows of the batch."""
@@ -159,14 +144,18 @@ class FloatKVLayer:
         """Bytes of the stored keys and values."""
         return 0 if self._slots is None else self._slots[:, :, :, : self.length].numel() * self._slots.element_size()
 
+    def bytes_per_token(self, heads: int, dim: int, float_bytes: int) -> int:
+        """Count the stored bytes of one token's keys and values, `float_bytes` each."""
+        return 2 * heads * dim * float_bytes
+
 
 class QuantizedKVLayer:
-    """Keys and values of one layer as packed codes with static scales."""
+    """Store keys and values of one layer as packed codes."""
 
     packed = True
 
-    def __init__(self, key: ActivationQuantizer, value: ActivationQuantizer, sink_tokens: int) -> None:
-        self.key_states, self.value_states = PackedStates(key, sink_tokens), PackedStates(value, sink_tokens)
+    def __init__(self, keys: KVGrid, values: KVGrid) -> None:
+        self.key_states, self.value_states = PackedStates(keys), PackedStates(values)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new float keys and values [B, Hkv, t, E]; return all stored ones dequantised, [B, Hkv, S, E].
@@ -205,7 +194,7 @@ class QuantizedKVLayer:
         (keys, slots), (values, _) = self.key_states.store(k), self.value_states.store(v)
         if softmax_bits >= FLOAT_BITS:
             return decode_attention(q[:, :, 0], keys, values, slots, scaling=1.0).flatten(1).unsqueeze(1)
-        k, v = (states.read(keys.packed.shape[2]) for states in (self.key_states, self.value_states))
+        k, v = (heads.states(heads.packed.shape[2]) for heads in (keys, values))
         filled = torch.arange(k.shape[2], device=k.device) < slots
         return attend(q, k, v, filled.view(1, 1, 1, -1), scaling=1.0, softmax_bits=softmax_bits)
 
@@ -213,7 +202,9 @@ class QuantizedKVLayer:
         """Say why the attention of a pinned layer that stores something cannot be captured; None if it can."""
         from kernels.kv.attention import unsupported_reason
 
-        return unsupported_reason(self.key_states.heads(), self.value_states.heads()) if softmax_bits >= FLOAT_BITS else None
+        if softmax_bits >= FLOAT_BITS:
+            return unsupported_reason(self.key_states.heads(), self.value_states.heads())
+        return None if self.key_states.row_scale is None else "the softmax over scales per token is quantised"  # of empty slots
 
     @property
     def length(self) -> int:
@@ -230,12 +221,16 @@ class QuantizedKVLayer:
         """Bytes of the stored keys and values."""
         return self.key_states.nbytes + self.value_states.nbytes
 
+    def bytes_per_token(self, heads: int, dim: int, float_bytes: int) -> int:
+        """Count the stored bytes of one token's keys and values; first tokens are left out."""
+        return sum(states.grid.bytes_per_token(heads, dim) for states in (self.key_states, self.value_states))
+
 
 class KVCache:
     """Keys and values of a whole model, one layer per decoder block.
 
     Args:
-        layers: `FloatKVLayer`, `QuantizedKVLayer` or `core.quant.kv_cache_dynamic.DynamicKVLayer`.
+        layers: `FloatKVLayer` or `QuantizedKVLayer`.
     """
 
     def __init__(self, layers: list[FloatKVLayer | QuantizedKVLayer]) -> None:
@@ -281,6 +276,6 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
 
-def bytes_per_token(heads: int, dim: int, bits: int, *, float_bytes: int = 4) -> int:
-    """Count the stored bytes of one token's keys (or values) in one layer."""
-    return heads * (packed_width(dim, bits) if bits < 16 else dim * float_bytes)
+def new_layer(keys: KVGrid | None, values: KVGrid | None) -> FloatKVLayer | QuantizedKVLayer:
+    """Make an empty store for keys and values of these grids, None standing for float: packed where both have one."""
+    return FloatKVLayer(keys, values) if keys is None or values is None else QuantizedKVLayer(keys, values)

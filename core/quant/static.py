@@ -11,35 +11,22 @@ from core.quant.affine import QParams
 from core.quant.segments import expand
 from kernels import code_limits, fake_quantize, quantize
 
-KeepFloat = int | Tensor
-"""Tokens whose activations stay in floating point: the first n of every sequence, or those True in a mask [B or 1, T] bool."""
-
 
 @dataclass(frozen=True)
-class Codes:
-    """The input of a linear layer as integer codes.
+class InputUse:
+    """How a layer or a quantiser may use its input x [..., T, C].
 
     Attributes:
-        codes: [M, K] int8.
-        scale: [M, 1] float32 where scales are dynamic, else None.
-        code_sum: [M] int32, Σ_k codes, where it is known.
-        lead: the leading dimensions of the input [..., K], whose product is M; None for [M].
+        float_tokens: the first tokens of every sequence, which are not quantised.
+        owned: nobody else reads x: it may be overwritten, or come as codes that a kernel makes in its place.
     """
 
-    codes: Tensor
-    scale: Tensor | None = None
-    code_sum: Tensor | None = None
-    lead: torch.Size | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the input, [..., K]."""
-        return self.codes.shape if self.lead is None else torch.Size((*self.lead, self.codes.shape[1]))
+    float_tokens: int = 0
+    owned: bool = False
 
 
-def keep_float_rows(keep_float: KeepFloat, x: Tensor) -> tuple | Tensor:
-    """Make the index that selects the tokens of x [..., T, C] that stay in float: a slice for a number, else a mask [..., T]."""
-    return (..., slice(keep_float), slice(None)) if isinstance(keep_float, int) else keep_float.expand(x.shape[:-1])
+PLAIN = InputUse()
+"""Every token is quantised, and x is left as it is."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -77,22 +64,20 @@ class ActivationQuantizer(nn.Module):
         """Number of channels, C."""
         return self.channel_scale.numel()
 
-    def fake(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """Quantise and dequantise x [..., T, C], except for tokens in `keep_float`. With `inplace` the result overwrites x."""
-        return self._fake(x, (-1,), keep_float, inplace)
+    def fake(self, x: Tensor, use: InputUse = PLAIN) -> Tensor:
+        """Compute x̂ for x [..., T, C]; with `use.owned` x is overwritten by x̂."""
+        return self._fake(x, (-1,), use)
 
-    def fake_heads(self, x: Tensor, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
-        """Quantise and dequantise heads x [B, H, T, E], C = H * E; other arguments as `fake`."""
-        keep_float = keep_float[:, None] if isinstance(keep_float, Tensor) else keep_float
-        return self._fake(x, (x.shape[1], 1, x.shape[3]), keep_float, inplace)
+    def fake_heads(self, x: Tensor, use: InputUse = PLAIN) -> Tensor:
+        """Compute x̂ for heads x [B, H, T, E], C = H * E."""
+        return self._fake(x, (x.shape[1], 1, x.shape[3]), use)
 
-    def _fake(self, x: Tensor, shape: tuple[int, ...], keep_float: KeepFloat | None, inplace: bool) -> Tensor:
-        rows = None if keep_float is None else keep_float_rows(keep_float, x)
-        kept = None if keep_float is None else x[rows].clone()
+    def _fake(self, x: Tensor, shape: tuple[int, ...], use: InputUse) -> Tensor:
+        kept = x[..., : use.float_tokens, :].clone() if use.float_tokens else None
         grid = (t.view(shape) for t in (self.channel_scale, self.lower, self.upper))
-        out = fake_quantize(x, *grid, inplace=inplace)
-        if keep_float is not None:
-            out[rows] = kept
+        out = fake_quantize(x, *grid, inplace=use.owned)
+        if kept is not None:
+            out[..., : use.float_tokens, :] = kept
         return out
 
     def head_grid(self, heads: int) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,11 @@ class PackedHeads:
 
     def states(self, slots: int) -> Tensor:
         """Dequantise the first tokens and the used ones of `slots` slots: [B, Hkv, S, E] float32."""
-        codes = unpack(self.packed[:, :, self.skipped : slots], self.bits, self.dim)
+        codes = unpack(self.packed[:, :, :slots], self.bits, self.dim)
         if self.row_scale is None:
-            rest = dequantize(codes, self.scale[:, None], self.zero_point[:, None])
-        else:
-            rest = dequantize_rows(codes, self.row_scale[:, :, :slots], self.bits)
+            out = dequantize(codes, self.scale[:, None], self.zero_point[:, None])
+            if self.first is not None:
+                out[:, :, : self.first_tokens] = self.first
+            return out
+        rest = dequantize_rows(codes, self.row_scale[:, :, :slots], self.bits)
         return rest if self.first is None else torch.cat([self.first.to(torch.float32), rest], dim=2)

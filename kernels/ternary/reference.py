@@ -7,9 +7,9 @@ stays below 2**24 for K < 132,104. Every path below therefore gives the same bit
     REFERENCE  codes and t in float32, float32 matrix product
     INT8       `torch._int_mm` on int8 codes and int8 t
 
-Skipping is exact too: rows of W whose output will be multiplied by zero (`rows`), columns whose code is zero (`sparse_columns`).
-But a gather copies the kept rows, and on CPUs with VNNI the dense product of one row takes less time than that copy: see
-ROW_DENSITY. Source: BitNet b1.58 (arXiv:2402.17764), BitNet a4.8 (arXiv:2411.04965).
+Skipping rows of W whose output will be multiplied by zero is exact too, but the gather copies the kept rows, and on CPUs with
+VNNI the dense product of one row takes less time than that copy: see ROW_DENSITY. Source: BitNet b1.58 (arXiv:2402.17764),
+BitNet a4.8 (arXiv:2411.04965).
 """
 
 from __future__ import annotations
@@ -52,20 +52,14 @@ def reference(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_scale: 
     return apply_scales(product, input_scale, weight_scale)
 
 
-def ternary_product(codes: Tensor, ternary: Tensor, backend: Backend, *, sparse_columns: bool = False) -> Tensor:
+def ternary_product(codes: Tensor, ternary: Tensor, backend: Backend) -> Tensor:
     """Compute Σ_k c t, exactly.
 
     Args:
         codes: [M, K] int8.
         ternary: [N, K], int8 for INT8 and float32 for REFERENCE.
-        sparse_columns: leave out the columns that are zero in all codes.
     Returns: [M, N] float32 holding integers.
     """
-    if sparse_columns:
-        live = codes.any(dim=0).nonzero().flatten()
-        codes, ternary = codes.index_select(1, live), ternary.index_select(1, live)
-    if codes.shape[1] == 0:
-        return torch.zeros(len(codes), len(ternary), device=codes.device)
     if backend is Backend.REFERENCE:
         return torch.nn.functional.linear(codes.to(torch.float32), ternary)
     if codes.shape[1] == 1 or len(ternary) == 1:  # torch._int_mm misreads the stride of a single row or column

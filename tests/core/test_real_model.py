@@ -125,7 +125,7 @@ def test_kv_cache_of_smollm(smollm, windows):
 def code_difference(one: QuantizedKVLayer, other: QuantizedKVLayer) -> float:
     """Share of stored codes that differ."""
     pairs = ((one.key_states, other.key_states), (one.value_states, other.value_states))
-    codes = [[unpack(s.packed[:, :, : s.length], s.quantizer.bits, s.dim) for s in pair] for pair in pairs]
+    codes = [[unpack(s.packed[:, :, : s.length], s.grid.bits, s.dim) for s in pair] for pair in pairs]
     return float(torch.cat([(a != b).flatten() for a, b in codes]).float().mean())
 
 

@@ -16,6 +16,7 @@ from core.calibration.observe import BlockInputs
 from core.methods import method
 from core.methods.sequential import LayerOutcome, quantize_layers
 from core.models.architectures import BlockSpec
+from core.models.attention import Rotary
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.loaded import LoadedModel
@@ -72,6 +73,12 @@ def block_inputs(model: CausalModel, ids: Tensor) -> BlockInputs:
     """What enters the first block for the tokens [B, T]."""
     places = torch.arange(ids.shape[1], device=model.device)[None]
     return BlockInputs(*model.decoder.enter(ids.to(model.device), places))
+
+
+def watched(block: DecoderBlock, hidden: Tensor, rotary: Rotary, see: Any) -> Tensor:
+    """Output of a block that shows its seven sites to `see`."""
+    with block.slots.watch(see):
+        return block(hidden, rotary)
 
 
 @dataclass(frozen=True)

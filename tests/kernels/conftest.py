@@ -13,7 +13,7 @@ OPS = (
     "kv.append", "kv.attention", "linear.cluster", "linear.weight_only", "norm_quant", "rope", "ternary.linear", "ternary.sparse",
     "topk",
 )  # fmt: skip
-DOORS = ("core.models.block", "core.quant.kv_cache", "core.quant.kv_cache_dynamic")
+DOORS = ("core.models.attention", "core.models.norm")
 """Modules that ask `triton_runs_on`."""
 
 

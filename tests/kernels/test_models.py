@@ -91,7 +91,7 @@ def test_integer_inputs_come_from_the_norm(architecture, variant, in_prefill, re
 def test_bitnet(gate_first, q_bits, request, count):
     made = quantised("bitnet", layers=1, method="bitnet", bitnet=BitNetOptions(kv_bits=3, q_bits=q_bits))
     for block in made.blocks:
-        block.gate_first = gate_first
+        block.mlp.gate_first = gate_first
     expected, plain = logits(made, "cpu")
     assert not count
     found_on = request.getfixturevalue("triton_everywhere")
@@ -111,7 +111,7 @@ def test_the_reference_by_name_runs_no_kernel_of_the_block(method, request, coun
     else:
         made = quantised("bitnet", layers=1, method="bitnet", bitnet=BitNetOptions(kv_bits=3))
     for block in made.blocks:
-        block.gate_first = "always"
+        block.mlp.gate_first = "always"
         for linear in block.linears().values():
             linear.set_backend(Backend.REFERENCE)
     expected, _ = logits(made, "cpu")

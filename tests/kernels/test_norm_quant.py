@@ -50,14 +50,14 @@ def test_static_scales(kind, add, bits, device):
     if bits == 4:
         scale, zero = scale * 16, zero // 6
     residual = r if add else None
-    got = norm_quantize(
+    hidden, got = norm_quantize(
         x.to(device), to(norm, device), scale.to(device), zero.to(device), bits=bits,
         residual=None if residual is None else r.to(device), backend=Backend.TRITON,
     )  # fmt: skip
-    expected = norm_quantize(x, norm, scale, zero, bits=bits, residual=residual, backend=Backend.REFERENCE)
-    assert torch.equal(got.hidden.cpu(), expected.hidden) and got.scale is None
+    whole, expected = norm_quantize(x, norm, scale, zero, bits=bits, residual=residual, backend=Backend.REFERENCE)
+    assert torch.equal(hidden.cpu(), whole) and got.scale is None
     assert expected.codes.int().abs().max() <= 2 ** (bits - 1)
-    exact = normalized(expected.hidden.double(), norm).double() / scale
+    exact = normalized(whole.double(), norm).double() / scale
     assert_codes_agree(got.codes.cpu(), expected.codes, exact, 1e-3)
 
 
@@ -67,25 +67,25 @@ def test_a_scale_per_token(kind, add, device):
     x, r, norm, *_ = setup(kind="rms", width=130, seed=3)
     x[0], r[0] = 0.0, 0.0
     residual = r if add else None
-    got = norm_quantize_dynamic(
+    hidden, got = norm_quantize_dynamic(
         x.to(device), to(norm, device), kind, residual=None if residual is None else r.to(device), backend=Backend.TRITON
     )
-    expected = norm_quantize_dynamic(x, norm, kind, residual=residual, backend=Backend.REFERENCE)
-    y = normalized(expected.hidden, norm)
+    whole, expected = norm_quantize_dynamic(x, norm, kind, residual=residual, backend=Backend.REFERENCE)
+    y = normalized(whole, norm)
     codes, scale = quantize_input(y, kind)
     assert torch.equal(expected.codes.float(), codes) and torch.equal(expected.scale, scale)
     assert torch.allclose(got.scale.cpu(), scale, rtol=1e-6)
     assert_codes_agree(got.codes.cpu(), expected.codes, y.double() / scale, 1e-3)
     assert torch.equal(got.code_sum.cpu(), got.codes.cpu().sum(1, dtype=torch.int32))
-    assert not got.codes[0].any() and torch.equal(got.hidden.cpu(), expected.hidden)
+    assert not got.codes[0].any() and torch.equal(hidden.cpu(), whole)
 
 
 def test_bfloat16_strides_and_no_affine_part(device):
     x, _, norm, scale, zero = setup(rows=90, width=6, kind="layer", order=False, affine=False, dtype=torch.bfloat16)
-    got = norm_quantize(
+    _, got = norm_quantize(
         x.to(device).T, norm, *(t[:1].expand(90).to(device) for t in (scale, zero)), bits=8, backend=Backend.TRITON
     )
-    expected = norm_quantize(x.T, norm, scale[:1].expand(90), zero[:1].expand(90), bits=8)
+    _, expected = norm_quantize(x.T, norm, scale[:1].expand(90), zero[:1].expand(90), bits=8)
     assert_codes_agree(got.codes.cpu(), expected.codes, normalized(x.T, norm).double() / scale[0], 1e-3)
 
 

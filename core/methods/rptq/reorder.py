@@ -45,25 +45,25 @@ def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
     spec, mlp_rows = block.spec, None
     if orders.R5 is not None:
         mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
-    new = block.with_linears(
-        {
-            "qkv": _permuted(block.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
-            "o": _permuted(block.o, columns=None if orders.R3 is None else query_channels(orders.R3, spec.groups)),
-            "up": _permuted(block.up, rows=mlp_rows, columns=orders.R4),
-            "down": _permuted(block.down, columns=orders.R5),
-        }
-    )
+    mixed = None if orders.R3 is None else query_channels(orders.R3, spec.groups)
+    attention, mlp = block.attention, block.mlp
+    parts: dict[str, nn.Module | Tensor] = {
+        "qkv": _permuted(attention.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
+        "o": _permuted(attention.o, columns=mixed),
+        "up": _permuted(mlp.up, rows=mlp_rows, columns=orders.R4),
+        "down": _permuted(mlp.down, columns=orders.R5),
+    }
     if orders.R1 is not None:
-        new.norm1 = block.norm1.reordered(orders.R1)
+        parts["norm1"] = block.norm1.reordered(orders.R1)
     if orders.R4 is not None:
-        new.norm2 = block.norm2.reordered(orders.R4)
+        parts["norm2"] = block.norm2.reordered(orders.R4)
     if orders.R2 is not None and spec.rope:
-        new.rope_order = orders.R2.to(torch.int32)
+        parts["rope_order"] = orders.R2.to(torch.int32)
     if spec.sub_norms and orders.R3 is not None:
-        new.attn_sub_norm = block.attn_sub_norm.permuted(query_channels(orders.R3, spec.groups))
+        parts["attn_sub_norm"] = attention.attn_sub_norm.permuted(mixed)
     if spec.sub_norms and orders.R5 is not None:
-        new.ffn_sub_norm = block.ffn_sub_norm.permuted(orders.R5)
-    return new
+        parts["ffn_sub_norm"] = mlp.ffn_sub_norm.permuted(orders.R5)
+    return block.with_parts(**parts)
 
 
 def qkv_rows(spec: BlockSpec, r2: Tensor | None, r3: Tensor | None) -> Tensor | None:

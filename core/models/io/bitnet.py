@@ -111,7 +111,7 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
 
 
 def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, fmt: str, rules: BitNetRules) -> DecoderBlock:
-    block, prefix = DecoderBlock(spec, index), f"{adapter.layers}.{index}."
+    prefix = f"{adapter.layers}.{index}."
 
     def norm(path: str, width: int) -> ReorderNorm:
         weight = source.take(f"{prefix}{path}.weight").to(torch.float32)
@@ -123,16 +123,20 @@ def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, 
         parts = [_projection(source, prefix + path, rows, width, fmt) for path, rows in sizes]
         return TernaryLinear.from_codes(parts, kind=rules.kind(site), keep=rules.keep)
 
-    block.norm1, block.norm2 = norm(adapter.norm1, spec.hidden), norm(adapter.norm2, spec.hidden)
-    if spec.sub_norms:
-        block.attn_sub_norm = norm(adapter.attn_sub_norm, spec.width("o_in"))
-        block.ffn_sub_norm = norm(adapter.ffn_sub_norm, spec.ffn)
-    block.qkv = linear("attn_in", tuple((getattr(adapter, s), spec.width(s)) for s in ("q", "k", "v")))
-    block.o = linear("o_in", ((adapter.o, spec.hidden),))
-    block.up = linear("mlp_in", tuple((path, spec.ffn) for path in adapter.mlp_in))
-    block.down = linear("down_in", ((adapter.down, spec.hidden),))
-    block.rules = rules
-    return block.eval()
+    return DecoderBlock(
+        spec,
+        index,
+        None,
+        norm1=norm(adapter.norm1, spec.hidden),
+        norm2=norm(adapter.norm2, spec.hidden),
+        attn_sub_norm=norm(adapter.attn_sub_norm, spec.width("o_in")) if spec.sub_norms else None,
+        ffn_sub_norm=norm(adapter.ffn_sub_norm, spec.ffn) if spec.sub_norms else None,
+        qkv=linear("attn_in", tuple((getattr(adapter, s), spec.width(s)) for s in ("q", "k", "v"))),
+        o=linear("o_in", ((adapter.o, spec.hidden),)),
+        up=linear("mlp_in", tuple((path, spec.ffn) for path in adapter.mlp_in)),
+        down=linear("down_in", ((adapter.down, spec.hidden),)),
+        rules=rules,
+    )
 
 
 def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> tuple[Tensor, Tensor]:

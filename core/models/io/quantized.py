@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
-from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
-from core.models.bitnet import BitNetRules
+from core.models.architectures import ModelAdapter, adapter_for
+from core.models.attention import Attention
+from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
@@ -34,7 +36,6 @@ from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
 from core.quant.affine import QParams
-from core.quant.kv_cache_dynamic import AttentionBits
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import ActivationQuantizer
@@ -84,7 +85,7 @@ def save_quantized(
     structure = []
     for block in blocks:
         prefix = f"blocks.{block.layer_index}."
-        tensors.update({prefix + name: tensor for name, tensor in block.state_dict().items()})
+        tensors.update({prefix + name: tensor for name, tensor in block_tensors(block).items()})
         structure.append(_structure(block))
     facts = {
         **description,
@@ -144,16 +145,27 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
     return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label), origin)
 
 
+def block_tensors(block: DecoderBlock) -> dict[str, Tensor]:
+    """Collect the tensors of a block by their names in a saved folder, where attention and MLP are no level of their own."""
+    named = block.parts() | {f"{site}_quantizer": getattr(block.attention, f"{site}_quantizer") for site in _SITES}
+    found: dict[str, Tensor] = {}
+    for name, part in named.items():
+        if isinstance(part, nn.Module):
+            found |= {f"{name}.{own}": tensor for own, tensor in part.state_dict().items()}
+        elif part is not None:
+            found[name] = part
+    return found
+
+
 def _structure(block: DecoderBlock) -> dict[str, Any]:
-    linears = {name: _linear_facts(layer) for name, layer in block.linears().items()}
-    sites = {s: None if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in _SITES}
+    quantizers = {site: getattr(block.attention, f"{site}_quantizer") for site in _SITES}
     return {
-        "linears": linears,
-        "sites": sites,
-        "softmax_bits": block.softmax_bits,
-        "sink_tokens": block.sink_tokens,
+        "linears": {name: _linear_facts(layer) for name, layer in block.linears().items()},
+        "sites": {site: None if q is None else q.bits for site, q in quantizers.items()},
+        "softmax_bits": block.attention.softmax_bits,
+        "sink_tokens": block.attention.sink_tokens,
         "bitnet": None if block.rules is None else asdict(block.rules),
-        "tensors": sorted(block.state_dict()),
+        "tensors": sorted(block_tensors(block)),
     }
 
 
@@ -183,32 +195,33 @@ def _block(
     config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
 ) -> DecoderBlock:
     spec, prefix = adapter.spec(config), f"blocks.{index}."
-    block = DecoderBlock(spec, index, adapter.windows(config)[index])
 
     def get(name: str) -> Tensor | None:
         return tensors.get(prefix + name)
 
-    for name in _norms(spec):
-        norm = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
-        norm.order = get(f"{name}.order")
-        setattr(block, name, norm)
-    for name in ("q_norm", "k_norm", "rope_order"):
-        setattr(block, name, get(name))
-    for name in _LINEARS:
-        setattr(block, name, _linear(facts["linears"][name], f"{prefix}{name}.", tensors))
-    if facts.get("bitnet") is not None:
-        block.rules = BitNetRules(**{**facts["bitnet"], "attention": AttentionBits(**facts["bitnet"]["attention"])})
+    def norm(name: str) -> ReorderNorm:
+        made = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
+        made.order = get(f"{name}.order")
+        return made
+
+    rules, norms = facts.get("bitnet"), ("norm1", "norm2", *(("attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ()))
+    block = DecoderBlock(
+        spec,
+        index,
+        adapter.windows(config)[index],
+        **{name: norm(name) for name in norms},
+        **{name: get(name) for name in ("q_norm", "k_norm", "rope_order")},
+        **{name: _linear(facts["linears"][name], f"{prefix}{name}.", tensors) for name in _LINEARS},
+        rules=None if rules is None else BitNetRules(**{**rules, "attention": AttentionBits(**rules["attention"])}),
+    )
+    attention = block.attention
     for site in _SITES:
-        setattr(block, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
-    block.softmax_bits, block.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
-    if sorted(block.state_dict()) != facts["tensors"]:
+        setattr(attention, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
+    attention.softmax_bits, attention.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    if sorted(block_tensors(block)) != facts["tensors"]:
         raise ValueError("the structure of a layer and its tensors differ")
     _check(block)
-    return block.eval()
-
-
-def _norms(spec: BlockSpec) -> tuple[str, ...]:
-    return ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ("norm1", "norm2")
+    return block
 
 
 def _linear(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> QuantLinear | TernaryLinear:
@@ -224,7 +237,7 @@ def _linear(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Q
 
 def _check(block: DecoderBlock) -> None:
     """Raise ValueError unless every tensor of a loaded block has its layer's size and every order is a permutation."""
-    s = block.spec
+    s, attention = block.spec, block.attention
     sizes = {
         "qkv": (s.hidden, s.width("q") + s.width("k") + s.width("v")),
         "o": (s.width("o_in"), s.hidden),
@@ -235,17 +248,17 @@ def _check(block: DecoderBlock) -> None:
     vectors = [(x.bias, x.out_features) for x in block.linears().values()]
     vectors += [(t, s.hidden) for norm in (block.norm1, block.norm2) for t in (norm.weight, norm.bias)]
     if s.sub_norms:
-        vectors += [(block.attn_sub_norm.weight, s.width("o_in")), (block.ffn_sub_norm.weight, s.ffn)]
-    vectors += [(block.q_norm, s.head_dim), (block.k_norm, s.head_dim)]
+        vectors += [(attention.attn_sub_norm.weight, s.width("o_in")), (block.mlp.ffn_sub_norm.weight, s.ffn)]
+    vectors += [(attention.q_norm, s.head_dim), (attention.k_norm, s.head_dim)]
     fits += [t is None or t.shape == (width,) for t, width in vectors]
-    fits += [(t is not None) == s.qk_norm for t in (block.q_norm, block.k_norm)]
+    fits += [(t is not None) == s.qk_norm for t in (attention.q_norm, attention.k_norm)]
     orders = [(norm.order[None], (1, s.hidden)) for norm in (block.norm1, block.norm2) if norm.order is not None]
-    if block.rope_order is not None:
-        orders.append((block.rope_order, (s.kv_heads, s.head_dim)))
+    if attention.rope_order is not None:
+        orders.append((attention.rope_order, (s.kv_heads, s.head_dim)))
     fits += [t.shape == shape and bool((t.sort(-1).values == torch.arange(shape[1])).all()) for t, shape in orders]
-    quantizers = {site: getattr(block, f"{site}_quantizer") for site in _SITES}
+    quantizers = {site: getattr(attention, f"{site}_quantizer") for site in _SITES}
     fits += [q is None or q.width == s.width(site) for site, q in quantizers.items()]
-    if not all(fits) or block.softmax_bits not in (*range(2, 9), FLOAT_BITS) or block.sink_tokens < 0:
+    if not all(fits) or attention.softmax_bits not in (*range(2, 9), FLOAT_BITS) or attention.sink_tokens < 0:
         raise ValueError("a tensor does not have the size of its layer")
 
 
@@ -264,9 +277,16 @@ def already_quantized(model: CausalModel) -> bool:
 def weights_id(loaded: LoadedModel) -> str:
     """Compute a fingerprint of every tensor and of where they were read from; it differs between checkpoints of one name."""
     digest = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
-    for name, tensor in loaded.model.state_dict().items():
+    for name, tensor in _all_tensors(loaded.model):
         digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64)):.12e}".encode())
     return digest.hexdigest()[:8]
+
+
+def _all_tensors(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
+    for name, part in model.decoder.named_children():
+        owners = [(str(i), block_tensors(b)) for i, b in enumerate(part)] if name == "blocks" else [("", part.state_dict())]
+        for index, tensors in owners:
+            yield from ((".".join(filter(None, ("decoder", name, index, own))), tensor) for own, tensor in tensors.items())
 
 
 def modules_of(model: nn.Module) -> list[QuantLinear | TernaryLinear]:
@@ -280,7 +300,7 @@ def parameters_of(model: CausalModel) -> int:
     for module in model.modules():
         if isinstance(module, (QuantLinear, TernaryLinear)):
             packed += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
-        elif isinstance(module, (ReorderNorm, DecoderBlock)):
+        elif isinstance(module, (ReorderNorm, Attention)):
             names = ("weight", "bias") if isinstance(module, ReorderNorm) else ("q_norm", "k_norm")
             floats |= {id(t): t for t in (getattr(module, name) for name in names) if t is not None}
     return packed + sum(p.numel() for p in floats.values())

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from core.errors import BackendError
-from core.quant.static import ActivationQuantizer, Codes, KeepFloat
-from kernels import Backend, Choice
+from core.quant.static import PLAIN, ActivationQuantizer, InputUse
+from kernels import Backend, Choice, Codes
 
 if TYPE_CHECKING:
-    from kernels.norm_quant import Norm, Quantized
+    from kernels.norm_quant import Norm
 
 
 class WorkingCopies:
@@ -86,9 +86,7 @@ class LinearLayer(nn.Module):
         """Decide which backend runs this layer on its device. Raises: ValueError if `backend`, asked for by name, cannot."""
         raise NotImplementedError
 
-    def parts(
-        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
+    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
         """Compute `forward` in parts [..., n] with the n of `sizes` (Σ sizes = N), one after the other; None is one part of N.
 
         A layer may compute a part only when the iterator reaches it, so x must not be changed until the last part was taken.
@@ -111,18 +109,16 @@ class LinearLayer(nn.Module):
 
     # what all layers share
 
-    def forward(self, x: Tensor | Codes, keep_float: KeepFloat | None = None, *, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor | Codes, use: InputUse = PLAIN) -> Tensor:
         """Compute the layer's output.
 
         Args:
             x: [..., K] floating, or its codes where a kernel made them (`norm_codes`).
-            keep_float: tokens of x [..., T, K] whose input is not quantised.
-            inplace: allow the layer to overwrite x. A caller may pass True only if nobody reads x afterwards. The layer
-                overwrites x where that saves a copy, else it leaves x alone; the result has the same bits in both cases and
-                shares no memory with x.
+            use: with `owned` the layer overwrites x where that saves it a copy and leaves it alone otherwise; the result is the
+                same bits in both cases and shares no memory with x.
         Returns: [..., N].
         """
-        return next(self.parts(x, None, keep_float, inplace=inplace))
+        return next(self.parts(x, None, use))
 
     def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Codes] | None:
         """Add a residual, normalise and quantise this layer's input in one kernel, on CUDA.
@@ -133,13 +129,6 @@ class LinearLayer(nn.Module):
         Returns: (x + residual, codes of its norm), or None where the layer does not multiply codes that this kernel makes: then
         only reordering and norm remain, for which plain torch is used.
         """
-        done = self._norm_rows(x.flatten(0, -2), norm, None if residual is None else residual.flatten(0, -2))
-        if done is None:
-            return None
-        return done.hidden.view(x.shape), Codes(done.codes, done.scale, done.code_sum, x.shape[:-1])
-
-    def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
-        """Compute `norm_codes` for rows x [M, K]; None where the layer takes no codes."""
         return None
 
     def set_backend(self, backend: Backend) -> None:
@@ -201,11 +190,13 @@ class FloatLinear(LinearLayer):
             raise ValueError(f"{backend} cannot run this layer, whose weights stay in float: use reference")
         return Choice(Backend.REFERENCE, "weights stay in float, so the product does too")
 
-    def parts(
-        self, x: Tensor, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
-        """Compute `LinearLayer.parts`; `keep_float` has no effect, as nothing is quantised, and x is not overwritten."""
-        y = nn.functional.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, use: InputUse = PLAIN) -> Tensor:
+        """Compute the product; nothing is quantised or overwritten, whatever `use` says."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def parts(self, x: Tensor, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
+        """Split the product: see `LinearLayer.parts`. The layer is called as a module, so hooks on it see its output whole."""
+        y = self(x)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 
     def dequantized_weight(self) -> Tensor:

@@ -11,8 +11,19 @@ from torch import Tensor, nn
 
 from core.quant.linear.base import LinearLayer
 from core.quant.segments import expand
-from core.quant.static import ActivationQuantizer, Codes, KeepFloat, keep_float_rows
-from kernels import Backend, Choice, code_limits, code_offset, dequantize, pack, packed_width, select_linear_backend, unpack
+from core.quant.static import PLAIN, ActivationQuantizer, InputUse
+from kernels import (
+    Backend,
+    Choice,
+    Codes,
+    code_limits,
+    code_offset,
+    dequantize,
+    pack,
+    packed_width,
+    select_linear_backend,
+    unpack,
+)
 from kernels.codes import signed_codes
 from kernels.linear import LinearOperands, ReferenceOperands, int4
 from kernels.linear.choose import kernels_take_codes
@@ -20,7 +31,7 @@ from kernels.linear.int8 import Int8Operands, float_rows
 from kernels.linear.operands import output_parts
 
 if TYPE_CHECKING:
-    from kernels.norm_quant import Norm, Quantized
+    from kernels.norm_quant import Norm
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,8 @@ class QuantLinear(LinearLayer):
         """Return Ŵ [N, K] float32, columns in cluster order."""
         return self.weight.to(torch.float32) if self.bits >= 16 else self._quantized_weight().dequantize()
 
-    def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
+    def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Codes] | None:
+        """Add, normalise and quantise in one kernel: see `LinearLayer.norm_codes`."""
         if not self.takes_codes:
             return None
         from kernels import norm_quantize
@@ -181,26 +193,24 @@ class QuantLinear(LinearLayer):
         q = self.quantizer
         return norm_quantize(x, norm, q.channel_scale, q.channel_zero, bits=q.bits, residual=residual)
 
-    def parts(
-        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
+    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
         """Compute `LinearLayer.parts`; INT8 and REFERENCE compute a part when the iterator reaches it."""
         if self.choice.backend is Backend.INT4 and x.numel() <= int4.MAX_ROWS * self.in_features:
             return self.copies.get("few rows", self._int4_operands).parts(x, sizes)
         operands = self.copies.get("product", self._operands)
         if not operands.takes_codes:
-            x = x if self.quantizer is None else self.quantizer.fake(x, keep_float, inplace=inplace)
+            x = x if self.quantizer is None else self.quantizer.fake(x, use)
             return operands.parts(x, sizes)
         codes = self._input_codes(x).reshape(-1, self.in_features)
         found = (y.view(*x.shape[:-1], y.shape[-1]) for y in operands.parts(codes, sizes))
-        return found if keep_float is None else self._with_keep_float(found, x, sizes, keep_float_rows(keep_float, x))
+        return self._with_float_tokens(found, x, sizes, use.float_tokens) if use.float_tokens else found
 
-    def _with_keep_float(
-        self, found: Iterator[Tensor], x: Tensor, sizes: tuple[int, ...] | None, rows: tuple | Tensor
+    def _with_float_tokens(
+        self, found: Iterator[Tensor], x: Tensor, sizes: tuple[int, ...] | None, count: int
     ) -> Iterator[Tensor]:
-        exact = self._float_product(x[rows])
+        exact = self._float_product(x[..., :count, :])
         for y, outputs in zip(found, output_parts(sizes), strict=True):
-            y[rows] = exact[..., outputs]
+            y[..., :count, :] = exact[..., outputs]
             yield y
 
     def _input_codes(self, x: Tensor | Codes) -> Tensor:

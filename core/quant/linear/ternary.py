@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
 from core.quant.linear.base import LinearLayer
-from core.quant.static import Codes, KeepFloat, keep_float_rows
-from kernels import Backend, Choice, packed_width
+from core.quant.static import PLAIN, InputUse
+from kernels import Backend, Choice, Codes, packed_width
 from kernels.backend import triton_unsupported_reason
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 
 if TYPE_CHECKING:
-    from kernels.norm_quant import Norm, Quantized
+    from kernels.norm_quant import Norm
 
 
 class TernaryLinear(LinearLayer):
@@ -39,8 +39,6 @@ class TernaryLinear(LinearLayer):
         in_features: K.
         kind: one of INPUT_KINDS, or "fp" for an input that stays in float.
         keep: share of the input that kind "topk8" keeps.
-    Attributes:
-        sparse: "auto" skips zero codes of the input where that is cheaper, "always" and "never" force it; the result is the same.
     Raises: ValueError if the tensors do not fit each other.
     """
 
@@ -48,7 +46,7 @@ class TernaryLinear(LinearLayer):
         self, tensors: dict[str, Tensor], *, in_features: int, bias: Tensor | None = None, kind: str = "int8", keep: float = 0.5
     ) -> None:
         super().__init__(in_features, tensors["packed"].shape[0], bits=2)
-        self.kind, self.keep, self.sparse = kind, keep, "auto"
+        self.kind, self.keep = kind, keep
         self._check(tensors)
         for name in ("packed", "weight_scale", "bounds"):
             self.register_buffer(name, tensors[name].contiguous())
@@ -144,8 +142,7 @@ class TernaryLinear(LinearLayer):
 
             y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
             return y if bias is None else y.add_(bias)
-        sparse = self.sparse == "always"  # gathering columns is never cheaper on a CPU: kernels/ternary/reference.py
-        y = ternary_product(x.codes, self._weight()[rows], self.choice.backend, sparse_columns=sparse)
+        y = ternary_product(x.codes, self._weight()[rows], self.choice.backend)
         y = apply_scales(y, x.scale, self._scale_of_rows()[rows])
         return y if bias is None else y.add_(bias)
 
@@ -158,6 +155,11 @@ class TernaryLinear(LinearLayer):
 
         return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
 
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether `sparse_product` may take this layer's place."""
+        return self.choice.backend is Backend.TRITON and self.bias is None
+
     def sparse_product(self, x: Tensor | Codes) -> Tensor:
         """Apply the layer without bias to x [..., K] by TRITON, which does not read the columns of zero codes: [..., N]."""
         from kernels import sparse_down
@@ -167,25 +169,24 @@ class TernaryLinear(LinearLayer):
         y = sparse_down(codes.codes, self.packed, transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def parts(
-        self, x: Tensor | Codes, sizes: tuple[int, ...] | None, keep_float: KeepFloat | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
+    def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
         """Compute `LinearLayer.parts`, all parts at once; x is not overwritten."""
-        y = self._floats(x) if self.kind == "fp" else self._codes_product(x, keep_float)
+        y = self._floats(x) if self.kind == "fp" else self._codes_product(x, use.float_tokens)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 
     def _floats(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self._weight()).mul_(self._scale_of_rows())
         return y if self.bias is None else y.add_(self.bias)
 
-    def _codes_product(self, x: Tensor | Codes, keep_float: KeepFloat | None) -> Tensor:
+    def _codes_product(self, x: Tensor | Codes, float_tokens: int) -> Tensor:
         y = self.product(x if isinstance(x, Codes) else self.quantize(x)).view(*x.shape[:-1], self.out_features)
-        if keep_float is not None:
-            rows = keep_float_rows(keep_float, x)
-            y[rows] = nn.functional.linear(x[rows], self.dequantized_weight(), self.bias)
+        if float_tokens:
+            first = x[..., :float_tokens, :]
+            y[..., :float_tokens, :] = nn.functional.linear(first, self.dequantized_weight(), self.bias)
         return y
 
-    def _norm_rows(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Quantized | None:
+    def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Codes] | None:
+        """Add, normalise and quantise in one kernel: see `LinearLayer.norm_codes`."""
         from kernels.norm_quant import KINDS, norm_quantize_dynamic
 
         if self.choice.backend is not Backend.TRITON or self.kind not in KINDS:

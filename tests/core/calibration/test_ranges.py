@@ -14,7 +14,7 @@ from core.calibration.report import RangesReport, SiteRanges
 from core.errors import InputError, NumericError
 from core.quant.ranges import ChannelRanges, cluster_bounds, ema_bounds
 from core.recipe import SITES
-from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, spec_of, tiny, tokens
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, spec_of, tiny, tokens, watched
 
 
 def ranges_of(sample_low: torch.Tensor, sample_high: torch.Tensor) -> ChannelRanges:
@@ -80,7 +80,7 @@ def test_observed_ranges_are_exact(architecture):
     for index, found in enumerate(observe_layers(loaded.model, windows)):
         seen: dict[str, torch.Tensor] = {}
         block = float_blocks(loaded)[index]
-        hidden = block(hidden, inputs.rotary, observe=lambda s, x, seen=seen: seen.update({s: x.clone()}))
+        hidden = watched(block, hidden, inputs.rotary, lambda s, x, seen=seen: seen.update({s: x.clone()}))
         assert tuple(found) == SITES
         for site, ranges in found.items():
             x = seen[site]

@@ -42,13 +42,13 @@ def test_the_reason_is_named(on_a_gpu):
     made, cache = prompted()
     assert "15 new tokens" in unsupported_reason(made.model, cache, 15)
     assert "not packed" in unsupported_reason(made.model, KVCache([FloatKVLayer()]), 32)
-    made.blocks[0].sink_tokens = 7
+    made.blocks[0].attention.sink_tokens = 7
     assert "stay in float" in unsupported_reason(made.model, cache, 32)
-    made.blocks[0].sink_tokens = 1
-    made.blocks[0].window = 30
+    made.blocks[0].attention.sink_tokens = 1
+    made.blocks[0].attention.window = 30
     assert "38 tokens leave the window of 30" in unsupported_reason(made.model, cache, 32)
-    made.blocks[0].window = None
-    made.blocks[0].qkv.set_backend(Backend.REFERENCE)
+    made.blocks[0].attention.window = None
+    made.blocks[0].attention.qkv.set_backend(Backend.REFERENCE)
     assert "by name" in unsupported_reason(made.model, cache, 32)
 
 
@@ -58,7 +58,7 @@ def test_a_cache_that_kernels_cannot_take_is_named(on_a_gpu):
         states.dim = 320
     assert "heads of 320 channels" in unsupported_reason(made.model, cache, 32)
     made, cache = prompted("bitnet")
-    made.blocks[0].softmax_bits = 8
+    made.blocks[0].attention.softmax_bits = 8
     assert "softmax" in unsupported_reason(made.model, cache, 32)
 
 

@@ -257,7 +257,8 @@ def test_a_quantised_model_weighs_its_tensors(architecture, recipe):
             {n: x.weight_scale.shape[1] for n, x in block.linears().items()},
         )
         zeros = sum(t.numel() * t.element_size() for t in (x.weight_zero for x in block.linears().values()))
-        quantizers = [x.quantizer for x in block.linears().values()] + [block.q_quantizer, block.k_quantizer, block.v_quantizer]
+        quantizers = [x.quantizer for x in block.linears().values()]
+        quantizers += [getattr(block.attention, f"{site}_quantizer") for site in "qkv"]
         activations = sum(8 * len(x.scale) for x in quantizers if x is not None)
         assert (
             parts["scales and zero points"] == sum(sizes[n][0] * g * scale_bytes for n, g in groups.items()) + zeros + activations

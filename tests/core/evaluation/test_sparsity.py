@@ -17,7 +17,7 @@ from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import quantize_input
 from core.recipe import BitNetOptions
 from core.workbench import Workbench
-from tests.core.tools import block_inputs, quantised, tokens
+from tests.core.tools import block_inputs, quantised, tokens, watched
 
 WINDOWS = tokens(3, 24, seed=2)
 TABLE = [  # hidden, ffn, layers; QKV, Out, Up, Gate, Down; overall; active of a4.8, in billions
@@ -61,12 +61,12 @@ def test_counts_are_those_of_the_codes(native):
     hidden = inputs.hidden
     for index, block in enumerate(blocks):
         seen: dict[str, torch.Tensor] = {}
-        hidden = block(hidden, inputs.rotary, observe=lambda site, x, s=seen: s.update({site: x}))
+        hidden = watched(block, hidden, inputs.rotary, lambda site, x, s=seen: s.update({site: x}))
         zero = {
             site: float((quantize_input(seen[site], kind)[0] == 0).float().mean())
             for site, kind in (("attn_in", "int4"), ("o_in", "topk8"), ("mlp_in", "int4"), ("down_in", "int8"))
         }
-        gate = block.activation(block.up(seen["mlp_in"])[..., : block.spec.ffn])
+        gate = block.mlp.activation(block.mlp.up(seen["mlp_in"])[..., : block.spec.ffn])
         gates = float((gate == 0).float().mean())
         found = report.layers[index]
         assert found.qkv == pytest.approx(zero["attn_in"]) and found.gate == pytest.approx(zero["mlp_in"])
@@ -84,7 +84,7 @@ def test_counts_are_those_of_the_codes(native):
 
 def test_measuring_leaves_no_hook_behind(native):
     measure_sparsity(native, WINDOWS, "random")
-    assert all(not b.activation._forward_hooks for b in native.model.blocks)
+    assert all(not b.mlp.activation._forward_hooks for b in native.model.blocks)
 
 
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
@@ -105,7 +105,7 @@ def test_weights_are_shares_of_three_values(native):
     for table, block in zip(report.layers, native.model.blocks, strict=True):
         assert list(table) == ["q", "k", "v", "o", "gate", "up", "down"]
         assert all(abs(s.minus + s.zero + s.plus - 1) < 1e-6 and 0.25 < s.zero < 0.37 for s in table.values())
-        codes, scale = block.qkv.projections()[1]
+        codes, scale = block.attention.qkv.projections()[1]
         assert table["k"].plus == pytest.approx(float((codes == 1).float().mean())) and table["k"].scale == float(scale)
 
 

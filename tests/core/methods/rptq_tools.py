@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from core.quant.ranges import ChannelRanges
-from tests.core.tools import Quantised, block_inputs, float_blocks, quantised, tiny, tokens
+from tests.core.tools import Quantised, block_inputs, float_blocks, quantised, tiny, tokens, watched
 
 _DONE: dict[tuple, Quantised] = {}
 
@@ -22,7 +22,7 @@ def observed(architecture: str, skip: int) -> dict[str, Tensor]:
     """Every site of the first layer on the default calibration windows, [S, T - skip, C]."""
     base, seen = tiny(architecture), {}
     inputs = block_inputs(base.model, tokens(8, 32))
-    float_blocks(base)[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: x[:, skip:].clone()}))
+    watched(float_blocks(base)[0], inputs.hidden, inputs.rotary, lambda site, x: seen.update({site: x[:, skip:].clone()}))
     return seen
 
 

@@ -15,9 +15,10 @@ from core.models.io.quantized import already_quantized, load_quantized, read_des
 from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.quant.dynamic import MODES, ternary_absmean
-from core.quant.kv_cache import FloatKVLayer
-from core.quant.kv_cache_dynamic import AttentionBits, DynamicKVLayer
+from core.quant.kv_cache import FloatKVLayer, QuantizedKVLayer
+from core.quant.kv_grid import RowGrid
 from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import PLAIN
 from core.recipe import BITNET_MODES, INPUT_SITE, SITES, BitNetOptions, Calibration, QuantRecipe
 from core.stages import evaluate, quantize
 from core.workbench import Workbench
@@ -53,11 +54,11 @@ def test_float_models_are_rounded_projection_by_projection(architecture):
     for block, old in zip(made.blocks, before, strict=True):
         spec = block.spec
         rows = [spec.width(s) for s in "qkv"]
-        for (codes, scale), weight in zip(block.qkv.projections(), old.qkv.weight.split(rows), strict=True):
+        for (codes, scale), weight in zip(block.attention.qkv.projections(), old.attention.qkv.weight.split(rows), strict=True):
             expected, alpha = ternary_absmean(weight)
             assert torch.equal(codes, expected) and torch.equal(scale, alpha)
-        assert len(block.up.projections()) == (2 if spec.gated else 1) and len(block.down.projections()) == 1
-        assert (block.up.bias is None) == (old.up.bias is None)
+        assert len(block.mlp.up.projections()) == (2 if spec.gated else 1) and len(block.mlp.down.projections()) == 1
+        assert (block.mlp.up.bias is None) == (old.mlp.up.bias is None)
         assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES["a4.8"]
     assert "simulated" in fidelity_of(made.model)
     expected, found = made.model(IDS).logits, in_steps(made.model, IDS)
@@ -71,9 +72,9 @@ def test_another_mode_changes_no_weight(folder, mode):
     for block, old in zip(made.blocks, base.model.blocks, strict=True):
         mine, theirs = block.state_dict(), old.state_dict()
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
-        assert block.qkv.packed is old.qkv.packed, "shared, not copied"
+        assert block.attention.qkv.packed is old.attention.qkv.packed, "shared, not copied"
         assert {INPUT_SITE[n]: x.kind for n, x in block.linears().items()} == MODES[mode]
-        assert (old.rules.mode, old.qkv.kind) == ("w1.58a8", "int8"), "the base is left alone"
+        assert (old.rules.mode, old.attention.qkv.kind) == ("w1.58a8", "int8"), "the base is left alone"
     different = relative(made.model(IDS).logits, base.model(IDS).logits)
     assert different == 0 if mode == "w1.58a8" else different > 1e-3
 
@@ -133,20 +134,26 @@ def test_the_outcome_is_plain_numbers(folder):
 
 
 @pytest.mark.parametrize("mode", ("a4.8", "w1.58a8"))
-def test_gate_first_and_sparse_inputs_are_exact(folder, mode):
-    """Every switch gives the same bits, for one token and for many."""
+def test_looking_at_the_gate_first_is_exact(folder, mode):
+    """Every choice gives the same bits, for one token and for many."""
     made = apply(load_model(str(folder)), mode=mode)
     for rows, length in ((1, 1), (2, 9)):
         inputs = block_inputs(made.model, tokens(rows, length))
         for block in made.blocks:
             outputs = []
             for gate_first in ("never", "always", "auto"):
-                for sparse in ("never", "always"):
-                    block.gate_first = gate_first
-                    for linear in block.linears().values():
-                        linear.sparse = sparse
-                    outputs.append(block(inputs.hidden, inputs.rotary))
+                block.mlp.gate_first = gate_first
+                outputs.append(block(inputs.hidden, inputs.rotary))
             assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def before_sub_norm(block, x):
+    """What the norm before down is given for tokens x."""
+    seen = []
+    hook = block.mlp.ffn_sub_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.mlp(x, PLAIN)
+    hook.remove()
+    return seen[0]
 
 
 def test_the_gate_really_skips(folder, monkeypatch):
@@ -157,38 +164,38 @@ def test_the_gate_really_skips(folder, monkeypatch):
 
     def product(self, x, rows=slice(None)):
         y = original(self, x, rows)
-        if self is block.up:
+        if self is block.mlp.up:
             asked.append(y.shape[1])
         return y
 
     monkeypatch.setattr(TernaryLinear, "product", product)
     x = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(0))
-    block._mlp(x, None)
+    before_sub_norm(block, x)
     assert asked == [192], "a small layer is computed in one product"
     asked.clear()
-    block.gate_first = "always"
-    out = block._mlp(x, None)
+    block.mlp.gate_first = "always"
+    out = before_sub_norm(block, x)
     live = int((out != 0).sum())
     assert asked[0] == 96 and live <= asked[1] < 70
     asked.clear()
-    block.gate_first = "auto"
-    monkeypatch.setattr("core.models.block.GATE_FIRST_WEIGHTS", 1)
-    assert torch.equal(block._mlp(x, None), out) and asked == [96, 96], "half of the gates are alive: dense is cheaper"
+    block.mlp.gate_first = "auto"
+    monkeypatch.setattr("core.models.mlp.GATE_FIRST_WEIGHTS", 1)
+    assert torch.equal(before_sub_norm(block, x), out) and asked == [96, 96], "half of the gates are alive: dense is cheaper"
     asked.clear()
-    monkeypatch.setattr("core.models.block.ROW_DENSITY", 0.9)
-    assert torch.equal(block._mlp(x, None), out) and asked[1] < 70
+    monkeypatch.setattr("core.models.mlp.ROW_DENSITY", 0.9)
+    assert torch.equal(before_sub_norm(block, x), out) and asked[1] < 70
     asked.clear()
-    block._mlp(x.expand(1, 3, 128), None)
+    before_sub_norm(block, x.expand(1, 3, 128))
     assert asked == [192], "several tokens share no gates"
 
 
 def test_zeros_survive_the_sub_norm(folder):
     block = load_model(str(folder)).model.blocks[0]
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(1))
-    h = block._mlp(x, None)
+    h = before_sub_norm(block, x)
     assert 0.3 < float((h == 0).float().mean()) < 0.7
-    assert torch.equal(block.ffn_sub_norm(h) == 0, h == 0)
-    codes = block.down.quantize(block.ffn_sub_norm(h)).codes
+    assert torch.equal(block.mlp.ffn_sub_norm(h) == 0, h == 0)
+    codes = block.mlp.down.quantize(block.mlp.ffn_sub_norm(h)).codes
     assert bool((codes.view(h.shape)[h == 0] == 0).all())
 
 
@@ -199,15 +206,15 @@ def test_zeros_survive_the_sub_norm(folder):
 def test_decoding_with_a_packed_cache_equals_prefill(folder, options):
     made = apply(load_model(str(folder)), **options)
     cache = made.model.decoder.new_cache()
-    assert all(isinstance(layer, DynamicKVLayer) for layer in cache.layers)
+    rule = RowGrid(options["kv_bits"], 4)
+    assert all(isinstance(layer, QuantizedKVLayer) and layer.key_states.grid == rule for layer in cache.layers)
     expected, found = made.model(IDS).logits, in_steps(made.model, IDS, cache)
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(errors.median()) < 1e-5 and float(errors.max()) < 0.2, "a sum in another order may move a value to the next code"
     spec = made.blocks[0].spec
-    rule = AttentionBits(options["kv_bits"])
-    assert kv_bytes_per_token(made.model) == 2 * 2 * spec.kv_heads * (16 * rule.kv // 8 + 2)
+    assert kv_bytes_per_token(made.model) == 2 * 2 * spec.kv_heads * (16 * rule.bits // 8 + 2)
     stored = kv_bytes_per_token(made.model) * 2 * (IDS.shape[1] - 1)
-    first = 2 * 2 * 2 * spec.kv_heads * (16 * rule.bos // 8 + 2)
+    first = 2 * 2 * 2 * spec.kv_heads * (16 * rule.first_bits // 8 + 2)
     assert cache.nbytes == stored + first
 
 
@@ -227,7 +234,7 @@ def test_a_round_trip_is_bit_identical(tmp_path, architecture):
     again = load_quantized(tmp_path / "q")
     assert torch.equal(again.model(IDS).logits, made.model(IDS).logits)
     for old, new in zip(made.blocks, again.model.blocks, strict=True):
-        assert old.rules == new.rules and old.o.keep == new.o.keep == 0.25
+        assert old.rules == new.rules and old.attention.o.keep == new.attention.o.keep == 0.25
     assert label_of(again) == "BITNET · a4.8 (keeps 0.25) · KV 3 bits, first token 4 · Q 4 bits"
     assert torch.equal(load_model(str(tmp_path / "q")).model(IDS).logits, again.model(IDS).logits)
 

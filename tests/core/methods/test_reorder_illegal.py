@@ -73,14 +73,14 @@ class TestNorms:
 
     def test_columns_not_permuted(self, architecture, norm, linear, name):
         def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
-            layer = getattr(new, linear)
+            layer = new.linears()[linear]
             layer.weight.data = layer.weight.data[:, getattr(orders, name).argsort()]
 
         assert broken(tiny(architecture), change) > ILLEGAL
 
     def test_columns_permuted_by_the_inverse(self, architecture, norm, linear, name):
         def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
-            layer, order = getattr(new, linear), getattr(orders, name)
+            layer, order = new.linears()[linear], getattr(orders, name)
             layer.weight.data = layer.weight.data[:, order.argsort()][:, order.argsort()]
 
         assert broken(tiny(architecture), change) > ILLEGAL
@@ -90,7 +90,7 @@ class TestNorms:
 
         def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
             rows = parts(spec)["v"] if linear == "qkv" else slice(0, spec.ffn)
-            layer = getattr(new, linear)
+            layer = new.linears()[linear]
             layer.weight.data[rows] = layer.weight.data[rows][:, getattr(orders, name).argsort()]
 
         assert broken(tiny(architecture), change) > ILLEGAL
@@ -111,7 +111,7 @@ def test_r3_order_per_query_head(architecture):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         g = torch.Generator().manual_seed(0)
         own = torch.stack([torch.randperm(spec.head_dim, generator=g) for _ in range(spec.heads)])
-        new.o.weight.data = old.o.weight.data[:, head_channels(own)]
+        new.attention.o.weight.data = old.attention.o.weight.data[:, head_channels(own)]
 
     assert broken(tiny(architecture), change) > ILLEGAL
 
@@ -121,9 +121,9 @@ def test_r3_order_per_query_head(architecture):
 def test_r3_needs_both_sides(architecture, forgotten):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         if forgotten == "columns of o":
-            new.o.weight.data = old.o.weight.data
+            new.attention.o.weight.data = old.attention.o.weight.data
         else:
-            keep_rows(new.qkv, old.qkv, parts(spec)["v"], orders.R1)
+            keep_rows(new.attention.qkv, old.attention.qkv, parts(spec)["v"], orders.R1)
 
     assert broken(tiny(architecture), change) > ILLEGAL
 
@@ -131,7 +131,7 @@ def test_r3_needs_both_sides(architecture, forgotten):
 @pytest.mark.parametrize("architecture", ("opt", "qwen2"))
 def test_r3_bias_forgotten(architecture):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
-        new.qkv.bias.data[parts(spec)["v"]] = old.qkv.bias.data[parts(spec)["v"]]
+        new.attention.qkv.bias.data[parts(spec)["v"]] = old.attention.qkv.bias.data[parts(spec)["v"]]
 
     assert broken(louder_biases(tiny_model(architecture)), change) > ILLEGAL
 
@@ -142,8 +142,8 @@ def test_r3_across_heads(architecture):
 
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         order = torch.randperm(spec.width("v"), generator=torch.Generator().manual_seed(0))
-        rows = torch.arange(new.qkv.weight.shape[0])[parts(spec)["v"]][order]
-        new.qkv.weight.data[parts(spec)["v"]] = old.qkv.weight.data[rows][:, orders.R1]
+        rows = torch.arange(new.attention.qkv.weight.shape[0])[parts(spec)["v"]][order]
+        new.attention.qkv.weight.data[parts(spec)["v"]] = old.attention.qkv.weight.data[rows][:, orders.R1]
 
     assert broken(tiny(architecture), change) > ILLEGAL
 
@@ -153,10 +153,10 @@ def test_r3_across_heads(architecture):
 def test_r5_needs_gate_up_and_down(architecture, forgotten):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         if forgotten == "columns of down":
-            new.down.weight.data = old.down.weight.data
+            new.mlp.down.weight.data = old.mlp.down.weight.data
             return
         rows = {"gate": slice(0, spec.ffn), "up": slice(spec.ffn, None), "both": slice(None)}[forgotten]
-        keep_rows(new.up, old.up, rows, orders.R4)
+        keep_rows(new.mlp.up, old.mlp.up, rows, orders.R4)
 
     assert broken(tiny(architecture), change) > ILLEGAL
 
@@ -165,11 +165,11 @@ def test_r5_needs_gate_up_and_down(architecture, forgotten):
 def test_r5_of_opt_needs_all_three(forgotten):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         if forgotten == "rows":
-            new.up.weight.data = old.up.weight.data[:, orders.R4]
+            new.mlp.up.weight.data = old.mlp.up.weight.data[:, orders.R4]
         elif forgotten == "bias":
-            new.up.bias.data = old.up.bias.data
+            new.mlp.up.bias.data = old.mlp.up.bias.data
         else:
-            new.down.weight.data = old.down.weight.data
+            new.mlp.down.weight.data = old.mlp.down.weight.data
 
     assert broken(louder_biases(tiny_model("opt")), change) > ILLEGAL
 
@@ -178,7 +178,7 @@ def test_r5_of_opt_needs_all_three(forgotten):
 @pytest.mark.parametrize("linear", ("o", "down"))
 def test_rows_of_the_residual_writers_must_stay(architecture, linear):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
-        layer = getattr(new, linear)
+        layer = new.linears()[linear]
         layer.weight.data = layer.weight.data[orders.R1]
         if layer.bias is not None:
             layer.bias.data = layer.bias.data[orders.R1]
@@ -189,12 +189,12 @@ def test_rows_of_the_residual_writers_must_stay(architecture, linear):
 def rows_of_q_and_k(new: DecoderBlock, old: DecoderBlock, r2: Tensor, spec: BlockSpec) -> None:
     """Fold a within-head order into the rows of Wq and Wk (and per-head gains), rotation untouched: the user fork's way."""
     rows = qkv_rows(spec, r2, None)
-    new.qkv.weight.data = old.qkv.weight.data[rows]
-    if new.qkv.bias is not None:
-        new.qkv.bias.data = old.qkv.bias.data[rows]
+    new.attention.qkv.weight.data = old.attention.qkv.weight.data[rows]
+    if new.attention.qkv.bias is not None:
+        new.attention.qkv.bias.data = old.attention.qkv.bias.data[rows]
     if spec.qk_norm:
-        new.q_norm, new.k_norm = old.q_norm[r2[0]], old.k_norm[r2[0]]
-    new.rope_order = None
+        new.attention.q_norm, new.attention.k_norm = old.attention.q_norm[r2[0]], old.attention.k_norm[r2[0]]
+    new.attention.rope_order = None
 
 
 def shared_order(spec: BlockSpec, *, pairs: bool) -> Tensor:
@@ -244,8 +244,8 @@ class TestRotation:
 
     def test_order_stored_for_queries_only(self, architecture):
         def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
-            store = new._store_r2
-            new._store_r2 = lambda qk: torch.cat([store(qk)[:, :, : spec.heads], qk[:, :, spec.heads :]], dim=2)
+            store = new.attention._store_r2
+            new.attention._store_r2 = lambda qk: torch.cat([store(qk)[:, :, : spec.heads], qk[:, :, spec.heads :]], dim=2)
 
         assert broken(tiny(architecture), change, names=("R2",)) > ILLEGAL
 
@@ -253,13 +253,13 @@ class TestRotation:
         def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
             g = torch.Generator().manual_seed(0)
             own = torch.stack([torch.randperm(spec.head_dim, generator=g) for _ in range(spec.heads)])
-            store = new._store_r2
+            store = new.attention._store_r2
 
             def query_heads(qk: Tensor) -> Tensor:
                 q = qk[:, :, : spec.heads]
                 return torch.cat([torch.gather(q, 3, own.expand_as(q)), store(qk)[:, :, spec.heads :]], dim=2)
 
-            new._store_r2 = query_heads
+            new.attention._store_r2 = query_heads
 
         assert broken(tiny(architecture), change, names=("R2",)) > ILLEGAL
 
@@ -277,9 +277,9 @@ def test_r2_of_opt_needs_rows_and_biases(forgotten):
     def change(new: DecoderBlock, old: DecoderBlock, orders: Orders, spec: BlockSpec) -> None:
         rows = parts(spec)[forgotten[-1]]
         if forgotten.startswith("rows"):
-            new.qkv.weight.data[rows] = old.qkv.weight.data[rows][:, orders.R1]
+            new.attention.qkv.weight.data[rows] = old.attention.qkv.weight.data[rows][:, orders.R1]
         else:
-            new.qkv.bias.data[rows] = old.qkv.bias.data[rows]
+            new.attention.qkv.bias.data[rows] = old.attention.qkv.bias.data[rows]
 
     error = broken(louder_biases(tiny_model("opt")), change)
     assert error < LEGAL if forgotten == "bias of k" else error > ILLEGAL

@@ -119,8 +119,8 @@ def test_applying_leaves_the_block_and_the_plan_alone():
     before = {k: v.clone() for k, v in block.state_dict().items()}
     orders = {k: v.clone() for k, v in plan.orders.items()}
     build_block(block, plan, hessians={}, grid=Grid.EXACT)
-    assert all(torch.equal(v, block.state_dict()[k]) for k, v in before.items()) and block.softmax_bits == 16
-    assert all(torch.equal(v, plan.orders[k]) for k, v in orders.items()) and block.k_quantizer is None
+    assert all(torch.equal(v, block.state_dict()[k]) for k, v in before.items()) and block.attention.softmax_bits == 16
+    assert all(torch.equal(v, plan.orders[k]) for k, v in orders.items()) and block.attention.k_quantizer is None
 
 
 def test_progress_is_a_sentence_and_a_rising_fraction():
@@ -175,7 +175,7 @@ def test_an_output_that_is_not_finite_names_its_layer(monkeypatch):
 
     def overflowing(self, *args, **kwargs):
         out = real(self, *args, **kwargs)
-        return out * math.inf if self.layer_index == 1 and isinstance(self.down, QuantLinear) else out
+        return out * math.inf if self.layer_index == 1 and isinstance(self.mlp.down, QuantLinear) else out
 
     monkeypatch.setattr(DecoderBlock, "forward", overflowing)
     with pytest.raises(NumericError, match="^The output of layer 1 is not finite: use more bits") as caught:
@@ -187,8 +187,8 @@ def test_nan_in_the_weights_names_the_site():
     from core.models.tiny import tiny_model
 
     base = tiny_model("llama")
-    base.model.blocks[1].down.weight.data[3, 4] = math.inf
-    base.model.blocks[1].qkv.weight.data[-1, 0] = math.nan
+    base.model.blocks[1].mlp.down.weight.data[3, 4] = math.inf
+    base.model.blocks[1].attention.qkv.weight.data[-1, 0] = math.nan
     with pytest.raises(NumericError, match=r"layers\.1\.v") as caught:
         quantised("llama", base=base)
     assert caught.value.code == "E-NUM-NAN" and len(str(caught.value)) < 240

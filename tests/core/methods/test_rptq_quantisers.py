@@ -16,15 +16,27 @@ from core.methods.base import LayerPlan
 from core.methods.rptq.method import BETTER, OFFICIAL
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, query_channels, reorder_block
 from core.models.architectures import BlockSpec
-from core.models.block import DecoderBlock, Rotary
+from core.models.attention import Rotary
+from core.models.block import DecoderBlock
 from core.quant.affine import Grid, QParams, choose_qparams, round_scale
 from core.quant.observer import RangeRules, decibels, plan_site, sqnr_db
 from core.quant.segments import expand, segment_max, segment_min
-from core.quant.static import ActivationQuantizer
+from core.quant.static import ActivationQuantizer, InputUse
 from core.recipe import INPUT_SITE, PER_CHANNEL, SCHEMES, SITES, Bits, Clusters
 from kernels import Backend, code_limits, fake_quantize
 from tests.core.methods.rptq_tools import made, observed, ranges_of
-from tests.core.tools import ARCHITECTURES, Quantised, block_inputs, float_blocks, quantised, relative, spec_of, tiny, tokens
+from tests.core.tools import (
+    ARCHITECTURES,
+    Quantised,
+    block_inputs,
+    float_blocks,
+    quantised,
+    relative,
+    spec_of,
+    tiny,
+    tokens,
+    watched,
+)
 
 
 def site_order(plan: LayerPlan, site: str, spec: BlockSpec) -> Tensor:
@@ -50,13 +62,12 @@ class Labelled(nn.Module):
         super().__init__()
         self.weight, self.bias, self.quantizer = weight.double(), None if bias is None else bias.double(), quantizer
 
-    def forward(self, x: Tensor, keep_float: Tensor | None = None, *, inplace: bool = False) -> Tensor:
-        return nn.functional.linear(x if self.quantizer is None else self.quantizer.fake(x, keep_float), self.weight, self.bias)
+    def forward(self, x: Tensor, use: InputUse) -> Tensor:
+        x = x if self.quantizer is None else self.quantizer.fake(x, InputUse(use.float_tokens))
+        return nn.functional.linear(x, self.weight, self.bias)
 
-    def parts(
-        self, x: Tensor, sizes: tuple[int, ...], keep_float: Tensor | None = None, *, inplace: bool = False
-    ) -> Iterator[Tensor]:
-        return iter(self(x, keep_float).split(sizes, dim=-1))
+    def parts(self, x: Tensor, sizes: tuple[int, ...], use: InputUse) -> Iterator[Tensor]:
+        return iter(self(x, use).split(sizes, dim=-1))
 
 
 def by_label(plan: LayerPlan, site: str, spec: BlockSpec) -> ActivationQuantizer | None:
@@ -99,6 +110,10 @@ def output_order(name: str, plan: LayerPlan, spec: BlockSpec) -> Tensor | None:
     return None
 
 
+def replace_linear(block: DecoderBlock, name: str, layer: nn.Module) -> None:
+    setattr(block.attention if name in ("qkv", "o") else block.mlp, name, layer)
+
+
 def unpermuted(block: DecoderBlock, plan: LayerPlan, grid: Grid) -> DecoderBlock:
     """The float block with every quantiser applied by label."""
     spec, new = block.spec, copy.deepcopy(block).double()
@@ -106,11 +121,10 @@ def unpermuted(block: DecoderBlock, plan: LayerPlan, grid: Grid) -> DecoderBlock
         site = INPUT_SITE[name]
         order = site_order(plan, site, spec)
         weight = weight_by_label(linear.weight, order, plan.sites[site].offsets, plan.weight_bits, grid)
-        delattr(new, name)
-        setattr(new, name, Labelled(weight, linear.bias, by_label(plan, site, spec)))
+        replace_linear(new, name, Labelled(weight, linear.bias, by_label(plan, site, spec)))
     for site in ("q", "k", "v"):
-        setattr(new, f"{site}_quantizer", by_label(plan, site, spec))
-    new.softmax_bits, new.sink_tokens = plan.softmax_bits, plan.sink_tokens
+        setattr(new.attention, f"{site}_quantizer", by_label(plan, site, spec))
+    new.attention.softmax_bits, new.attention.sink_tokens = plan.softmax_bits, plan.sink_tokens
     return new.double()
 
 
@@ -118,8 +132,7 @@ def in_double(block: DecoderBlock) -> DecoderBlock:
     """A quantised block whose linear layers multiply their dequantised weights in float64."""
     new = copy.deepcopy(block)
     for name, linear in list(new.linears().items()):
-        delattr(new, name)
-        setattr(new, name, Labelled(linear.dequantized_weight(), linear.bias, linear.quantizer))
+        replace_linear(new, name, Labelled(linear.dequantized_weight(), linear.bias, linear.quantizer))
     return new.double()
 
 
@@ -127,13 +140,13 @@ def recorded(block: DecoderBlock, hidden: Tensor, rotary: Rotary) -> dict[str, T
     """Outputs of every quantiser of a block by site, [B, T, C], and of the block."""
     seen: dict[str, Tensor] = {}
     hooks = {INPUT_SITE[n]: x.quantizer for n, x in block.linears().items()} | {
-        s: getattr(block, f"{s}_quantizer") for s in "qkv"
+        s: getattr(block.attention, f"{s}_quantizer") for s in "qkv"
     }
     for site, q in hooks.items():
         if q is None:
             continue
-        q.fake = lambda x, keep_float=None, s=site, f=q.fake, **_: seen.setdefault(s, f(x, keep_float))
-        q.fake_heads = lambda x, keep_float=None, s=site, f=q.fake_heads, **_: seen.setdefault(s, f(x, keep_float))
+        q.fake = lambda x, use, s=site, f=q.fake: seen.setdefault(s, f(x, InputUse(use.float_tokens)))
+        q.fake_heads = lambda x, use, s=site, f=q.fake_heads: seen.setdefault(s, f(x, InputUse(use.float_tokens)))
     seen["out"] = block(hidden, rotary)
     return {s: x.transpose(1, 2).flatten(2) if x.dim() == 4 else x for s, x in seen.items()}
 
@@ -195,7 +208,7 @@ def test_gptq_sees_the_hessian_in_the_order_of_its_columns(architecture, monkeyp
     block, plan = float_blocks(q.base)[0], q.outcomes[0].plan
     inputs = block_inputs(q.base.model, windows)
     new, rows = reorder_block(block, Orders(**plan.orders)), {}
-    new(inputs.hidden, inputs.rotary, observe=lambda site, x: rows.update({site: x.flatten(0, 1).clone()}))
+    watched(new, inputs.hidden, inputs.rotary, lambda site, x: rows.update({site: x.flatten(0, 1).clone()}))
     for (name, linear), (weight, hessian, offsets) in zip(new.linears().items(), seen[:4], strict=True):
         x = rows[INPUT_SITE[name]]
         assert torch.equal(weight, linear.weight) and torch.equal(offsets, plan.sites[INPUT_SITE[name]].offsets)

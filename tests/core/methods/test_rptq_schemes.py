@@ -44,13 +44,14 @@ def test_bits_of_every_tensor(architecture, scheme, method, variant):
     for block, outcome in zip(q.blocks, q.outcomes, strict=True):
         inputs = {n: 16 if x.quantizer is None else x.quantizer.bits for n, x in block.linears().items()}
         assert inputs == {"qkv": norm, "o": o_in, "up": norm, "down": down}
-        heads = {s: 16 if getattr(block, f"{s}_quantizer") is None else getattr(block, f"{s}_quantizer").bits for s in "qkv"}
-        assert heads == {"q": query, "k": kv, "v": kv} and block.softmax_bits == p
+        quantizers = {s: getattr(block.attention, f"{s}_quantizer") for s in "qkv"}
+        heads = {s: 16 if q is None else q.bits for s, q in quantizers.items()}
+        assert heads == {"q": query, "k": kv, "v": kv} and block.attention.softmax_bits == p
         assert {x.bits for x in block.linears().values()} == {weights} == {n.bits for n in outcome.weights.values()}
         quantizers = [m for m in block.modules() if isinstance(m, ActivationQuantizer)]
         assert len(quantizers) == sum(b < 16 for b in (norm, norm, query, kv, kv, o_in, down))
         assert all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in (m.packed for m in block.linears().values()))
-        assert block.sink_tokens == (
+        assert block.attention.sink_tokens == (
             1 if (method, variant) != ("rptq", "official") and method == "rptq" and scheme != "W4A16" else 0
         )
 

@@ -121,4 +121,4 @@ def test_matched_belongs_to_the_baseline(method):
 
 def test_without_activations_nothing_is_kept_in_float():
     q = quantised("llama", layers=1, scheme="custom", bits=Bits(weights=4), clusters=FEW, weights="rtn", **MATCHED)
-    assert all(block.sink_tokens == 0 for block in q.blocks)
+    assert all(block.attention.sink_tokens == 0 for block in q.blocks)

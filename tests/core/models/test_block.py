@@ -12,7 +12,7 @@ from core.models.norm import ReorderNorm
 from core.models.tiny import tiny_model, tiny_transformers
 from core.quant.affine import QParams
 from core.quant.static import ActivationQuantizer
-from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, quantised, relative, spec_of, tokens
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, quantised, relative, spec_of, tokens, watched
 
 BOUND = 1e-5
 """Float32 sums in another order; measured: at most 1.3e-6."""
@@ -25,7 +25,7 @@ def test_inputs_of_the_block_are_not_touched(architecture):
     kept = inputs.hidden.clone()
     seen = {}
     block = float_blocks(loaded)[0]
-    block(inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: (x, x.clone())}))
+    watched(block, inputs.hidden, inputs.rotary, lambda site, x: seen.update({site: (x, x.clone())}))
     assert torch.equal(inputs.hidden, kept)
     for site in ("attn_in", "q", "k", "v", "o_in", "mlp_in"):
         assert torch.equal(*seen[site]), f"{site} was changed in place after it was observed"
@@ -53,7 +53,7 @@ def test_observed_sites_are_what_they_say(architecture):
     for handle in handles:
         handle.remove()
     seen: dict[str, Tensor] = {}
-    float_blocks(loaded)[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.update({site: x.clone()}))
+    watched(float_blocks(loaded)[0], inputs.hidden, inputs.rotary, lambda site, x: seen.update({site: x.clone()}))
     assert list(seen) == ["attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in"]
     expected = {site: hooked[site].reshape(seen[site].shape) for site in (*paths, "v")}
     for name in "qk":
@@ -93,15 +93,14 @@ def test_norm_stores_in_any_order(kind, affine):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
-    """The first position of a sequence is keep_float at every site; with a cache, later pieces have none."""
+    """The first position of a sequence stays in float at every site; with a cache, later pieces have none."""
     q = quantised(architecture, scheme="W4A4")
     block, inputs = q.blocks[0], block_inputs(q.model, tokens(2, 6))
     calls = []
-    for name in ("qkv", "o", "up", "down"):
-        linear = getattr(block, name)
-        def parts(x, sizes, keep_float=None, old=linear.parts, **own):
-            calls.append(keep_float)
-            return old(x, sizes, keep_float, **own)
+    for linear in block.linears().values():
+        def parts(x, sizes, use, old=linear.parts):
+            calls.append(use.float_tokens)
+            return old(x, sizes, use)
 
         linear.parts = parts
     block(inputs.hidden, inputs.rotary)
@@ -110,7 +109,7 @@ def test_sink_tokens_stay_in_float_wherever_they_are(architecture):
     cache = q.model.decoder.new_cache()
     q.model(tokens(2, 6), cache=cache)
     q.model(tokens(2, 1), cache=cache)
-    assert len(calls) == 8 and all(c is None for c in calls[4:])
+    assert len(calls) == 8 and not any(calls[4:])
 
 
 def test_a_quantiser_of_the_head_layout_reaches_the_right_channels():
@@ -119,13 +118,13 @@ def test_a_quantiser_of_the_head_layout_reaches_the_right_channels():
     block = float_blocks(loaded)[0]
     scale = torch.full((32,), 1e-4)
     scale[19] = 1e6  # head 1, channel 3: everything rounds to zero
-    block.v_quantizer = ActivationQuantizer(8, QParams(scale, torch.zeros(32)), torch.arange(33))
-    block.v_quantizer.lower.fill_(-1e9)
-    block.v_quantizer.upper.fill_(1e9)
+    block.attention.v_quantizer = ActivationQuantizer(8, QParams(scale, torch.zeros(32)), torch.arange(33))
+    block.attention.v_quantizer.lower.fill_(-1e9)
+    block.attention.v_quantizer.upper.fill_(1e9)
     inputs = block_inputs(loaded.model, tokens(1, 8))
     seen: dict[str, Tensor] = {}
     for name, b in (("changed", block), ("plain", float_blocks(loaded)[0])):
-        b(inputs.hidden, inputs.rotary, observe=lambda site, x, n=name: seen.update({n: x}) if site == "o_in" else None)
+        watched(b, inputs.hidden, inputs.rotary, lambda site, x, n=name: seen.update({n: x}) if site == "o_in" else None)
     changed = ((seen["changed"] - seen["plain"]).abs().amax((0, 1)) > 1e-2).nonzero().flatten().tolist()
     assert changed == [h * 16 + 3 for h in (4, 5, 6, 7)], "the four query heads of kv head 1"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from core.errors import InputError
 from core.models.tiny import VOCAB_SIZE, save_tiny, tiny_architectures, tiny_model, tiny_tokenizer
 from core.storage import verify
-from tests.core.tools import block_inputs
+from tests.core.tools import block_inputs, watched
 
 
 def gains(loaded, *, last: bool = False) -> list[torch.Tensor]:
@@ -37,7 +37,7 @@ def test_norm_gains_have_outliers_and_activations_follow(architecture):
     assert all(gain.abs().max() < 2 for gain in gains(loaded, last=True))
     seen = []
     inputs = block_inputs(loaded.model, torch.arange(200)[None])
-    loaded.model.blocks[0](inputs.hidden, inputs.rotary, observe=lambda site, x: seen.append(x) if site == "attn_in" else None)
+    watched(loaded.model.blocks[0], inputs.hidden, inputs.rotary, lambda site, x: seen.append(x) if site == "attn_in" else None)
     ranges = (seen[0].amax((0, 1)) - seen[0].amin((0, 1))).sort().values
     assert ranges[-1] > 5 * ranges[len(ranges) // 2]
 

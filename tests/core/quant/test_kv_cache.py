@@ -9,7 +9,8 @@ from torch import Tensor
 from core.evaluation.memory import kv_bytes_per_token
 from core.models.tiny import tiny_model
 from core.quant.affine import Grid, choose_qparams
-from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer, bytes_per_token
+from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer
+from core.quant.kv_grid import StaticGrid
 from core.quant.static import ActivationQuantizer
 from core.recipe import Bits
 from kernels import packed_width
@@ -36,7 +37,7 @@ def quantizer(bits: int = 4, clusters: tuple[int, ...] = (0, 5, 12, 20, 24)) -> 
 @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 3, 1), (2, 7)], ids=str)
 def test_what_is_stored_is_what_static_quantisation_says(pieces, sink, bits):
     q, x = quantizer(bits), states(9)
-    store, start = PackedStates(q, sink), 0
+    store, start = PackedStates(StaticGrid(q, sink)), 0
     expected = q.fake_heads(x)
     expected[:, :, :sink] = x[:, :, :sink]
     for size in pieces:
@@ -51,7 +52,7 @@ def test_what_is_stored_is_what_static_quantisation_says(pieces, sink, bits):
 def test_growth_keeps_everything(sink):
     """Slots double on the way to 70; nothing stored earlier may change."""
     q, x = quantizer(3), states(70)
-    store = PackedStates(q, sink)
+    store = PackedStates(StaticGrid(q, sink))
     for i in range(70):
         store.append(x[:, :, i : i + 1])
     expected = q.fake_heads(x)
@@ -62,7 +63,7 @@ def test_growth_keeps_everything(sink):
 def test_poisoned_memory_changes_nothing():
     q, x = quantizer(4), states(20)
     with poisoned_memory():
-        store = PackedStates(q, 1)
+        store = PackedStates(StaticGrid(q, 1))
         parts = [store.append(x[:, :, i : i + 2]) for i in range(0, 20, 2)]
     expected = q.fake_heads(x)
     expected[:, :, :1] = x[:, :, :1]
@@ -71,7 +72,7 @@ def test_poisoned_memory_changes_nothing():
 
 def test_the_caller_may_reuse_its_tensors():
     q, x = quantizer(4), states(6)
-    store = PackedStates(q, 2)
+    store = PackedStates(StaticGrid(q, 2))
     kept = x.clone()
     seen = store.append(x)
     assert torch.equal(x, kept)
@@ -86,7 +87,7 @@ def test_the_caller_may_reuse_its_tensors():
 def test_rows_of_the_batch_are_selected_repeated_and_reordered(sink):
     x = states(6, batch=3)
     for rows in ([2, 0, 0], [1], [0, 0, 1, 1, 2, 2]):
-        layer = FloatKVLayer() if sink is None else QuantizedKVLayer(quantizer(), quantizer(), sink)
+        layer = FloatKVLayer() if sink is None else QuantizedKVLayer(StaticGrid(quantizer(), sink), StaticGrid(quantizer(), sink))
         cache = KVCache([layer])
         before = layer.update(x, x)[0].clone()
         cache.reorder_cache(torch.tensor(rows))
@@ -96,7 +97,7 @@ def test_rows_of_the_batch_are_selected_repeated_and_reordered(sink):
 
 
 def test_before_the_first_token():
-    for layer in (QuantizedKVLayer(quantizer(), quantizer(), 1), FloatKVLayer()):
+    for layer in (QuantizedKVLayer(StaticGrid(quantizer(), 1), StaticGrid(quantizer(), 1)), FloatKVLayer()):
         cache = KVCache([layer])
         cache.reorder_cache(torch.tensor([0]))
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
@@ -111,12 +112,13 @@ def test_a_float_layer_keeps_what_it_is_given():
         assert layer.length == start and layer.nbytes == 2 * x[:, :, :start].numel() * 4
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 5, 8, 16))
+@pytest.mark.parametrize("bits", (2, 3, 4, 5, 8))
 def test_bytes_per_token(bits):
-    expected = 3 * 64 * bits / 8 if bits < 16 else 3 * 64 * 4
-    assert bytes_per_token(3, 64, bits) == expected
-    assert bytes_per_token(3, 64, 16, float_bytes=2) == 3 * 64 * 2
-    assert bytes_per_token(2, 5, 3) == 2 * (2 + 1), "odd head sizes pad each plane to a byte"
+    grid = StaticGrid(quantizer(bits), 1)
+    assert grid.bytes_per_token(3, 64) == 3 * 64 * bits / 8
+    assert QuantizedKVLayer(grid, grid).bytes_per_token(3, 64, 4) == 2 * 3 * 64 * bits / 8
+    assert FloatKVLayer().bytes_per_token(3, 64, 2) == FloatKVLayer(grid).bytes_per_token(3, 64, 2) == 2 * 3 * 64 * 2
+    assert StaticGrid(quantizer(3), 1).bytes_per_token(2, 5) == 2 * (2 + 1), "odd head sizes pad each plane to a byte"
 
 
 # Whole models.
@@ -162,7 +164,7 @@ def test_measured_bytes_are_the_formula(architecture, bits):
     q = quantised(architecture, scheme="custom", bits=Bits(k=bits, v=bits), layers=1)
     spec, cache = spec_of(q.base), cache_of(q)
     q.model(tokens(2, 19), cache=cache)
-    sink = q.blocks[0].sink_tokens
+    sink = q.blocks[0].attention.sink_tokens
     per_token = 2 * spec.kv_heads * packed_width(spec.head_dim, bits)
     assert kv_bytes_per_token(q.model) == per_token
     assert sink == 1 and cache.nbytes == 2 * (19 * per_token + sink * 2 * spec.kv_heads * spec.head_dim * 4)

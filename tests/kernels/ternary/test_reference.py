@@ -50,9 +50,8 @@ def test_packed_layout_by_hand():
 def test_every_path_is_exact(shape):
     codes, ternary = operands(*shape)
     expected = exact(codes, ternary)
-    for sparse in (False, True):
-        assert torch.equal(ternary_product(codes, ternary, Backend.INT8, sparse_columns=sparse), expected)
-        assert torch.equal(ternary_product(codes, ternary.float(), Backend.REFERENCE, sparse_columns=sparse), expected)
+    assert torch.equal(ternary_product(codes, ternary, Backend.INT8), expected)
+    assert torch.equal(ternary_product(codes, ternary.float(), Backend.REFERENCE), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -69,15 +68,6 @@ def test_the_largest_sums_are_exact():
     for backend, weight in ((Backend.INT8, ternary), (Backend.REFERENCE, ternary.float())):
         assert bool((ternary_product(codes, weight, backend) == 127 * 6912).all())
         assert bool((ternary_product(-codes, weight, backend) == -127 * 6912).all())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
-def test_sparse_columns_skip_exactly(share):
-    codes, ternary = operands(3, 40, 256)
-    codes[:, torch.rand(256, generator=torch.Generator().manual_seed(1)) < share] = 0
-    for backend, weight in ((Backend.INT8, ternary), (Backend.REFERENCE, ternary.float())):
-        found = ternary_product(codes, weight, backend, sparse_columns=True)
-        assert torch.equal(found, exact(codes, ternary)) and found.shape == (3, 40)
 
 
 def test_a_row_with_any_stride_is_read_right():

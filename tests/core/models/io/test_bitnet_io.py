@@ -123,7 +123,7 @@ def test_packed_weights_agree_with_transformers_own_packed_layer(tmp_path, packe
         theirs = published.BitLinear(weight.shape[1], weight.shape[0] * 4, bias=False, dtype=torch.float32)
         theirs.weight = weight
     theirs.weight_scale = scale
-    assert relative(block.o(x), theirs(x).detach()) < 1e-5
+    assert relative(block.attention.o(x), theirs(x).detach()) < 1e-5
 
 
 def test_the_four_formats_are_one_model(tmp_path):
@@ -198,11 +198,11 @@ def test_a_round_trip_is_bit_identical(tmp_path):
     native = load_model(str(tmp_path / "m"))
     for index, block in enumerate(native.model.blocks):
         prefix = f"model.layers.{index}."
-        parts = dict(zip(("q_proj", "k_proj", "v_proj"), block.qkv.projections(), strict=True))
+        parts = dict(zip(("q_proj", "k_proj", "v_proj"), block.attention.qkv.projections(), strict=True))
         for name, (codes, scale) in parts.items():
             expected, alpha = ternary_absmean(before[f"{prefix}self_attn.{name}.weight"])
             assert torch.equal(codes, expected) and torch.equal(scale, alpha)
-        assert torch.equal(block.ffn_sub_norm.weight, before[f"{prefix}mlp.ffn_sub_norm.weight"])
+        assert torch.equal(block.mlp.ffn_sub_norm.weight, before[f"{prefix}mlp.ffn_sub_norm.weight"])
     assert torch.equal(native.model.decoder.head.weight, before["lm_head.weight"])
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     assert card == CARD
@@ -377,11 +377,10 @@ def test_a_native_model_is_a_base_for_the_other_methods(tmp_path, method):
     made = quantised("bitnet", base=base, method=method, scheme="custom", bits=Bits())
     assert not any(isinstance(m, TernaryLinear) for m in made.model.modules())
     blocks = base.model.blocks
-    assert isinstance(blocks[0].qkv, TernaryLinear), "the base is left alone"
-    for block in blocks:
-        for name, linear in block.linears().items():
-            setattr(block, name, linear.with_input("fp", 0.5))
-    assert relative(made.model(IDS).logits, base.model(IDS).logits) < 1e-5, "the weights are α t, the inputs float"
+    assert isinstance(blocks[0].attention.qkv, TernaryLinear), "the base is left alone"
+    floats = [b.with_parts(**{n: x.with_input("fp", 0.5) for n, x in b.linears().items()}) for b in blocks]
+    expected = base.model.with_blocks(floats)(IDS).logits
+    assert relative(made.model(IDS).logits, expected) < 1e-5, "the weights are α t, the inputs float"
 
 
 def test_load_bitnet_leaves_no_trace_in_the_configuration(tmp_path):

@@ -171,7 +171,7 @@ def test_blocks_are_unpacked_to_the_values_of_the_package(kind, tmp_path):
     raw_writer(path, made, packed, qtype)
     with torch.no_grad():
         weight.copy_(torch.from_numpy(gguf.dequantize(packed, qtype)))
-    found = load_model(str(path)).model.blocks[1].up.weight[256:]  # behind the gate
+    found = load_model(str(path)).model.blocks[1].mlp.up.weight[256:]  # behind the gate
     assert torch.equal(found, weight)
 
 

@@ -12,8 +12,8 @@ from core.quant.gptq import round_to_nearest
 from core.quant.linear.base import FloatLinear, LinearLayer, WorkingCopies
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
-from core.quant.static import ActivationQuantizer, Codes
-from kernels import Backend
+from core.quant.static import ActivationQuantizer, InputUse
+from kernels import Backend, Codes
 from kernels.linear import int4
 
 K, N = 64, 16
@@ -61,35 +61,35 @@ def layer(request) -> LinearLayer:
     return LAYERS[request.param]()
 
 
-@pytest.mark.parametrize("keep_float", (None, 1))
+@pytest.mark.parametrize("float_tokens", (0, 1))
 @pytest.mark.parametrize("rows", (1, 5))
-def test_inplace_may_overwrite_the_input_and_changes_nothing_else(layer, rows, keep_float):
+def test_an_owned_input_may_be_overwritten_and_nothing_else_changes(layer, rows, float_tokens):
     x = normal(2, rows, K)
     kept, mine = x.clone(), x.clone()
-    plain = layer(x, keep_float)
-    assert torch.equal(x, kept), "without inplace the input is the caller's"
-    found = layer(mine, keep_float, inplace=True)
+    plain = layer(x, InputUse(float_tokens))
+    assert torch.equal(x, kept), "an input that is not owned is the caller's"
+    found = layer(mine, InputUse(float_tokens, owned=True))
     assert torch.equal(found, plain)
     assert found.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr()
 
 
 def test_parts_are_the_layer_in_pieces(layer):
     x = normal(2, 5, K)
-    whole = layer(x, 1)
-    found = torch.cat(list(layer.parts(x, (5, 1, N - 6), 1)), dim=-1)
+    whole = layer(x, InputUse(1))
+    found = torch.cat(list(layer.parts(x, (5, 1, N - 6), InputUse(1))), dim=-1)
     assert whole.shape == (2, 5, N) and torch.allclose(found, whole, rtol=1e-5, atol=1e-5), "up to the order of float32 sums"
 
 
 def test_working_copies_are_counted_and_released(layer):
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     assert layer.working_bytes == 0
-    y = layer(normal(2, 5, K), 1)
+    y = layer(normal(2, 5, K), InputUse(1))
     held, counted = layer.working_bytes, {id(t) for t in (*layer.parameters(), *layer.buffers())}
     assert held == layer.copies.nbytes(layer) and (held > 0) == (layer.bits < 16)
     assert layer.decode_bytes > 0 and layer.stored_bytes == sum(t.nbytes for t in layer.stored_tensors())
     assert counted >= {id(t) for t in layer.stored_tensors()} and set(layer.state_dict()) == set(before)
     layer.release()
-    assert layer.working_bytes == 0 and torch.equal(layer(normal(2, 5, K), 1), y)
+    assert layer.working_bytes == 0 and torch.equal(layer(normal(2, 5, K), InputUse(1)), y)
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
 
 
@@ -106,7 +106,7 @@ def test_shared_tensors_of_working_copies_count_once():
     layer(normal(3, K))
     codes, scales, bias = N * K, 2 * N * 4, N * 4
     assert layer.working_bytes == layer.copies.nbytes(layer, "product") == codes + scales + bias
-    layer(normal(1, 3, K), 1)
+    layer(normal(1, 3, K), InputUse(1))
     assert layer.copies.nbytes(layer, "float rows") == codes + scales, "the same codes, scales of the weight alone"
     assert layer.working_bytes == codes + 2 * scales + bias
 
@@ -134,7 +134,7 @@ def test_a_float_layer_has_nothing_to_quantise():
     weight, bias, x = torch.randn(3, 5), torch.randn(3), torch.randn(2, 4, 5)
     layer = FloatLinear(weight, bias)
     expected = nn.functional.linear(x, weight, bias)
-    assert torch.equal(layer(x, torch.ones(2, 4, dtype=torch.bool)), expected)
+    assert torch.equal(layer(x, InputUse(2)), expected)
     assert all(torch.equal(a, b) for a, b in zip(layer.parts(x, (1, 2)), expected.split((1, 2), dim=-1), strict=True))
     assert (layer.effective_bits, layer.stored_bytes, layer.working_bytes) == (32.0, 60, 0)
     assert torch.equal(layer.dequantized_weight(), weight) and not any(p.requires_grad for p in layer.parameters())

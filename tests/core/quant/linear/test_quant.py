@@ -10,7 +10,7 @@ from core.errors import BackendError
 from core.quant.affine import Grid, QParams, choose_qparams
 from core.quant.gptq import round_to_nearest
 from core.quant.linear.quant import QuantizedWeight, QuantLinear
-from core.quant.static import ActivationQuantizer
+from core.quant.static import ActivationQuantizer, InputUse
 from kernels import Backend, Choice, code_limits
 
 BACKENDS = (Backend.REFERENCE, Backend.INT8)
@@ -144,20 +144,15 @@ def test_the_working_copy_is_counted_apart_and_released(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
-def test_exempt_rows_keep_a_float_input(backend):
+def test_first_tokens_keep_a_float_input(backend):
     layer, x = example(rows=12)
     layer.set_backend(backend)
     x = x.view(3, 4, 45)
-    keep_float = torch.zeros(3, 4, dtype=torch.bool)
-    keep_float[0, 0] = keep_float[2, 3] = True
-    found, plain = layer(x, keep_float), layer(x)
+    found, plain = layer(x, InputUse(2)), layer(x)
     weight = layer.dequantized_weight().double()
     expected = x.double() @ weight.t() + layer.bias.double()
-    assert error(found[keep_float], expected[keep_float]) < 1e-6 < error(plain[keep_float], expected[keep_float])
-    assert torch.equal(found[~keep_float], plain[~keep_float])
-    row = torch.tensor([[True, False, False, False]])  # [1, T] covers every batch row
-    assert torch.equal(layer(x, row)[:, 0], layer(x, row.expand(3, 4))[:, 0])
-    assert error(layer(x, row)[:, 0], expected[:, 0]) < 1e-6
+    assert error(found[:, :2], expected[:, :2]) < 1e-6 < error(plain[:, :2], expected[:, :2])
+    assert torch.equal(found[:, 2:], plain[:, 2:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -179,7 +174,7 @@ def test_inputs_and_weights_are_not_changed():
     kept, state = x.clone(), {k: v.clone() for k, v in layer.state_dict().items()}
     for backend in BACKENDS:
         layer.set_backend(backend)
-        layer(x, torch.tensor([True] * 3 + [False] * 6))
+        layer(x, InputUse(3))
     assert torch.equal(x, kept) and all(torch.equal(v, layer.state_dict()[k]) for k, v in state.items())
 
 
@@ -253,10 +248,9 @@ def test_codes_and_fakes_of_a_quantiser_agree(bits):
     assert torch.equal(q.fake(x), q.scale[run] * (codes.float() - q.zero_point.float()[run]))
     heads = x.view(4, 6, 2, 5).transpose(1, 2)  # [B, H, T, E]
     assert torch.equal(q.fake_heads(heads).transpose(1, 2).reshape(x.shape), q.fake(x))
-    keep_float = torch.zeros(1, 6, dtype=torch.bool)
-    keep_float[0, 0] = True
-    assert torch.equal(q.fake_heads(heads, keep_float).transpose(1, 2).reshape(x.shape), q.fake(x, keep_float.expand(4, 6)))
-    assert torch.equal(q.fake(x, keep_float)[:, 0], x[:, 0]) and torch.equal(q.fake(x, keep_float)[:, 1:], q.fake(x)[:, 1:])
+    use = InputUse(1)
+    assert torch.equal(q.fake_heads(heads, use).transpose(1, 2).reshape(x.shape), q.fake(x, use))
+    assert torch.equal(q.fake(x, use)[:, 0], x[:, 0]) and torch.equal(q.fake(x, use)[:, 1:], q.fake(x)[:, 1:])
     assert q.width == 10 and set(q.state_dict()) == {"scale", "zero_point", "offsets"}
 
 
@@ -281,7 +275,7 @@ def test_power_of_two_scales_need_one_accumulator(bits, backend):
     assert error(layer(x), exact(layer, x)) < 3e-6
     if backend is Backend.INT8:
         assert layer.copies.get("product", pytest.fail).offsets == (0, 45)
-        found = layer(x[None], 2)[0]
+        found = layer(x[None], InputUse(2))[0]
         assert torch.equal(found[2:], layer(x)[2:])
         assert error(found[:2], x[:2].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
 
@@ -296,12 +290,12 @@ def test_other_scales_do_not_share_a_step(scales):
 
 
 @pytest.mark.parametrize("weight_bits", (4, 7))
-def test_exempt_rows_read_the_integer_weights(weight_bits):
+def test_float_tokens_read_the_integer_weights(weight_bits):
     """Zero points inside the codes (4 bits) or beside them (7): a float row comes out as in float64."""
     layer, x = example(weight_bits=weight_bits)
     layer.set_backend(Backend.INT8)
     x[0] *= 1000
-    found = layer(x[None], 1)[0]
+    found = layer(x[None], InputUse(1))[0]
     assert (layer.copies.get("product", pytest.fail).zero_rows is None) == (weight_bits == 4)
     assert error(found[0], x[0].double() @ layer.dequantized_weight().double().t() + layer.bias.double()) < 1e-6
     assert torch.equal(found[1:], layer(x)[1:])
@@ -358,8 +352,8 @@ def test_one_scale_per_row_stays_exact_in_4_bit_products():
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.INT8])
-@pytest.mark.parametrize("keep_float", [None, 2])
-def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritten(backend, keep_float):
+@pytest.mark.parametrize("float_tokens", [0, 2])
+def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritten(backend, float_tokens):
     g = torch.Generator().manual_seed(3)
     offsets, bound = torch.tensor([0, 40, 64]), torch.tensor([2.0, 4.0])
     quantizer = ActivationQuantizer(8, choose_qparams(-bound, bound, bits=8, grid=Grid.EXACT), offsets)
@@ -367,9 +361,9 @@ def test_parts_are_the_columns_of_the_whole_and_only_an_owned_input_is_overwritt
     layer = QuantLinear.from_weight(weight, torch.randn(30, generator=g), quantizer)
     layer.set_backend(backend)
     x = torch.randn(2, 5, 64, generator=g) * 3
-    kept, whole = x.clone(), layer(x, keep_float)
-    parts = list(layer.parts(x, (7, 23), keep_float))
+    kept, whole = x.clone(), layer(x, InputUse(float_tokens))
+    parts = list(layer.parts(x, (7, 23), InputUse(float_tokens)))
     assert [p.shape[-1] for p in parts] == [7, 23] and all(p.is_contiguous() for p in parts)
     assert torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-5, atol=1e-5) and torch.equal(x, kept)
-    assert torch.equal(layer(x, keep_float, inplace=True), whole)
+    assert torch.equal(layer(x, InputUse(float_tokens, owned=True)), whole)
     assert backend is Backend.INT8 or not torch.equal(x, kept)

@@ -9,6 +9,7 @@ from torch import nn
 from core.errors import BackendError
 from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
+from core.quant.static import InputUse
 from kernels import Backend
 from tests.kernels.fake_cuda import on_second_gpu
 
@@ -39,9 +40,7 @@ def test_every_backend_and_path_gives_the_same_bits(kind, bias, shape):
     right = expected(layer, x)
     for backend in (Backend.AUTO, Backend.INT8, Backend.REFERENCE):
         layer.set_backend(backend)
-        for sparse in ("auto", "always", "never"):
-            layer.sparse = sparse
-            assert torch.equal(layer(x), right)
+        assert torch.equal(layer(x), right)
 
 
 def test_every_projection_keeps_its_own_scale():
@@ -75,8 +74,7 @@ def test_a_float_input_is_multiplied_in_float():
 
 def test_exempt_rows_keep_a_float_input():
     layer, x = fused("int4"), gaussian(2, 5, 96)
-    keep_float = torch.tensor([[True, False, False, False, False]])
-    y = layer(x, keep_float)
+    y = layer(x, InputUse(1))
     assert torch.equal(y[:, 1:], layer(x)[:, 1:])
     assert torch.allclose(y[:, 0], x[:, 0] @ layer.dequantized_weight().t(), rtol=1e-5, atol=1e-4)
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.models.bitnet import BitNetRules
-from core.models.block import DecoderBlock
+from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.tiny import tiny_model
-from core.quant.kv_cache import FloatKVLayer, KVCache
-from core.quant.kv_cache_dynamic import (
-    AttentionBits,
-    DynamicKVLayer,
-    DynamicStates,
-    dynamic_bytes_per_token,
-    fake_heads,
-)
+from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer
+from core.quant.kv_grid import RowGrid, fake_per_row
 from kernels import quantize_rows
-from tests.core.tools import float_blocks, in_steps, relative, tokens
+from tests.core.tools import in_steps, relative, tokens
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,10 +20,8 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 def model_with(bits: AttentionBits | None):
     """A tiny float BitNet whose attention runs at these bits; weights stay in float."""
     loaded = tiny_model("bitnet")
-    blocks: list[DecoderBlock] = float_blocks(loaded)
-    for block in blocks:
-        block.rules = None if bits is None else BitNetRules("w1.58a8", attention=bits)
-    return loaded.model.with_blocks(blocks)
+    rules = None if bits is None else BitNetRules("w1.58a8", attention=bits)
+    return loaded.model.with_blocks([block.with_parts(rules=rules) for block in loaded.model.blocks])
 
 
 def test_codes_by_hand():
@@ -51,16 +42,16 @@ def test_codes_stay_in_range_and_zero_never_occurs(bits):
 @pytest.mark.parametrize(("bits", "decibels"), [(4, 19.25), (3, 11.92)])
 def test_noise_on_gaussian_heads(bits, decibels):
     x = gaussian(4000, 64)
-    noise = (x - fake_heads(x, bits)).square().sum()
+    noise = (x - fake_per_row(x, bits)).square().sum()
     assert float(10 * torch.log10(x.square().sum() / noise)) == pytest.approx(decibels, abs=0.15)
 
 
-@pytest.mark.parametrize("bits", [AttentionBits(3), AttentionBits(4), AttentionBits(8), AttentionBits(3, bos=16)], ids=str)
-def test_appending_never_changes_what_is_stored(bits):
+@pytest.mark.parametrize("grid", [RowGrid(3, 4), RowGrid(4, 4), RowGrid(8, 4), RowGrid(3, 16)], ids=str)
+def test_appending_never_changes_what_is_stored(grid):
     states = gaussian(2, 3, 20, 16)
-    whole, steps = DynamicStates(bits), DynamicStates(bits)
+    whole, steps = PackedStates(grid), PackedStates(grid)
     expected = whole.append(states)
-    assert torch.equal(expected, bits.fake_states(states, 0))
+    assert torch.equal(expected, grid.fake(states, 0)) and torch.equal(whole.read(), expected)
     seen: list[torch.Tensor] = []
     start = 0
     for size in (1, 4, 1, 7, 7):
@@ -75,28 +66,28 @@ def test_appending_never_changes_what_is_stored(bits):
 
 def test_the_first_token_has_bits_of_its_own():
     states = gaussian(1, 2, 5, 16)
-    found = DynamicStates(AttentionBits(3, bos=4)).append(states)
-    assert torch.equal(found[:, :, :1], fake_heads(states[:, :, :1], 4))
-    assert torch.equal(found[:, :, 1:], fake_heads(states[:, :, 1:], 3))
-    found = DynamicStates(AttentionBits(3, bos=16)).append(states)
+    found = PackedStates(RowGrid(3, 4)).append(states)
+    assert torch.equal(found[:, :, :1], fake_per_row(states[:, :, :1], 4))
+    assert torch.equal(found[:, :, 1:], fake_per_row(states[:, :, 1:], 3))
+    found = PackedStates(RowGrid(3, 16)).append(states)
     assert torch.equal(found[:, :, :1], states[:, :, :1])
 
 
 @pytest.mark.parametrize(("bits", "bos", "token", "first"), [(3, 4, 8, 10), (4, 4, 10, 10), (3, 16, 8, 64), (8, 8, 18, 18)])
 def test_bytes_are_counted(bits, bos, token, first):
-    rule = AttentionBits(bits, bos=bos)
-    cache = KVCache([DynamicKVLayer(rule), DynamicKVLayer(rule)])
+    grid = RowGrid(bits, bos)
+    cache = KVCache([QuantizedKVLayer(grid, grid) for _ in range(2)])
     for layer in cache.layers:
         layer.update(gaussian(1, 3, 9, 16), gaussian(1, 3, 9, 16))
     assert cache.nbytes == 2 * 2 * 3 * (first + 8 * token)
-    assert dynamic_bytes_per_token(3, 16, rule) == 3 * token
-    assert dynamic_bytes_per_token(5, 128, AttentionBits(4)) == 5 * (64 + 2), "3.9 times less than 16 bits"
-    assert dynamic_bytes_per_token(5, 128, AttentionBits(3)) == 5 * (48 + 2)
+    assert grid.bytes_per_token(3, 16) == 3 * token and cache.layers[0].bytes_per_token(3, 16, 4) == 2 * 3 * token
+    assert RowGrid(4, 4).bytes_per_token(5, 128) == 5 * (64 + 2), "3.9 times less than 16 bits"
+    assert RowGrid(3, 4).bytes_per_token(5, 128) == 5 * (48 + 2)
 
 
 def test_rows_of_the_batch_are_selected_and_repeated():
-    rule, states = AttentionBits(3), gaussian(3, 2, 9, 16)
-    cache = KVCache([DynamicKVLayer(rule)])
+    grid, states = RowGrid(3, 4), gaussian(3, 2, 9, 16)
+    cache = KVCache([QuantizedKVLayer(grid, grid)])
     keys, _ = cache.layers[0].update(states, states)
     cache.reorder_cache(torch.tensor([2, 0]))
     assert torch.equal(cache.layers[0].key_states.read(), keys[[2, 0]])
@@ -110,7 +101,7 @@ def test_decoding_with_the_cache_equals_prefill(bits):
     ids = tokens(2, 20, seed=3)
     expected = model(ids).logits
     cache = model.decoder.new_cache()
-    assert all(isinstance(layer, DynamicKVLayer) for layer in cache.layers)
+    assert all(isinstance(layer, QuantizedKVLayer) for layer in cache.layers)
     assert relative(in_steps(model, ids, cache), expected) < 1e-5
     plain = model_with(None)
     assert relative(plain(ids).logits, expected) > 1e-3, "the bits act"
