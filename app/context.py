@@ -63,7 +63,9 @@ class Context:
     status: Any = None
     stop: Any = None
     timer: Any = None
+    forgetting: asyncio.Task | None = None
     _targets: dict[Any, None] = field(default_factory=dict)
+    _ended: set[str] = field(default_factory=set)
 
     def session(self, values: Updates) -> Session:
         """Return the session of an event, from its inputs."""
@@ -224,6 +226,7 @@ class Context:
                 await asyncio.wait([older])
             light = self.is_light(session, steps)
             if key is None:
+                session.owner = True
                 steps = [replace(step, arguments={**step.arguments, "owner": session.key}) for step in steps]
             make = functools.partial(self.workers.run, PUBLIC if key else session.key, steps, light=light)
             async with contextlib.aclosing(self.shared.follow(key, make) if key else make()) as views:
@@ -253,9 +256,24 @@ class Context:
         return small and {step.method for step in steps} == {"channel"}
 
     async def sweep(self) -> None:
-        """End sessions whose time is over: stop their jobs."""
+        """End sessions whose time is over: stop their jobs, and have the workers drop what they made for them alone."""
         for session in self.sessions.sweep():
             session.stop()
+            if session.owner:
+                self._ended.add(session.key)
+        if self._ended and (self.forgetting is None or self.forgetting.done()):
+            self.forgetting = asyncio.create_task(self._forget())
+
+    async def _forget(self) -> None:
+        """Have the workers drop what they made for sessions that have ended, between two of their jobs."""
+        while self._ended:
+            owners, self._ended = sorted(self._ended), set()
+            try:
+                await self.workers.forget(owners)
+            except QuantscopeError as error:
+                log.warning("what %d sessions owned is still there: %s", len(owners), error)
+                self._ended.update(owners)  # the next sweep tries again
+                return
 
     async def sweep_often(self) -> None:
         """Run `sweep` every `SWEEP_SECONDS`, without end."""

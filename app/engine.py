@@ -25,8 +25,10 @@ _curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
 
 
 def warm() -> None:
-    """Import what clustering channels needs, so that the first visitor who does it does not wait for the imports."""
+    """Import what clustering channels needs and find the backends, so that the first visitor does not wait for either."""
     from core import recluster  # noqa: F401 - only the import is wanted
+
+    examined()
 
 
 def recluster(report: Any, site: str, clusters: Clusters, *, bits: int = 4) -> Any:
@@ -93,7 +95,7 @@ def is_embedded(model: str) -> bool:
 
 def larger_model(model: str) -> str:
     """Return a larger model of the catalogue to try after an embedded one; "" for a model that is not embedded."""
-    return next((name for name in model_names() if not is_embedded(name)), "") if is_embedded(model) else ""
+    return next((name for name in reversed(model_names()) if not is_embedded(name)), "") if is_embedded(model) else ""
 
 
 def ternary_model() -> str:
@@ -103,6 +105,7 @@ def ternary_model() -> str:
     return next((name for name in ternary if modes[name] == "a4.8"), next(iter(ternary), ""))
 
 
+@functools.cache
 def versions() -> str:
     """Say in one line which versions run and whether they are tested."""
     from core.doctor import summary
@@ -111,6 +114,18 @@ def versions() -> str:
         return summary()
     except QuantscopeError as error:
         return str(error)
+
+
+@functools.cache
+def examined() -> Any:
+    """Return the report of `python -m app.cli doctor` on this process; None where no tested range is known. Imports torch."""
+    from core.doctor import examine
+
+    try:
+        return examine()
+    except QuantscopeError as error:
+        log.warning("the versions are not examined: %s", error)
+        return None
 
 
 def training_runs() -> list[dict[str, Any]]:

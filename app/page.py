@@ -63,6 +63,8 @@ OPEN_TAB_JS = """(name) => {
 REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
 REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
 """Script that keeps the session's key for a reload of its browser tab; where the browser stores nothing, a reload starts anew."""
+QUANTIZED = "E-MODEL-QUANTIZED"
+"""Code of core's refusal to observe a quantised model."""
 FIRST_SECONDS = 0.5
 """Seconds that the page's opening waits for ranges that are already known, so that its first answer has them."""
 
@@ -105,7 +107,7 @@ class Page:
             self.quantize = Quantize(ctx, self.side)
             self.compare = Compare(ctx)
             self.bitnet = BitNet(ctx)
-        gr.HTML(cards.footer(engine.versions()), elem_id="footer", apply_default_css=False)
+        self.footer = gr.HTML(cards.footer(engine.versions()), elem_id="footer", apply_default_css=False)
 
     def wire(self, demo: gr.Blocks) -> None:
         """Connect all events of the page."""
@@ -120,12 +122,12 @@ class Page:
         self.reorder.wire([side.clusters, *quantize.clusters.values()])
         demo.load(None, None, None, js=START_JS, api_visibility="private")
         own = [ctx.key, ctx.timer, self.start_tab]
-        filled = [*self.fill(default_recipe(ctx)), *quantize.results]
-        outputs = list(dict.fromkeys([*own, *filled, *self.range_outputs]))
+        outputs = list(dict.fromkeys([*own, *self.fill(default_recipe(ctx)), *self.range_outputs]))
         opened = demo.load(ctx.guard(self.opened), ctx.key, outputs, js=REMEMBERED_JS, **LIGHT)
         opened.then(None, ctx.key, None, js=REMEMBER_JS, api_visibility="private")
         opened.then(None, self.start_tab, None, js=OPEN_TAB_JS % list(TABS), api_visibility="private")
         ctx.timer.tick(ctx.guard(self.news), ctx.key, ctx.followed, trigger_mode="once", **LIGHT)
+        demo.load(self.examined, None, self.footer, **LIGHT)
         demo.unload(self.closed)
 
     def _wire_side(self) -> None:
@@ -136,7 +138,8 @@ class Page:
         ctx.stop.click(ctx.guard(self.stopped), {ctx.key}, status, **LIGHT)
         for name, tab in zip(TABS, (self.explore, self.reorder, self.quantize, self.compare, self.bitnet), strict=True):
             tab.tab.select(ctx.guard(self._chooser(name)), {ctx.key}, status, **LIGHT)
-        ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, self.range_outputs)
+        targets = [*self.range_outputs, *self.fill(default_recipe(ctx)), *self.compare.keep.outputs]
+        ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, targets)
 
     def _wire_steps(self) -> None:
         """Connect the buttons that lead to the next tab."""
@@ -166,11 +169,13 @@ class Page:
         return list(dict.fromkeys(shown))
 
     def show_ranges(self, session: Session) -> Updates:
-        """Show new ranges: Explore, the selectors of Reorder, the base model among the runs, and the model's facts."""
+        """Show new ranges on the open tab, the base model among the runs, and the model's facts.
+
+        A hidden tab draws itself when it is selected.
+        """
+        tab = {"explore": self.explore, "reorder": self.reorder}.get(session.tab)
         return {
-            **self.explore.render(session),
-            **self.explore.glance(session),
-            **self.reorder.controls(session),
+            **(tab.shown(session) if tab else {}),
             **self.compare.choices(session),
             self.intro: cards.intro(session.info, engine.larger_model(session.info.name)),
             **self.ctx.rest(session),
@@ -188,6 +193,8 @@ class Page:
         """Open the session that this browser tab had before a reload, or a new one with the link's model."""
         ctx, page, query = self.ctx, str(request.session_hash), dict(request.query_params)
         session = ctx.sessions.open(page, key)
+        link = {name: value for name, value in query.items() if not name.startswith("__")}
+        known, session.link = not link or link == session.link, link
         recipe, refused = default_recipe(ctx), None
         try:
             if query.get("method") == "rtn":
@@ -195,10 +202,10 @@ class Page:
             recipe = QuantRecipe.from_query(urlencode(query), default=recipe)
         except QuantscopeError as error:
             refused = error  # a damaged link opens the default model; the error is shown last
-        if session.ranges is not None:
+        if session.ranges is not None and known:
             recipe = self.recipe_of(session)
             ctx.start(session, self.shown_again(session))
-        elif not session.opening:
+        elif not (session.opening and known):
             session.selection.clusters = recipe.clusters
             session.tab = query["tab"] if query.get("tab") in TABS else session.tab
             ctx.start(session, self.observe_linked(session, recipe, refused, query))
@@ -210,6 +217,10 @@ class Page:
         calibration = replace(session.calibration, tokens=DEFAULT_TOKENS)
         clusters, model = session.selection.clusters, session.info.name
         return session.recipe or replace(default_recipe(self.ctx), model=model, calibration=calibration, clusters=clusters)
+
+    async def examined(self) -> str:
+        """Write the footer with the backends, which are known once the numerical libraries are loaded."""
+        return cards.footer(engine.versions(), await asyncio.to_thread(engine.examined))
 
     async def news(self, key: object, request: gr.Request) -> Updates:
         """Fetch the updates of this session's handlers."""
@@ -239,7 +250,10 @@ class Page:
         updates = await asyncio.to_thread(self.show_ranges, session)
         if session.jobs:
             del updates[self.ctx.status], updates[self.ctx.stop]
-        yield updates | self.quantize.render(session)
+        yield updates
+        if session.tab == "explore":
+            async for updates in self.explore.read(session):
+                yield updates
 
     async def observe_clicked(self, values: Updates) -> AsyncIterator[Updates]:
         """Observe the ranges of the model and text chosen at the side."""
@@ -280,20 +294,41 @@ class Page:
             place: layer, site and channel to show, as texts of a link.
         Raises: the job's error; InputError for a place that does not exist, after the ranges are shown.
         """
-        async for updates in self._open(session, model, revision, calibration, preset):
-            yield updates
+        try:
+            async for updates in self._open(session, model, revision, calibration, preset):
+                yield updates
+        except QuantscopeError as error:
+            if error.code != QUANTIZED:
+                raise
+            async for updates in self.open_run(session, model):
+                yield updates
+            return
         refused = None
         try:
             go_to(session, place or {})
             yield self.show_ranges(session) if place else {}
         except QuantscopeError as error:
             refused = error
-        if session.selection.channel is not None:
-            async for updates in self.explore.show_channel(session, session.selection.channel):
+        if session.tab == "explore":
+            async for updates in self.explore.read(session):
                 yield updates
-        yield await asyncio.to_thread(self.reorder.render, session)
         if refused:
             raise refused
+
+    async def open_run(self, session: Session, model: str) -> AsyncIterator[Updates]:
+        """Open a model that is quantised already among the runs, and the float model that it was made from on the charts."""
+        async for updates in self.compare.keep.follow(session, {"folder": model}):
+            yield updates
+        run = session.run(model)
+        recipe = session.recipe = run.recipe
+        settings = self.ctx.settings
+        text = settings.text if is_unknown_text(recipe.calibration.text) else recipe.calibration.text
+        yield self.fill(recipe)
+        calibration = Calibration(text, settings.first_tokens)
+        async for updates in self._open(session, recipe.model, recipe.revision, calibration, False):
+            yield updates
+        said = texts.RUN_OPENED.format(session.title(run), texts.COMPARE, recipe.model)
+        yield {self.ctx.status: cards.note(model, said)}
 
     async def _open(
         self, session: Session, model: str, revision: str | None, calibration: Calibration, preset: bool

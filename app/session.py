@@ -149,7 +149,8 @@ class Session:
             while there is no page.
         protocol: of the newest measurements, None before the first. recipe: quantised last.
         tab: the open tab. preset: whether the page chose the method, to fit a BitNet model.
-        failed: whether the status line shows an error.
+        link: what the address of its page says, as keys and values.
+        failed: whether the status line shows an error. owner: whether a worker did a job for it alone, and may keep its models.
     """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -170,7 +171,9 @@ class Session:
     recipe: QuantRecipe | None = None
     tab: str = "explore"
     preset: bool = False
+    link: dict[str, str] = field(default_factory=dict)
     failed: bool = False
+    owner: bool = False
 
     def add_run(self, run: Run) -> Run:
         """Add a run, or return the one with the same key. The oldest quantised run is dropped when there are too many."""

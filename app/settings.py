@@ -6,6 +6,7 @@ QUANTSCOPE_WORKER_GB        memory limit of the worker processes together in GiB
 QUANTSCOPE_JOB_MINUTES      longest time one job may take
 QUANTSCOPE_SESSION_MINUTES  how long an idle visitor's results are kept
 QUANTSCOPE_HOSTS            host names under which the page may be opened besides this machine's own, separated by commas
+QUANTSCOPE_FILE_MB          largest zip file of a model that is offered or taken, in megabytes (2000 without it, on a Space 500)
 QUANTSCOPE_CACHE_GB         limit of the cache folder in gigabytes (20 without it); folders used longest ago are removed first
 QUANTSCOPE_WORKBENCH        test hook: "module:factory" of a stand-in for core's workbench, called with its options as keywords
 SPACE_HOST                  on a Space, its host name
@@ -22,10 +23,13 @@ from pathlib import Path
 from core.cache import cache_limit
 from core.errors import InputError
 from core.memory import memory_bytes
+from core.models.io.bundle import MAX_BUNDLE_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_WORKBENCH = "core.workbench:Workbench"
 GIB = 1024**3
+SPACE_FILE_BYTES = 500_000_000
+"""A Space has little disk, and its visitors are many."""
 LIGHT_BYTES = 3 * GIB
 """Least address space for the light worker: its libraries map 1.2 GiB, loading a model of 135 M parameters 2.5 GiB."""
 
@@ -42,8 +46,8 @@ class Settings:
         idle_seconds: time without a job after which the light worker is restarted, which frees its memory; None for never.
         nice: the worker's nice value, 0 to 19; higher gives the processor to others first.
         job_seconds: longest time of a job; a longer one is ended with an error.
-        file_bytes: largest file that may be uploaded.
         hosts: host names under which the page may be opened, besides those of this machine.
+        file_bytes: largest file that may be uploaded, and largest zip file that is offered.
         grace_seconds: time that a cancelled job has to stop by itself before its worker is killed.
         worker_threads: OMP_NUM_THREADS of the worker; the page process itself uses one thread, see `app.main`.
     """
@@ -62,8 +66,8 @@ class Settings:
     job_seconds: float = 3600.0
     session_seconds: float = 1800.0
     max_sessions: int = 400
-    file_bytes: int = 10_000_000
     hosts: tuple[str, ...] = ()
+    file_bytes: int = MAX_BUNDLE_BYTES
     grace_seconds: float = 1.2
     worker_threads: str | None = None
 
@@ -92,16 +96,18 @@ class Settings:
         from app.engine import first_model
 
         cache_limit()
+        on_space = bool(environment.get("SPACE_ID"))
         return cls(
             model=model or environment.get("QUANTSCOPE_MODEL") or first_model(),
             device=_device(environment),
-            on_space=bool(environment.get("SPACE_ID")),
+            on_space=on_space,
             workbench=environment.get("QUANTSCOPE_WORKBENCH") or REAL_WORKBENCH,
             memory_bytes=_worker_memory(environment),
             job_seconds=60.0 * _number(environment, "QUANTSCOPE_JOB_MINUTES", 60.0),
             worker_threads=environment.get("OMP_NUM_THREADS"),
             session_seconds=60.0 * _number(environment, "QUANTSCOPE_SESSION_MINUTES", 30.0),
             hosts=_hosts(environment),
+            file_bytes=_file_bytes(environment, SPACE_FILE_BYTES if on_space else MAX_BUNDLE_BYTES),
         )
 
 
@@ -128,6 +134,15 @@ def _number(environment: Mapping[str, str], name: str, default: float) -> float:
 def _hosts(environment: Mapping[str, str]) -> tuple[str, ...]:
     names = [environment.get("SPACE_HOST", ""), *environment.get("QUANTSCOPE_HOSTS", "").split(",")]
     return tuple(name.strip() for name in names if name.strip())
+
+
+def _file_bytes(environment: Mapping[str, str], default: int) -> int:
+    count = int(1e6 * _number(environment, "QUANTSCOPE_FILE_MB", default / 1e6))
+    if not 0 < count <= MAX_BUNDLE_BYTES:
+        raise InputError(
+            f"QUANTSCOPE_FILE_MB is {count / 1e6:g}: give 1 to {MAX_BUNDLE_BYTES / 1e6:g} megabytes.", code="E-PARAM-SETTING"
+        )
+    return count
 
 
 def _worker_memory(environment: Mapping[str, str]) -> int | None:

@@ -31,12 +31,12 @@ WATCH = """() => {
 PAINTED = "() => window.painted > window.moved && window.moved > 0 && window.painted - window.moved"
 CLICKED = """() => document.addEventListener('click', (event) => { window.clicked = event.timeStamp; }, true)"""
 SHOWN = """([words, drawn]) => {
-  const facts = document.querySelector('#facts h4')?.innerText || '';
+  const facts = document.querySelector('#facts h2')?.innerText || '';
   const count = Number(document.querySelector('#histogram .qs-chart').dataset.drawn || 0);
   const there = facts.endsWith(words) && document.querySelector('#tokens mark') && count > drawn;
   return there && performance.now() - window.clicked;
 }"""
-TITLED = "words => document.querySelector('#facts h4')?.innerText.startsWith(words)"
+TITLED = "words => document.querySelector('#facts h2')?.innerText.startsWith(words)"
 CELL = """([layer, channel]) => {
   const chart = document.querySelector('#heatmap .qs-chart');
   const box = chart.getBoundingClientRect();

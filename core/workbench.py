@@ -21,7 +21,7 @@ from core.cache import cache_limit, in_use
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
 from core.calibration.report import ChannelDetail, RangesReport
-from core.calibration.states import KeptStates
+from core.calibration.states import KEPT_BYTES, KeptStates
 from core.checks import require_int
 from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
@@ -80,7 +80,7 @@ class Workbench:
         self._states: dict[_Name, str | None] = {}
         self._aliases: dict[_Name, _Name] = {}
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
-        self._passed = KeptStates()
+        self._passed, self._passed_private = KeptStates(), KeptStates(KEPT_BYTES // 2)
 
     def load(
         self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
@@ -101,9 +101,8 @@ class Workbench:
     ) -> RangesReport:
         """Measure the exact range of every channel of the seven sites of every layer."""
         loaded = self._get(model, revision, owner, progress)
-        return observe(
-            loaded, calibration, seed=seed, allow_local=self.allow_local, states=self._passed, progress=progress
-        )
+        states = self._kept_states(calibration.text)
+        return observe(loaded, calibration, seed=seed, allow_local=self.allow_local, states=states, progress=progress)
 
     def channel(
         self,
@@ -121,7 +120,7 @@ class Workbench:
         loaded = self._get(model, revision, owner, progress)
         require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
-        return channel_detail(loaded, tokens, site, channel, states=self._passed, progress=progress)
+        return channel_detail(loaded, tokens, site, channel, states=self._kept_states(calibration.text), progress=progress)
 
     def quantize(self, recipe: QuantRecipe, *, owner: str | None = None, progress: Progress = silent) -> QuantizeReport:
         """Quantise by recipe, keep the result in memory and in the cache, and describe it; a saved result is only loaded.
@@ -160,7 +159,7 @@ class Workbench:
         A folder's key is its path; a zip file's model becomes the owner's own, under its recipe's hash.
         Raises: ArtifactError for what is damaged or was not saved by Quantscope; ModelError where no folder may be named.
         """
-        key, place = saved.receive(archive, owner) if archive else (folder, Path(folder))
+        key, place = saved.receive(archive, owner) if archive else (folder, saved.find_saved(folder, owner) or Path(folder))
         self._get(key, None, owner, progress)
         try:
             report = report_from_dict(read_description(place)["report"])
@@ -191,7 +190,8 @@ class Workbench:
             other = self._models[name]
             if other.model.config.vocab_size != loaded.model.config.vocab_size:
                 raise InputError("The reference has another vocabulary: compare models of one family.", code="E-PARAM-REFERENCE")
-            hidden = self._reference(name, parts, part(progress, 0.0, REFERENCE_TIME))
+            private = None if is_public_text(text) else owner_tag(owner)
+            hidden = self._reference(name, private, parts, part(progress, 0.0, REFERENCE_TIME))
             progress = part(progress, REFERENCE_TIME, 1.0)
             against = Reference(reference, other.model.get_output_embeddings(), hidden)
         report = evaluate(loaded, parts, source, reference=against, backend=backend, progress=progress, key=key)
@@ -284,14 +284,22 @@ class Workbench:
         """Return the loaded model of a key."""
         return self._get(key, revision, owner, progress)
 
-    def forget(self, owner: str) -> None:
-        """Remove what was made from the private texts of `owner`, in memory and in the cache: call it when a session ends."""
+    def forget(self, owner: str, *, progress: Progress = silent) -> None:
+        """Remove what was made from the private texts of `owner`, in memory and in the cache: call it when a session ends.
+
+        Hidden states of other owners' private texts go too: they are computed again when a channel is read.
+        """
         tag = owner_tag(owner)
         for name in [name for name in self._models if name[2] == tag]:
             del self._models[name]
-        for kept in [kept for kept in self._references if kept[0][2] == tag]:
+        for kept in [kept for kept in self._references if tag in (kept[0][2], kept[1])]:
             del self._references[kept]
+        self._passed_private = KeptStates(KEPT_BYTES // 2)
         saved.forget(owner)
+
+    def _kept_states(self, text: str) -> KeptStates:
+        """Return the store of hidden states for a text: those of private texts are kept apart."""
+        return self._passed if is_public_text(text) else self._passed_private
 
     def _windows(
         self, key: str, revision: str | None, owner: str | None, text: str, tokens: int, window: int, progress: Progress
@@ -343,9 +351,12 @@ class Workbench:
             dropped, _ = self._models.popitem(last=False)
             logger.info("dropped model %s from memory", dropped[0])
 
-    def _reference(self, name: _Name, parts: Tensor, progress: Progress) -> list[Tensor]:
-        """Return the hidden states of the reference on these windows, and keep them for the next comparison where they fit."""
-        kept = (name, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
+    def _reference(self, name: _Name, private: str | None, parts: Tensor, progress: Progress) -> list[Tensor]:
+        """Return the hidden states of the reference on these windows, and keep them for the next comparison where they fit.
+
+        `private`: tag of the owner of a private text; None for a public one.
+        """
+        kept = (name, private, parts.shape, hashlib.sha256(parts.numpy().tobytes()).digest())
         hidden = self._references.pop(kept, None)
         if hidden is None:
             hidden = hidden_windows(self._models[name].model, parts, progress=progress, title="Reference model")

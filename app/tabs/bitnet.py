@@ -40,7 +40,7 @@ class BitNet:
                     filterable=False,
                     min_width=90,
                 )
-                with gr.Column(scale=1, min_width=140, elem_classes="qs-tight"):
+                with gr.Column(scale=1, min_width=180, elem_classes="qs-tight"):
                     self.read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
             example = engine.ternary_model()
             self.example = gr.Button(texts.OPEN_TERNARY.format(example), visible=bool(example), size="sm", elem_id="open-ternary")

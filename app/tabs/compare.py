@@ -63,7 +63,7 @@ class Compare:
                 self.prompt = gr.Textbox(
                     prompt_for(ctx.settings.model),
                     label=texts.PROMPT,
-                    scale=6,
+                    scale=5,
                     min_width=260,
                     lines=2,
                     max_lines=6,
@@ -77,12 +77,12 @@ class Compare:
                     step=8,
                     label=texts.NEW_TOKENS,
                     scale=2,
-                    min_width=150,
+                    min_width=190,
                     elem_id="new-tokens",
                     buttons=[],
                 )
                 self.temperature = gr.Slider(
-                    0.0, 1.5, 0.0, step=0.1, label=texts.TEMPERATURE, scale=2, min_width=150, elem_id="temperature", buttons=[]
+                    0.0, 1.5, 0.0, step=0.1, label=texts.TEMPERATURE, scale=2, min_width=190, elem_id="temperature", buttons=[]
                 )
                 self.seed = gr.Number(0, label=texts.SEED, precision=0, min_width=80, elem_id="sampling-seed")
                 with gr.Column(scale=1, min_width=130, elem_classes="qs-tight"):

@@ -31,7 +31,9 @@ class Explore:
         self.ctx = ctx
         with gr.Tab(texts.EXPLORE, id="explore") as self.tab:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
-                self.layer = gr.Slider(0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[])
+                self.layer = gr.Slider(
+                    0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[]
+                )
                 self.kind = gr.Radio(
                     SITE_CHOICES,
                     value="down_in",
@@ -75,7 +77,7 @@ class Explore:
         """Store the selectors' values in the session. Raises: InputError if one is out of range."""
         chosen = session.selection
         if session.ranges is not None:
-            top = max(s.layer for s in session.ranges.sites.values())
+            top = last_layer(session)
             chosen.layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
         kind = require_choice("site", values[self.kind], SITES)
         if kind != chosen.kind:
@@ -106,9 +108,8 @@ class Explore:
     def controls(self, session: Session) -> Updates:
         """Set the selectors and the channel's field to the session's selection."""
         last, chosen = len(site_of(session).low) - 1, session.selection
-        top = max(s.layer for s in session.ranges.sites.values())
         return {
-            self.layer: gr.update(value=chosen.layer, maximum=top),
+            self.layer: gr.update(**layer_slider(session)),
             self.kind: gr.update(value=chosen.kind, label=f"{texts.SITE}: {texts.SITE_HELP[chosen.kind]}"),
             self.linear: chosen.linear,
             self.same_axes: chosen.same_axes,
@@ -116,20 +117,22 @@ class Explore:
             self.channel: gr.update(value=chosen.channel, label=f"{texts.CHANNEL}: click a point, or type 0 to {last}"),
         }
 
-    def glance(self, session: Session) -> Updates:
-        """Show the detail panel of a channel of which only the range is known yet."""
-        site, number = site_of(session), session.selection.channel
-        if number is None or number >= len(site.low):
-            return self.forget_channel()
-        known = session.channel
-        facts = {self.facts: channel_facts(session, number)}
-        if known is not None and (known.site, known.channel) == (site.site, number):
-            return facts
-        return {**facts, self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_LATER)}
+    def glance(self, session: Session, unread: str = texts.CHANNEL_LATER) -> Updates:
+        """Show the known facts of the chosen channel. `unread`: what stands there until its values are read."""
+        number, read = session.selection.channel, read_channel(session)
+        if number is None or number >= len(site_of(session).low):
+            return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
+        if read is None:
+            return {self.facts: channel_facts(session, number), self.histogram: note(""), self.tokens: cards.hint(unread)}
+        return {
+            self.facts: channel_facts(session, number, cluster_of(session, number)),
+            self.histogram: plots.channel_histogram(read),
+            self.tokens: cards.extremes(read),
+        }
 
-    def forget_channel(self) -> Updates:
-        """Show the detail panel without a channel."""
-        return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
+    def shown(self, session: Session) -> Updates:
+        """Show everything of the tab."""
+        return {**self.render(session), **self.glance(session)}
 
     def wire(self) -> None:
         """Connect the tab's events."""
@@ -138,7 +141,8 @@ class Explore:
         self.layer.input(ctx.guard(self.moved), inputs, outputs, trigger_mode="always_last", **LIGHT)
         for control in (self.kind, self.linear, self.same_axes, self.averaged):
             control.input(ctx.guard(self.moved), inputs, outputs, **LIGHT)
-        self.tab.select(ctx.guard(self.opened), {ctx.key}, outputs, **LIGHT)
+        opened = self.tab.select(ctx.guard(self.opened), {ctx.key}, outputs, **LIGHT)
+        ctx.on(opened.then, self.released, {ctx.key}, outputs)
         ctx.on(self.layer.release, self.released, {ctx.key}, outputs)
         ctx.on(self.scatter.select, self.clicked_point, {ctx.key}, outputs)
         ctx.on(self.heatmap.select, self.clicked_cell, {ctx.key}, outputs)
@@ -153,19 +157,17 @@ class Explore:
         if session.ranges is None:
             return self.render(session)
         kept = dict.fromkeys((self.layer, self.linear, self.same_axes, self.averaged), gr.skip())
-        return {**self.render(session), **self.glance(session), **kept}
+        return {**self.shown(session), **kept}
 
     def opened(self, values: Updates) -> Updates:
-        """Draw what was selected on another tab."""
+        """Draw what was observed or selected while another tab was open."""
         session = self.ctx.session(values)
-        return self.render(session) if session.ranges is not None else {}
+        return self.shown(session) if session.ranges is not None else {}
 
     async def released(self, values: Updates) -> AsyncIterator[Updates]:
-        """Read the chosen channel after the layer's slider was released."""
-        session = self.ctx.session(values)
-        if session.ranges is not None and session.selection.channel is not None:
-            async for updates in self.show_channel(session, session.selection.channel):
-                yield updates
+        """Read the chosen channel after the layer's slider was released or the tab was opened."""
+        async for updates in self.read(self.ctx.session(values)):
+            yield updates
 
     async def clicked_point(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Read the channel whose point was clicked."""
@@ -177,8 +179,7 @@ class Explore:
     async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Show the layer and channel of a cell of the heat map."""
         session, data = self.ctx.session(values), event._data if isinstance(event._data, dict) else {}
-        top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
-        layer = require_int("layer", data.get("y"), 0, top, "click inside the map")
+        layer = require_int("layer", data.get("y"), 0, last_layer(session), "click inside the map")
         column = require_float("channel", data.get("x"), -0.5, PER_CHANNEL, "click inside the map")
         session.selection.layer = layer
         async for updates in self.show_channel(session, round(column)):
@@ -201,37 +202,36 @@ class Explore:
                 yield updates
 
     async def show_channel(self, session: Session, channel: object) -> AsyncIterator[Updates]:
-        """Show the known facts of a channel at once, then, from a job, its histogram and the tokens at its extreme values."""
+        """Choose a channel: show what is known of it at once, then read its values."""
         if session.ranges is None:
             raise InputError(texts.NO_RANGES, code="E-PARAM-CHANNEL")
         site = site_of(session)
         number = require_int("channel", channel, 0, len(site.low) - 1, f"this site has channels 0 to {len(site.low) - 1}")
-        known = session.channel
-        if known is not None and (known.site, known.channel) == (site.site, number) and session.selection.channel == number:
+        if session.selection.channel == number and read_channel(session) is not None:
             return
         session.selection.channel = number
+        yield {**self.render(session), **self.glance(session, texts.CHANNEL_WAIT)}
+        async for updates in self.read(session):
+            yield updates
+
+    async def read(self, session: Session) -> AsyncIterator[Updates]:
+        """Read the chosen channel by a job: its histogram and the tokens behind its extremes. Nothing if they are known."""
+        number = session.selection.channel
+        if session.ranges is None or number is None or read_channel(session) is not None:
+            return
+        site = site_of(session).site
         ranges = ranges_key(session.ranges.model, session.ranges.revision, session.calibration)
-        key = ("channel", ranges, site.site, number) if ranges else None
-        waiting = {self.histogram: note(""), self.tokens: cards.hint(texts.CHANNEL_WAIT)}
-        yield {**self.render(session), self.facts: channel_facts(session, number), **waiting}
+        key = ("channel", ranges, site, number) if ranges else None
+        yield {self.tokens: cards.hint(texts.CHANNEL_WAIT)}
         try:
-            async for job in self.ctx.follow(session, "channel", channel_steps(session, site.site, number), key=key):
+            async for job in self.ctx.follow(session, "channel", channel_steps(session, site, number), key=key):
                 yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
         except QuantscopeError:
             yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
             raise
-        (detail,) = job.results
-
-        def current() -> bool:
-            return session.selection.channel == number and site_of(session).site == site.site
-
-        if current():
-            session.channel = detail
-            yield {self.histogram: plots.channel_histogram(detail), self.tokens: cards.extremes(detail)}
-        clusters = await asyncio.to_thread(engine.recluster, session.ranges, site.site, session.selection.clusters)
-        cluster = next(c for _, c, members in plots_clusters.groups_of(clusters) if number in members)
-        if current():
-            yield {self.facts: channel_facts(session, number, cluster)}
+        if session.selection.channel == number and site_of(session).site == site:
+            (session.channel,) = job.results
+            yield await asyncio.to_thread(self.glance, session)
 
 
 def no_ranges(session: Session) -> dict:
@@ -255,6 +255,17 @@ def site_of(session: Session) -> object:
     return sites[name]
 
 
+def last_layer(session: Session) -> int:
+    """Return the number of the model's last layer, 0 while there are no ranges."""
+    return 0 if session.ranges is None else max(site.layer for site in session.ranges.sites.values())
+
+
+def layer_slider(session: Session) -> dict[str, object]:
+    """Set value, end and visibility of a slider of layers: with a single layer there is nothing to choose."""
+    top = last_layer(session)
+    return {"value": session.selection.layer, "maximum": max(top, 1), "visible": top > 0}
+
+
 def shown_site(session: Session) -> object:
     """Return the selected site with the chosen bounds: exact ones, or moving averages."""
     site = site_of(session)
@@ -265,6 +276,18 @@ def channel_facts(session: Session, channel: int, cluster: object = None) -> str
     """Write the known facts of a channel, by the bounds that its point shows; its cluster only with exact ranges."""
     site = shown_site(session)
     return cards.channel_facts(site, channel, median_width(site), None if site.is_average else cluster)
+
+
+def read_channel(session: Session) -> object | None:
+    """Return the chosen channel's values and tokens, None until they are read."""
+    known, site = session.channel, site_of(session).site
+    return known if known is not None and (known.site, known.channel) == (site, session.selection.channel) else None
+
+
+def cluster_of(session: Session, channel: int) -> object:
+    """Find the cluster of a channel of the chosen site."""
+    view = engine.recluster(session.ranges, site_of(session).site, session.selection.clusters)
+    return next(cluster for _, cluster, members in plots_clusters.groups_of(view) if channel in members)
 
 
 def peers(session: Session) -> list:

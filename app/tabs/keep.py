@@ -32,7 +32,9 @@ class Keep:
                 self.run = gr.Dropdown(
                     [], label=texts.KEEP_RUN, elem_id="keep-run", filterable=False, scale=4, min_width=240, interactive=True
                 )
-                self.name = gr.Textbox("", label=texts.KEEP_NAME, max_length=MAX_NAME, scale=3, min_width=180, elem_id="run-name")
+                self.name = gr.Textbox(
+                    "", label=texts.KEEP_NAME, max_length=MAX_NAME, scale=3, min_width=180, elem_id="run-name"
+                )
                 with gr.Column(scale=1, min_width=110, elem_classes="qs-tight"):
                     self.rename = gr.Button(texts.KEEP_RENAME, size="sm", elem_id="rename-run")
                     self.remove = gr.Button(texts.KEEP_REMOVE, size="sm", elem_id="remove-run")
@@ -46,7 +48,11 @@ class Keep:
                 with gr.Column(scale=1, min_width=150, elem_classes="qs-tight"):
                     self.open = gr.Button(texts.OPEN_SAVED, size="sm", visible=local, elem_id="open-saved")
                     self.upload = gr.UploadButton(
-                        texts.OPEN_ZIP, file_types=[".zip"], size="sm", elem_id="upload-saved", type="filepath"
+                        texts.OPEN_ZIP.format(bytes_text(ctx.settings.file_bytes)),
+                        file_types=[".zip"],
+                        size="sm",
+                        elem_id="upload-saved",
+                        type="filepath",
                     )
 
     def wire(self, shown: Callable[[Session], Updates], targets: list) -> None:
@@ -114,7 +120,8 @@ class Keep:
         if not folder:
             raise InputError(texts.KEEP_NO_FOLDER, code="E-PARAM-RUNS")
         yield {self.ctx.status: cards.working(texts.KEEP_PACKING)}
-        path, count = await asyncio.to_thread(packed_file, folder, f"quantscope-{run.recipe.hash}.zip")
+        name, limit = f"quantscope-{run.recipe.hash}.zip", self.ctx.settings.file_bytes
+        path, count = await asyncio.to_thread(packed_file, folder, name, limit)
         label = f"{texts.KEEP_FILE} ({bytes_text(count)})"
         yield {self.file: gr.update(value=str(path), label=label, visible=True), **self.ctx.rest(session)}
 
@@ -132,7 +139,8 @@ class Keep:
         if not isinstance(place, str) or not place:
             raise InputError("No file came: choose a zip file that the page's download made.", code="E-CKPT-BAD")
         try:
-            async for updates in self.follow(self.ctx.session(values), {"archive": place}):
+            # Gradio's paths are a type of their own, which the worker would not read.
+            async for updates in self.follow(self.ctx.session(values), {"archive": str(place)}):
                 yield updates
         finally:
             Path(place).unlink(missing_ok=True)
@@ -146,9 +154,12 @@ class Keep:
         yield {**self.render(session, run.key), **self.shown(session), **self.ctx.rest(session)}
 
 
-def packed_file(folder: str, name: str) -> tuple[Path, int]:
-    """Zip a saved folder into Gradio's folder of files, which it deletes later; return the file and its number of bytes."""
+def packed_file(folder: str, name: str, limit: int) -> tuple[Path, int]:
+    """Zip a saved folder into Gradio's folder of files, which it deletes later; return the file and its number of bytes.
+
+    Raises: ResourceError if it would have more bytes than `limit`, so that the page takes back what it hands out.
+    """
     from core.models.io.bundle import pack
 
     path = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / name
-    return path, pack(folder, path)
+    return path, pack(folder, path, limit=limit)

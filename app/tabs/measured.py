@@ -46,8 +46,9 @@ def numbers_table(session: Session, runs: list[Run]) -> str:
     headers, cells = tables.number_rows(rows)
     table = cards.table(headers, cells, colours=[row.place for row in rows])
     models = [session.models.get(name) for name in dict.fromkeys(run.model for run in runs if run.measured)]
-    notes = [texts.MIXED_PROTOCOLS] if len(protocols) > 1 else []
-
+    notes = [texts.CAUTION.format(said) for said in dict.fromkeys(row.report.caution for row in rows if row.report.caution)]
+    notes += [texts.WEIGHTS_FROM.format(said) for said in dict.fromkeys(row.report.origin for row in rows if row.report.origin)]
+    notes += [texts.MIXED_PROTOCOLS] if len(protocols) > 1 else []
     notes += [texts.PAIRED_NOTE] if any(row.report.ln_ratio is not None for row in rows) else []
     notes += [texts.FORMULA_NOTE] if any(row.estimate for row in rows) else []
     notes.append(tables.several_models(models))

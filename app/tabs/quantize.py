@@ -71,7 +71,8 @@ class Quantize:
                 )
                 with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                     self.start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
-                self.window, self.seed = gr.Number(WINDOW, precision=0, visible=False), gr.Number(0, precision=0, visible=False)
+                self.window = gr.Number(WINDOW, precision=0, visible=False)
+                self.seed = gr.Number(0, precision=0, visible=False)
             self._folds()
             self.measure = gr.Checkbox(
                 True,
@@ -136,7 +137,9 @@ class Quantize:
         """Make the controls of the method bitnet here."""
         choices = [(texts.NOT_QUANTISED if bits == 16 else f"{bits} bits", bits) for bits in ATTENTION_BITS]
         with gr.Row():
-            self.keep = gr.Slider(0.05, 1.0, 0.5, step=0.05, label=texts.KEEP, scale=2, min_width=170, elem_id="keep", buttons=[])
+            self.keep = gr.Slider(
+                0.05, 1.0, 0.5, step=0.05, label=texts.TOPK, scale=2, min_width=170, elem_id="topk-keeps", buttons=[]
+            )
             defaults, labels = BitNetOptions(), {"kv_bits": texts.KV_BITS, "bos_bits": texts.BOS_BITS, "q_bits": texts.Q_BITS}
             self.attention = {
                 name: gr.Dropdown(

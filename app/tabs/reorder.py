@@ -7,7 +7,7 @@ import gradio as gr
 from app import engine
 from app.context import LIGHT, Context, Updates
 from app.session import Session
-from app.tabs.explore import SITE_CHOICES, no_ranges, revision, scatter, site_of
+from app.tabs.explore import SITE_CHOICES, last_layer, layer_slider, no_ranges, revision, scatter, site_of
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart
@@ -78,7 +78,7 @@ class Reorder:
         """Store the chosen layer, site and bits in the session. Raises: InputError if the model has none such, or for bits."""
         chosen = session.selection
         chosen.bits = require_int("bits", values[self.bits], 2, 8, "use 2 to 8")
-        top = 0 if session.ranges is None else max(s.layer for s in session.ranges.sites.values())
+        top = last_layer(session)
         kind = require_choice("site", values[self.kind], SITES)
         layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
         if (layer, kind) != (chosen.layer, chosen.kind):
@@ -88,9 +88,8 @@ class Reorder:
     def controls(self, session: Session) -> Updates:
         """Set the selectors to the session's selection."""
         chosen = session.selection
-        top = max(s.layer for s in session.ranges.sites.values())
         return {
-            self.layer: gr.update(value=chosen.layer, maximum=top),
+            self.layer: gr.update(**layer_slider(session)),
             self.kind: gr.update(value=chosen.kind, label=site_title(chosen.kind)),
             self.clusters: gr.update(**slider_of(chosen.clusters)),
         }
@@ -115,6 +114,14 @@ class Reorder:
             self.headline: cards.cluster_figures(view, len(site.low) // site.block),
             self.table: cards.table(texts.CLUSTER_HEADERS, tables.cluster_rows(view)),
         }
+
+    def shown(self, session: Session) -> Updates:
+        """Show everything of the tab."""
+        return {**self.controls(session), **self.render(session)} if session.ranges is not None else self.render(session)
+
+    def redrawn(self, session: Session) -> Updates:
+        """Draw the charts after a change at the side or on another tab; a hidden tab is drawn when it is opened."""
+        return self.render(session) if session.tab == "reorder" else {}
 
     def wire(self, mirrored: list) -> None:
         """Connect the tab's events. `mirrored`: the side's slider and the fields R1 to R5, which follow g."""
@@ -141,11 +148,11 @@ class Reorder:
 
     def moved(self, values: Updates) -> Updates:
         """Set g from the slider of this tab; the side's slider and the fields follow."""
-        return self._spread(values, self.clusters, self.side)
+        return {**self._spread(values, self.clusters, self.side), **self.render(self.ctx.session(values))}
 
     def moved_at_side(self, values: Updates) -> Updates:
         """Set g from the side's slider; the slider of this tab and the fields follow."""
-        return self._spread(values, self.side, self.clusters)
+        return {**self._spread(values, self.side, self.clusters), **self.redrawn(self.ctx.session(values))}
 
     def _spread(self, values: Updates, slider: gr.Slider, other: gr.Slider) -> Updates:
         session = self.ctx.session(values)
@@ -153,7 +160,6 @@ class Reorder:
         session.selection.clusters = Clusters.uniform(g)
         words = slider_of(session.selection.clusters)
         return {
-            **self.render(session),
             **spread(g, self.fields),
             slider: gr.update(label=words["label"]),  # the label only: the slider may be moving
             other: gr.update(**words),
@@ -165,13 +171,11 @@ class Reorder:
         counts = {name: require_count(name, values[entry]) for name, entry in zip(REORDERS, self.fields, strict=True)}
         session.selection.clusters = Clusters(**counts)
         words = gr.update(**slider_of(session.selection.clusters))
-        return {**self.render(session), self.clusters: words, self.side: words}
+        return {**self.redrawn(session), self.clusters: words, self.side: words}
 
     def opened(self, values: Updates) -> Updates:
-        """Draw what was selected on another tab."""
-        session = self.ctx.session(values)
-        selectors = self.controls(session) if session.ranges is not None else {}
-        return {**selectors, **self.render(session)}
+        """Draw what was observed or selected while another tab was open."""
+        return self.shown(self.ctx.session(values))
 
 
 def per_group(kind: str, clusters: Clusters) -> int:

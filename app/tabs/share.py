@@ -10,6 +10,7 @@ import gradio as gr
 
 from app.context import LIGHT, Context, Updates
 from app.session import Session
+from app.tabs.explore import last_layer
 from app.view import cards, tables, texts
 from core.errors import InputError
 from core.privacy import PASTED
@@ -136,7 +137,7 @@ def go_to(session: Session, query: dict[str, str]) -> None:
     if session.ranges is None or not {"layer", "site", "channel"} & set(query):
         return
     kind = require_choice("site", query.get("site", chosen.kind), SITES)
-    top = max(site.layer for site in session.ranges.sites.values())
+    top = last_layer(session)
     layer = require_int("layer", _whole(query.get("layer", chosen.layer)), 0, top, f"use 0 to {top}")
     width = len(session.ranges.sites[f"layers.{layer}.{kind}"].low)
     channel = None

@@ -89,9 +89,19 @@ def intro(info: Any, larger: str) -> str:
     return f'<div class="qs-intro"><h1>{escape(texts.INTRO_TITLE)}</h1><p>{texts.INTRO}{toy}</p></div>'
 
 
-def footer(versions: str) -> str:
-    """Write which versions run here, and where to read more."""
-    return f'<footer class="qs-footer">{escape(versions)} · {escape(texts.FOOTER)} <code>python -m app.cli doctor</code></footer>'
+def footer(versions: str, report: Any = None) -> str:
+    """Write which versions run here, and, once `report` (DoctorReport) is known, which backends and why."""
+    if report is None:
+        return f'<div class="qs-footer">{escape(versions)}</div>'
+    running = "; ".join(b.name for b in report.backends if b.runs)
+    missing = "; ".join(f"{b.name} ({b.reason})" for b in report.backends if not b.runs)
+    line = texts.BACKENDS.format(running) + (texts.NO_BACKENDS.format(missing) if missing else "")
+    packages = [[p.name, p.version or "–", p.tested, texts.PACKAGE_STATES[p.ok]] for p in report.packages]
+    backends = [[b.name, texts.BACKEND_STATES[b.runs], b.reason] for b in report.backends]
+    tables = table(texts.PACKAGE_HEADERS, packages) + table(texts.BACKEND_HEADERS, backends)
+    command = f"<p>{escape(texts.FOOTER_COMMAND)} <code>python -m app.cli doctor</code></p>"
+    folded = f'<summary>{escape(texts.FOOTER)}</summary><div class="qs-columns">{tables}</div>{command}'
+    return f'<div class="qs-footer">{escape(versions)}. {escape(line)}.<details>{folded}</details></div>'
 
 
 def links(pairs: Sequence[tuple[str, str]]) -> str:
@@ -137,7 +147,8 @@ def _facts(info: Any, ranges: Any) -> str:
     fidelity = f" · {info.fidelity}" if info.fidelity else ""
     kept = "packed" if info.fidelity else info.dtype  # for ternary weights `dtype` is the activations' type
     stored = f" · from {info.precision}" if info.precision and not info.fidelity else ""
-    where = f"{info.architecture}{fidelity} · {info.layers} layers · {size} · {bytes_text(info.weight_bytes)} {kept}{stored}"
+    layers = counted(info.layers, "layer")
+    where = f"{info.architecture}{fidelity} · {layers} · {size} · {bytes_text(info.weight_bytes)} {kept}{stored}"
     asked = ranges.calibration["tokens"]
     fitted = texts.WHOLE_WINDOWS.format(asked=asked, window=ranges.window) if asked != ranges.tokens else ""
     where_from = f"{ranges.tokens:,} tokens of {ranges.text_name}{fitted}"
@@ -215,7 +226,7 @@ def channel_facts(site: Any, channel: int, median_width: float, cluster: Any = N
         ]
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     title = f"Layer {site.layer} · {escape(texts.site_label(site.kind))} · channel {channel}"
-    return f'<div class="qs-facts"><h4>{title}</h4><dl>{rows}</dl></div>'
+    return f'<div class="qs-facts"><h2>{title}</h2><dl>{rows}</dl></div>'
 
 
 def extremes(detail: Any) -> str:
@@ -255,7 +266,7 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
 def headed(title: str, place: int, content: str) -> str:
     """Write a panel about a run: its name and colour above `content`, which is HTML already."""
     dot = f'<i class="qs-dot" style="background:{css_colour(place)}"></i>'
-    return f'<div class="qs-summary"><h4>{dot}{escape(title)}</h4>{content}</div>'
+    return f'<div class="qs-summary"><h2>{dot}{escape(title)}</h2>{content}</div>'
 
 
 def cluster_figures(view: Any, heads: int) -> str:
@@ -283,7 +294,7 @@ def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
     """
     cards = []
     for place, name, prompt, text, footer in panels:
-        body = f"<h4>{escape(name)}</h4><p><span>{escape(prompt)}</span>{escape(text)}</p><footer>{escape(footer)}</footer>"
+        body = f"<h2>{escape(name)}</h2><p><span>{escape(prompt)}</span>{escape(text)}</p><footer>{escape(footer)}</footer>"
         cards.append(f'<section class="qs-stream" style="border-top-color:{css_colour(place)}">{body}</section>')
     return f'<div class="qs-streams">{"".join(cards)}</div>'
 

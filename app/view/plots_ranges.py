@@ -212,6 +212,7 @@ def heatmap(matrix: Any, *, kind_label: str, layer: int | None = None, channel: 
                 "line": {"color": "@alert", "width": 1},
             }
         )
+    every = 5 if len(rows) > 12 else 1
     title = "channel" + (f" ({step} per column, the largest shown)" if step > 1 else "")
     return {
         "data": [trace],
@@ -221,7 +222,7 @@ def heatmap(matrix: Any, *, kind_label: str, layer: int | None = None, channel: 
             margin=(48, 10, 34, 42),
             shapes=shapes,
             xaxis={"title": {"text": title}, "showgrid": False, "range": [-0.5, width - 0.5]},
-            yaxis={"title": {"text": "layer"}, "showgrid": False, "range": [-0.5, len(rows) - 0.5]},
+            yaxis={"title": {"text": "layer"}, "showgrid": False, "range": [-0.5, len(rows) - 0.5], "dtick": every},
         ),
     }
 

@@ -56,12 +56,12 @@ NUMBER_HEADERS = [
     "run",
     "perplexity",
     "against float",
-    "KLD to float",
+    "KLD, nats",
     "same top token",
     "bytes measured",
     "by formula",
-    "KV cache / token",
-    "speed",
+    "KV / token",
+    "tokens/s",
 ]
 MEASURED_ON = "measured on"
 
@@ -101,7 +101,7 @@ def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
             bytes_text(e.weight_bytes),
             Estimate(bytes_text(run.estimate)) if run.estimate else "–",
             bytes_text(e.kv_bytes_per_token),
-            f"{number(e.tokens_per_second)} tokens/s",
+            number(e.tokens_per_second),
         ]
         rows.append([*row, run.protocol] if mixed else row)
     return [*NUMBER_HEADERS, MEASURED_ON] if mixed else NUMBER_HEADERS, rows
@@ -120,7 +120,7 @@ def divergence_cells(run: Measured) -> list[Cell]:
     """Format the divergence from the unquantised model, with its distribution on hovering, and the share of same top tokens."""
     e = run.report
     spread = ", ".join(f"{quantile(name)} {number(value)}" for name, value in (e.kld_quantiles or {}).items())
-    kld = "–" if e.kld_mean is None else Hover(f"{with_error(e.kld_mean, e.kld_stderr)} nats", f"over tokens: {spread}")
+    kld = "–" if e.kld_mean is None else Hover(with_error(e.kld_mean, e.kld_stderr), f"over tokens: {spread}")
     return [kld, share(e.same_top_token, e.same_top_stderr)]
 
 

@@ -65,9 +65,7 @@ LINK = "Copy link"
 SAVE = "Share and save"
 LINK_COPIED = "Copied."
 LINK_NOT_COPIED = "Copy it from the field above."
-LINK_PASTED = (
-    "The text you pasted is not in the link: whoever opens it must paste the text too, or choose another."
-)
+LINK_PASTED = "The text you pasted is not in the link: whoever opens it must paste the text too, or choose another."
 LINK_FOREIGN = (
     "This link names a calibration text that is not here: its author pasted it, or it was a file. Paste it at the side, or "
     "choose another. The ranges shown are from {}."
@@ -98,7 +96,14 @@ INTRO_TOY = (
     "This model is part of the page: {size} M parameters, for a quick look. A real one is one choice away: choose "
     "{other} or type a Hub id at the side."
 )
-FOOTER = "Backends, and why each runs or not:"
+FOOTER = "Every version with its tested range, every backend with the reason"
+FOOTER_COMMAND = "The same without a browser:"
+BACKENDS = "Backends that run here: {}"
+NO_BACKENDS = ". Not here: {}"
+PACKAGE_HEADERS = ["package", "installed", "tested range", ""]
+BACKEND_HEADERS = ["backend", "here", "why"]
+PACKAGE_STATES = {True: "tested", False: "NOT TESTED"}
+BACKEND_STATES = {True: "runs", False: "does not run"}
 OPEN_TERNARY = "Open {} (BitNet a4.8, part of this page)"
 SIDE = "Model and recipe"
 
@@ -176,7 +181,7 @@ RTN_PLAIN = "Plain: one range per tensor"
 WEIGHTS = "Weights"
 WEIGHT_METHODS = {"gptq": "GPTQ: second order, better", "rtn": "Round to nearest: at once"}
 CALIBRATION_TOKENS = "Calibration tokens"
-KEEP = "TopK keeps"
+TOPK = "TopK keeps"
 KV_BITS = "KV cache"
 BOS_BITS = "First token's KV"
 Q_BITS = "Queries"
@@ -267,8 +272,9 @@ KEEP_NO_FOLDER = (
 KEEP_COMMAND = "The command that repeats this run:"
 OPEN_PATH = "Quantised folder on this machine"
 OPEN_SAVED = "Open the folder"
-OPEN_ZIP = "Open a zip file"
+OPEN_ZIP = "Open a zip file (up to {})"
 OPENING = "Opening a saved model"
+RUN_OPENED = "This model is quantised already: it is the run “{}” of tab {}. The charts show {}, which it was made from."
 BYTES_LABEL = "Measured bytes by part"
 TEXTS_EMPTY = "Press Write: each model continues the same prompt, one after the other."
 NUMBERS_EMPTY = "Press Measure to compare perplexity, divergence, bytes and speed on the same text."
@@ -291,6 +297,8 @@ FORMULA_NOTE = (
     "By formula: the layers' weights at their bits, without scales, and embeddings and head in float, as they are kept. "
     "Measured: all tensors, with scales and norms."
 )
+CAUTION = "Caution: {}"
+WEIGHTS_FROM = "Weights of {}."
 NOT_TOLD_APART = "No loss that this text can tell:"
 PAIRED_NOTE = (
     "Against float: the ratio of perplexities on the same windows, with its logarithm ± standard error over windows. A window "
@@ -301,9 +309,7 @@ MIXED_PROTOCOLS = (
     "† was measured on another text, number of tokens or window: its perplexity does not compare with the other rows. "
     "Tick it and press Measure to measure all of them in one way."
 )
-SEVERAL_MODELS = (
-    "Runs of several models: KLD and same top token compare each run with its own unquantised model, never across models."
-)
+SEVERAL_MODELS = "Runs of several models: KLD and same top token compare each run with its own float model, never across models."
 SAME_VOCABULARY = "They share a vocabulary size of {size:,}, so their perplexities compare, if their tokenizers are the same."
 OTHER_VOCABULARY = "Their vocabularies differ ({sizes}): perplexity is per token, so it does not compare between them."
 LEARN_COMPARE_TITLE = "Learn: what the numbers mean"
@@ -358,9 +364,7 @@ SPARSITY_PAPER = {
 """Rows of table 2 of arXiv:2411.04965, percent."""
 SPARSITY_LABEL = "Share of zero codes by layer and projection"
 SPARSITY_TABLE = "Zeros of every layer as a table"
-SPARSITY_PROTOCOL = (
-    "zero codes counted on {tokens:,} tokens of {text}, in windows of 256; active parameters = Σ parameters · (1 − zeros)"
-)
+SPARSITY_PROTOCOL = "zero codes on {tokens:,} tokens of {text}, in windows of 256; active parameters = Σ parameters · (1 − zeros)"
 WEIGHTS_LABEL = "Share of weights −1, 0 and 1 by projection"
 INPUT_LABEL = "Distribution of the input of {}, and of its codes"
 CURVES_LABEL = "Training loss of the embedded models"

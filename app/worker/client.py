@@ -28,7 +28,7 @@ from app.settings import Settings
 from app.worker import wire
 from app.worker.environment import worker_environment
 from app.worker.job import Job, JobView, Step, at, out_of_memory
-from app.worker.line import Line
+from app.worker.line import PUBLIC, Line
 from core.errors import QuantscopeError, ResourceError
 
 BEAT_SECONDS = 1.0
@@ -238,6 +238,14 @@ class Workers:
     def run(self, owner: str, steps: Sequence[Step], *, light: bool = False) -> AsyncIterator[JobView]:
         """Run a job as `Worker.run` does: on the main worker, but a light job on the light worker while the main one is busy."""
         return (self.light if light and len(self.main.line) else self.main).run(owner, steps)
+
+    async def forget(self, owners: Sequence[str]) -> None:
+        """Drop what is the owners' own from the memory of both processes and from the cache. Raises: the job's error."""
+        steps = [Step("forget", {"owner": owner}) for owner in owners]
+        light = self.light is not self.main and self.light.process is not None and self.light.process.alive
+        for worker in (self.main, self.light) if light else (self.main,):
+            async for _ in worker.run(PUBLIC, steps):
+                pass
 
     def close(self) -> None:
         """End both processes."""

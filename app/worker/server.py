@@ -29,6 +29,7 @@ METHODS = {
     "observe",
     "channel",
     "quantize",
+    "forget",
     "open_saved",
     "evaluate",
     "tokens",
@@ -70,6 +71,9 @@ class Worker:
                 message = wire.receive(self.connection)
             except (EOFError, OSError):
                 os._exit(0)  # the server is gone: exit at once, even inside native code
+            except Exception:  # noqa: BLE001 - process boundary: the page must not wait for an answer that never comes
+                log.exception("the page sent what cannot be read")
+                os._exit(1)
             if message[0] == "cancel":
                 self.cancelled.add(message[1])
             else:

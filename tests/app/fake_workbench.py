@@ -3,7 +3,8 @@
 Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer;
 "fake-endless" never ends and ignores Stop; "fake-memory", "fake-exit", "fake-killed", "fake-bug" fail in their way;
 "fake-says …" writes what is no message to the page;
-"fake-wide" has 4096 channels; "fake-ternary" is a BitNet model of another vocabulary; anything else is not found.
+"fake-wide" has 4096 channels; "fake-single" has one layer; a folder that `quantize` wrote is a quantised model;
+"fake-ternary" is a BitNet model of another vocabulary; anything else is not found.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ from core.report import (
 from core.storage import atomic_dir
 
 Progress = Callable[[str, float | None], None]
-NAMES = ("fake", "fake-slow", "fake-endless", "fake-memory", "fake-exit", "fake-killed", "fake-bug", "fake-wide", "fake-ternary")
 TERNARY = "fake-ternary"
+WAYS = ("slow", "endless", "memory", "exit", "killed", "bug", "wide", "single")
+NAMES = ("fake", *(f"fake-{way}" for way in WAYS), TERNARY)
 SAYINGS = {
     "no pickle": struct.pack("!i", 5) + b"hello",
     "negative size": struct.pack("!i", -1),
@@ -65,10 +67,11 @@ class FakeWorkbench:
 
     def __init__(self, *, allow_local: bool = True, max_bytes: int = 0, device: str = "cpu") -> None:
         self.recipes: dict[str, QuantRecipe] = {}
+        self.owners: dict[str, str | None] = {}
 
     def load(self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress) -> ModelInfo:
         """Shape of a small Llama."""
-        if model not in NAMES and model.removeprefix("fake-says ") not in SAYINGS:
+        if model not in NAMES and not is_saved(model) and model.removeprefix("fake-says ") not in SAYINGS:
             raise ModelError(
                 f"No model is called {model[:60]!r}. Use a name from the list or a Hub id such as owner/name.",
                 code="E-MODEL-NAME",
@@ -82,7 +85,7 @@ class FakeWorkbench:
             "made up for tests",
             "llama",
             134_515_008,
-            6,
+            1 if model == "fake-single" else 6,
             hidden,
             9,
             3,
@@ -102,6 +105,8 @@ class FakeWorkbench:
         """Ranges with a few outlier channels, the same for the same arguments."""
         info = self.load(model, revision=revision, progress=progress)
         check_text(calibration)
+        if is_saved(model):
+            raise ModelError("This model is already quantised: inspect the float model it came from.", code="E-MODEL-QUANTIZED")
         sites = {}
         for layer in range(info.layers):
             progress(f"Layer {layer + 1} of {info.layers}: observing", layer / info.layers)
@@ -154,7 +159,7 @@ class FakeWorkbench:
         for layer in range(info.layers):
             progress(f"Layer {layer + 1} of {info.layers}: {recipe.weights.upper()}", layer / info.layers)
             time.sleep(0.5 if recipe.model == "fake-slow" else 0.03)
-        self.recipes[recipe.hash] = recipe
+        self.recipes[recipe.hash], self.owners[recipe.hash] = recipe, owner
         bits = recipe.tensor_bits
         layers = [
             LayerReport(
@@ -193,6 +198,12 @@ class FakeWorkbench:
             (stage / "report.pickle").write_bytes(pickle.dumps(report))
         return report
 
+    def forget(self, owner: str, *, progress: Progress) -> None:
+        """Forget what was made from the owner's pasted texts."""
+        for key in [key for key, other in self.owners.items() if other == owner]:
+            if self.recipes[key].calibration.text.startswith("text:"):
+                del self.owners[key], self.recipes[key]
+
     def open_saved(
         self, *, folder: str = "", archive: str = "", owner: str | None = None, progress: Progress
     ) -> QuantizeReport:
@@ -200,11 +211,11 @@ class FakeWorkbench:
         if archive:
             folder = tempfile.mkdtemp(prefix="fake-received-")
             unpack(archive, folder)
-        if not (Path(folder) / "report.pickle").is_file():
+        if not is_saved(folder):
             raise ModelError("No quantised model is there: name a folder that Quantise saved.", code="E-MODEL-NAME")
         report = pickle.loads((Path(folder) / "report.pickle").read_bytes())
-        self.recipes[report.key] = QuantRecipe.from_dict(report.recipe)
-        return replace(report, folder=folder)
+        self.recipes[report.key] = self.recipes[folder] = QuantRecipe.from_dict(report.recipe)
+        return replace(report, key=report.key if archive else folder, folder=folder)
 
     def evaluate(
         self,
@@ -363,6 +374,11 @@ class FakeWorkbench:
     def slow(self, key: str) -> bool:
         """Whether this key belongs to the slow model."""
         return key in self.recipes and self.recipes[key].model == "fake-slow"
+
+
+def is_saved(model: str) -> bool:
+    """Whether this is a folder that `quantize` wrote."""
+    return (Path(model) / "report.pickle").is_file()
 
 
 def fidelity_of(recipe: QuantRecipe) -> str:

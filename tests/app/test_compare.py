@@ -161,6 +161,19 @@ def test_rows_measured_in_other_ways_are_marked(view, session, wait):
     assert "†" not in measured.numbers_table(session, session.runs)
 
 
+def test_cautions_and_origins_of_weights_stand_once_under_the_table(view, session, bench):
+    protocol = Protocol("sotu", 2048, 512)
+    words = {"origin": "fake (Q4_1, wheel): Q4_1; a wheel", "caution": "They held few values before."}
+    for run in (session.run("fake"), session.runs[-1]):
+        run.measure(protocol, replace(bench.evaluate(run.key, progress=quiet), **words))
+    table = measured.numbers_table(session, session.runs)
+    assert table.count("Caution: They held few values before.") == 1
+    assert table.count("Weights of fake (Q4_1, wheel): Q4_1; a wheel.") == 1
+    for run in session.runs[:1]:
+        run.measure(protocol, bench.evaluate(run.key, progress=quiet))
+    assert "Caution" not in measured.numbers_table(session, session.runs[:1])
+
+
 @pytest.mark.parametrize(
     ("field", "bad"), [("temperature", "hot"), ("temperature", 9), ("seed", -1), ("seed", None), ("new_tokens", 1e9)]
 )

@@ -54,9 +54,9 @@ def measured(report, **more):
 def test_numbers_carry_units_and_estimates_are_marked(run, bench):
     headers, rows = tables.number_rows([measured(run.evaluation, estimate=7e7)])
     row = dict(zip(headers, rows[0], strict=True))
-    assert "±" in row["perplexity"] and row["speed"].endswith("tokens/s")
-    assert "± " in row["KLD to float"].text and row["KLD to float"].text.endswith("nats") and row["same top token"].endswith("%")
-    assert "median" in row["KLD to float"].hover and "times the perplexity" in row["against float"].hover
+    assert "±" in row["perplexity"] and row["tokens/s"] == "210"
+    assert "± " in row["KLD, nats"].text and row["same top token"].endswith("%")
+    assert "median" in row["KLD, nats"].hover and "times the perplexity" in row["against float"].hover
     assert row["by formula"] == Estimate("70.0 MB") and row["run"] == Hover("run", "the run in full")
     assert row["against float"].text.startswith("×1.07 (ln 0.0") and "measured on" not in headers
     page = cards.table(headers, rows, colours=[1])
@@ -67,7 +67,7 @@ def test_numbers_carry_units_and_estimates_are_marked(run, bench):
 def test_missing_comparisons_are_dashes(bench):
     headers, rows = tables.number_rows([measured(bench.evaluate("fake", progress=quiet))])
     row = dict(zip(headers, rows[0], strict=True))
-    assert {row[name] for name in ("against float", "KLD to float", "same top token", "by formula")} == {"–"}
+    assert {row[name] for name in ("against float", "KLD, nats", "same top token", "by formula")} == {"–"}
 
 
 def test_a_single_window_has_no_standard_error(bench):

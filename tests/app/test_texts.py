@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import REAL_WORKBENCH, Settings
+from app.settings import REAL_WORKBENCH, SPACE_FILE_BYTES, Settings
 from app.tabs.sidebar import scheme_choices
 from app.view import texts
 from app.worker.environment import worker_environment
 from core.errors import InputError
+from core.models.io.bundle import MAX_BUNDLE_BYTES
 from core.quant.dynamic import INPUT_KINDS
 from core.recipe import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
 from core.report import Sparsity
@@ -57,6 +58,14 @@ def test_settings_come_from_the_environment():
 def test_settings_left_out_have_defaults():
     chosen = Settings.read({"QUANTSCOPE_WORKER_GB": "0", "QUANTSCOPE_JOB_MINUTES": ""})
     assert (chosen.memory_bytes, chosen.job_seconds, chosen.session_seconds) == (None, 3600.0, 1800.0)
+
+
+def test_the_largest_file_is_what_the_environment_says_and_what_core_can_pack():
+    assert Settings.read({}).file_bytes == MAX_BUNDLE_BYTES and Settings.read({"SPACE_ID": "x/y"}).file_bytes == SPACE_FILE_BYTES
+    assert Settings.read({"QUANTSCOPE_FILE_MB": "20", "SPACE_ID": "x/y"}).file_bytes == 20_000_000
+    for value in ("0", "2001", "0.0000001"):
+        with pytest.raises(InputError, match="QUANTSCOPE_FILE_MB"):
+            Settings.read({"QUANTSCOPE_FILE_MB": value})
 
 
 def test_models_run_where_the_environment_says():

@@ -69,9 +69,12 @@ def address(server_log: Path) -> Iterator[str]:
     yield from serve("fake", server_log, QUANTSCOPE_WORKBENCH="tests.app.fake_workbench:FakeWorkbench")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[object]:
-    """Headless Chromium of the system."""
+    """Start the system's Chromium without a window.
+
+    Playwright keeps an event loop running in this thread until it is closed, so it is closed before tests of other folders begin.
+    """
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None:
         pytest.skip("no Chromium on this machine")

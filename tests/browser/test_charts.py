@@ -66,7 +66,7 @@ def test_dragging_g_draws_the_strips_first_and_warns_of_nothing(visit, site):
         assert page.evaluate("() => window.turns") == ["strips", "cluster-scatter", "curve"]
     assert not [text for text in said if "GL Driver" not in text], said[:3]
     colours = "() => [...document.querySelectorAll('#strips .points path')].map(bar => getComputedStyle(bar).fill)"
-    page.wait_for_function(f"() => new Set(({colours})()).size > 32")  # choosing the site has turns of its own
+    page.wait_for_function(f"() => new Set(({colours})()).size > 32")
     assert "rgb(0, 0, 0)" not in page.evaluate(colours)
 
 
@@ -112,7 +112,7 @@ def test_arrow_keys_walk_from_point_to_point_and_enter_chooses(visit):
     page.wait_for_function("text => document.querySelector('#scatter .qs-said').textContent !== text", arg=first)
     number = page.evaluate("() => document.querySelector('#scatter .qs-said').textContent.match(/channel (\\d+)/)[1]")
     page.keyboard.press("Enter")
-    page.wait_for_function("words => document.querySelector('#facts h4')?.innerText.endsWith(words)", arg=f"channel {number}")
+    page.wait_for_function("words => document.querySelector('#facts h2')?.innerText.endsWith(words)", arg=f"channel {number}")
     heatmap = page.locator("#heatmap .qs-chart")
     heatmap.focus()
     page.keyboard.press("ArrowRight")

@@ -76,19 +76,19 @@ def test_a_click_on_a_point_reaches_python(visit):
     channel, x, y = page.evaluate(LEFTMOST, "#scatter")
     page.mouse.move(x, y)
     page.mouse.click(x, y)
-    page.wait_for_function("words => document.querySelector('#facts h4')?.innerText.endsWith(words)", arg=f"channel {channel}")
+    page.wait_for_function("words => document.querySelector('#facts h2')?.innerText.endsWith(words)", arg=f"channel {channel}")
     assert page.locator("#channel input").input_value() == str(channel)
 
 
 def test_the_keyboard_reaches_every_channel(visit):
     page = visit()
-    page.wait_for_selector("#facts h4")  # the opening fills the field first
+    page.wait_for_selector("#facts h2")  # the opening fills the field first
     page.locator("#channel input").fill("7")
     page.locator("#channel input").press("Enter")
-    page.wait_for_function("() => document.querySelector('#facts h4')?.innerText.endsWith('channel 7')")
+    page.wait_for_function("() => document.querySelector('#facts h2')?.innerText.endsWith('channel 7')")
     page.wait_for_timeout(500)  # the table is drawn anew with the channel's answer; a row of the old one loses the focus
     page.locator("#outliers tr[data-index='4']").press("Enter")
-    page.wait_for_function("() => !document.querySelector('#facts h4')?.innerText.endsWith('channel 7')")
+    page.wait_for_function("() => !document.querySelector('#facts h2')?.innerText.endsWith('channel 7')")
 
 
 def test_zoom_survives_a_cluster_change_but_not_another_site(visit):
@@ -223,7 +223,7 @@ def test_runs_of_two_models_are_compared_and_written_side_by_side(visit):
     page.locator("#write").click()
     page.wait_for_selector("#speed tbody tr:nth-child(3)")
     assert page.locator("#speed .qs-estimate").count() == 3
-    assert page.locator("#streams h4").all_inner_texts()[2] == "fake-ternary · trained a4.8"
+    assert page.locator("#streams h2").all_inner_texts()[2] == "fake-ternary · trained a4.8"
     open_tab(page, "BitNet", "#zeros")
 
 
@@ -265,7 +265,7 @@ def test_a_link_restores_model_and_recipe(visit, address):
     assert "fake-wide" in status(page, "fake-wide") and not page.locator("#side-g").is_visible()
     page.wait_for_selector("#tokens mark")
     page.wait_for_function("() => document.querySelector('#layer').innerText.trim().endsWith('5')")
-    assert page.locator("#facts h4").inner_text().endswith(f"channel {page.locator('#channel input').input_value()}")
+    assert page.locator("#facts h2").inner_text().endswith(f"channel {page.locator('#channel input').input_value()}")
     page.get_by_text("Share and save").click()
     page.locator("#copy-link").click()
     page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.startsWith('http')")

@@ -112,6 +112,17 @@ def test_forgetting_an_owner_removes_the_private_models_alone(folder, cache):
     assert all(name[0][0] != key for name in bench._references)
 
 
+def test_forgetting_an_owner_removes_hidden_states_of_private_texts(folder):
+    bench = Workbench()
+    for text, owner in (("text:" + LETTER, "ann"), ("sotu", "bob")):
+        bench.observe(folder, recipe_of(folder, text).calibration, owner=owner)
+        bench.evaluate(folder, reference=folder, owner=owner, text=text, tokens=256, window=64)
+    kept = bench._passed.nbytes
+    assert kept and bench._passed_private.nbytes and len(bench._references) == 2
+    bench.forget("ann")
+    assert bench._passed.nbytes == kept and not bench._passed_private.nbytes and len(bench._references) == 1
+
+
 def test_folders_of_earlier_versions(folder, cache, tmp_path):
     """They held pasted texts and told no owners apart: those texts go, the models of files are the local user's."""
     (tmp_path / "letter.txt").write_text(LETTER)

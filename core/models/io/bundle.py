@@ -20,16 +20,19 @@ MAX_FILES = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _REMEDY = "give a file that the page's download made"
 _CHUNK = 2**20
+_MEMBER_BYTES, _END_BYTES = 76, 22
+"""Bytes that a zip file adds to each member, beside its name twice, and at its end."""
 
 
-def pack(folder: Path | str, target: Path | str) -> int:
+def pack(folder: Path | str, target: Path | str, *, limit: int = MAX_BUNDLE_BYTES) -> int:
     """Write the files of a saved folder into the zip file `target`; return its bytes.
 
-    Raises: ArtifactError E-CKPT-BAD if the folder is not whole; ResourceError E-PARAM-SIZE above `MAX_BUNDLE_BYTES`.
+    Raises: ArtifactError E-CKPT-BAD if the folder is not whole; ResourceError E-PARAM-SIZE above `limit` bytes.
     """
     verify(folder)
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    _require_size(sum(path.stat().st_size for path in files))
+    sizes = [path.stat().st_size + 2 * len(path.name) + _MEMBER_BYTES for path in files]
+    _require_size(sum(sizes) + _END_BYTES, limit)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for path in files:
             archive.write(path, path.name)
@@ -46,7 +49,7 @@ def unpack(archive: Path | str, folder: Path | str) -> None:
         with zipfile.ZipFile(archive) as source:
             members = source.infolist()
             _require_plain(members)
-            _require_size(sum(member.file_size for member in members))
+            _require_size(sum(member.file_size for member in members), MAX_BUNDLE_BYTES)
             for member in members:
                 with source.open(member) as data, (Path(folder) / member.filename).open("xb") as file:
                     shutil.copyfileobj(data, file, _CHUNK)  # zipfile stops at the announced size
@@ -63,10 +66,10 @@ def _require_plain(members: list[zipfile.ZipInfo]) -> None:
         raise ArtifactError(f"This zip file does not hold a model that Quantscope saved: {_REMEDY}.", code="E-CKPT-BAD")
 
 
-def _require_size(count: int) -> None:
-    if count > MAX_BUNDLE_BYTES:
+def _require_size(count: int, limit: int) -> None:
+    if count > limit:
         raise ResourceError(
-            f"The model has {count / 1e9:.1f} GB; the limit of one file is {MAX_BUNDLE_BYTES / 1e9:g} GB. "
+            f"The model has {count / 1e6:,.0f} MB; the limit of one file is {limit / 1e6:,.0f} MB. "
             "Use the command line: its folder needs no zip file.",
             code="E-PARAM-SIZE",
         )

@@ -71,12 +71,16 @@ def test_no_zip_file_is_refused(empty, tmp_path, content):
 
 
 def test_what_is_too_large_is_refused_before_anything_is_written(saved, empty, tmp_path, monkeypatch):
-    bundle.pack(saved, tmp_path / "a.zip")
+    size = bundle.pack(saved, tmp_path / "a.zip")
+    assert bundle.pack(saved, tmp_path / "b.zip", limit=size) == size == (tmp_path / "b.zip").stat().st_size
     monkeypatch.setattr(bundle, "MAX_BUNDLE_BYTES", 5000)
-    for call in (lambda: bundle.pack(saved, tmp_path / "b.zip"), lambda: bundle.unpack(tmp_path / "a.zip", empty)):
-        with pytest.raises(ResourceError, match="GB"):
+    for call in (
+        lambda: bundle.pack(saved, tmp_path / "c.zip", limit=size - 1),
+        lambda: bundle.unpack(tmp_path / "a.zip", empty),
+    ):
+        with pytest.raises(ResourceError, match="MB"):
             call()
-    assert list(empty.iterdir()) == []
+    assert list(empty.iterdir()) == [] and not (tmp_path / "c.zip").exists()
 
 
 def test_a_received_model_is_its_owners_alone(saved, tmp_path, monkeypatch):
