@@ -12,12 +12,15 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from app import engine
+from app.door.files import Files
 from app.door.visitor import Heartbeats
 from app.session import STOP, Session, SessionStore
 from app.settings import Settings
@@ -28,6 +31,7 @@ from app.worker.job import JobView, Step
 from app.worker.line import PUBLIC
 from core.errors import Cancelled, QuantscopeError
 from core.folders import state_of
+from core.memory import give_back
 from core.privacy import is_public_text
 from core.recipe import Calibration
 
@@ -276,10 +280,13 @@ class Context:
                 return
 
     async def sweep_often(self) -> None:
-        """Run `sweep` every `SWEEP_SECONDS`, without end."""
+        """Run `sweep` every `SWEEP_SECONDS`, without end; delete old files, and return freed memory to the system."""
+        files = Files(Path(os.environ.get("GRADIO_TEMP_DIR") or "/nonexistent"))
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             await self.sweep()
+            await asyncio.to_thread(files.tidy)
+            await asyncio.to_thread(give_back)
 
     async def prepare(self) -> None:
         """Observe the first model's ranges before any visitor comes; then load what light jobs need."""

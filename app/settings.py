@@ -45,7 +45,8 @@ class Settings:
         light_weights: jobs on models of at most this many bytes may run on the light worker.
         idle_seconds: time without a job after which the light worker is restarted, which frees its memory; None for never.
         nice: the worker's nice value, 0 to 19; higher gives the processor to others first.
-        job_seconds: longest time of a job; a longer one is ended with an error.
+        job_seconds: longest time of a job; a longer one is ended with an error. So is one that reports no progress for
+            `step_seconds`, or whose worker shows no sign of life for `silent_seconds`.
         hosts: host names under which the page may be opened, besides those of this machine.
         file_bytes: largest file that may be uploaded, and largest zip file that is offered.
         grace_seconds: time that a cancelled job has to stop by itself before its worker is killed.
@@ -64,6 +65,8 @@ class Settings:
     idle_seconds: float | None = None
     nice: int = 10
     job_seconds: float = 3600.0
+    step_seconds: float = 900.0
+    silent_seconds: float = 120.0
     session_seconds: float = 1800.0
     max_sessions: int = 400
     hosts: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from typing import Any
 
 from app.door import bodies, rules
 from app.door.connections import CONNECTION
+from app.door.files import Files
 from app.door.headers import with_security
 from app.door.log import told
 from app.door.pages import STATIC, Pages
@@ -58,6 +59,7 @@ class Gate:
         self.app, self.limits = app, limits
         self.pages = Pages(app, frames=limits.frames)
         self.budget = bodies.Budget()
+        self.files = Files(limits.events.uploads)
         self.running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: bodies.Receive, send: Send) -> None:
@@ -149,6 +151,7 @@ class Gate:
         if not visitor().browser and path != rules.RUN:  # an event is answered in the page's own words
             raise Refusal(403, "This browser sends no cookie: allow cookies, or open the page in its own tab.")
         if path == rules.UPLOAD:
+            await asyncio.to_thread(self.files.check_room, self.limits.upload_bytes)
             return bodies.limited(receive, headers, self.limits.upload_bytes + MULTIPART_BYTES, complete)
         body = await bodies.read(receive, length, bodies.EVENT_BYTES, self.budget)
         complete()

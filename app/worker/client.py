@@ -51,6 +51,7 @@ class Process:
                 start_new_session=True,
             )
         self._closed = False
+        self.heard_at: float | None = None
         self._inbox: asyncio.Queue[tuple | Exception] = asyncio.Queue()
         self._reading: asyncio.Task[None] | None = None
 
@@ -83,7 +84,10 @@ class Process:
     async def _read(self, stream: asyncio.StreamReader) -> None:
         try:
             while True:
-                self._inbox.put_nowait(await wire.read(stream))
+                message = await wire.read(stream)
+                self.heard_at = time.monotonic()
+                if message != ("beat",):
+                    self._inbox.put_nowait(message)
         except (EOFError, OSError, wire.Malformed) as error:  # what follows could not be read either
             self._inbox.put_nowait(error)
 
@@ -174,13 +178,21 @@ class Worker:
         """Send the first job of the queue to the process and apply its messages. Yields after each, and every second."""
         self.start()
         process, deadline = self.process, time.monotonic() + self.settings.job_seconds
+        changed_at = time.monotonic()
+        process.heard_at = process.heard_at and changed_at  # a process that is still starting gives no sign of life
+        pause = min(BEAT_SECONDS, self.settings.job_seconds, self.settings.silent_seconds, self.settings.step_seconds)
         try:
             await process.send("job", job.name, [(s.method, s.arguments) for s in job.steps])
             while job.state == "running":
-                message = await process.receive(min(BEAT_SECONDS, self.settings.job_seconds))
-                if time.monotonic() > deadline:
+                message = await process.receive(pause)
+                now = time.monotonic()
+                if now > deadline:
                     raise await self._late(process)
-                if message is None or job.take(message):
+                if message is not None and job.take(message):
+                    changed_at = now
+                    yield
+                elif message is None:
+                    await self._check_alive(process, job.stage, now - (process.heard_at or now), now - changed_at)
                     yield
         except (EOFError, OSError):
             raise await self._died(process, job.stage, await process.exit_code()) from None
@@ -216,6 +228,17 @@ class Worker:
             return out_of_memory(stage)
         return ResourceError(
             f"The worker stopped unexpectedly{at(stage)}. Your inputs are kept: try again, or a smaller model.", code="E-WORKER"
+        )
+
+    async def _check_alive(self, process: Process, stage: str, silent: float, unchanged: float) -> None:
+        """End a process that hangs. Raises: ResourceError E-TIME."""
+        if silent <= self.settings.silent_seconds and unchanged <= self.settings.step_seconds:
+            return
+        await process.kill()
+        raise ResourceError(
+            f"The job hung{at(stage)}: no sign of progress for {max(silent, unchanged):.0f} seconds, so it was stopped. "
+            "Try again, or another model.",
+            code="E-TIME",
         )
 
     async def _late(self, process: Process) -> ResourceError:

@@ -126,7 +126,7 @@ class Job:
         Raises: the error that ended the job; Malformed if the message has no known form.
         """
         match message:
-            case ("ready",):
+            case ("ready",) | ("beat",):
                 return False
             case (str(), str(name), *_) if name != self.name:
                 return False

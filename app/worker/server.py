@@ -41,6 +41,8 @@ METHODS = {
 }
 STREAMING = {"generate"}
 EVERY_SECONDS = 0.05
+BEAT_SECONDS = 1.0
+"""Seconds between two signs of life during a job. A step that keeps Python's lock, as a hung library does, sends none."""
 MEMORY_CODE = "E-MEM"
 log = logging.getLogger("quantscope.worker")
 
@@ -55,15 +57,25 @@ class Worker:
         self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.cancelled: set[str] = set()
         self.sending = threading.Lock()
+        self.working = False
 
     def run(self) -> None:
         """Run jobs until the page's end of the socket closes."""
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
         self._warm()
         self._send("ready")
         while True:
             _, job, steps = self.jobs.get()
+            self.working = True
             self._job(job, steps)
+            self.working = False
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            if self.working:
+                self._send("beat")
 
     def _read(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """Messages between the page and its worker process.
 
     page → worker   ("job", id, steps)   ("cancel", id)
-    worker → page   ("ready",)  ("progress", id, step, stage, fraction)  ("text", id, step, chunk)
+    worker → page   ("ready",)  ("beat",)  ("progress", id, step, stage, fraction)  ("text", id, step, chunk)
                     ("result", id, step, report)  ("done", id)  ("failed", id, code, sentence)
 
 Messages are pickled, but the page's reader only builds plain values, numpy arrays, dataclasses and errors of `core`: a worker

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -22,6 +23,7 @@ from hypothesis import given, settings, strategies
 from app.door import connections, install
 from app.door.bodies import EVENT_BYTES, FILE, MANY, ONE, Budget, Events
 from app.door.connections import Connections
+from app.door.files import UPLOADS, Files
 from app.door.gate import Gate, Limits
 from app.door.log import MOST_LINES, LineLimit, Tally
 from app.door.rules import RUN, UPLOAD, Names, Refusal
@@ -337,6 +339,29 @@ def test_a_file_that_is_too_long_is_refused_while_it_arrives(served):
     body = UPLOADED.replace(b"PK", b"PK" * 50_000)
     answer = httpx.post(f"http://127.0.0.1:{served[0]}{UPLOAD}", content=iter([body[:70], body[70:]]), headers=FORM)
     assert answer.status_code == 413 and "MB" in answer.json()["detail"]
+
+
+# -- files
+
+
+def test_files_that_nobody_fetched_are_removed_and_there_is_room_for_a_few(tmp_path):
+    own = tmp_path / "own" / "font.woff"
+    own.parent.mkdir()
+    own.write_bytes(b"x" * 1000)
+    os.utime(own, (1, 1))
+    files = Files(tmp_path)
+    for n in range(UPLOADS - 1):
+        (tmp_path / f"up{n}").mkdir()
+        (tmp_path / f"up{n}" / "a.zip").write_bytes(b"x" * 100)
+        files.check_room(100)
+    (tmp_path / "up0" / "b.zip").write_bytes(b"x")
+    with pytest.raises(Refusal) as full:
+        files.check_room(100)
+    assert full.value.status == 503 and files.tidy() == 100 * (UPLOADS - 1) + 1
+    files.started_at -= 10_000
+    os.utime(tmp_path / "up1" / "a.zip", (time.time() - 2000,) * 2)
+    assert files.tidy() == 100 * (UPLOADS - 2) + 1 and not (tmp_path / "up1").exists() and own.exists()
+    files.check_room(100)
 
 
 # -- the log

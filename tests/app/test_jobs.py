@@ -237,6 +237,33 @@ def test_a_job_over_its_time_is_ended():
     use(scenario, job_seconds=4)
 
 
+def test_a_worker_without_a_sign_of_life_is_replaced():
+    async def scenario(worker):
+        await next_job_works(worker)
+        job = follow(worker.run("a", load("fake-endless")))
+        await started(worker)
+        await asyncio.sleep(6)
+        assert not job.done(), "it gives signs of life, though it reports nothing"
+        os.kill(worker.process.process.pid, signal.SIGSTOP)
+        error = await job
+        assert error.code == "E-TIME" and "“Loading”" in str(error) and not worker.process.alive
+        await next_job_works(worker)
+
+    use(scenario, silent_seconds=5)
+
+
+def test_a_step_without_progress_is_ended():
+    async def scenario(worker):
+        await next_job_works(worker)
+        worker.settings = replace(worker.settings, step_seconds=3)
+        error = await end_of(worker.run("a", load("fake-endless")))
+        assert error.code == "E-TIME" and "“Loading”" in str(error)
+        worker.settings = replace(worker.settings, step_seconds=60)
+        await next_job_works(worker)
+
+    use(scenario)
+
+
 @pytest.mark.parametrize("said", ["no pickle", "negative size", "endless size", "no tuple", "a call", "nothing", "no job"])
 def test_what_cannot_be_read_ends_the_job_with_a_sentence(said):
     async def scenario(worker):
