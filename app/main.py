@@ -85,7 +85,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
         from app.view.look import stylesheet, theme
 
         demo = build_app(ctx)
-        host = "0.0.0.0" if settings.on_space else host
+        host = "0.0.0.0" if settings.on_space else host  # noqa: S104 - a Space is reached from outside its container
         limits = install.limits(settings, host, demo, ctx.heartbeats)
         demo.queue(max_size=512, api_open=False, default_concurrency_limit=8)
         demo.launch(

@@ -99,7 +99,7 @@ def test_a_first_line_fits_the_map():
     assert not [line for line in lines if len(line) > make_map.WIDTH], "shorten the first line of the file's docstring"
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)

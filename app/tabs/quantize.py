@@ -72,7 +72,7 @@ class Quantize:
                 with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                     self.start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
                 self.window = gr.Number(WINDOW, precision=0, visible=False)
-                self.seed = gr.Number(0, precision=0, visible=False)
+                self.seed = gr.Number(0, precision=0, visible=False, elem_id="seed")
             self._folds()
             self.measure = gr.Checkbox(
                 True,

@@ -175,7 +175,7 @@ def calibration_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, 
     if body < 2:
         raise InputError(f"The window {window} has no room beside a prefix of {len(prefix)} tokens: raise it.",
                          code="E-PARAM-WINDOW")
-    wanted, generator = max(1, tokens // window), random.Random(seed)
+    wanted, generator = max(1, tokens // window), random.Random(seed)  # noqa: S311 - repeatable by its seed
     rows = _rows_by_character(source.text, tokenizer, body, wanted, generator)
     if rows is None:
         rows = _rows_by_token(encode(source.text, tokenizer), body, wanted, generator, window)

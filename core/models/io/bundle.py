@@ -6,6 +6,7 @@ is not trusted: names, count and sizes are checked before anything is written, t
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import zipfile
@@ -55,6 +56,10 @@ def unpack(archive: Path | str, folder: Path | str) -> None:
                     shutil.copyfileobj(data, file, _CHUNK)  # zipfile stops at the announced size
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise ArtifactError(f"This is no readable zip file ({type(error).__name__}): {_REMEDY}.", code="E-CKPT-BAD") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of the disk, not of a member whose place is before the file's beginning
+            raise
+        raise ArtifactError(f"This is no readable zip file (its places are wrong): {_REMEDY}.", code="E-CKPT-BAD") from error
     verify(folder, checksums=True)
 
 

@@ -100,3 +100,15 @@ def test_a_received_model_is_its_owners_alone(saved, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError):
         kept.receive(tmp_path / "b.zip", "mine")
     assert list((tmp_path / "cache" / "quantized").iterdir()) == []
+
+
+def test_a_member_before_the_beginning_of_the_file_is_refused(tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("manifest.json", "{}")
+    raw = bytearray(archive.read_bytes())
+    raw[-6:-2] = (int.from_bytes(raw[-6:-2], "little") + 65_536).to_bytes(4, "little")  # where the table of members begins
+    archive.write_bytes(raw)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match="no readable zip file"):
+        bundle.unpack(archive, tmp_path / "out")
