@@ -25,7 +25,7 @@ class BitNet:
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         with gr.Tab(texts.BITNET, id="bitnet") as self.tab:
-            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
+            with gr.Row(elem_classes="qs-controls qs-card", equal_height=True, visible=False) as self.controls:
                 self.run = gr.Dropdown(
                     [], label=texts.TERNARY_RUN, elem_id="ternary-run", filterable=False, scale=8, min_width=260, interactive=True
                 )
@@ -43,8 +43,10 @@ class BitNet:
                 with gr.Column(scale=1, min_width=180, elem_classes="qs-tight"):
                     self.read = gr.Button(texts.TERNARY_READ, elem_id="ternary-read")
             example = engine.ternary_model()
-            self.example = gr.Button(texts.OPEN_TERNARY.format(example), visible=bool(example), size="sm", elem_id="open-ternary")
             self.facts = gr.HTML(cards.hint(texts.TERNARY_EMPTY), elem_id="ternary-facts", apply_default_css=False)
+            self.example = gr.Button(
+                texts.OPEN_TERNARY.format(example), visible=bool(example), variant="primary", size="md", elem_id="open-ternary"
+            )
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=300):
                     self.sparsity = Chart(None, label=texts.SPARSITY_LABEL, height=260, elem_id="zeros", visible=False)
@@ -58,7 +60,7 @@ class BitNet:
                         self.inputs[site] = Chart(
                             None, label=texts.INPUT_LABEL.format(label), height=330, elem_id=f"input-{name}", visible=False
                         )
-            with gr.Accordion(texts.SPARSITY_TABLE, open=False):
+            with gr.Accordion(texts.SPARSITY_TABLE, open=False, visible=False) as self.fold:
                 self.layers = gr.HTML("", elem_id="zeros-table", apply_default_css=False)
             with gr.Accordion(texts.CURVES_TITLE, open=True, elem_id="training"):
                 _curves()
@@ -73,7 +75,8 @@ class BitNet:
     @property
     def results(self) -> list:
         """Components that a reading changes."""
-        return [self.example, self.facts, self.sparsity, self.weights, *self.inputs.values(), self.layers]
+        parts = [self.controls, self.example, self.facts, self.fold, self.layers]
+        return [*parts, self.sparsity, self.weights, *self.inputs.values()]
 
     def choices(self, session: Session, chosen: object = None, layer: int = 0) -> Updates:
         """List the ternary runs and the model's layers; `chosen` and `layer` if they exist, else the newest run."""
@@ -93,6 +96,8 @@ class BitNet:
             charts = (self.sparsity, self.weights, *self.inputs.values())
             example = gr.update(visible=run is None and bool(engine.ternary_model()))
             return {
+                self.controls: gr.update(visible=run is not None),
+                self.fold: gr.update(visible=False),
                 self.example: example,
                 self.facts: facts,
                 self.layers: "",
@@ -101,6 +106,8 @@ class BitNet:
         known = run.ternary
         drawn = {report.site: report for report in known.inputs.get(layer, [])}
         return {
+            self.controls: gr.update(visible=True),
+            self.fold: gr.update(visible=True),
             self.example: gr.update(visible=False),
             self.facts: facts_of(session, run),
             self.sparsity: gr.update(value=plots_bitnet.sparsity_map(known.sparsity), visible=True),

@@ -32,7 +32,7 @@ class Explore:
         with gr.Tab(texts.EXPLORE, id="explore") as self.tab:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.layer = gr.Slider(
-                    0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=140, elem_id="layer", buttons=[]
+                    0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=170, elem_id="layer", buttons=[]
                 )
                 self.kind = gr.Radio(
                     SITE_CHOICES,
@@ -51,7 +51,7 @@ class Explore:
                 with gr.Column(scale=5, min_width=320):
                     self.scatter = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
                     self.heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=380, elem_id="heatmap")
-                with gr.Column(scale=3, min_width=300):
+                with gr.Column(scale=3, min_width=320):
                     with gr.Column(elem_classes="qs-card"):
                         self.channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                         self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
@@ -141,8 +141,7 @@ class Explore:
         self.layer.input(ctx.guard(self.moved), inputs, outputs, trigger_mode="always_last", **LIGHT)
         for control in (self.kind, self.linear, self.same_axes, self.averaged):
             control.input(ctx.guard(self.moved), inputs, outputs, **LIGHT)
-        opened = self.tab.select(ctx.guard(self.opened), {ctx.key}, outputs, **LIGHT)
-        ctx.on(opened.then, self.released, {ctx.key}, outputs)
+        ctx.on(self.tab.select, self.opened, {ctx.key}, outputs)
         ctx.on(self.layer.release, self.released, {ctx.key}, outputs)
         ctx.on(self.scatter.select, self.clicked_point, {ctx.key}, outputs)
         ctx.on(self.heatmap.select, self.clicked_cell, {ctx.key}, outputs)
@@ -159,13 +158,16 @@ class Explore:
         kept = dict.fromkeys((self.layer, self.linear, self.same_axes, self.averaged), gr.skip())
         return {**self.shown(session), **kept}
 
-    def opened(self, values: Updates) -> Updates:
-        """Draw what was observed or selected while another tab was open."""
+    async def opened(self, values: Updates) -> AsyncIterator[Updates]:
+        """Draw what was observed or selected while another tab was open, and read the chosen channel."""
         session = self.ctx.session(values)
-        return self.shown(session) if session.ranges is not None else {}
+        if session.ranges is not None:
+            yield self.shown(session)
+            async for updates in self.read(session):
+                yield updates
 
     async def released(self, values: Updates) -> AsyncIterator[Updates]:
-        """Read the chosen channel after the layer's slider was released or the tab was opened."""
+        """Read the chosen channel after the layer's slider was released."""
         async for updates in self.read(self.ctx.session(values)):
             yield updates
 

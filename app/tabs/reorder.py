@@ -39,7 +39,7 @@ class Reorder:
                 )
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.clusters = gr.Slider(
-                    1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, scale=6, min_width=240, elem_id="g", buttons=[]
+                    1, MAX_CLUSTERS, 32, step=1, label=texts.CLUSTERS, scale=6, min_width=180, elem_id="g", buttons=[]
                 )
                 self.bits = gr.Dropdown(
                     [("2 bits", 2), ("3 bits", 3), ("4 bits", 4), ("8 bits", 8)],

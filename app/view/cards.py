@@ -172,12 +172,12 @@ def table(
         cells = "".join(f"<td>{dot if not place else ''}{_cell(cell)}</td>" for place, cell in enumerate(row))
         chosen = f' data-index="{index}" tabindex="0" role="button"' if pick else ""
         body.append(f"<tr{chosen}>{cells}</tr>")
-    note = f"<caption>{escape(caption)}</caption>" if caption else ""
+    note = f'<p class="qs-caption">{escape(caption)}</p>' if caption else ""
     kind = "qs-table qs-pick" if pick else "qs-table"
     name = escape(caption or headers[0])
     return (
-        f'<div class="qs-scroll" tabindex="0" role="region" aria-label="{name}">'
-        f'<table class="{kind}">{note}<thead><tr>{head}</tr></thead>'
+        f'{note}<div class="qs-scroll" tabindex="0" role="region" aria-label="{name}">'
+        f'<table class="{kind}" aria-label="{name}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -50,7 +50,7 @@ function template(theme, family) {
                  ticks: '', automargin: true, title: { font: { size: 12, color: theme.muted }, standoff: 6 }, tickfont: { size: 11, color: theme.muted } };
   return { layout: {
     font: { family, size: 12, color: theme.ink }, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
-    xaxis: axis, yaxis: axis,
+    xaxis: axis, yaxis: { ...axis, ticklabelstandoff: 5 },
     hoverlabel: { bgcolor: theme.panel, bordercolor: theme.faint, font: { color: theme.ink, family, size: 12 }, align: 'left', namelength: -1 },
     modebar: { bgcolor: 'rgba(0,0,0,0)', color: theme.faint, activecolor: theme.ink },
     coloraxis: { colorbar: { tickfont: { size: 11 } } },

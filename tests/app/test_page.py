@@ -50,10 +50,10 @@ def test_new_ranges_are_drawn_on_the_open_tab_alone(page, ctx, wait, drawn, tab)
     assert set(drawn) == {tab} & {"explore", "reorder"}
     assert (session.channel is not None) == (tab == "explore"), "its values are read where they are seen"
     assert any(page.compare.runs in update for update in updates)
-    for name in ("reorder", "explore"):
-        tab = getattr(page, name)
-        opened = tab.opened({ctx.key: session.key})
-        assert opened[tab.scatter]["data"] and opened[tab.layer]["value"] == session.selection.layer
+    explored = wait(collect(page.explore.opened({ctx.key: session.key})))
+    for view, shown in ((page.explore, explored[0]), (page.reorder, page.reorder.opened({ctx.key: session.key}))):
+        assert shown[view.scatter]["data"] and shown[view.layer]["value"] == session.selection.layer
+    assert session.channel is not None and "<mark>" in explored[-1][page.explore.tokens]
 
 
 def test_g_moved_elsewhere_draws_reorder_only_where_it_is_open(page, ctx, wait, drawn):
@@ -77,7 +77,7 @@ def test_a_model_of_one_layer_has_no_slider_of_layers(page, ctx, wait):
     assert page.reorder.opened({ctx.key: session.key})[page.reorder.layer]["visible"] is False
     assert page.explore.moved({ctx.key: session.key, page.explore.layer: 0, page.explore.kind: "q", **switches(page)})
     wait(observe(page, session))
-    assert page.explore.opened({ctx.key: session.key})[page.explore.layer]["visible"] is True
+    assert wait(collect(page.explore.opened({ctx.key: session.key})))[0][page.explore.layer]["visible"] is True
 
 
 def switches(page):
