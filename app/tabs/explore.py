@@ -32,13 +32,13 @@ class Explore:
         with gr.Tab(texts.EXPLORE, id="explore") as self.tab:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.layer = gr.Slider(
-                    0, 1, 0, step=1, label=texts.LAYER, scale=2, min_width=170, elem_id="layer", buttons=[]
+                    0, 1, 0, step=1, label=texts.LAYER, scale=1, min_width=170, elem_id="layer", buttons=[]
                 )
                 self.kind = gr.Radio(
                     SITE_CHOICES,
                     value="down_in",
                     label=texts.SITE,
-                    scale=9,
+                    scale=12,
                     min_width=300,
                     elem_id="site",
                     elem_classes="qs-pills",
@@ -48,10 +48,10 @@ class Explore:
                     self.same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
                     self.averaged = gr.Checkbox(False, label=texts.AVERAGED, container=False, elem_id="averaged")
             with gr.Row(equal_height=False):
-                with gr.Column(scale=5, min_width=320):
+                with gr.Column(scale=5, min_width=300):
                     self.scatter = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
                     self.heatmap = Chart(None, label=texts.HEATMAP_LABEL, height=380, elem_id="heatmap")
-                with gr.Column(scale=3, min_width=320):
+                with gr.Column(scale=3, min_width=340):
                     with gr.Column(elem_classes="qs-card"):
                         self.channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                         self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
