@@ -32,7 +32,7 @@ class Explore:
         with gr.Tab(texts.EXPLORE, id="explore") as self.tab:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.layer = gr.Slider(
-                    0, 1, 0, step=1, label=texts.LAYER, scale=1, min_width=170, elem_id="layer", buttons=[]
+                    0, 1, 0, step=1, label=texts.LAYER, scale=1, min_width=155, elem_id="layer", buttons=[]
                 )
                 self.kind = gr.Radio(
                     SITE_CHOICES,
