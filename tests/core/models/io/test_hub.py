@@ -20,7 +20,7 @@ from tests.core.models.io.malformed import LLAMA, good_safetensors
 REPO = {
     "config.json": json.dumps(LLAMA).encode(),
     "model.safetensors": good_safetensors(),
-    "tokenizer.json": b"{}",
+    "tokenizer.json": b'{"model": {"vocab": {}}}',
     "README.md": b"# no",
     "pytorch_model.bin": b"\x80\x04",
     "modeling.py": b"raise SystemExit",
