@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
 from core.recipe import FLOAT_BITS, QuantRecipe
 from core.report import WeightError
+
+Made = TypeVar("Made")
 
 SEARCHED_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=True)
 """Range rules of RPTQ's variant default and of the matched baseline."""
@@ -49,12 +52,23 @@ class LayerStatistics:
         calibrated: ranges for scales where a method calibrates apart from clustering; else the same object as `ranges`.
         hessians: Xᵀ X [K, K] per linear input site, original order; empty when not asked for.
         importance: per linear input site [C], mean square of the weight columns that read it.
+        made: what plans of these statistics were made of so far, by all that it depends on: see `once`.
     """
 
     ranges: dict[str, ChannelRanges]
     calibrated: dict[str, ChannelRanges]
     hessians: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
+    made: dict[Hashable, object] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what `make` gives, made at most once for each key: a second plan only makes what differs from the first.
+
+        Args: key: everything that the result depends on beside these statistics.
+        """
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 class Method(Protocol):

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,8 @@ from core.methods.base import (
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
-from core.quant.observer import RangeRules, plan_site
-from core.recipe import REORDERS, SITES, QuantRecipe
+from core.quant.observer import RangeRules, SitePlan, plan_site
+from core.recipe import REORDERS, QuantRecipe
 from core.report import WeightError
 
 PLAIN_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
@@ -52,14 +54,12 @@ class RoundToNearest:
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Choose the grids of one layer: one per site, or one per group of neighbours in the matched variant."""
         bits, matched = recipe.tensor_bits, recipe.variant == "matched"
-        importance = channel_importance(stats, spec) if matched else {}
-        groups = {site: getattr(recipe.clusters, name) for name, sites in REORDERS.items() for site in sites}
         sites = {}
-        for site in SITES:
-            heads = {"q": spec.heads, "o_in": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}.get(site, 1)
-            offsets = equal_groups(spec.width(site), groups[site], heads) if matched else torch.tensor([0, spec.width(site)])
-            rules = SEARCHED_RANGES if matched else PLAIN_RANGES
-            sites[site] = plan_site(stats.calibrated[site], offsets, bits.site(site), rules, importance.get(site))
+        for name, members in REORDERS.items():
+            count = getattr(recipe.clusters, name) if matched else None
+            for site in members:
+                key = ("site", site, bits.site(site), count)
+                sites[site] = stats.once(key, partial(_plan_site, stats, site, bits.site(site), count, spec))
         return LayerPlan({}, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
     def apply_layer(
@@ -67,6 +67,16 @@ class RoundToNearest:
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Quantise the weights in the groups of their inputs and attach the quantisers."""
         return build_block(block, plan, hessians=stats.hessians, grid=Grid.EXACT)
+
+
+def _plan_site(stats: LayerStatistics, site: str, bits: int, count: int | None, spec: BlockSpec) -> SitePlan:
+    """Choose the grids of one site: of `count` groups of neighbours (per head where a site has heads), None for one range."""
+    if count is None:
+        return plan_site(stats.calibrated[site], torch.tensor([0, spec.width(site)]), bits, PLAIN_RANGES)
+    heads = {"q": spec.heads, "o_in": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}.get(site, 1)
+    importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)
+    offsets = equal_groups(spec.width(site), count, heads)
+    return plan_site(stats.calibrated[site], offsets, bits, SEARCHED_RANGES, importance)
 
 
 def equal_groups(width: int, count: int, heads: int) -> Tensor:

@@ -8,7 +8,9 @@ Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
-from core.quant.observer import RangeRules, plan_site
+from core.quant.observer import RangeRules, SitePlan, plan_site
 from core.quant.ranges import ChannelRanges
 from core.recipe import FLOAT_BITS, INPUT_SITE, REORDERS, QuantRecipe
 from core.report import WeightError
@@ -163,25 +165,17 @@ class RPTQ:
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Choose clusters, order and grids of one layer."""
-        bits, rules = recipe.tensor_bits, rules_of(recipe)
-        wanted = ["R1", "R3", "R4", "R5"] if bits.q == bits.k == FLOAT_BITS else ["R1", "R2", "R3", "R4", "R5"]
-        clusters = {
-            name: reorder_clusters(name, stats.ranges, recipe, groups=spec.groups, head_dim=spec.head_dim) for name in wanted
-        }
-        importance = channel_importance(stats, spec)
+        bits = recipe.tensor_bits
+        wanted = [name for name in REORDERS if name != "R2" or min(bits.q, bits.k) < FLOAT_BITS]
+        heads, clusters, keys = {"groups": spec.groups, "head_dim": spec.head_dim}, {}, {}
+        for name in wanted:
+            keys[name] = _depends_on(name, recipe)
+            clusters[name] = stats.once(keys[name], partial(reorder_clusters, name, stats.ranges, recipe, **heads))
         sites = {}
-        for site, found in _layout(clusters, spec).items():
-            order, offsets = found.order, found.offsets
-            weight = importance.get(site)
-            weight = None if weight is None else weight[order]
-            ranges = stats.calibrated[site].permuted(order)
-            spare = bits.site(site) < 8 and recipe.segments == "pow2"
-            if site in INPUT_SITE.values() and recipe.segments != "exact" and not spare:
-                limit = most_runs(len(order)) if bits.site(site) < FLOAT_BITS else len(offsets) - 1
-                offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
-            sites[site] = plan_site(ranges, offsets, bits.site(site), rules.ranges, weight)
-            if site in INPUT_SITE.values() and spare:
-                sites[site] = power_of_two(sites[site], ranges)
+        for name, members in REORDERS.items():
+            for site in members:
+                key = ("site", site, bits.site(site), recipe.segments, rules_of(recipe), keys.get(name))
+                sites[site] = stats.once(key, partial(_plan_site, stats, site, clusters.get(name), recipe, spec))
         orders = {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
         return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
@@ -200,15 +194,30 @@ def _local(order: Tensor, head_dim: int) -> Tensor:
     return order.view(-1, head_dim) % head_dim
 
 
-def _layout(clusters: dict[str, ChannelClusters], spec: BlockSpec) -> dict[str, ChannelClusters]:
-    """Return order and clusters of every site; sites of reorderings that are not used keep their order in one cluster."""
-    return {
-        site: site_clusters(site, clusters[name], groups=spec.groups, head_dim=spec.head_dim)
-        if name in clusters
-        else ChannelClusters.identity(spec.width(site))
-        for name, sites in REORDERS.items()
-        for site in sites
-    }
+def _depends_on(name: str, recipe: QuantRecipe) -> Hashable:
+    """Collect all of a recipe that `reorder_clusters` looks at."""
+    kv_only = recipe.tensor_bits.q == recipe.tensor_bits.o_in == FLOAT_BITS
+    return "clusters", name, getattr(recipe.clusters, name), rules_of(recipe), recipe.seed, name in ("R2", "R3") and kv_only
+
+
+def _plan_site(
+    stats: LayerStatistics, site: str, clusters: ChannelClusters | None, recipe: QuantRecipe, spec: BlockSpec
+) -> SitePlan:
+    """Choose the grids of one site in the clusters of its reordering, None where there is none."""
+    found = ChannelClusters.identity(spec.width(site))
+    if clusters is not None:
+        found = site_clusters(site, clusters, groups=spec.groups, head_dim=spec.head_dim)
+    bits, order, offsets = recipe.tensor_bits.site(site), found.order, found.offsets
+    importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)
+    weight = None if importance is None else importance[order]
+    ranges = stats.calibrated[site].permuted(order)
+    few = recipe.segments != "exact" and site in INPUT_SITE.values()
+    spare = few and bits < 8 and recipe.segments == "pow2"
+    if few and not spare:
+        limit = most_runs(len(order)) if bits < FLOAT_BITS else len(offsets) - 1
+        offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
+    plan = plan_site(ranges, offsets, bits, rules_of(recipe).ranges, weight)
+    return power_of_two(plan, ranges) if spare else plan
 
 
 METHOD = RPTQ()
