@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
 from core.recipe import FLOAT_BITS, QuantRecipe
@@ -71,6 +72,18 @@ class LayerStatistics:
         return self.made[key]
 
 
+class SiteKey(NamedTuple):
+    """All of a recipe that the plan of one site, or the rounding of one weight, depends on: bits, clusters, and the rest."""
+
+    bits: int
+    clusters: int
+    rest: Hashable
+
+
+Fake = Callable[[Tensor], Tensor]
+"""Rounds a site's tensor [B, T, C], channels in the model's own order, and returns a new one in floating point."""
+
+
 class Method(Protocol):
     """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and does not change its inputs.
 
@@ -90,6 +103,24 @@ class Method(Protocol):
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
+
+    def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `plan_site` depends on beside the statistics."""
+
+    def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `fake_weight` of the linear layer `name` depends on beside the statistics."""
+
+    def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
+        """Decide clusters, scales and bits of one site: what `plan_layer` says of it."""
+
+    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
+        """Make the function that rounds a site as the quantised layer does; None where the site stays in float."""
+
+    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
+        """Round the weight [N, K] of a float layer to nearest, columns in the model's own order; None where it stays as it is.
+
+        Args: plan: of the site that the layer reads.
+        """
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe

@@ -14,16 +14,19 @@ Source: BitNet a4.8 (arXiv:2411.04965), section 2.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from core.methods.base import LayerPlan, LayerStatistics
+from core.checks import FLOAT_BITS
+from core.methods.base import Fake, LayerPlan, LayerStatistics, SiteKey
 from core.models.architectures import BlockSpec
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
 from core.quant.dynamic import MODES, quantize_input
 from core.quant.kv_grid import fake_per_row
+from core.quant.linear.base import LinearLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.observer import SitePlan, sqnr_db
 from core.recipe import INPUT_SITE, SITES, BitNetOptions, QuantRecipe
@@ -49,26 +52,39 @@ class BitNet:
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Record the bits of every site and the noise that its dynamic quantiser makes on sampled rows."""
-        bits = recipe.tensor_bits
-        sites = {}
-        for site in SITES:
-            whole = torch.tensor([0, spec.width(site)])
-            rows = stats.ranges[site].rows
-            found = _approximation(site, rows, recipe.bitnet, spec)
-            sites[site] = SitePlan(bits.site(site), whole, None, None if found is None else sqnr_db(rows, found))
+        sites = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
         return LayerPlan({}, sites, softmax_bits=16, weight_bits=2, sink_tokens=0)
+
+    def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `plan_site` depends on beside the statistics."""
+        return SiteKey(recipe.tensor_bits.site(site), 1, _rules(recipe.bitnet))
+
+    def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `fake_weight` depends on: nothing, weights are ternary."""
+        return SiteKey(2, 1, "ternary")
+
+    def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
+        """Record the bits of one site and the noise that its dynamic quantiser makes on sampled rows."""
+        key = self.site_key(site, recipe)
+        return stats.once(("bitnet", site, key), partial(_plan_site, stats.ranges[site].rows, site, key, spec))
+
+    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
+        """Make the function that rounds a site token by token."""
+        return fake_dynamic(site, _rules(recipe.bitnet), spec)
+
+    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
+        """Round a float weight to ternary, each projection by its own mean."""
+        if isinstance(linear, TernaryLinear):
+            return None
+        weight = linear.dequantized_weight().to(torch.float32)
+        return TernaryLinear.from_weights(list(weight.split(_rows(name, spec)))).dequantized_weight()
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Build a block with the same norms and ternary layers, made of its ternary weights or of its float ones, rounded."""
-        options, layers, errors = recipe.bitnet, {}, {}
-        rules = replace(
-            block.rules or BitNetRules(options.mode),
-            mode=options.mode,
-            keep=options.keep,
-            attention=AttentionBits(options.kv_bits, options.bos_bits, options.q_bits),
-        )
+        layers, errors = {}, {}
+        rules = _rules(recipe.bitnet, block.rules)
         for name, linear in block.linears().items():
             kind = rules.kind(INPUT_SITE[name])
             if isinstance(linear, TernaryLinear):
@@ -93,15 +109,38 @@ def _rows(name: str, spec: BlockSpec) -> list[int]:
     return [spec.hidden]
 
 
-def _approximation(site: str, rows: Tensor, options: BitNetOptions, spec: BlockSpec) -> Tensor | None:
-    """Quantise and dequantise rows [R, C] of a site; None where it is not quantised. The first token's bits are left out."""
-    if site in MODES[options.mode]:
-        codes, scale = quantize_input(rows, MODES[options.mode][site], keep=options.keep)
-        return codes * scale
-    bits = options.q_bits if site == "q" else options.kv_bits
-    if bits >= 16:
+def _rules(options: BitNetOptions, trained: BitNetRules | None = None) -> BitNetRules:
+    """Return the rules that a recipe asks for, of a model trained by `trained`."""
+    attention = AttentionBits(options.kv_bits, options.bos_bits, options.q_bits)
+    return replace(trained or BitNetRules(options.mode), mode=options.mode, keep=options.keep, attention=attention)
+
+
+def _plan_site(rows: Tensor, site: str, key: SiteKey, spec: BlockSpec) -> SitePlan:
+    """Record the bits of a site and the noise on rows [R, C]; the first token's own bits are left out."""
+    rules = replace(key.rest, attention=replace(key.rest.attention, bos=key.rest.attention.kv))
+    fake, whole = fake_dynamic(site, rules, spec), torch.tensor([0, spec.width(site)])
+    return SitePlan(key.bits, whole, None, None if fake is None else sqnr_db(rows, fake(rows[None])[0]))
+
+
+def fake_dynamic(site: str, rules: BitNetRules, spec: BlockSpec) -> Fake | None:
+    """Make the function that rounds a site [B, T, C] token by token, as `rules` say; None where it stays in float."""
+    if site in MODES[rules.mode]:
+        kind = rules.kind(site)
+        return None if kind == "fp" else partial(_fake_input, kind=kind, keep=rules.keep)
+    attention = rules.attention
+    if (attention.q if site == "q" else attention.kv) >= FLOAT_BITS:
         return None
-    return fake_per_row(rows.unflatten(-1, (-1, spec.head_dim)), bits).flatten(-2)
+    rounded = partial(fake_per_row, bits=attention.q) if site == "q" else partial(attention.kv_grid.fake, past=0)
+
+    def fake(x: Tensor) -> Tensor:
+        return rounded(x.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    return fake
+
+
+def _fake_input(x: Tensor, *, kind: str, keep: float) -> Tensor:
+    codes, scale = quantize_input(x, kind, keep=keep)
+    return codes * scale
 
 
 METHOD = BitNet()

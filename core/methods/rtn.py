@@ -19,16 +19,20 @@ from core.methods.apply import build_block
 from core.methods.base import (
     FLOAT_FIRST_TOKENS,
     SEARCHED_RANGES,
+    Fake,
     LayerPlan,
     LayerStatistics,
+    SiteKey,
     channel_importance,
     rounds_by_gptq,
 )
+from core.methods.fake import fake_site, fake_weight
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan, plan_site
-from core.recipe import REORDERS, QuantRecipe
+from core.recipe import INPUT_SITE, REORDERS, SITES, QuantRecipe
 from core.report import WeightError
 
 PLAIN_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
@@ -53,14 +57,31 @@ class RoundToNearest:
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Choose the grids of one layer: one per site, or one per group of neighbours in the matched variant."""
-        bits, matched = recipe.tensor_bits, recipe.variant == "matched"
-        sites = {}
-        for name, members in REORDERS.items():
-            count = getattr(recipe.clusters, name) if matched else None
-            for site in members:
-                key = ("site", site, bits.site(site), count)
-                sites[site] = stats.once(key, partial(_plan_site, stats, site, bits.site(site), count, spec))
+        bits, sites = recipe.tensor_bits, {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
         return LayerPlan({}, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
+
+    def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `plan_site` depends on beside the statistics."""
+        matched = recipe.variant == "matched"
+        name = next(name for name, sites in REORDERS.items() if site in sites)
+        return SiteKey(recipe.tensor_bits.site(site), getattr(recipe.clusters, name) if matched else 1, matched)
+
+    def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `fake_weight` depends on beside the statistics."""
+        return self.site_key(INPUT_SITE[name], recipe)._replace(bits=recipe.tensor_bits.weights)
+
+    def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
+        """Choose the grid of one site, or one per group of neighbours in the matched variant."""
+        key = self.site_key(site, recipe)
+        return stats.once(("rtn", site, key), partial(_plan_site, stats, site, key, spec))
+
+    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
+        """Make the function that rounds a site."""
+        return fake_site(plan, self.sink_tokens(recipe))
+
+    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
+        """Round a weight to nearest in the groups of its input."""
+        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=Grid.EXACT)
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
@@ -69,9 +90,10 @@ class RoundToNearest:
         return build_block(block, plan, hessians=stats.hessians, grid=Grid.EXACT)
 
 
-def _plan_site(stats: LayerStatistics, site: str, bits: int, count: int | None, spec: BlockSpec) -> SitePlan:
-    """Choose the grids of one site: of `count` groups of neighbours (per head where a site has heads), None for one range."""
-    if count is None:
+def _plan_site(stats: LayerStatistics, site: str, key: SiteKey, spec: BlockSpec) -> SitePlan:
+    """Choose the grids of one site: of the matched variant's groups of neighbours (per head where a site has heads), or one."""
+    bits, count, matched = key
+    if not matched:
         return plan_site(stats.calibrated[site], torch.tensor([0, spec.width(site)]), bits, PLAIN_RANGES)
     heads = {"q": spec.heads, "o_in": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}.get(site, 1)
     importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)

@@ -46,6 +46,7 @@ class SitePlan:
         params: scale and zero point per cluster [G]; None at 16 bits.
         sqnr_db: signal to quantisation noise on sampled calibration rows, dB; None at 16 bits.
         weight_offsets: clusters of the weight columns that read the site where they are not `offsets`.
+        order: [C] int64, new = old[order], where the planned order is not the model's own.
     """
 
     bits: int
@@ -53,6 +54,7 @@ class SitePlan:
     params: QParams | None
     sqnr_db: float | None
     weight_offsets: Tensor | None = None
+    order: Tensor | None = None
 
 
 def plan_site(ranges: ChannelRanges, offsets: Tensor, bits: int, rules: RangeRules, importance: Tensor | None = None) -> SitePlan:

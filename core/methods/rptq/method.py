@@ -9,7 +9,7 @@ Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,20 +20,24 @@ from core.methods.apply import build_block
 from core.methods.base import (
     FLOAT_FIRST_TOKENS,
     SEARCHED_RANGES,
+    Fake,
     LayerPlan,
     LayerStatistics,
+    SiteKey,
     channel_importance,
     rounds_by_gptq,
 )
+from core.methods.fake import fake_site, fake_weight
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import Orders, query_channels, reorder_block
 from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
+from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan, plan_site
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, INPUT_SITE, REORDERS, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, REORDERS, SITES, QuantRecipe
 from core.report import WeightError
 
 
@@ -165,26 +169,41 @@ class RPTQ:
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Choose clusters, order and grids of one layer."""
-        bits = recipe.tensor_bits
-        wanted = [name for name in REORDERS if name != "R2" or min(bits.q, bits.k) < FLOAT_BITS]
-        heads, clusters, keys = {"groups": spec.groups, "head_dim": spec.head_dim}, {}, {}
-        for name in wanted:
-            keys[name] = _depends_on(name, recipe)
-            clusters[name] = stats.once(keys[name], partial(reorder_clusters, name, stats.ranges, recipe, **heads))
-        sites = {}
-        for name, members in REORDERS.items():
-            for site in members:
-                key = ("site", site, bits.site(site), recipe.segments, rules_of(recipe), keys.get(name))
-                sites[site] = stats.once(key, partial(_plan_site, stats, site, clusters.get(name), recipe, spec))
+        clusters = {name: _clusters(name, stats, recipe, spec) for name in _reordered(recipe)}
         orders = {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
+        sites = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
+        bits = recipe.tensor_bits
         return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
+
+    def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `plan_site` depends on beside the statistics."""
+        name = _reorder_of(site)
+        key = _cluster_key(name, recipe) if name in _reordered(recipe) else None
+        count = getattr(recipe.clusters, name) if key else 1
+        return SiteKey(recipe.tensor_bits.site(site), count, (recipe.segments, rules_of(recipe), key and key[2:]))
+
+    def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
+        """Collect what `fake_weight` depends on beside the statistics."""
+        site = self.site_key(INPUT_SITE[name], recipe)
+        return SiteKey(recipe.tensor_bits.weights, site.clusters, (site.rest, recipe.segments == "exact" or site.bits))
+
+    def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
+        """Choose clusters, order and grids of one site."""
+        return stats.once(("site", site, self.site_key(site, recipe)), partial(_plan_site, stats, site, recipe, spec))
+
+    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
+        """Make the function that rounds a site to its clusters' grids."""
+        return fake_site(plan, self.sink_tokens(recipe))
+
+    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
+        """Round a weight to nearest in the clusters of its input."""
+        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=rules_of(recipe).ranges.grid)
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Apply the orders to the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
-        orders = {site: plan.orders[name] for site, name in (("attn_in", "R1"), ("mlp_in", "R4"), ("down_in", "R5"))}
-        orders["o_in"] = query_channels(plan.orders["R3"], block.spec.groups)
+        orders = {site: plan.sites[site].order for site in INPUT_SITE.values()}
         reordered, grid = reorder_block(block, Orders(**plan.orders)), rules_of(recipe).ranges.grid
         return build_block(reordered, plan, hessians=stats.hessians, grid=grid, orders=orders)
 
@@ -194,20 +213,35 @@ def _local(order: Tensor, head_dim: int) -> Tensor:
     return order.view(-1, head_dim) % head_dim
 
 
-def _depends_on(name: str, recipe: QuantRecipe) -> Hashable:
-    """Collect all of a recipe that `reorder_clusters` looks at."""
+def _reorder_of(site: str) -> str:
+    """Return the reordering that a site takes part in."""
+    return next(name for name, sites in REORDERS.items() if site in sites)
+
+
+def _reordered(recipe: QuantRecipe) -> tuple[str, ...]:
+    """Return the reorderings that a recipe makes: R2 only serves quantised queries and keys."""
+    bits = recipe.tensor_bits
+    return tuple(name for name in REORDERS if name != "R2" or min(bits.q, bits.k) < FLOAT_BITS)
+
+
+def _cluster_key(name: str, recipe: QuantRecipe) -> tuple[Hashable, ...]:
+    """Collect all of a recipe that `reorder_clusters` depends on."""
     kv_only = recipe.tensor_bits.q == recipe.tensor_bits.o_in == FLOAT_BITS
-    return "clusters", name, getattr(recipe.clusters, name), rules_of(recipe), recipe.seed, name in ("R2", "R3") and kv_only
+    return name, getattr(recipe.clusters, name), rules_of(recipe), recipe.seed, name in ("R2", "R3") and kv_only
 
 
-def _plan_site(
-    stats: LayerStatistics, site: str, clusters: ChannelClusters | None, recipe: QuantRecipe, spec: BlockSpec
-) -> SitePlan:
-    """Choose the grids of one site in the clusters of its reordering, None where there is none."""
-    found = ChannelClusters.identity(spec.width(site))
-    if clusters is not None:
-        found = site_clusters(site, clusters, groups=spec.groups, head_dim=spec.head_dim)
-    bits, order, offsets = recipe.tensor_bits.site(site), found.order, found.offsets
+def _clusters(name: str, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> ChannelClusters:
+    """Cluster one reordering of a layer, once."""
+    make = partial(reorder_clusters, name, stats.ranges, recipe, groups=spec.groups, head_dim=spec.head_dim)
+    return stats.once(_cluster_key(name, recipe), make)
+
+
+def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
+    """Choose the grids of one site in the clusters of its reordering."""
+    bits, name, found = recipe.tensor_bits.site(site), _reorder_of(site), ChannelClusters.identity(spec.width(site))
+    if name in _reordered(recipe):
+        found = site_clusters(site, _clusters(name, stats, recipe, spec), groups=spec.groups, head_dim=spec.head_dim)
+    order, offsets = found.order, found.offsets
     importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)
     weight = None if importance is None else importance[order]
     ranges = stats.calibrated[site].permuted(order)
@@ -217,7 +251,7 @@ def _plan_site(
         limit = most_runs(len(order)) if bits < FLOAT_BITS else len(offsets) - 1
         offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
     plan = plan_site(ranges, offsets, bits, rules_of(recipe).ranges, weight)
-    return power_of_two(plan, ranges) if spare else plan
+    return replace(power_of_two(plan, ranges) if spare else plan, order=order)
 
 
 METHOD = RPTQ()
