@@ -101,7 +101,10 @@ class Decoder(nn.Module):
         if places is None:
             past = 0 if cache is None else cache.get_seq_length()
             places = torch.arange(past, past + ids.shape[1], device=device)[None]
-        h = self.run(*self.enter(ids.to(device), places), cache)
+        return self.leave(self.run(*self.enter(ids.to(device), places), cache))
+
+    def leave(self, h: Tensor) -> Tensor:
+        """Compute what the head reads, [B, T, D], of hidden states [B, T, D] that leave the last block."""
         h = h if self.norm is None else self.norm(h)
         return h if self.project_out is None else self.project_out(h)
 

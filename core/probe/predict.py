@@ -1,0 +1,128 @@
+"""Predict the divergence that each cell of a recipe causes, without a forward pass.
+
+For a site with δ = quantised - float, and u[s, b, t, c] = g[s, b, t, c] δ[b, t, c] for S draws of labels, B windows, T tokens, N = B T:
+
+    KLD ≈ 1 / (2 N S) · Σ_sb [ Σ_t (Σ_c u)²  +  Σ_c (Σ_t u)²  -  Σ_tc u² ]          nats per token
+
+The exact quadratic form is Σ_sb (Σ_tc u)² / (2 N S), one squared number per draw and window: unbiased, but far too noisy. Its terms
+between different tokens *and* different channels average to nothing; kept are those of equal tokens (first sum) and of equal channels
+(second sum), each of which has hundreds of independent parts. The second sum holds what is the same at many tokens: channels that
+always round the same way, and rounded weights, whose error is one matrix for all tokens.
+
+Weights are rounded to nearest. The error of o and down is taken at their outputs, that of qkv at q, k and v, that of up at down_in, by
+running the block up to there; that of a quantised softmax at o_in. The costs of cells add up (`Prediction.total`); where they are
+large, cells interact and the sum reads low. docs/predict.md has the measurements. Source: docs/predict.md, "The estimator".
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from core.methods.base import SiteKey
+from core.models.decoder import CausalModel
+from core.probe.layers import see
+from core.probe.plans import CELLS, Layer, cell_key, cell_name
+from core.probe.probe import Probe
+from core.probe.report import Prediction
+from core.probe.statistics import Observed, Statistics
+from core.methods import method
+from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
+
+AHEAD = {"qkv": ("q", "k", "v"), "up": ("down_in",), "softmax": ("o_in",)}
+"""Where the error of a cell that is no site is seen."""
+
+
+def fisher(gradients: Tensor, error: Tensor) -> float:
+    """Compute the predicted KLD of an error, nats per token.
+
+    Args:
+        gradients: [S, B, T, C]. error: [B, T, C], quantised minus float.
+    """
+    u = gradients * error
+    draws, windows, tokens, _ = u.shape
+    by_token, by_channel = u.sum(-1).square().sum(), u.sum(2).square().sum()
+    total = by_token.double() + by_channel.double() - u.square().sum().double()
+    return max(0.0, float(total)) / (2 * windows * tokens * draws)
+
+
+@torch.no_grad()
+def predict(
+    probe: Probe, model: CausalModel, statistics: Statistics, recipe: QuantRecipe, *, seconds: float = math.inf
+) -> Prediction:
+    """Predict the divergence of every cell of a recipe.
+
+    Args:
+        statistics: of the recipe's calibration (`collect_statistics`).
+        seconds: stop computing after these; cells that are not known then are estimated from other bits and clusters.
+    """
+    start = time.perf_counter()
+    cells: dict[str, float] = {}
+    estimated, unknown = [], []
+    for layer, cell, table, key in _tables(probe, model, recipe):
+        name, place = cell_name(layer, cell), (key.bits, key.clusters)
+        if place not in table and time.perf_counter() - start < seconds:
+            table[place] = _predict_cell(probe, model, statistics, recipe, layer, cell)
+        if place in table:
+            cells[name] = table[place]
+        elif (guess := _neighbours(table, *place)) is not None:
+            cells[name] = guess
+            estimated.append(name)
+        else:
+            unknown.append(name)
+    total = math.fsum(cells.values())
+    return Prediction(cells, total, tuple(estimated), tuple(unknown), probe.noise_floor, time.perf_counter() - start)
+
+
+def _tables(
+    probe: Probe, model: CausalModel, recipe: QuantRecipe
+) -> Iterator[tuple[int, str, dict[tuple[int, int], float], SiteKey]]:
+    """Yield every cell that a recipe changes: layer, cell, what is known of it by (bits, clusters), and the recipe's key."""
+    planner = method(recipe.method)
+    context = (recipe.method, Observed.by(planner, recipe), planner.sink_tokens(recipe))
+    keys = {cell: cell_key(recipe, cell) for cell in CELLS}
+    for layer, block in enumerate(model.blocks):
+        for cell, key in keys.items():
+            if key.bits < FLOAT_BITS or not (block.is_float or cell == "softmax"):
+                yield layer, cell, probe.cells.setdefault((layer, cell, key.rest, context), {}), key
+
+
+def _predict_cell(
+    probe: Probe, model: CausalModel, statistics: Statistics, recipe: QuantRecipe, index: int, cell: str
+) -> float:
+    """Compute one cell of `predict`."""
+    layer, kept = Layer.of(model, index, statistics, recipe), probe.layers[index]
+    change = layer.change(cell)
+    if cell in AHEAD:
+        if not change.weights and cell in INPUT_SITE:
+            return 0.0
+        seen = see(layer.block, probe.hidden[index], probe.rotary, change, AHEAD[cell])
+        errors = [seen[site] - kept.values[site].get() for site in AHEAD[cell]]
+        gradients = [kept.gradients[site].get() for site in AHEAD[cell]]
+        return fisher(torch.cat(gradients, dim=-1), torch.cat(errors, dim=-1))
+    site = INPUT_SITE.get(cell, cell)
+    x = kept.values[site].get()
+    own = layer.own.sites[site](x) if site in layer.own.sites else x
+    if cell == site:
+        return fisher(kept.gradients[site].get(), (change.sites[site](x) if site in change.sites else x) - own)
+    if cell not in change.weights:
+        return 0.0
+    error = change.weights[cell] - layer.block.linears()[cell].dequantized_weight()
+    return fisher(kept.gradients[cell].get(), torch.nn.functional.linear(own, error))
+
+
+def _neighbours(table: dict[tuple[int, int], float], bits: int, clusters: int) -> float | None:
+    """Estimate a cell from what is known of it: along log(clusters) between known counts, 6 dB for a bit; None if nothing is."""
+    if not table:
+        return None
+    nearest = min({b for b, _ in table}, key=lambda b: abs(b - bits))
+    known = sorted((math.log(count), math.log(max(value, 1e-30))) for (b, count), value in table.items() if b == nearest)
+    at = math.log(clusters)
+    below, above = [k for k in known if k[0] <= at], [k for k in known if k[0] >= at]
+    (x, y), (x2, y2) = (below or above)[-1 if below else 0], (above or below)[0 if above else -1]
+    value = y if x2 == x else y + (y2 - y) * (at - x) / (x2 - x)
+    return math.exp(value) * 4.0 ** (nearest - bits)
