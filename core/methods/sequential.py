@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,7 +91,7 @@ def quantize_layers(
         quantized, errors = method.apply_layer(block, plan, stats, recipe)
         quantized.to(model.device)  # it was built on the CPU, where plans are made
         watch.lap("weights")
-        hidden = _run(quantized, hidden, inputs, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
+        hidden = run_layer(quantized, hidden, inputs, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
         for linear in quantized.linears().values():
             linear.release()
         outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
@@ -110,35 +110,58 @@ def _observe(
 ) -> tuple[LayerStatistics, list[Tensor]]:
     """Measure one float block's statistics and outputs; a method that calibrates with a quantised softmax needs a second pass."""
 
-    def record(wants_hessians: bool, stage: str) -> tuple[Recorder, list[Tensor]]:
-        recorder = Recorder(
-            block.layer_index,
-            sum(len(h) for h in hidden),
-            hessians_wanted=wants_hessians,
-            skip_first=method.sink_tokens(recipe),
-            seed=recipe.seed,
+    skip = method.sink_tokens(recipe)
+
+    def record(wants_hessians: bool, stage: str, softmax_bits: int) -> tuple[Recorder, list[Tensor]]:
+        windows = sum(len(h) for h in hidden)
+        recorder = Recorder(block.layer_index, windows, hessians_wanted=wants_hessians, skip_first=skip, seed=recipe.seed)
+        return recorder, watch_layer(
+            block, hidden, inputs, [recorder], lambda part: tell(stage, 0.35 * part), softmax_bits=softmax_bits
         )
-        with block.slots.watch(recorder):
-            return recorder, _run(block, hidden, inputs, lambda part: tell(stage, 0.35 * part))
 
     wanted, softmax_bits = method.uses_hessians(recipe), method.calibration_softmax_bits(recipe)
-    recorder, outputs = record(wanted and softmax_bits >= FLOAT_BITS, "observing")
-    ranges = calibrated = recorder.ranges()
+    recorder, outputs = record(wanted and softmax_bits >= FLOAT_BITS, "observing", FLOAT_BITS)
+    calibrated = recorder
     if softmax_bits < FLOAT_BITS:
-        block.attention.softmax_bits = softmax_bits
-        recorder, _ = record(wanted, "calibrating")
-        block.attention.softmax_bits, calibrated = FLOAT_BITS, recorder.ranges()
-    linears = block.linears()
-    importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
-    return LayerStatistics(ranges, calibrated, recorder.hessians, importance), outputs
+        calibrated, _ = record(wanted, "calibrating", softmax_bits)
+    return layer_statistics(block, recorder, calibrated), outputs
 
 
-def _run(
+def watch_layer(
     block: DecoderBlock,
     hidden: list[Tensor],
     inputs: list[BlockInputs],
-    tell: Callable[[float], None],
+    recorders: Sequence[Recorder],
+    tell: Callable[[float], None] = lambda part: None,
+    *,
+    softmax_bits: int = FLOAT_BITS,
 ) -> list[Tensor]:
+    """Run a block while recorders see its sites, its softmax output quantised to `softmax_bits`. Returns: its outputs."""
+
+    def see(site: str, x: Tensor) -> None:
+        for recorder in recorders:
+            recorder(site, x)
+
+    before, block.attention.softmax_bits = block.attention.softmax_bits, softmax_bits
+    try:
+        with block.slots.watch(see):
+            return run_layer(block, hidden, inputs, tell)
+    finally:
+        block.attention.softmax_bits = before
+
+
+def layer_statistics(block: DecoderBlock, clustered: Recorder, calibrated: Recorder) -> LayerStatistics:
+    """Collect what recorders have seen of a block: ranges for clusters and for scales, the latter's Hessians, and importance."""
+    linears, ranges = block.linears(), clustered.ranges()
+    importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
+    scales = ranges if calibrated is clustered else calibrated.ranges()
+    return LayerStatistics(ranges, scales, calibrated.hessians, importance)
+
+
+def run_layer(
+    block: DecoderBlock, hidden: list[Tensor], inputs: list[BlockInputs], tell: Callable[[float], None] = lambda part: None
+) -> list[Tensor]:
+    """Run a block on every batch of hidden states, with the rotation of `inputs`."""
     outputs = []
     for i, (states, item) in enumerate(zip(hidden, inputs, strict=True)):
         tell(i / len(inputs))

@@ -1,8 +1,8 @@
 """Run float decoder blocks with other numbers at their sites, other weights or another softmax, and take gradients there.
 
-This is the only file of the probe that knows how a block runs. Shapes: B windows, T tokens, S draws of labels, D hidden, C channels
-of a site. A model trained with ternary weights is its float twin (α t) with its own dynamic quantisers at the sites: what it computes,
-and gradients pass straight through the rounding.
+This is the only file of the probe that knows how a block runs. Shapes: B windows, T tokens, S draws of labels, D hidden, C
+channels of a site. A model trained with ternary weights is its float twin (α t) with its own dynamic quantisers at the sites:
+what it computes, and gradients pass straight through the rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of one layer for S objectives: `sites` and `outputs` [S, B, T, C], and `inputs` [S, B, T, D] of what enters it."""
+    """Gradients of S objectives: at the sites and outputs of one layer, [S, B, T, C], and at its inputs, [S, B, T, D]."""
 
     sites: dict[str, Tensor]
     outputs: dict[str, Tensor]

@@ -1,17 +1,19 @@
 """Predict the divergence that each cell of a recipe causes, without a forward pass.
 
-For a site with δ = quantised - float, and u[s, b, t, c] = g[s, b, t, c] δ[b, t, c] for S draws of labels, B windows, T tokens, N = B T:
+For a site with δ = quantised - float, and u[s, b, t, c] = g[s, b, t, c] δ[b, t, c] for S draws of labels, B windows, T tokens, N
+= B T:
 
     KLD ≈ 1 / (2 N S) · Σ_sb [ Σ_t (Σ_c u)²  +  Σ_c (Σ_t u)²  -  Σ_tc u² ]          nats per token
 
-The exact quadratic form is Σ_sb (Σ_tc u)² / (2 N S), one squared number per draw and window: unbiased, but far too noisy. Its terms
-between different tokens *and* different channels average to nothing; kept are those of equal tokens (first sum) and of equal channels
-(second sum), each of which has hundreds of independent parts. The second sum holds what is the same at many tokens: channels that
-always round the same way, and rounded weights, whose error is one matrix for all tokens.
+The exact quadratic form is Σ_sb (Σ_tc u)² / (2 N S), one squared number per draw and window: unbiased, but far too noisy. Its
+terms between different tokens *and* different channels average to nothing; kept are those of equal tokens (first sum) and of
+equal channels (second sum), each of which has hundreds of independent parts. The second sum holds what is the same at many
+tokens: channels that always round the same way, and rounded weights, whose error is one matrix for all tokens.
 
-Weights are rounded to nearest. The error of o and down is taken at their outputs, that of qkv at q, k and v, that of up at down_in, by
-running the block up to there; that of a quantised softmax at o_in. The costs of cells add up (`Prediction.total`); where they are
-large, cells interact and the sum reads low. docs/predict.md has the measurements. Source: docs/predict.md, "The estimator".
+Weights are rounded to nearest. The error of o and down is taken at their outputs, that of qkv at q, k and v, that of up at
+down_in, by running the block up to there; that of a quantised softmax at o_in. The costs of cells add up (`Prediction.total`);
+where they are large, cells interact and the sum reads low. docs/predict.md has the measurements. Source: docs/predict.md, "The
+estimator".
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from core.methods import method
 from core.methods.base import SiteKey
 from core.models.decoder import CausalModel
 from core.probe.layers import see
@@ -30,7 +33,6 @@ from core.probe.plans import CELLS, Layer, cell_key, cell_name
 from core.probe.probe import Probe
 from core.probe.report import Prediction
 from core.probe.statistics import Observed, Statistics
-from core.methods import method
 from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
 
 AHEAD = {"qkv": ("q", "k", "v"), "up": ("down_in",), "softmax": ("o_in",)}

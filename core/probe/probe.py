@@ -1,10 +1,10 @@
 """The probe of a model on a short text: its logits, and activations and gradients at every site of every layer.
 
-Labels y are drawn from the model's own softmax at every position; g = d Σ_t log p(y_t) / d site, S draws. With δ = quantised - float
-at a site, the divergence that this site alone causes is, to second order, a Fisher form (see `core.probe.predict`).
+Labels y are drawn from the model's own softmax at every position; g = d Σ_t log p(y_t) / d site, S draws. With δ = quantised -
+float at a site, the divergence that this site alone causes is, to second order, a Fisher form (see `core.probe.predict`).
 
-Everything is kept in float16 behind one scale per tensor, hidden states in float32: they restart exact passes. Shapes: B windows, T
-tokens, N = B T, S draws, C channels, D hidden, V vocabulary. Source of the idea: BRECQ (arXiv:2102.05426), section 3.
+Everything is kept in float16 behind one scale per tensor, hidden states in float32: they restart exact passes. Shapes: B windows,
+T tokens, N = B T, S draws, C channels, D hidden, V vocabulary. Source of the idea: BRECQ (arXiv:2102.05426), section 3.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Calibration statistics of every layer of a model, as methods plan on them.
 
-They are those that `core.methods.sequential` gives a method, with one difference: there a layer is observed behind the *quantised*
-layers before it, here behind the model's own, because no recipe is chosen yet. So the first layer's plan is that of the real run, and a
-later layer's is wherever its inputs are the same.
+They are those that `core.methods.sequential` gives a method, with one difference: there a layer is observed behind the
+*quantised* layers before it, here behind the model's own, because no recipe is chosen yet. So the first layer's plan is that of
+the real run, and a later layer's is wherever its inputs are the same.
 """
 
 from __future__ import annotations
