@@ -25,6 +25,7 @@ JOBS = {
     "page": "",
     "redraw": "U1, U2, U3",
     "waiting": "W1, W2, W3, W4",
+    "predict": "P1, P2, P3, P4, P5",
 }
 """Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, and their numbers among the targets."""
 
@@ -32,7 +33,7 @@ JOBS = {
 def main() -> int:
     """Parse arguments, run, print, and write JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4; all if none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P5")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> int:
     for name in arguments.names or JOBS:
         found = [job for job, number in JOBS.items() if name == job or name.upper() in number.split(", ") and name]
         if not found:
-            parser.error(f"unknown job {name!r}: use {', '.join(JOBS)}, C1 … C7, U1 … U3 or W1 … W4")
+            parser.error(f"unknown job {name!r}: use {', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4 or P1 … P5")
         names += [job for job in found if job not in names]
     rates = limits()
     print(

@@ -36,6 +36,7 @@ class Result:
     peak_bytes: int | None = None
     note: str = ""
     limit_fraction: float | None = None
+    median_ratio: float | None = None
 
 
 @dataclass(frozen=True)

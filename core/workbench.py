@@ -38,6 +38,7 @@ from core.models.io.load import load_model
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
 from core.models.loaded import LoadedModel, prefix_ids
 from core.privacy import is_public_text, owner_tag
+from core.probe.bench import ProbeBench
 from core.progress import Progress, part, silent
 from core.provenance import provenance
 from core.recipe import Calibration, QuantRecipe
@@ -57,7 +58,7 @@ _Name = tuple[str, str | None, str | None]
 """(key, revision, tag of the owner) of a model in memory; the tag is None for a model that everybody may use."""
 
 
-class Workbench:
+class Workbench(ProbeBench):
     """Models by key, and every stage as a method that returns a report.
 
     A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned. Every method takes the
@@ -81,6 +82,7 @@ class Workbench:
         self._aliases: dict[_Name, _Name] = {}
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
         self._passed, self._passed_private = KeptStates(), KeptStates(KEPT_BYTES // 2)
+        super().__init__()
 
     def load(
         self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent
@@ -295,6 +297,7 @@ class Workbench:
         for kept in [kept for kept in self._references if tag in (kept[0][2], kept[1])]:
             del self._references[kept]
         self._passed_private = KeptStates(KEPT_BYTES // 2)
+        self._probes.forget(tag)
         saved.forget(owner)
 
     def _kept_states(self, text: str) -> KeptStates:

@@ -31,6 +31,7 @@ STAGES = (
     {"doctor"},
     {"evaluation"},
     {"stages"},
+    {"probe"},
     {"workbench"},
 )
 """Parts of core from bottom to top: a part imports from its own row and the rows before it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.methods.base import Fake
 from core.quant.affine import Grid
-from core.quant.gptq import round_to_nearest
+from core.quant.gptq import fake_columns
 from core.quant.linear.base import LinearLayer
 from core.quant.observer import SitePlan
 from core.quant.static import ActivationQuantizer
@@ -45,9 +45,10 @@ def fake_weight(linear: LinearLayer, plan: SitePlan, *, bits: int, grid: Grid) -
     """
     if bits >= FLOAT_BITS:
         return None
-    weight = linear.dequantized_weight().to(torch.float32)
-    offsets = (plan.offsets if plan.weight_offsets is None else plan.weight_offsets).to(weight.device)
+    columns = linear.dequantized_weight().to(torch.float32).t().contiguous()
+    offsets = (plan.offsets if plan.weight_offsets is None else plan.weight_offsets).to(columns.device)
     if plan.order is None:
-        return round_to_nearest(weight, offsets, bits=bits, grid=grid).weight.dequantize()
-    order = plan.order.to(weight.device)
-    return round_to_nearest(weight[:, order], offsets, bits=bits, grid=grid).weight.dequantize()[:, order.argsort()]
+        return fake_columns(columns, offsets, bits=bits, grid=grid).t()
+    order = plan.order.to(columns.device)
+    columns[order] = fake_columns(columns[order], offsets, bits=bits, grid=grid)
+    return columns.t()

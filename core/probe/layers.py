@@ -7,7 +7,8 @@ what it computes, and gradients pass straight through the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from core.methods.bitnet import fake_dynamic
 from core.models.attention import Rotary
 from core.models.block import DecoderBlock
 from core.quant.linear.base import FloatLinear
+from core.quant.static import PLAIN
 from core.recipe import FLOAT_BITS, SITES
 
 OUTPUTS = ("o", "down")
@@ -67,32 +69,36 @@ def run(block: DecoderBlock, x: Tensor, rotary: Rotary, change: Change) -> Tenso
         return changed(x, rotary)
 
 
-def see(block: DecoderBlock, x: Tensor, rotary: Rotary, change: Change, sites: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors that reach `sites` when a float block runs with a change, before what the change puts there."""
+def see(
+    block: DecoderBlock, values: Mapping[str, Tensor], rotary: Rotary, change: Change, sites: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Return the tensors that reach `sites` when half a float block runs with a change, before what the change puts there.
+
+    Args:
+        values: [B, T, C] of the site that the half begins with: attn_in for q, k, v and o_in, mlp_in for down_in.
+    """
     seen: dict[str, Tensor] = {}
-    missing = set(sites)
 
     def watch(site: str, tensor: Tensor) -> Tensor | None:
-        if site in missing:
+        if site in sites:
             seen[site] = tensor
-            missing.remove(site)
-        if not missing:
+        if len(seen) == len(sites):
             raise _Seen
         return change.sites[site](tensor) if site in change.sites else None
 
     changed = _changed(block, change)
-    with changed.slots.watch(watch):
-        try:
-            changed(x, rotary)
-        except _Seen:
-            return seen
-    raise ValueError(f"sites {sorted(missing)} were not reached")
+    with changed.slots.watch(watch), contextlib.suppress(_Seen):
+        if sites == ("down_in",):
+            changed.mlp(values["mlp_in"], PLAIN)
+        else:
+            changed.attention(values["attn_in"], PLAIN, rotary, None)
+    return seen
 
 
 def differentiate(
     block: DecoderBlock, x: Tensor, rotary: Rotary, change: Change, wanted: Tensor
 ) -> tuple[dict[str, Tensor], Gradients]:
-    """Propagate gradients back through a float block that runs with functions at its sites.
+    """Compute gradients through a float block that runs with functions at its sites.
 
     Args:
         change: functions at the sites, nothing else; gradients pass through them as if they did nothing.
@@ -115,7 +121,8 @@ def differentiate(
             x = x.detach().requires_grad_()
             y = block(x, rotary)
         targets = [x, *seen.values(), *outputs.values()]
-        found = [torch.autograd.grad(y, targets, grad, retain_graph=True) for grad in wanted]
+        with coarse_products():
+            found = [torch.autograd.grad(y, targets, grad, retain_graph=True) for grad in wanted]
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,6 +130,20 @@ def differentiate(
     sites, ends = rest[: len(seen)], rest[len(seen) :]
     gradients = Gradients(dict(zip(seen, sites, strict=True)), dict(zip(outputs, ends, strict=True)), inputs)
     return {site: tensor.detach() for site, tensor in seen.items()}, gradients
+
+
+@contextlib.contextmanager
+def coarse_products() -> Iterator[None]:
+    """Let float32 matrix products round their operands to bfloat16 where the processor multiplies those faster.
+
+    For errors and gradients, whose own scatter is a hundred times larger; never for what is compared with itself.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _changed(block: DecoderBlock, change: Change) -> DecoderBlock:

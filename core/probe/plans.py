@@ -35,8 +35,9 @@ class Layer:
     """One layer of a model beside a recipe.
 
     Attributes:
-        block: the float block, `own` what the model itself has at its sites.
+        block: the float block. own: what the model itself has at its sites.
         stats: of the layer, as the recipe's method wants them.
+        source: the block whose weights the method rounds.
     """
 
     block: DecoderBlock
@@ -50,7 +51,8 @@ class Layer:
         """Look at layer `index`."""
         planner, source = method(recipe.method), model.blocks[index]
         block, own = float_twin(source)
-        return cls(block, own, statistics[planner.sink_tokens(recipe)][index], recipe, source if planner.keeps_ternary else block)
+        stats = statistics.layers[planner.sink_tokens(recipe)][index]
+        return cls(block, own, stats, recipe, source if planner.keeps_ternary else block)
 
     def change(self, cell: str) -> Change:
         """Return what the recipe does to one cell, everything else staying as it is in the model."""
@@ -62,7 +64,7 @@ class Layer:
             found = planner.fake_weight(self.source.linears()[cell], cell, plan, self.recipe, spec)
             return Change(self.own.sites, {} if found is None else {cell: found})
         fake = planner.fake_site(plan, cell, self.recipe, spec)
-        others = {site: own for site, own in self.own.sites.items() if site != cell}
+        others = {site: own for site, own in self.own.sites.items() if site != cell}  # the recipe's rules replace the model's
         return Change(others if fake is None else {**others, cell: fake})
 
     def whole_change(self) -> Change:
@@ -76,11 +78,8 @@ class Layer:
         return Change(sites, weights, self.recipe.tensor_bits.softmax)
 
 
-def cell_key(recipe: QuantRecipe, cell: str) -> SiteKey | None:
-    """Collect all of a recipe that the divergence of a cell depends on, beside the model, the layer and the statistics.
-
-    None where the recipe leaves the cell as it is.
-    """
+def cell_key(recipe: QuantRecipe, cell: str) -> SiteKey:
+    """Collect all of a recipe that the divergence of a cell depends on, beside the model, the layer and the statistics."""
     planner = method(recipe.method)
     if cell == "softmax":
         return SiteKey(recipe.tensor_bits.softmax, 1, None)

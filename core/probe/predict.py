@@ -30,45 +30,71 @@ from core.methods.base import SiteKey
 from core.models.decoder import CausalModel
 from core.probe.layers import see
 from core.probe.plans import CELLS, Layer, cell_key, cell_name
-from core.probe.probe import Probe
+from core.probe.probe import Half, Probe, Table
 from core.probe.report import Prediction
-from core.probe.statistics import Observed, Statistics
+from core.probe.statistics import Statistics
+from core.probe.threads import in_threads
+from core.progress import Progress, silent
 from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
 
 AHEAD = {"qkv": ("q", "k", "v"), "up": ("down_in",), "softmax": ("o_in",)}
 """Where the error of a cell that is no site is seen."""
 
 
-def fisher(gradients: Tensor, error: Tensor) -> float:
+def fisher(gradients: Half, error: Tensor) -> float:
     """Compute the predicted KLD of an error, nats per token.
 
     Args:
         gradients: [S, B, T, C]. error: [B, T, C], quantised minus float.
     """
-    u = gradients * error
-    draws, windows, tokens, _ = u.shape
-    by_token, by_channel = u.sum(-1).square().sum(), u.sum(2).square().sum()
-    total = by_token.double() + by_channel.double() - u.square().sum().double()
-    return max(0.0, float(total)) / (2 * windows * tokens * draws)
+    total = 0.0
+    for draw in gradients.values:
+        for g, part in zip(draw, error, strict=True):  # [T, C] stay in a core's cache
+            u = g * part
+            by_token, by_channel = u.sum(1), u.sum(0)
+            total += float(by_token @ by_token + by_channel @ by_channel - u.flatten() @ u.flatten())
+    draws, windows, tokens, _ = gradients.values.shape
+    return max(0.0, total) * gradients.scale**2 / (2 * windows * tokens * draws)
 
 
-@torch.no_grad()
 def predict(
-    probe: Probe, model: CausalModel, statistics: Statistics, recipe: QuantRecipe, *, seconds: float = math.inf
+    probe: Probe,
+    model: CausalModel,
+    statistics: Statistics,
+    recipe: QuantRecipe,
+    *,
+    seconds: float = math.inf,
+    progress: Progress = silent,
 ) -> Prediction:
-    """Predict the divergence of every cell of a recipe.
+    """Predict the divergence of every cell of a recipe. What was computed once is kept in the probe.
 
     Args:
         statistics: of the recipe's calibration (`collect_statistics`).
-        seconds: stop computing after these; cells that are not known then are estimated from other bits and clusters.
+        seconds: begin no cell after these; cells that are not known then are estimated from other bits and clusters.
     """
     start = time.perf_counter()
+    changed = list(_tables(probe, model, statistics, recipe))
+    missing: dict[int, list[str]] = {}
+    for layer, cell, table, key in changed:
+        if (key.bits, key.clusters) not in table:
+            missing.setdefault(layer, []).append(cell)
+    late = start + seconds
+
+    def compute(layer: int) -> list[float | None]:
+        looked_at = Layer.of(model, layer, statistics, recipe)
+        with torch.no_grad():
+            return [_predict_cell(probe, looked_at, layer, c) if time.perf_counter() < late else None for c in missing[layer]]
+
+    found: dict[tuple[int, str], float | None] = {}
+    for done, (layer, values) in enumerate(zip(missing, in_threads(compute, missing), strict=True)):
+        found |= {(layer, cell): value for cell, value in zip(missing[layer], values, strict=True)}
+        progress("Predicting", done / len(missing))
     cells: dict[str, float] = {}
     estimated, unknown = [], []
-    for layer, cell, table, key in _tables(probe, model, recipe):
+    for layer, cell, table, key in changed:
         name, place = cell_name(layer, cell), (key.bits, key.clusters)
-        if place not in table and time.perf_counter() - start < seconds:
-            table[place] = _predict_cell(probe, model, statistics, recipe, layer, cell)
+        if found.get((layer, cell)) is not None:
+            table[place] = found[layer, cell]
         if place in table:
             cells[name] = table[place]
         elif (guess := _neighbours(table, *place)) is not None:
@@ -81,43 +107,38 @@ def predict(
 
 
 def _tables(
-    probe: Probe, model: CausalModel, recipe: QuantRecipe
-) -> Iterator[tuple[int, str, dict[tuple[int, int], float], SiteKey]]:
+    probe: Probe, model: CausalModel, statistics: Statistics, recipe: QuantRecipe
+) -> Iterator[tuple[int, str, Table, SiteKey]]:
     """Yield every cell that a recipe changes: layer, cell, what is known of it by (bits, clusters), and the recipe's key."""
     planner = method(recipe.method)
-    context = (recipe.method, Observed.by(planner, recipe), planner.sink_tokens(recipe))
+    context = (recipe.method, planner.sink_tokens(recipe), statistics.digest)
     keys = {cell: cell_key(recipe, cell) for cell in CELLS}
+    tables = {cell: probe.cells.setdefault((cell, key.rest, context), {}) for cell, key in keys.items()}
     for layer, block in enumerate(model.blocks):
         for cell, key in keys.items():
             if key.bits < FLOAT_BITS or not (block.is_float or cell == "softmax"):
-                yield layer, cell, probe.cells.setdefault((layer, cell, key.rest, context), {}), key
+                yield layer, cell, tables[cell].setdefault(layer, {}), key
 
 
-def _predict_cell(
-    probe: Probe, model: CausalModel, statistics: Statistics, recipe: QuantRecipe, index: int, cell: str
-) -> float:
+def _predict_cell(probe: Probe, layer: Layer, index: int, cell: str) -> float:
     """Compute one cell of `predict`."""
-    layer, kept = Layer.of(model, index, statistics, recipe), probe.layers[index]
-    change = layer.change(cell)
+    kept, change = probe.layers[index], layer.change(cell)
+    if cell in INPUT_SITE and cell not in change.weights:
+        return 0.0
     if cell in AHEAD:
-        if not change.weights and cell in INPUT_SITE:
-            return 0.0
-        seen = see(layer.block, probe.hidden[index], probe.rotary, change, AHEAD[cell])
-        errors = [seen[site] - kept.values[site].get() for site in AHEAD[cell]]
-        gradients = [kept.gradients[site].get() for site in AHEAD[cell]]
-        return fisher(torch.cat(gradients, dim=-1), torch.cat(errors, dim=-1))
+        start = "mlp_in" if cell == "up" else "attn_in"
+        seen = see(layer.block, {start: kept.values[start].get()}, probe.rotary, change, AHEAD[cell])
+        return math.fsum(fisher(kept.gradients[site], x - kept.values[site].get()) for site, x in seen.items())
     site = INPUT_SITE.get(cell, cell)
     x = kept.values[site].get()
     own = layer.own.sites[site](x) if site in layer.own.sites else x
     if cell == site:
-        return fisher(kept.gradients[site].get(), (change.sites[site](x) if site in change.sites else x) - own)
-    if cell not in change.weights:
-        return 0.0
+        return fisher(kept.gradients[site], (change.sites[site](x) if site in change.sites else x) - own)
     error = change.weights[cell] - layer.block.linears()[cell].dequantized_weight()
-    return fisher(kept.gradients[cell].get(), torch.nn.functional.linear(own, error))
+    return fisher(kept.gradients[cell], torch.nn.functional.linear(own, error))
 
 
-def _neighbours(table: dict[tuple[int, int], float], bits: int, clusters: int) -> float | None:
+def _neighbours(table: Table, bits: int, clusters: int) -> float | None:
     """Estimate a cell from what is known of it: along log(clusters) between known counts, 6 dB for a bit; None if nothing is."""
     if not table:
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from core.errors import ResourceError
 from core.models.attention import Rotary
 from core.models.decoder import CausalModel
-from core.probe.layers import OUTPUTS, Change, differentiate, float_twin, run
+from core.probe.layers import OUTPUTS, Change, coarse_products, differentiate, float_twin, run
 from core.progress import Progress, silent
 from core.recipe import SITES
 
@@ -32,6 +32,12 @@ LOGIT_BYTES = 2**27
 """Log-probabilities beyond this are computed again when they are needed."""
 HEAD_ROWS = 256
 """Rows of logits in memory at a time."""
+CACHED_ROWS = 16
+"""Rows of logits that are compared while a core's cache holds them."""
+
+
+Table = dict[tuple[int, int], float]
+"""Predicted KLD of one cell of one layer, nats per token, by (bits, clusters)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Probe:
         log_p: [N, V] float32, the model's own log-probabilities; None where they are too large to keep.
         layers: one per decoder layer.
         noise_floor: KLD of the model in bfloat16 against float32, nats per token.
-        cells: predictions that were computed so far, by `core.probe.predict`.
+        cells: predictions that `core.probe.predict` has computed so far: by all else that they depend on, then by layer.
     """
 
     ids: Tensor
@@ -92,7 +98,7 @@ class Probe:
     draws: int
     noise_floor: float = 0.0
     seconds: float = 0.0
-    cells: dict[Hashable, dict[tuple[int, int], float]] = field(default_factory=dict)
+    cells: dict[Hashable, dict[int, Table]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -107,9 +113,7 @@ class Probe:
 
 
 @torch.no_grad()
-def build_probe(
-    model: CausalModel, windows: Tensor, *, draws: int = DRAWS, seed: int = 0, progress: Progress = silent
-) -> Probe:
+def build_probe(model: CausalModel, windows: Tensor, *, draws: int = DRAWS, seed: int = 0, progress: Progress = silent) -> Probe:
     """Run a float or ternary model on windows [B, T] int64, and gradients back.
 
     Args:
@@ -150,9 +154,10 @@ def compare(model: CausalModel, probe: Probe, logits: Iterable[Tensor]) -> tuple
     divergences, same, row, hidden = [], [], 0, probe.hidden[-1].flatten(0, 1)
     for part in logits:
         rows = slice(row, row + len(part))
-        log_p = next(head_logits(model, hidden[rows])).log_softmax(-1) if probe.log_p is None else probe.log_p[rows]
-        divergences.append((log_p.exp() * (log_p - part.log_softmax(-1))).sum(-1, dtype=torch.float64))
-        same.append(log_p.argmax(-1) == part.argmax(-1))
+        own = next(head_logits(model, hidden[rows])).log_softmax(-1) if probe.log_p is None else probe.log_p[rows]
+        for log_p, logits in zip(own.split(CACHED_ROWS), part.split(CACHED_ROWS), strict=True):
+            divergences.append((log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1, dtype=torch.float64))
+            same.append(log_p.argmax(-1) == logits.argmax(-1))
         row += len(part)
     return torch.cat(divergences).view(probe.ids.shape), torch.cat(same).view(probe.ids.shape)
 
@@ -175,7 +180,8 @@ def _labels(model: CausalModel, h: Tensor, draws: int, seed: int) -> tuple[Tenso
         log_p = z.log_softmax(-1)
         p = log_p.exp()
         labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).to(p.device)  # [n, S]
-        gradients.append(weight[labels.t()] - p @ weight)
+        with coarse_products():
+            gradients.append(weight[labels.t()] - p @ weight)
         kept.append(log_p)
     read = torch.cat(gradients, dim=1).unflatten(1, h.shape[:2])
     with torch.enable_grad():

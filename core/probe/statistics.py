@@ -7,6 +7,7 @@ the real run, and a later layer's is wherever its inputs are the same.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -17,26 +18,46 @@ from core.methods.base import FLOAT_FIRST_TOKENS, LayerStatistics, Method
 from core.methods.sequential import layer_statistics, run_layer, watch_layer
 from core.models.decoder import CausalModel
 from core.progress import Progress, silent
-from core.recipe import FLOAT_BITS, Calibration, QuantRecipe
+from core.recipe import FLOAT_BITS, QuantRecipe
 
 
 @dataclass(frozen=True)
 class Observed:
-    """All of a recipe that a pass of observation depends on: text and tokens, seed, softmax, and whether weights are ternary."""
+    """All of a recipe that a pass over calibration windows depends on."""
 
-    calibration: Calibration
     seed: int
     softmax_bits: int
-    ternary: bool
+    keeps_ternary: bool
 
     @classmethod
     def by(cls, method: Method, recipe: QuantRecipe) -> Observed:
         """Read it off a recipe."""
-        return cls(recipe.calibration, recipe.seed, method.calibration_softmax_bits(recipe), method.keeps_ternary)
+        return cls(recipe.seed, method.calibration_softmax_bits(recipe), method.keeps_ternary)
 
 
-Statistics = dict[int, list[LayerStatistics]]
-"""By the number of first tokens that are left out of the ranges, 0 or FLOAT_FIRST_TOKENS: one for each layer."""
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of all layers.
+
+    Attributes:
+        digest: stands for the windows and for how they were observed.
+        layers: one for each layer, by the number of first tokens left out of the ranges: 0 or FLOAT_FIRST_TOKENS.
+    """
+
+    digest: str
+    layers: dict[int, list[LayerStatistics]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ranges and sampled rows; scales and clusters that were made of them are a few per cent more."""
+        stats = [stats for layers in self.layers.values() for stats in layers]
+        ranges = {id(r): r for s in stats for r in (*s.ranges.values(), *s.calibrated.values())}
+        return sum(t.nbytes for r in ranges.values() for t in vars(r).values())
+
+
+def digest_of(windows: Tensor, *what: object) -> str:
+    """Return 16 hexadecimal digits that stand for windows [S, T] int64 and for what was done with them."""
+    return hashlib.sha256(f"{tuple(windows.shape)}{what}".encode() + windows.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -47,10 +68,10 @@ def collect_statistics(model: CausalModel, windows: Tensor, what: Observed, *, p
     """
     inputs = embed(model, windows)
     hidden = [item.hidden for item in inputs]
-    found: Statistics = {0: [], FLOAT_FIRST_TOKENS: []}
+    found: dict[int, list[LayerStatistics]] = {0: [], FLOAT_FIRST_TOKENS: []}
     for index, own in enumerate(model.blocks):
         progress(f"Calibration: layer {index + 1} of {len(model.blocks)}", index / len(model.blocks))
-        block = own if own.is_float or what.ternary else own.dequantized()
+        block = own if own.is_float or what.keeps_ternary else own.dequantized()
         recorders = {skip: [_recorder(index, windows, skip, what.seed)] for skip in found}
         outputs = watch_layer(block, hidden, inputs, [part for parts in recorders.values() for part in parts])
         if what.softmax_bits < FLOAT_BITS:
@@ -60,19 +81,8 @@ def collect_statistics(model: CausalModel, windows: Tensor, what: Observed, *, p
         for skip, parts in recorders.items():
             found[skip].append(layer_statistics(block, parts[0], parts[-1]))
         hidden = outputs if block is own else run_layer(own, hidden, inputs)
-    return found
+    return Statistics(digest_of(windows, what), found)
 
 
 def _recorder(layer: int, windows: Tensor, skip: int, seed: int) -> Recorder:
     return Recorder(layer, len(windows), hessians_wanted=False, skip_first=skip, seed=seed)
-
-
-def nbytes(statistics: Statistics) -> int:
-    """Count the bytes of all ranges and rows."""
-    ranges = (r for layers in statistics.values() for stats in layers for r in _distinct(stats))
-    return sum(t.nbytes for r in ranges for t in vars(r).values())
-
-
-def _distinct(stats: LayerStatistics) -> list:
-    same = stats.calibrated is stats.ranges
-    return [*stats.ranges.values(), *(() if same else stats.calibrated.values())]

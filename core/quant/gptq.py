@@ -19,7 +19,7 @@ from torch import Tensor
 from core.errors import NumericError
 from core.quant.affine import Grid, choose_qparams, round_scale
 from core.quant.linear.quant import QuantizedWeight
-from kernels import code_limits
+from kernels import code_limits, fake_quantize
 
 BLOCK = 128
 """Columns of the outer level: their effect on later columns is one matrix product per block."""
@@ -65,11 +65,28 @@ def round_to_nearest(weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid) 
         bits: 2 to 8.
         grid: the rule that makes scales and zero points of ranges.
     """
-    groups = _choose_groups(weight, offsets, bits, grid)
+    groups = _choose_groups(weight.t().contiguous(), offsets, bits, grid)
     clusters = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=weight.device), offsets.diff())
     scale, zero = groups.scale[:, clusters], groups.zero_point[:, clusters]
     codes = torch.clamp((weight / scale).round_(), groups.qmin - zero, groups.qmax - zero).add_(zero)
     return WeightResult(_finish(codes, groups, bits, grid), "rtn")
+
+
+def fake_columns(columns: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> Tensor:
+    """Compute what `round_to_nearest` makes of a weight, dequantised, without forming codes.
+
+    Args:
+        columns: Wᵀ [K, N] float32, in cluster order, so that a cluster is a contiguous run; overwritten.
+        Others: as `round_to_nearest`.
+    Returns: Ŵᵀ [K, N], in the memory of `columns`.
+    """
+    groups = _choose_groups(columns, offsets, bits, grid)
+    scale, zero = groups.scale.t().contiguous(), groups.zero_point.t().contiguous()  # [G, N]
+    for run, s, lower, upper in zip(
+        columns.split(offsets.diff().tolist()), scale, groups.qmin - zero, groups.qmax - zero, strict=True
+    ):
+        fake_quantize(run, s, lower, upper, inplace=True)
+    return columns
 
 
 def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, bits: int, grid: Grid) -> WeightResult:
@@ -96,10 +113,9 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
     if factor is None:
         result = round_to_nearest(weight, offsets, bits=bits, grid=grid)
         return WeightResult(result.weight, "rtn", problem)
-    groups = _choose_groups(weight, offsets, bits, grid)
-    dead = hessian.diagonal() <= 0
     columns = weight.t().contiguous()
-    columns[dead] = 0
+    groups = _choose_groups(columns, offsets, bits, grid)
+    columns[hessian.diagonal() <= 0] = 0  # inputs that never fire
     codes = _gptq_columns(columns, factor, groups)
     return WeightResult(_finish(codes.t(), groups, bits, grid), "gptq")
 
@@ -153,9 +169,9 @@ def _inverse_upper(upper: Tensor) -> Tensor:
     return out
 
 
-def _choose_groups(weight: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _Groups:
+def _choose_groups(columns: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _Groups:
     """Choose scales and zero points from the ranges of the unmodified weight, per output row and cluster."""
-    runs = weight.t().contiguous().split(offsets.diff().tolist())  # [columns of a cluster, N] each
+    runs = columns.split(offsets.diff().tolist())  # [columns of a cluster, N] each
     low, high = (torch.stack([reduce(run, 0) for run in runs], dim=1) for reduce in (torch.amin, torch.amax))
     if grid is Grid.EXACT:  # zero is a code, so zero points fit the width of a code
         low, high = low.clamp_max(0), high.clamp_min(0)

@@ -1,0 +1,152 @@
+"""The probe as the stages of a `core.workbench.Workbench`: models by key, texts by name, results as reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from core.calibration.data import calibration_tokens
+from core.checks import require_int
+from core.evaluation.windows import evaluation_windows
+from core.folders import state_of
+from core.methods import method
+from core.models.decoder import CausalModel
+from core.models.loaded import LoadedModel
+from core.privacy import is_public_text, owner_tag, text_record
+from core.probe.measure import measure, swap
+from core.probe.predict import predict
+from core.probe.probe import Probe, build_probe
+from core.probe.report import Measurement, Prediction, ProbeInfo
+from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
+from core.probe.store import Cut, ProbeStore
+from core.progress import Progress, part, silent
+from core.recipe import QuantRecipe
+from core.stages import require_float
+
+PROBE_TOKENS, MAX_PROBE_TOKENS, PROBE_WINDOW = 512, 4096, 256
+BUILD_TIME = 0.6
+"""Share of the time until the first prediction that the probe takes; the rest is calibration."""
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """A probe with the model it was made from and the statistics that a recipe plans on."""
+
+    probe: Probe
+    model: CausalModel
+    statistics: Statistics
+    source: str
+
+
+class ProbeBench:
+    """The methods of a workbench that predict and measure on a probe. All take the same options:
+
+    Args:
+        recipe: what to predict or measure; its model is the one probed, its calibration the one that plans are made on.
+        text, tokens: what the probe reads, as `evaluation_windows` takes them, in windows of `PROBE_WINDOW`.
+        owner: who asks; what was made from a private text is nobody else's.
+    """
+
+    allow_local: bool
+
+    def __init__(self) -> None:
+        self._probes = ProbeStore()
+
+    def _get(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> LoadedModel:
+        raise NotImplementedError
+
+    def probe(
+        self,
+        recipe: QuantRecipe,
+        *,
+        text: str = "sotu",
+        tokens: int = PROBE_TOKENS,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> ProbeInfo:
+        """Build the probe and the statistics for a recipe, unless they are kept, and describe the probe."""
+        tool = self._instrument(recipe, text, tokens, owner, progress)
+        probe, nbytes = tool.probe, tool.probe.nbytes + tool.statistics.nbytes
+        size = (probe.tokens, probe.ids.shape[1], probe.draws)
+        return ProbeInfo(recipe.model, tool.source, *size, probe.noise_floor, probe.seconds, nbytes)
+
+    def predict(
+        self,
+        recipe: QuantRecipe,
+        *,
+        text: str = "sotu",
+        tokens: int = PROBE_TOKENS,
+        seconds: float = math.inf,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> Prediction:
+        """Predict the divergence of every cell of a recipe; see `core.probe.predict`."""
+        tool = self._instrument(recipe, text, tokens, owner, progress)
+        return predict(tool.probe, tool.model, tool.statistics, recipe, seconds=seconds, progress=progress)
+
+    def measure(
+        self,
+        recipe: QuantRecipe,
+        *,
+        text: str = "sotu",
+        tokens: int = PROBE_TOKENS,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> Measurement:
+        """Measure the divergence of a recipe in one fake-quantised pass over the probe's tokens."""
+        tool = self._instrument(recipe, text, tokens, owner, progress)
+        return measure(tool.probe, tool.model, tool.statistics, recipe, progress=progress)
+
+    def swap(
+        self,
+        recipe: QuantRecipe,
+        layer: int,
+        cell: str | None,
+        *,
+        text: str = "sotu",
+        tokens: int = PROBE_TOKENS,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> Measurement:
+        """Measure the divergence of one cell of a recipe alone; None changes nothing and gives exactly 0."""
+        tool = self._instrument(recipe, text, tokens, owner, progress)
+        return swap(tool.probe, tool.model, tool.statistics, recipe, layer, cell)
+
+    def _instrument(self, recipe: QuantRecipe, text: str, tokens: int, owner: str | None, progress: Progress) -> Instrument:
+        """Find or make the probe of a recipe's model on a text, and the statistics of its calibration."""
+        tokens = require_int("probe tokens", tokens, 8, MAX_PROBE_TOKENS, f"use 8 to {MAX_PROBE_TOKENS}")
+        loaded = self._get(recipe.model, recipe.revision, owner, progress)
+        require_float(loaded, "probe")
+        model, calibration, allow = loaded.model, recipe.calibration, self.allow_local
+        reader, planner = _owner(text, owner), _owner(calibration.text, owner)
+
+        def cut() -> Cut:
+            window = min(tokens, PROBE_WINDOW)
+            windows, source = evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=allow)
+            return Cut(windows, source.name)
+
+        def cut_calibration() -> Cut:
+            windows, source = calibration_tokens(loaded, calibration, recipe.seed, allow)
+            return Cut(windows, source.name)
+
+        read = self._probes.get(model, ("read", text_record(text), state_of(text), tokens), reader, cut)
+        probe = self._probes.get(
+            model,
+            ("probe", digest_of(read.windows)),
+            reader,
+            lambda: build_probe(model, read.windows, progress=part(progress, 0.0, BUILD_TIME)),
+        )
+        named = replace(calibration, text=text_record(calibration.text))
+        seen = self._probes.get(model, ("seen", named, state_of(calibration.text), recipe.seed), planner, cut_calibration)
+        observed = Observed.by(method(recipe.method), recipe)
+        statistics = self._probes.get(
+            model,
+            ("statistics", digest_of(seen.windows), observed),
+            planner,
+            lambda: collect_statistics(model, seen.windows, observed, progress=part(progress, BUILD_TIME, 1.0)),
+        )
+        return Instrument(probe, model, statistics, read.name)
+
+
+def _owner(text: str, owner: str | None) -> str | None:
+    return None if is_public_text(text) else owner_tag(owner)

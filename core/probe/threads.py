@@ -1,0 +1,29 @@
+"""Run a function on many items at once, one item a thread, where single operations are too small to be shared by cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield function(item) in the order of the items; inside, each operation of torch runs on its own thread alone.
+
+    The function must not touch what another item's call changes, nor torch's global settings.
+    """
+    items, threads = list(items), torch.get_num_threads()
+    if len(items) < 2 or threads < 2:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(min(threads, len(items)), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
