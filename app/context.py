@@ -50,7 +50,7 @@ UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Options of events that only redraw or start a job, so that none of them waits for a job."""
-LIGHT_METHODS = {"load", "observe", "channel"}
+LIGHT_METHODS = {"load", "observe", "channel", "probe", "predict", "measure", "swap"}
 log = logging.getLogger("quantscope.page")
 
 
@@ -252,7 +252,7 @@ class Context:
         """
         if not {step.method for step in steps} <= LIGHT_METHODS:
             return False
-        models = {step.arguments["model"] for step in steps}
+        models = {step.arguments["model"] if "model" in step.arguments else step.arguments["recipe"].model for step in steps}
         if all(engine.is_embedded(model) for model in models):
             return True
         known = [session.models.get(model) for model in models]

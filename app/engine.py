@@ -14,7 +14,7 @@ from typing import Any
 
 from core import catalogue, embedded_cards
 from core.errors import QuantscopeError
-from core.recipe import SCHEMES, Bits, Clusters
+from core.recipe import SCHEMES, Bits, Clusters, QuantRecipe
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
 """File of loss curves that `benchmarks/ablations.py` writes."""
@@ -69,6 +69,14 @@ def decoder_bytes(info: Any, bits: Bits) -> float:
     from core.evaluation.memory import shape_of_loaded
 
     return shape_of_loaded(info).decoder_weights * bits.weights / 8
+
+
+def recipe_bytes(info: Any, recipe: QuantRecipe) -> tuple[float, float]:
+    """Return the bytes of a quantised model and those of its keys and values per token, by formula."""
+    from core.evaluation.memory import recipe_bytes as compute
+    from core.evaluation.memory import shape_of_loaded
+
+    return compute(shape_of_loaded(info), recipe)
 
 
 def projected_schemes() -> dict[str, Bits]:

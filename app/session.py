@@ -112,6 +112,23 @@ class Selection:
     averaged: bool = False
 
 
+@dataclass
+class Costs:
+    """What is known of the cost of one recipe.
+
+    Attributes:
+        probe: facts of the probe. predicted: the prediction. measured: of all parts at once. swaps: of parts alone, by name.
+        control: the largest divergence measured with nothing swapped, nats; 0 unless something is wrong.
+    """
+
+    recipe: QuantRecipe | None = None
+    probe: Any = None
+    predicted: Any = None
+    measured: Any = None
+    swaps: dict[str, Any] = field(default_factory=dict)
+    control: float = 0.0
+
+
 class Inbox:
     """Updates that one page has not fetched yet; for each component only the newest is kept."""
 
@@ -170,6 +187,7 @@ class Session:
     protocol: Protocol | None = None
     recipe: QuantRecipe | None = None
     tab: str = "explore"
+    costs: Costs = field(default_factory=Costs)
     preset: bool = False
     link: dict[str, str] = field(default_factory=dict)
     failed: bool = False

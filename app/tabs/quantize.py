@@ -10,6 +10,7 @@ import gradio as gr
 
 from app.context import LIGHT, Context, Updates
 from app.session import Protocol, Run, Session
+from app.tabs.cost import Cost
 from app.tabs.measured import numbers_table, verdict
 from app.tabs.reorder import require_count
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
@@ -74,6 +75,7 @@ class Quantize:
                 self.window = gr.Number(WINDOW, precision=0, visible=False)
                 self.seed = gr.Number(0, precision=0, visible=False, elem_id="seed")
             self._folds()
+            self.cost = Cost(ctx)
             self.measure = gr.Checkbox(
                 True,
                 label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -266,18 +268,23 @@ class Quantize:
         """
         guard, side, status = self.ctx.guard, self.side, [self.ctx.status, self.ctx.stop]
         self.before, self.after = before, after
-        side.scheme.input(guard(self.scheme_chosen), {side.scheme}, [*self.bits.values(), *status], **LIGHT)
+        scheme = side.scheme.input(guard(self.scheme_chosen), {side.scheme}, [*self.bits.values(), *status], **LIGHT)
         parts = [*side.show("rptq"), *self.show("rptq"), self.variant, self.weights]
-        side.method.input(guard(self.method_chosen), {side.method}, [*parts, *status], **LIGHT)
-        self.variant.input(guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT)
-        for field in self.bits.values():
-            field.input(self.own_bits, None, [side.scheme], **LIGHT)
+        method = side.method.input(guard(self.method_chosen), {side.method}, [*parts, *status], **LIGHT)
+        variant = self.variant.input(
+            guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT
+        )
+        own = [field.input(self.own_bits, None, [side.scheme], **LIGHT) for field in self.bits.values()]
+        chosen = [event.then for event in (scheme, method, variant, *own)]
         for slider, other in ((side.tokens, self.tokens), (self.tokens, side.tokens)):  # both show the recipe's tokens
             slider.input(None, slider, other, js="(tokens) => tokens", api_visibility="private")
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
+        *others, last = self.clusters.values()  # every g changes the last, after the others
+        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values(), *others]
+        self.cost.wire(self.recipe, inputs, self.tab.select, [last.change, *(field.input for field in typed), *chosen])
         for button in (self.start, side.quantize):
-            self.ctx.on(button.click, self.run, inputs, [*self.results, *targets, *status])
+            self.ctx.on(button.click, self.run, inputs, [*self.results, *self.cost.outputs, *targets, *status])
 
     def scheme_chosen(self, values: Updates) -> Updates:
         """Set every tensor's bits to the scheme's."""
@@ -310,7 +317,8 @@ class Quantize:
             yield updates
         async for updates in self.quantize(session, recipe, bool(values[self.measure])):
             yield updates
-        yield {**self.render(session), **self.after(session), **self.ctx.rest(session)}
+        known = self.cost.render(session) if session.costs.predicted is not None else {}
+        yield {**self.render(session), **known, **self.after(session), **self.ctx.rest(session)}
 
     async def quantize(self, session: Session, recipe: QuantRecipe, measure: bool) -> AsyncIterator[Updates]:
         """Follow one quantisation and its measurements; finished parts appear as they come.

@@ -16,3 +16,61 @@ TOKENS_FIRST = "the first token is not predicted"
 TOKENS_LEGEND = ("below 0.01", "0.01", "0.05", "0.2", "0.5", "1 nat and more")
 CONFIDENCE_HEADERS = ["reference's largest probability", "tokens", "mean KLD, nats", "flips"]
 CONFIDENCE_CAPTION = "By the confidence of the unquantised model"
+
+# what a recipe costs
+COST = "What this recipe costs"
+COST_WAIT = "The cost is predicted as soon as the model is open: change bits, clusters or the method and watch it."
+COST_READING = "the model reads a short text forwards and backwards, once"
+COST_LINE = "Waiting"
+COST_MEASURING = "measuring…"
+COST_ROWS = {
+    "predicted": ("predicted", "from gradients on the probe, no pass of the quantised model"),
+    "measured": ("measured on the probe", "one pass of the model with every tensor rounded, weights to nearest"),
+    "verified": ("verified", "the packed model of a finished run"),
+}
+COST_FLOOR = "noise floor: the model itself in bfloat16"
+COST_SATURATED = "Above 0.5 nats the prediction only says that the cost is large; trust the measurement."
+COST_ESTIMATED = "{count} of {all} parts are read off neighbouring choices until the slider rests."
+COST_OFF = "The prediction was {ratio} times what was measured: that factor is its error here."
+COST_NOTHING = "This recipe quantises nothing: it costs nothing."
+WHERE = "Where it hurts"
+WHERE_LABEL = "Heat map of the divergence that each part of each layer causes, predicted, and measured where it was"
+WHERE_CAPTION = "KLD that each part causes alone, nats per token (log scale)"
+WHERE_ROWS = {
+    "attn_in": "attention in",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "softmax": "softmax",
+    "o_in": "attention out",
+    "mlp_in": "MLP in",
+    "down_in": "MLP hidden",
+    "qkv": "weights q, k, v",
+    "o": "weights attention out",
+    "up": "weights gate, up",
+    "down": "weights down",
+}
+"""Rows of the heat map: sites, the softmax output, and the weights of the four linear layers."""
+SWAPS = "Measure each part alone"
+SWAPS_NOTE = (
+    "{count} of {all} parts measured alone: predicted / measured is {ratio} at the median. "
+    "Control (nothing swapped): {control} nats. "
+    "Sum of the parts over all at once: {additive}."
+)
+WHERE_HEADERS = ["layer", "part", "predicted, nats", "measured alone, nats", "share"]
+WHERE_TABLE = "The ten most expensive parts"
+LEARN_COST_TITLE = "Learn: how a cost is predicted"
+LEARN_COST = """
+**KLD** (Kullback–Leibler divergence) says how far the quantised model's next-token predictions are from the original's, in nats
+per token; 0 is the same model. The tab Compare shows a text token by token, coloured by it.
+
+**Predicted.** The model reads a short text once, forwards and backwards. The gradients at each part (an activation of a layer, or
+a weight matrix) tell how much an error *there* moves the predictions. Rounding that part to the chosen bits and clusters gives
+its error; the two together give its cost, without running the quantised model. The costs of parts add up while they are small.
+
+**Measured on the probe.** The same text, read once with everything rounded. It starts by itself when you stop changing things.
+
+**Verified.** What *Quantise* measured with the packed model on its own text, if you ran this recipe.
+
+The **noise floor** is what merely computing in bfloat16 costs: below it, a choice costs nothing that matters.
+"""

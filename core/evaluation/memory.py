@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from core.checks import FLOAT_BITS
 from core.errors import InputError
 from core.recipe import SCHEMES, Bits
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the formula needs neither module: the page and commands tha
 
     from core.models.architectures import BlockSpec
     from core.models.decoder import CausalModel
+    from core.recipe import QuantRecipe
     from core.report import ModelInfo
 
 
@@ -194,6 +196,38 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
         "Formula, published accounting: every parameter at the weight bits, keys and values at theirs, one layer's "
         "activations; scales, zero points and runtime buffers left out.",
     )
+
+
+def recipe_bytes(shape: Shape, recipe: QuantRecipe) -> tuple[float, float]:
+    """Project what a quantised model stores: (bytes of the model, bytes of keys and values per token).
+
+    Every weight row has one scale (float16) and one zero point (int8) per cluster of its input; embeddings, head and norms stay
+    in float32. KMeans may give fewer clusters than asked for.
+    """
+    bits = recipe.tensor_bits
+    width, heads, kv_width = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    groups = _groups(shape, recipe)
+    rows = {"attn_in": heads + 2 * kv_width, "o_in": width, "mlp_in": (shape.ffn_matrices - 1) * shape.ffn, "down_in": width}
+    small = 4.0 * (shape.parameters - shape.decoder_weights)
+    if bits.weights >= FLOAT_BITS:
+        stored = 4.0 * shape.decoder_weights
+    else:
+        stored = shape.decoder_weights * bits.weights / 8 + shape.layers * sum(3 * rows[site] * groups[site] for site in rows)
+    cached = [32 if FLOAT_BITS in (bits.k, bits.v) else own for own in (bits.k, bits.v)]
+    return small + stored, shape.layers * kv_width * sum(cached) / 8
+
+
+def _groups(shape: Shape, recipe: QuantRecipe) -> dict[str, int]:
+    """Count the groups of weight columns that read each site."""
+    grouped = recipe.method == "rptq" or recipe.variant == "matched"
+    c = recipe.clusters
+    counts = {
+        "attn_in": min(c.R1, shape.hidden),
+        "o_in": shape.heads * min(c.R3, shape.head_dim),
+        "mlp_in": min(c.R4, shape.hidden),
+        "down_in": min(c.R5, shape.ffn),
+    }
+    return counts if grouped else dict.fromkeys(counts, 1)
 
 
 def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:

@@ -227,6 +227,28 @@ def test_runs_of_two_models_are_compared_and_written_side_by_side(visit):
     open_tab(page, "BitNet", "#zeros")
 
 
+def test_the_cost_follows_every_control(visit):
+    page, gauge = visit(), "() => [...document.querySelectorAll('#cost .qs-gauge b')].map(b => b.innerText)"
+    open_tab(page, "Quantise", "#where")
+    page.wait_for_function(f"() => ({gauge})().join() === '0.0500 nats,0.100 ± 0.00100 nats'")
+    assert "The prediction was 0.50 times" in page.locator("#cost").inner_text()
+    assert page.locator("#blame .qs-verdict").inner_text() == "75 % of the cost is MLP hidden of layer 1."
+    page.locator("#side-g input[type=range]").focus()
+    page.keyboard.press("Home")
+    page.wait_for_function(f"() => ({gauge})()[0] === '1.60 nats' && ({gauge})()[1].startsWith('3.20')")
+    assert "cost is large" in page.locator("#cost").inner_text() and "W4A4 g1" in page.locator("#cost h4").inner_text()
+    page.get_by_text("Bits of every tensor").click()
+    page.locator("#bits-down_in input").click()
+    page.get_by_role("option", name="8", exact=True).click()
+    page.wait_for_function(f"() => ({gauge})()[0] === '0.00625 nats'")
+    page.locator("#swaps").click()
+    page.wait_for_function("() => document.querySelector('#swaps-note').innerText.includes('2 of 2 parts')")
+    said = page.locator("#swaps-note p").inner_text()
+    assert "is 1.00 at the median" in said and "swapped): 0 nats" in said and "at once: 0.500" in said
+    page.locator("#side-quantize").click()
+    page.wait_for_function(f"() => ({gauge})().length === 3")
+
+
 @pytest.mark.parametrize("width", [1440, 390])
 def test_a_text_is_read_token_by_token(visit, width):
     page = visit()
