@@ -1,0 +1,74 @@
+"""What the page says of a recipe's cost: bars, the sentence on its sources, the map, and bytes by formula against real ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from app import engine
+from app.session import Costs
+from app.view import cost
+from core.evaluation.describe import model_info
+from core.evaluation.memory import kv_bytes_per_token, measured_parts
+from core.probe.report import Measurement, Prediction, ProbeInfo
+from core.recipe import QuantRecipe
+from tests.core.tools import quantised
+
+CELLS = {"layers.0.k": 0.02, "layers.2.down_in": 0.05, "layers.26.down_in": 0.03, "layers.1.qkv": 0.0}
+PROBE = ProbeInfo("m", "sotu", 512, 256, 4, 0.0001, 1.0, 10)
+
+
+def costs(total: float = 0.1, measured: float | None = None, estimated: tuple[str, ...] = ()) -> Costs:
+    prediction = Prediction(CELLS, total, estimated, (), 0.0001, 0.01)
+    found = None if measured is None else Measurement(measured, 0.01, 0.9, 0.0001, 0.1)
+    return Costs(QuantRecipe("m"), PROBE, prediction, found)
+
+
+def test_a_sentence_names_the_parts_that_cost_half():
+    assert cost.blame(CELLS) == "50 % of the cost is MLP hidden of layer 2."
+    assert cost.blame({**CELLS, "layers.2.down_in": 0.031}) == "75 % of the cost is MLP hidden of layers 2 and 26."
+    even = {f"layers.{i}.{cell}": 1.0 for i in range(4) for cell in ("k", "v")}
+    assert cost.blame(even) == "38 % of the cost is keys of layers 0 and 1 and values of layer 0."
+    assert "costs nothing" in cost.blame({}) and "costs nothing" in cost.blame({"layers.0.k": 0.0})
+
+
+def test_bars_lie_on_a_log_scale():
+    assert [cost.place(x) for x in (0.0, 1e-5, 1e-2, 10.0, 1e9)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_the_card_says_what_limits_its_figures():
+    size = (1e7, 1536.0)
+    plain = cost.cost_card("a", costs(), None, size, None)
+    assert "0.100 nats" in plain and "…" in plain and "10 MB" in plain
+    assert "1.0 times" not in cost.cost_card("a", costs(measured=0.1), None, size, None)
+    assert "2.0 times what was measured" in cost.cost_card("a", costs(measured=0.05), None, size, None)
+    assert "trust the measurement" in cost.cost_card("a", costs(total=0.6), None, size, None)
+    assert "1 of 4 parts" in cost.cost_card("a", costs(estimated=("layers.0.k",)), None, size, None)
+    assert "&lt;b&gt;" in cost.cost_card("<b>", costs(), None, size, "<b>careful")
+
+
+def test_the_map_has_a_row_for_each_part_and_measured_ones_count():
+    measured = {"layers.0.k": Measurement(0.04, None, 0.9, 0.0001, 0.1)}
+    (trace,) = cost.where_map(CELLS, measured, 27, revision="m")["data"]
+    assert trace["y"] == ["keys", "MLP hidden"] and len(trace["z"][0]) == 27
+    assert trace["z"][0][0] == pytest.approx(math.log10(0.04)) and trace["z"][0][1] is None
+    assert "measured alone 0.0400" in trace["customdata"][0][0]
+    assert cost.where_map({}, {}, 3, revision="m")["data"] == []
+
+
+def test_the_note_compares_predicted_with_measured_parts():
+    alone = {name: Measurement(2 * kld, None, 0.9, 0.0001, 0.1) for name, kld in CELLS.items()}
+    said = cost.swaps_note(CELLS, alone, 0.0, Measurement(0.1, None, 0.9, 0.0001, 0.1))
+    assert "0.500 at the median" in said and "swapped): 0 nats" in said and "at once: 2.00" in said
+    assert "at once: not known" in cost.swaps_note(CELLS, {}, 0.0, None)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "smollm"])
+@pytest.mark.parametrize("method, scheme", [("rtn", "W4A4KV"), ("rtn", "W3A3KV"), ("rtn", "W4A16"), ("rptq", "W4A8")])
+def test_bytes_by_formula_are_those_of_the_tensors(architecture, method, scheme):
+    made = quantised(architecture, method=method, scheme=scheme, weights="rtn")
+    weights, cache = engine.recipe_bytes(model_info(made.base, 0.0), made.recipe)
+    assert cache == kv_bytes_per_token(made.model)
+    left_out = 0.04 if method == "rptq" else 0.02  # orders and the grids of activations, which real models hardly notice
+    assert weights == pytest.approx(sum(measured_parts(made.model).values()), rel=left_out)
