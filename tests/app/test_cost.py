@@ -40,7 +40,7 @@ def test_bars_lie_on_a_log_scale():
 def test_the_card_says_what_limits_its_figures():
     size = (1e7, 1536.0)
     plain = cost.cost_card("a", costs(), None, size, None)
-    assert "0.100 nats" in plain and "…" in plain and "10 MB" in plain
+    assert "0.100 nats" in plain and "…" in plain and "10.0 MB" in plain
     assert "1.0 times" not in cost.cost_card("a", costs(measured=0.1), None, size, None)
     assert "2.0 times what was measured" in cost.cost_card("a", costs(measured=0.05), None, size, None)
     assert "trust the measurement" in cost.cost_card("a", costs(total=0.6), None, size, None)
