@@ -1,4 +1,4 @@
-"""P1 to P5: predicted divergence against measured swaps and mixes, and what a probe, a prediction and a measurement take.
+"""P1 to P5: predicted divergence against measured, and what a probe and a prediction take.
 
 A swap is one site or one linear layer quantised, everything else in float. `ratio` is the rank correlation (Spearman) of
 predicted and measured KLD, `median_ratio` the median of predicted over measured.

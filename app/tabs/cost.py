@@ -1,4 +1,4 @@
-"""The panel of the tab Quantise that shows what a recipe costs while it is chosen: predicted, then measured on a short text."""
+"""The panel of the tab Quantise that shows what a recipe costs: predicted, then measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write what a recipe costs: bars on a log scale, a sentence on where the cost comes from, and a heat map of the parts."""
+"""Write what a recipe costs: bars, a sentence on its sources, a heat map of the parts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def blame(cells: Mapping[str, float]) -> str:
 
 
 def listed(words: Sequence[object]) -> str:
-    """Join words as a sentence lists them: "a, b and c"."""
+    """Write words as a sentence lists them: "a, b and c"."""
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
 

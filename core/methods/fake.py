@@ -1,4 +1,4 @@
-"""Round sites and weights as a plan says, in floating point and in the model's own channel order: nothing is packed or moved.
+"""Round sites and weights as a plan says, in floating point and the model's own channel order.
 
 The grid of a channel does not depend on where the channel lies, so a plan's error can be seen on a float block. RPTQ and RTN
 share this. GPTQ, which depends on the order of the columns, is left out: weights are rounded to nearest.

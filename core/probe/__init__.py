@@ -1,1 +1,1 @@
-"""The probe: what a choice of bits and clusters costs in divergence, predicted without a pass or measured on a short text."""
+"""The probe: what bits and clusters cost in divergence, predicted or measured on a short text."""

@@ -1,4 +1,4 @@
-"""The probe as the stages of a `core.workbench.Workbench`: models by key, texts by name, results as reports."""
+"""The probe as stages of a `core.workbench.Workbench`: models by key, results as reports."""
 
 from __future__ import annotations
 

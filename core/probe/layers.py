@@ -1,4 +1,4 @@
-"""Run float decoder blocks with other numbers at their sites, other weights or another softmax, and take gradients there.
+"""Run float decoder blocks with other numbers at their sites or other weights; take gradients.
 
 This is the only file of the probe that knows how a block runs. Shapes: B windows, T tokens, S draws of labels, D hidden, C
 channels of a site. A model trained with ternary weights is its float twin (α t) with its own dynamic quantisers at the sites:

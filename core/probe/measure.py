@@ -1,4 +1,4 @@
-"""Measure recipes on the probe: one fake-quantised pass of the float model, weights rounded to nearest, nothing packed.
+"""Measure recipes on the probe: one fake-quantised pass, weights rounded to nearest.
 
 A single cell is measured from its layer on: what enters that layer is kept. Changing nothing repeats the kept pass, so its
 divergence is exactly 0: the control of every measurement.

@@ -1,4 +1,4 @@
-"""What a recipe does to one layer of a model: plans on kept statistics, and the change that a float block runs with."""
+"""What a recipe does to one layer: plans on kept statistics, and the change a float block runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe of a model on a short text: its logits, and activations and gradients at every site of every layer.
+"""The probe of a model on a short text: logits, activations and gradients at every site.
 
 Labels y are drawn from the model's own softmax at every position; g = d Σ_t log p(y_t) / d site, S draws. With δ = quantised -
 float at a site, the divergence that this site alone causes is, to second order, a Fisher form (see `core.probe.predict`).

@@ -1,4 +1,4 @@
-"""Keep windows, probes and calibration statistics of the models and texts used last, within a number of bytes."""
+"""Keep windows, probes and statistics of the models and texts used last, within some bytes."""
 
 from __future__ import annotations
 

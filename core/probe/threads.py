@@ -1,4 +1,4 @@
-"""Run a function on many items at once, one item a thread, where single operations are too small to be shared by cores."""
+"""Run a function on many items at once, one item a thread, for operations too small to share."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from core.probe.report import Measurement, Prediction, ProbeInfo
 
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
 from core.errors import ModelError, TextError
 from core.evaluation.tokens import ConfidenceGroup, TokenDivergence, TokensReport
 from core.models.io.bundle import unpack
+from core.probe.report import Measurement, Prediction, ProbeInfo
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import (
     BackendUse,
