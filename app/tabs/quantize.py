@@ -281,8 +281,9 @@ class Quantize:
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
         *others, last = self.clusters.values()  # every g changes the last, after the others
-        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values(), *others]
-        self.cost.wire(self.recipe, inputs, self.tab.select, [last.change, *(field.input for field in typed), *chosen])
+        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values()]
+        changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
+        self.cost.wire(self.recipe, inputs, self.tab.select, changes)
         for button in (self.start, side.quantize):
             self.ctx.on(button.click, self.run, inputs, [*self.results, *self.cost.outputs, *targets, *status])
 
