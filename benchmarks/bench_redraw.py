@@ -92,6 +92,7 @@ def _channel(browser: Any, model: str) -> Result:
         for step in range(CLICKS):
             layer, channel = last - step * last // (CLICKS - 1), 40 + 31 * step
             drawn = page.evaluate("() => Number(document.querySelector('#histogram .qs-chart').dataset.drawn || 0)")
+            page.locator("#heatmap").scroll_into_view_if_needed()  # a click reaches only what the window shows
             page.mouse.click(*page.evaluate(CELL, [layer, channel]))
             page.wait_for_function(TITLED, arg=f"Layer {layer} ")
             words = f"channel {page.locator('#channel input').input_value()}"
