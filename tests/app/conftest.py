@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,17 @@ from app.settings import Settings  # noqa: E402
 from app.worker.client import Workers  # noqa: E402
 from core.recipe import Calibration  # noqa: E402
 from tests.app.cli_tools import CALIBRATION, SENTENCES  # noqa: E402
+from tests.app.tools import FAKE, quiet  # noqa: E402
 
-FAKE = "tests.app.fake_workbench:FakeWorkbench"
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of these tests and their workers, removed with all that they saved."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTSCOPE_CACHE", str(folder))
+        yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
@@ -35,13 +45,13 @@ def bench():
 @pytest.fixture(scope="session")
 def ranges(bench):
     """Ranges of a small model."""
-    return bench.observe("fake", Calibration("sotu", 1024), progress=lambda *_: None)
+    return bench.observe("fake", Calibration("sotu", 1024), progress=quiet)
 
 
 @pytest.fixture(scope="session")
 def wide_ranges(bench):
     """Ranges of a model with 4096 channels."""
-    return bench.observe("fake-wide", Calibration("sotu", 1024), progress=lambda *_: None)
+    return bench.observe("fake-wide", Calibration("sotu", 1024), progress=quiet)
 
 
 @pytest.fixture

@@ -10,11 +10,7 @@ Model names decide how it behaves: "fake" works at once; "fake-slow" takes a ten
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import signal
-import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,47 +19,30 @@ from pathlib import Path
 
 import numpy as np
 
+from core.cache import cache_root
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
-from core.errors import ModelError, TextError
+from core.errors import ModelError
 from core.evaluation.tokens import ConfidenceGroup, TokenDivergence, TokensReport
 from core.models.io.bundle import unpack
-from core.probe.report import Measurement, Prediction, ProbeInfo
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import (
     BackendUse,
     EvalReport,
     GenerationReport,
-    InputHistogram,
     LayerReport,
     ModelInfo,
     QuantizeReport,
     SiteError,
-    Sparsity,
-    SparsityReport,
     SpeedLimit,
-    TernaryShares,
     WeightError,
-    WeightHistogram,
 )
 from core.storage import atomic_dir
-
-Progress = Callable[[str, float | None], None]
-TERNARY = "fake-ternary"
-WAYS = ("slow", "endless", "memory", "exit", "killed", "bug", "wide", "single")
-NAMES = ("fake", *(f"fake-{way}" for way in WAYS), TERNARY)
-SAYINGS = {
-    "no pickle": struct.pack("!i", 5) + b"hello",
-    "negative size": struct.pack("!i", -1),
-    "endless size": struct.pack("!i", 2**31 - 1),
-    **{
-        name: struct.pack("!i", len(pickle.dumps(value))) + pickle.dumps(value)
-        for name, value in (("no tuple", "text"), ("a call", os.system), ("nothing", ()), ("no job", ("done",)))
-    },
-}
-"""Bytes that a worker must not send, by the model's name after "fake-says "."""
+from tests.app.fake_behaviour import NAMES, SAYINGS, TERNARY, Progress, check_text, fidelity_of, is_saved, misbehave
+from tests.app.fake_probe import FakeProbe
+from tests.app.fake_ternary import FakeTernary
 
 
-class FakeWorkbench:
+class FakeWorkbench(FakeProbe, FakeTernary):
     """Answers every call of the workbench with plausible numbers."""
 
     def __init__(self, *, allow_local: bool = True, max_bytes: int = 0, device: str = "cpu") -> None:
@@ -192,7 +171,7 @@ class FakeWorkbench:
             538_060_032,
             layers,
             [BackendUse("reference", "no CUDA device", 42)],
-            str(Path(tempfile.mkdtemp(prefix="fake-saved-")) / recipe.hash),
+            str(Path(new_folder()) / recipe.hash),
         )
         with atomic_dir(report.folder) as stage:
             (stage / "weights.bin").write_bytes(bytes(100_000))
@@ -210,7 +189,7 @@ class FakeWorkbench:
     ) -> QuantizeReport:
         """The report of a folder that `quantize` wrote, or of a zip file of one."""
         if archive:
-            folder = tempfile.mkdtemp(prefix="fake-received-")
+            folder = new_folder()
             unpack(archive, folder)
         if not is_saved(folder):
             raise ModelError("No quantised model is there: name a folder that Quantise saved.", code="E-MODEL-NAME")
@@ -321,123 +300,12 @@ class FakeWorkbench:
         ]
         return TokensReport(key, reference, text, tuple(shown), (ConfidenceGroup(0.6, 0.8, tokens - 1, 0.3, 0.2),), 0.3)
 
-    def probe(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> ProbeInfo:
-        """Made-up facts."""
-        misbehave(recipe.model, progress)
-        return ProbeInfo(recipe.model, "sotu", 512, 256, 4, 0.0001, 0.1, 1000)
-
-    def predict(self, recipe: QuantRecipe, *, seconds: float = math.inf, owner: str, progress: Progress) -> Prediction:
-        """A cost that falls with clusters and bits, all of it in two parts of layers 1 and 3."""
-        kld = 1.6 / recipe.clusters.R5 / 2.0 ** (2 * (recipe.tensor_bits.down_in - 4))
-        cells = {"layers.1.down_in": 0.75 * kld, "layers.3.k": 0.25 * kld}
-        return Prediction(cells, kld, (), (), 0.0001, 0.01)
-
-    def measure(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> Measurement:
-        """Twice what is predicted."""
-        return Measurement(2 * self.predict(recipe, owner=owner, progress=progress).total, 0.001, 0.9, 0.0001, 0.1)
-
-    def swap(self, recipe: QuantRecipe, layer: int, cell: str | None, *, owner: str, progress: Progress) -> Measurement:
-        """What is predicted; nothing for the control."""
-        cells = self.predict(recipe, owner=owner, progress=progress).cells
-        return Measurement(cells[f"layers.{layer}.{cell}"] if cell else 0.0, None, 0.9, 0.0001, 0.1)
-
-    def sparsity(
-        self, key: str, *, text: str = "sotu", tokens: int = 512, owner: str | None = None, progress: Progress
-    ) -> SparsityReport:
-        """The published shares of the 7B model."""
-        self.ternary(key)
-        layers = []
-        for layer in range(6):
-            progress(f"Layer {layer + 1} of 6", layer / 6)
-            time.sleep(0.5 if self.slow(key) else 0.01)
-            layers.append(Sparsity(0.121, 0.5, 0.714 - 0.02 * layer, 0.12, 0.842, 0.675, 0.445))
-        name = "your text" if text.startswith("text:") else text
-        return SparsityReport(key, "a4.8", "trained a4.8", name, tokens, 4_000_000, 2_220_000, layers[0], layers)
-
-    def weight_histogram(self, key: str, *, owner: str | None = None, progress: Progress) -> WeightHistogram:
-        """About a third of each, fewer zeros in deeper layers."""
-        self.ternary(key)
-        names = ("q", "k", "v", "o", "gate", "up", "down")
-        shares = [TernaryShares(0.33 + 0.005 * i, 0.34 - 0.01 * i, 0.33 + 0.005 * i, 0.02) for i in range(6)]
-        return WeightHistogram(key, [dict.fromkeys(names, share) for share in shares])
-
-    def input_histogram(
-        self,
-        key: str,
-        site: str,
-        layer: int,
-        *,
-        text: str = "sotu",
-        tokens: int = 512,
-        owner: str | None = None,
-        progress: Progress,
-    ) -> InputHistogram:
-        """A bell, and a spike at zero for the input of down."""
-        self.ternary(key)
-        progress(f"Layer {layer + 1} of 6", 0.5)
-        kind = {"attn_in": "int4", "o_in": "topk8", "mlp_in": "int4", "down_in": "int8"}[site]
-        edges = np.linspace(-3, 3, 102)
-        counts = (1e5 * np.exp(-0.5 * ((edges[:-1] + edges[1:]) / 2) ** 2)).astype(int)
-        counts[50] *= 40 if site == "down_in" else 1
-        codes = np.arange(-8, 8) if kind == "int4" else np.arange(-127, 128)
-        coded = (1e5 * np.exp(-0.5 * (codes * (2.65 / 7 if kind == "int4" else 3 / 127)) ** 2)).astype(int)
-        coded[codes == 0] = coded.sum() if kind != "int4" else coded.max()
-        return InputHistogram(
-            key, site, layer, kind, text, tokens, edges.tolist(), counts.tolist(), codes.tolist(), coded.tolist()
-        )
-
-    def ternary(self, key: str) -> None:
-        """Refuse what has no ternary weights."""
-        recipe = self.recipes.get(key)
-        if key != TERNARY and (recipe is None or recipe.method != "bitnet"):
-            raise ModelError("This model has no ternary weights: choose a BitNet model.", code="E-MODEL-ARCH")
-
-    def slow(self, key: str) -> bool:
-        """Whether this key belongs to the slow model."""
-        return key in self.recipes and self.recipes[key].model == "fake-slow"
 
 
-def is_saved(model: str) -> bool:
-    """Whether this is a folder that `quantize` wrote."""
-    return (Path(model) / "report.pickle").is_file()
-
-
-def fidelity_of(recipe: QuantRecipe) -> str:
-    """What a BitNet run is worth."""
-    if recipe.method != "bitnet":
-        return ""
-    mode = recipe.bitnet.mode
-    if recipe.model != TERNARY:
-        return f" · {mode} simulated on a model trained in full precision: expect noise"
-    return f" · trained {mode}" if mode == "a4.8" else f" · {mode} rules applied training-free to a a4.8 model: approximate"
-
-
-def check_text(calibration: Calibration) -> None:
-    """Refuse a pasted text that is clearly too short."""
-    if calibration.text.startswith("text:") and len(calibration.text) < 800:
-        raise TextError(
-            f"The calibration text has about {len(calibration.text) // 5} tokens; at least {calibration.window} are needed. "
-            "Paste more, or choose a named text.",
-            code="E-TEXT-SHORT",
-        )
-
-
-def misbehave(model: str, progress: Progress) -> None:
-    """Fail the way the model's name says."""
-    progress("Loading", 0.0)
-    if model == "fake-memory":
-        raise MemoryError
-    if model == "fake-exit":
-        sys.exit(3)
-    if model == "fake-killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if model.startswith("fake-says "):
-        os.write(int(sys.argv[1]), SAYINGS[model.removeprefix("fake-says ")])
-        time.sleep(60)
-    if model == "fake-bug":
-        raise ZeroDivisionError("a secret detail")
-    while model == "fake-endless":
-        time.sleep(1)
+def new_folder() -> str:
+    """An empty folder in the cache, which the tests' fixture removes."""
+    cache_root().mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(dir=cache_root())
 
 
 def site_ranges(info: ModelInfo, layer: int, kind: str) -> SiteRanges:

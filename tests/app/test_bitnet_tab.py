@@ -15,15 +15,7 @@ from app.view import plots_bitnet, tables, texts
 from core.errors import InputError
 from core.recipe import BITNET_MODES, BitNetOptions, QuantRecipe
 from tests.app.fake_workbench import TERNARY
-from tests.app.test_plots import valid
-
-
-def quiet(*_):
-    """No progress."""
-
-
-async def collect(stream):
-    return [item async for item in stream]
+from tests.app.tools import collect, quiet, valid
 
 
 @pytest.fixture

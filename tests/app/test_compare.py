@@ -17,14 +17,7 @@ from core.errors import Cancelled, InputError
 from core.recipe import Calibration, QuantRecipe
 from core.report import SpeedLimit
 from tests.app.fake_workbench import TERNARY
-
-
-def quiet(*_):
-    """No progress."""
-
-
-async def collect(stream):
-    return [item async for item in stream]
+from tests.app.tools import collect, quiet
 
 
 @pytest.fixture

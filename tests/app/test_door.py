@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import logging
 import os
-import re
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
 import httpx
 import pytest
-import uvicorn
 from hypothesis import given, settings, strategies
 
-from app.door import connections, install
-from app.door.bodies import EVENT_BYTES, FILE, MANY, ONE, Budget, Events
-from app.door.connections import Connections
+from app.door.bodies import FILE, Budget, Events
 from app.door.files import UPLOADS, Files
 from app.door.gate import Gate, Limits
 from app.door.log import MOST_LINES, LineLimit, Tally
 from app.door.rules import RUN, UPLOAD, Names, Refusal
 from app.door.visitor import address_of, browser_of, network_of, new_cookie, visitor
-
-EVENT = {"data": ["k", 3], "fn_index": 1, "session_hash": "abc", "trigger_id": None, "event_data": None}
-LIMITS = Limits(Names.of("page.example"), upload_bytes=1000, events=Events({1: [ONE, ONE], 2: [FILE], 3: [MANY]}))
-UPLOADED = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.zip"\r\n\r\nPK\r\n--b--\r\n'
-JSON_TYPE = {"content-type": "application/json"}
-COOKIE = {"cookie": "quantscope=" + "c" * 43}
-FORM = {"content-type": "multipart/form-data; boundary=b", **COOKIE}
-
-
-async def echo(scope, receive, send):
-    """Answer with the body's length, the sender, and a header that lets every page read it."""
-    if scope["path"] == "/theme.css":
-        raise ValueError("secret words")
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            break
-    headers = [(b"access-control-allow-origin", b"*"), (b"content-type", b"text/plain")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": f"{len(body)} {visitor().address}".encode()})
-
-
-def ask(method: str, path: str, *, gate: Gate | None = None, **options) -> httpx.Response:
-    """Send one request through a gate, without a server."""
-
-    async def asked() -> httpx.Response:
-        transport = httpx.ASGITransport(gate or Gate(echo, LIMITS))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(asked())
-
-
-def post(body: object, **headers: str) -> httpx.Response:
-    """Send one event through the gate."""
-    return ask("POST", RUN, content=json.dumps(body), headers=headers)
+from tests.app.door_tools import COOKIE, EVENT, FORM, LIMITS, UPLOADED, ask, echo, post
 
 
 def test_what_the_page_sends_passes_and_no_page_elsewhere_may_read_it():
@@ -254,93 +207,6 @@ def test_the_cookie_is_random_hidden_from_scripts_and_read_back():
     assert browser_of("quantscope=short") == browser_of("a=\x01") == browser_of("") == ""
 
 
-# -- connections
-
-
-@pytest.fixture
-def served(monkeypatch) -> Iterator[tuple[int, Connections]]:
-    """Port and connections of a server with six places, four for one address, and short times."""
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "REST_SECONDS", 0.7)
-    table = Connections(most=6, most_per_address=4, is_proxy=lambda peer: peer == "127.0.0.1")
-    config = uvicorn.Config(Gate(echo, LIMITS), port=0, log_level="error", lifespan="off")
-    config.load()
-    config.http_protocol_class = table.guarded(config.http_protocol_class)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1], table
-    server.should_exit = True
-    thread.join(10)
-
-
-def connect(port: int, start: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-    """Open a connection and send the start of a request."""
-    opened = socket.create_connection(("127.0.0.1", port), 5, source_address=(source, 0))
-    opened.sendall(start)
-    return opened
-
-
-HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-
-
-def answer_of(connection: socket.socket) -> bytes:
-    """What the server sends until it closes the connection."""
-    data = b""
-    try:
-        while part := connection.recv(65536):
-            data += part
-    except ConnectionResetError:
-        pass
-    return data
-
-
-def test_a_head_that_does_not_come_is_given_up(served):
-    port, table = served
-    for start in (b"", HALF, HALF + b"\r\n" + b"GET"):
-        answer = answer_of(connect(port, start))
-        assert b"408" in answer, start
-    assert not table.all and not table.waiting and not table.resting and not table.per_address
-
-
-def test_a_head_without_end_is_refused(served):
-    assert b"431" in answer_of(connect(served[0], HALF + b"x: " + b"a" * 40_000))
-
-
-def test_half_open_connections_give_way_to_requests(served):
-    port, table = served
-    slow = [connect(port, HALF) for _ in range(30)]
-    with httpx.Client() as client:
-        assert client.get(f"http://127.0.0.1:{port}/").text == "0 127.0.0.1"
-        assert len(table.all) <= 6
-        assert client.get(f"http://127.0.0.1:{port}/").status_code == 200, "on the same connection"
-    for one in slow:
-        one.close()
-
-
-def test_one_address_has_so_many_connections(served):
-    port, table = served
-    first = [connect(port, HALF, "127.0.0.2") for _ in range(4)]
-    assert answer_of(connect(port, b"", "127.0.0.2")) == b"", "closed at once"
-    assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
-    assert table.per_address["127.0.0.2"] == 4
-    for one in first:
-        one.close()
-
-
-def test_a_large_body_is_refused_without_being_read(served):
-    opened = connect(served[0], f"POST {RUN} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {EVENT_BYTES + 1}\r\n\r\n".encode())
-    assert answer_of(opened).startswith(b"HTTP/1.1 413")
-
-
-def test_a_file_that_is_too_long_is_refused_while_it_arrives(served):
-    body = UPLOADED.replace(b"PK", b"PK" * 50_000)
-    answer = httpx.post(f"http://127.0.0.1:{served[0]}{UPLOAD}", content=iter([body[:70], body[70:]]), headers=FORM)
-    assert answer.status_code == 413 and "MB" in answer.json()["detail"]
-
-
 # -- files
 
 
@@ -382,122 +248,3 @@ def test_repeated_lines_stop():
     record = logging.makeLogRecord
     passed = [limit.filter(record({"name": "uvicorn.error", "msg": "Invalid HTTP request received."})) for _ in range(9000)]
     assert sum(passed) == MOST_LINES and limit.filter(record({"name": "other", "msg": "text"}))
-
-
-# -- Gradio behind it
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Iterator[Gate]:
-    """The gate around the real page, with fake workers that are never started."""
-    from app.context import Context
-    from app.page import build_app
-    from app.session import SessionStore
-    from app.settings import Settings
-    from app.worker.client import Workers
-
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-    patch.setattr("app.context.REST_SECONDS", 0.01)
-    patch.setattr("app.context.NEWS_SECONDS", 0.01)
-    patch.setattr("app.page.FIRST_SECONDS", 0.01)
-    chosen = Settings(model="fake", workbench="tests.app.fake_workbench:FakeWorkbench", hosts=("page.example",))
-    ctx = Context(chosen, Workers(chosen), SessionStore(seconds=60, capacity=10))
-    demo = build_app(ctx)
-    demo.queue(max_size=512, api_open=False)
-    demo.launch(prevent_thread_lock=True, quiet=True, share=False, run_history=False, server_name="127.0.0.1")
-    yield Gate(demo.app, install.limits(chosen, "127.0.0.1", demo, ctx.heartbeats))
-    demo.close(verbose=False)
-    ctx.workers.close()
-    patch.undo()
-
-
-def test_no_malformed_event_reaches_a_traceback(page, capfd):
-    """Every event of the page with values of every kind: answered, without a fault, a traceback, or the file it names."""
-    values = [None, -1, 1e308, "x", "", [], [1], True, "\ud800", "a" * 3000]
-    statuses = set()
-    with httpx.Client(transport=_Threaded(page), base_url="http://127.0.0.1") as client:
-        for index, inputs in page.limits.events.inputs.items():
-            for place, value in enumerate(values):
-                data = [values[(place + i) % len(values)] if i else value for i in range(len(inputs))]
-                event = {**EVENT, "fn_index": index, "data": data, "event_data": value}
-                statuses.add(client.post(RUN, content=json.dumps(event), headers={**JSON_TYPE, **COOKIE}).status_code)
-    said = capfd.readouterr()
-    assert statuses == {200, 400} and "Traceback" not in said.out + said.err
-
-
-def test_the_page_allows_its_own_scripts_only(page):
-    with httpx.Client(transport=_Threaded(page), base_url="http://127.0.0.1") as client:
-        first, second = client.get("/"), client.get("/?model=x", headers={"accept-encoding": "identity"})
-        policy = first.headers["content-security-policy"]
-        inline = re.findall(r"<script(?![^>]* src=)[^>]*>(.*?)</script>", second.text, re.DOTALL)
-        assert len(inline) >= 4 and first.text == second.text and policy == second.headers["content-security-policy"]
-        for script in inline:
-            assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
-        directives = dict(part.split(" ", 1) for part in policy.split("; "))
-        assert directives["default-src"] == directives["frame-ancestors"] == "'none'"
-        assert "unsafe-inline" not in directives["script-src"]
-        assert set(" ".join(directives.values()).split()) <= {
-            "'none'", "'self'", "data:", "blob:", "'unsafe-eval'", "'unsafe-inline'", *directives["script-src"].split()
-        }, "nothing of other servers"  # fmt: skip
-        style = client.get("/theme.css")
-        for answer in (first, style, client.get("/x"), client.get("/gradio_api/file=/etc/passwd")):
-            assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "same-origin"
-        assert "sandbox" in style.headers["content-security-policy"] and client.get("/gradio_api/file=/etc/passwd").is_error
-
-
-def test_a_space_may_be_shown_by_hugging_face_and_by_nobody_else(page):
-    gate = Gate(page.app, replace(page.limits, behind_proxy=True, frames=install.FRAMES))
-    answer = ask("GET", "/", gate=gate)
-    assert answer.headers["content-security-policy"].endswith("frame-ancestors 'self' https://huggingface.co")
-    assert "SameSite=None; Secure; Partitioned" in answer.headers["set-cookie"] and "x-frame-options" not in answer.headers
-
-
-def test_opening_the_page_gives_a_cookie_once(page):
-    first = ask("GET", "/", gate=page)
-    value = browser_of(first.headers["set-cookie"].partition(";")[0])
-    again = ask("GET", "/", gate=page, headers={"cookie": f"quantscope={value}"})
-    assert len(value) == 43 and "set-cookie" not in again.headers and browser_of(ask("GET", "/").headers["set-cookie"]) != value
-
-
-def test_static_files_are_kept_once_and_are_gradios_own(page):
-    plain = httpx.ASGITransport(page.app)
-
-    async def direct(path: str) -> bytes:
-        async with httpx.AsyncClient(transport=plain, base_url="http://127.0.0.1") as client:
-            return (await client.get(path)).content
-
-    script = re.search(r"assets/index-[\w-]+\.js", ask("GET", "/", gate=page).text)[0]
-    for path in ("/theme.css", f"/{script}"):
-        for coding in ("br", "gzip", "identity"):
-            answer = ask("GET", path, gate=page, headers={"accept-encoding": coding})
-            assert answer.content == asyncio.run(direct(path)) and "max-age" in answer.headers["cache-control"]
-            assert ask("HEAD", path, gate=page, headers={"accept-encoding": coding}).headers == answer.headers
-    kept = len(page.pages.kept)
-    assert ask("GET", "/assets/none.js", gate=page).status_code == 404
-    assert ask("GET", "/theme.css?x=1", gate=page).status_code == 200 and len(page.pages.kept) == kept
-
-
-def test_a_name_that_the_page_would_call_itself_is_checked(page):
-    assert ask("GET", "/", gate=page, headers={"x-forwarded-host": "evil.example"}).status_code == 421
-    answer = ask("GET", "/", gate=page, headers={"host": "page.example", "x-forwarded-proto": "https"})
-    assert "https://page.example" in answer.text
-
-
-class _Threaded(httpx.BaseTransport):
-    """Requests of a plain client, answered on one event loop."""
-
-    def __init__(self, app: Gate) -> None:
-        self.inner, self.loop = httpx.ASGITransport(app), asyncio.Runner()
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        async def answered() -> httpx.Response:
-            sent = httpx.Request(request.method, request.url, headers=request.headers, content=request.read())
-            answer = await self.inner.handle_async_request(sent)
-            headers = {n: v for n, v in answer.headers.items() if n != "content-encoding"}
-            return httpx.Response(answer.status_code, headers=headers, content=await answer.aread())
-
-        return self.loop.run(answered())
-
-    def close(self) -> None:
-        self.loop.close()

@@ -13,6 +13,7 @@ from app.worker.client import Worker
 from app.worker.job import Job, Step
 from app.worker.line import MAX_WAITING, PER_ADDRESS, PUBLIC, Line
 from core.errors import ResourceError
+from tests.app.tools import FAKE
 
 STEPS = [Step("load", {"model": "fake"})]
 
@@ -88,7 +89,7 @@ def test_everybody_is_served_and_nobody_twice_before_another_once(events):
 
 
 def test_places_are_told_again_when_somebody_comes_before():
-    worker = Worker(Settings(model="fake", workbench="tests.app.fake_workbench:FakeWorkbench"))
+    worker = Worker(Settings(model="fake", workbench=FAKE))
 
     async def told() -> list[int]:
         seen: list[int] = []

@@ -11,12 +11,9 @@ import pytest
 from app.page import Page
 from app.worker.job import Step
 from core.recipe import Calibration, QuantRecipe
+from tests.app.tools import collect
 
 TEXT = Calibration("sotu", 1024)
-
-
-async def collect(stream):
-    return [item async for item in stream]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import math
 from array import array
 
-import plotly.graph_objects as go
 import pytest
 
 from app import engine
@@ -16,30 +15,7 @@ from app.view import plots_ranges as plots
 from app.view.chart import Chart
 from app.view.figure import THEMES, Scale, axis_name, bytes_text, note, number
 from core.recipe import SITES, Bits, Clusters, QuantRecipe
-
-
-def quiet(*_):
-    """No progress."""
-
-
-def resolve(value, theme):
-    """Colour tokens as the browser replaces them."""
-    if isinstance(value, dict):
-        return {k: resolve(v, theme) for k, v in value.items()}
-    if isinstance(value, list):
-        return [resolve(v, theme) for v in value]
-    if isinstance(value, str) and value.startswith("@ordered:"):
-        assert 0 <= float(value[9:]) <= 1
-        return theme["ordered"][0][1]
-    return theme[value[1:]] if isinstance(value, str) and value.startswith("@") else value
-
-
-def valid(figure):
-    """Check a figure against plotly's schema, in both themes, and return it as it travels."""
-    text = json.dumps(figure, allow_nan=False)
-    for theme in THEMES.values():
-        go.Figure(resolve(json.loads(text), theme))
-    return json.loads(text)
+from tests.app.tools import quiet, valid
 
 
 def unpack(packed):

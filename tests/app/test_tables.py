@@ -16,13 +16,10 @@ from app.worker.job import JobView
 from core.errors import Cancelled, InputError, ModelError
 from core.evaluation.paired import PairedRatio
 from core.recipe import QuantRecipe
+from tests.app.tools import quiet
 
 PROTOCOL = Protocol("sotu", 2048, 512)
 EVIL = "<img src=x onerror=alert(1)>"
-
-
-def quiet(*_):
-    """No progress."""
 
 
 def job(state="running", **more):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.app.tools import FAKE
+
 sync_api = pytest.importorskip("playwright.sync_api")
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -64,9 +66,11 @@ def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(server_log: Path) -> Iterator[str]:
-    """Address of a page whose workbench is the fake one."""
-    yield from serve("fake", server_log, QUANTSCOPE_WORKBENCH="tests.app.fake_workbench:FakeWorkbench")
+def address(server_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a page whose workbench is the fake one; what it saves is removed with the page."""
+    cache = tmp_path_factory.mktemp("cache")
+    yield from serve("fake", server_log, QUANTSCOPE_WORKBENCH=FAKE, QUANTSCOPE_CACHE=str(cache))
+    shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="package")

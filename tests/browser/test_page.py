@@ -9,9 +9,10 @@ import urllib.request
 
 import pytest
 
+from tests.browser.page_tools import choose_bitnet, choose_model, drawn, open_tab, quantise, redrawn, status
+
 pytestmark = pytest.mark.browser
 
-DRAWN = "id => Number(document.querySelector(id + ' .qs-chart').dataset.drawn || 0)"
 LEFTMOST = """id => {
   const chart = document.querySelector(id + ' .qs-chart');
   const points = chart.calcdata[0];
@@ -22,43 +23,6 @@ LEFTMOST = """id => {
   return [channel, box.x + xaxis._offset + xaxis.c2p(point.x), box.y + yaxis._offset + yaxis.c2p(point.y)];
 }"""
 RANGE = "id => document.querySelector(id + ' .qs-chart')._fullLayout.xaxis.range.map(v => Math.round(v * 1000))"
-
-
-def drawn(page, chart):
-    return page.evaluate(DRAWN, chart)
-
-
-def redrawn(page, chart, before):
-    page.wait_for_function(f"([id, n]) => ({DRAWN})(id) > n", arg=[chart, before])
-
-
-def open_tab(page, name, chart=None):
-    page.get_by_role("tab", name=name).click()
-    if chart:
-        page.wait_for_selector(f"{chart} .qs-chart[data-drawn]")
-
-
-def choose_model(page, name):
-    field = page.locator("#model input")
-    field.fill(name)
-    field.press("Enter")
-    page.locator("#observe").click()
-
-
-def status(page, words):
-    page.wait_for_function("words => document.querySelector('#status')?.innerText.includes(words)", arg=words)
-    return page.locator("#status").inner_text()
-
-
-def quantise(page):
-    page.locator("#side-quantize").click()
-    page.wait_for_selector("#quick-numbers tbody tr:nth-child(2)")
-
-
-def choose_bitnet(page):
-    page.locator("#method input").click()
-    page.get_by_role("option", name="BitNet").click()
-    page.wait_for_selector("#mode input", state="visible")
 
 
 def test_opens_on_a_drawn_chart_with_its_widest_channel(visit):
@@ -225,48 +189,6 @@ def test_runs_of_two_models_are_compared_and_written_side_by_side(visit):
     assert page.locator("#speed .qs-estimate").count() == 3
     assert page.locator("#streams h2").all_inner_texts()[2] == "fake-ternary · trained a4.8"
     open_tab(page, "BitNet", "#zeros")
-
-
-def test_the_cost_follows_every_control(visit):
-    page, gauge = visit(), "() => [...document.querySelectorAll('#cost .qs-gauge b')].map(b => b.innerText)"
-    open_tab(page, "Quantise", "#where")
-    page.wait_for_function(f"() => ({gauge})().join() === '0.0500 nats,0.100 ± 0.00100 nats'")
-    assert "The prediction was 0.50 times" in page.locator("#cost").inner_text()
-    assert page.locator("#blame .qs-verdict").inner_text() == "75 % of the cost is MLP hidden of layer 1."
-    page.locator("#side-g input[type=range]").focus()
-    page.keyboard.press("Home")
-    page.wait_for_function(f"() => ({gauge})()[0] === '1.60 nats' && ({gauge})()[1].startsWith('3.20')")
-    assert "cost is large" in page.locator("#cost").inner_text() and "W4A4 g1" in page.locator("#cost h4").inner_text()
-    page.get_by_text("Bits of every tensor").click()
-    page.locator("#bits-down_in input").click()
-    page.get_by_role("option", name="8", exact=True).click()
-    page.wait_for_function(f"() => ({gauge})()[0] === '0.00625 nats'")
-    page.locator("#swaps").click()
-    page.wait_for_function("() => document.querySelector('#swaps-note').innerText.includes('2 of 2 parts')")
-    said = page.locator("#swaps-note p").inner_text()
-    assert "is 1.00 at the median" in said and "swapped): 0 nats" in said and "at once: 0.500" in said
-    page.locator("#side-quantize").click()
-    page.wait_for_function(f"() => ({gauge})().length === 3")
-
-
-@pytest.mark.parametrize("width", [1440, 390])
-def test_a_text_is_read_token_by_token(visit, width):
-    page = visit()
-    quantise(page)
-    open_tab(page, "Compare")
-    page.locator("#side .toggle-button").click()  # open, it covers a phone's whole page
-    page.set_viewport_size({"width": width, "height": 900})
-    page.locator("#token-panel").get_by_text("token by token").click()
-    page.locator("#read-tokens").click()
-    page.wait_for_selector("#reading .qs-reading .qs-flip")
-    tokens = page.locator("#reading .qs-reading .qs-tok")
-    assert tokens.count() == 128 and tokens.nth(3).inner_text().startswith("<i>3")
-    assert "127 predictions" in page.locator("#reading .qs-verdict").inner_text()
-    tip = tokens.nth(5).locator(".qs-tip")
-    tokens.nth(5).focus()
-    assert tip.is_visible() and "<b>no</b> 20.0 %" in tip.inner_text().replace("\n", " ")
-    box = tip.bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
 def test_stop_ends_the_reading_of_a_ternary_model(visit):

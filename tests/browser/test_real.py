@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tests.browser.conftest import CHART_DRAWN, serve
-from tests.browser.test_page import open_tab
+from tests.browser.page_tools import open_tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
 MODEL = os.environ.get("QUANTSCOPE_TEST_MODEL", "smollm2-135m")

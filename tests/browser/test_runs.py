@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.test_page import open_tab, quantise, status
+from tests.browser.page_tools import open_tab, quantise, status
 
 pytestmark = pytest.mark.browser
 

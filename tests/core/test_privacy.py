@@ -15,7 +15,6 @@ import pytest
 from core.errors import QuantscopeError, TextError
 from core.models.io import saved
 from core.models.io.quantized import read_description
-from core.models.tiny import save_tiny
 from core.privacy import is_public_text, owner_tag, text_record
 from core.recipe import Calibration, QuantRecipe
 from core.storage import atomic_dir
@@ -25,16 +24,7 @@ LETTER = "Dear Wilhelmine, " + " ".join(f"number {i} comes after number {i - 1}.
 SECRET = b"Wilhelmine"
 SEEN = {"text": "text:" + LETTER, "tokens": 64, "window": 32}
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("model") / "llama", "llama", seed=2))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("QUANTSCOPE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "quantized"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def recipe_of(folder: str, text: str = "text:" + LETTER) -> QuantRecipe:

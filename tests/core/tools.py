@@ -55,6 +55,11 @@ def tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖ in float64."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())

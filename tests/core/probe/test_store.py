@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import pytest
 
 from core.errors import InputError, ModelError
-from core.models.tiny import save_tiny, tiny_model
+from core.models.tiny import tiny_model
 from core.probe import bench as bench_module
 from core.probe.store import IN_USE, ProbeStore
 from core.recipe import Bits, Calibration, QuantRecipe
-from core.workbench import Workbench
+from tests.core.workbench_tools import TEXT
 
-TEXT = "text:" + " ".join(f"number {i} comes after number {i - 1}." for i in range(1, 400))
 OTHER = TEXT.replace("after", "behind")
 
 
@@ -25,15 +24,8 @@ class Block:
     nbytes: int = 10
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch) -> Workbench:
-    monkeypatch.setenv("QUANTSCOPE_CACHE", str(tmp_path / "cache"))
-    return Workbench()
-
-
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> QuantRecipe:
-    folder = str(save_tiny(tmp_path_factory.mktemp("model") / "llama", "llama", seed=2))
+def recipe(folder) -> QuantRecipe:
     return QuantRecipe(folder, calibration=Calibration(TEXT, 128, 32), weights="rtn")
 
 

@@ -19,10 +19,7 @@ from core.quant.dynamic import (
     topk_int8,
     topk_mask,
 )
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.core.tools import gaussian
 
 
 def sqnr(x: torch.Tensor, coded: tuple[torch.Tensor, torch.Tensor]) -> float:

@@ -10,11 +10,7 @@ from core.models.tiny import tiny_model
 from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer
 from core.quant.kv_grid import RowGrid, fake_per_row
 from kernels import quantize_rows
-from tests.core.tools import in_steps, relative, tokens
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.core.tools import gaussian, in_steps, relative, tokens
 
 
 def model_with(bits: AttentionBits | None):

@@ -1,8 +1,9 @@
-"""A cache of its own for tests that resolve names."""
+"""A cache of its own for tests that resolve names, and transformers without its compiler."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from core.models.io import catalog
 
@@ -14,3 +15,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(catalog, "EMBEDDED", tmp_path / "embedded")
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_compiler():
+    """transformers decorates its quantisers with torch.compile, which needs a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

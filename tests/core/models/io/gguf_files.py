@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from core.models.loaded import LoadedModel
 
 REMOVE = object()
 """As the value of a key or a tensor: leave it out."""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500000.0,
+}
+"""A configuration of rotary positions of Llama 3."""
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -118,3 +128,22 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         list: gguf.GGUFValueType.ARRAY,
     }
     writer.add_key_value(key, value, kinds[type(value)])
+
+
+def llama3_factors(rope: dict, head_dim: int) -> np.ndarray:
+    """What llama.cpp's converter writes as rope_freqs.weight for a Llama 3 configuration."""
+    low, high = (rope["original_max_position_embeddings"] / rope[f"{end}_freq_factor"] for end in ("low", "high"))
+    factors = []
+    for exponent in range(0, head_dim, 2):
+        wave = 2 * math.pi * rope["rope_theta"] ** (exponent / head_dim)
+        share = (low / wave - 1) / (low / high - 1)
+        factors.append(1.0 if wave < high else rope["factor"] if wave > low else 1 / ((1 - share) / rope["factor"] + share))
+    return np.asarray(factors, np.float32)
+
+
+def scaling(architecture: str, kind: str, **more: object) -> dict[str, object]:
+    """Keys of a rope scaling by factor 4."""
+    names = {"context": "original_context_length"}
+    return {f"{architecture}.rope.scaling.type": kind, f"{architecture}.rope.scaling.factor": 4.0} | {
+        f"{architecture}.rope.scaling.{names.get(name, name)}": value for name, value in more.items()
+    }

@@ -20,12 +20,7 @@ from tests.core.tools import relative, tiny_source, tokens
 EMBEDDED_BITNET = ("quantscope-bitnet-a4.8-6m", "quantscope-bitnet-b1.58-6m")
 CARD = {"title": "Tiny", "description": "Random weights.", "licence": "Apache-2.0"}
 
-
-@pytest.fixture(autouse=True)
-def no_compiler():
-    """transformers decorates its quantisers with torch.compile, which needs a C++ compiler."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_compiler")
 
 
 def with_eight_bit_inputs(folder: Path, target: Path):

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from core.errors import ArtifactError, ModelError, QuantscopeError
 from core.evaluation.perplexity import Reference, hidden_windows, score
 from core.models.io.load import load_model, read_config
-from core.models.io.quantized import load_quantized, modules_of, parameters_of, read_description, save_quantized
+from core.models.io.quantized import load_quantized, modules_of, read_description, save_quantized
 from core.models.tiny import tiny_model, tiny_tokenizer, tiny_transformers
 from core.recipe import Bits
 from core.storage import atomic_dir
@@ -322,22 +322,6 @@ def test_memory_is_checked_before_a_quantised_model_is_loaded(saved, monkeypatch
     with pytest.raises(ModelError, match="limit") as caught:
         load_quantized(saved)
     assert caught.value.code == "E-MODEL-SIZE"
-
-
-def test_parameters_of_counts_tied_weights_once():
-    tied, untied = tiny_model("smollm"), tiny_model("llama")
-    assert parameters_of(untied.model) - parameters_of(tied.model) == 259 * 64
-
-
-def test_parameters_of_counts_the_weights_of_low_bit_layers():
-    made = quantised("llama", scheme="W4A4")
-    assert parameters_of(made.model) == parameters_of(made.base.model)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_parameters_of_counts_what_transformers_counts(architecture):
-    theirs = tiny_transformers(architecture)
-    assert parameters_of(tiny_model(architecture).model) == sum(p.numel() for p in theirs.parameters())
 
 
 @pytest.mark.parametrize("source", ["in memory", "from a folder"])

@@ -11,11 +11,8 @@ from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import InputUse
 from kernels import Backend
+from tests.core.tools import gaussian
 from tests.kernels.fake_cuda import on_second_gpu
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fused(kind: str = "int8", *, width: int = 96, bias: bool = False, keep: float = 0.5) -> TernaryLinear:
