@@ -315,6 +315,13 @@ def test_no_debugging_is_left_behind():
     assert not found
 
 
+def test_what_subclasses_define_is_abstract():
+    """A missing method is found where the object is made, not where it is called."""
+    found = [f"{name(path)}:{node.lineno}" for path in sources(*PACKAGES) for node in ast.walk(tree(path))
+             if isinstance(node, ast.Raise) and "NotImplementedError" in ast.dump(node)]
+    assert not found
+
+
 def test_requirements_do_not_hold_the_other_kernels_package():
     for file in ("requirements.txt", "requirements-dev.txt"):
         names = [line.split(">")[0].split("=")[0].split("<")[0].strip() for line in (ROOT / file).read_text().splitlines()]

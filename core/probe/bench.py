@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from core.calibration.data import calibration_tokens
@@ -38,7 +39,7 @@ class Instrument:
     source: str
 
 
-class ProbeBench:
+class ProbeBench(ABC):
     """The methods of a workbench that predict and measure on a probe. All take the same options:
 
     Args:
@@ -52,8 +53,9 @@ class ProbeBench:
     def __init__(self) -> None:
         self._probes = ProbeStore()
 
+    @abstractmethod
     def _get(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> LoadedModel:
-        raise NotImplementedError
+        """Return the loaded model of a key that `owner` may use."""
 
     def probe(
         self,

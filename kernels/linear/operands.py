@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,7 @@ WHOLE = slice(None)
 """Slice of all output channels."""
 
 
-class LinearOperands:
+class LinearOperands(ABC):
     """Tensors that one backend multiplies with, computed once from a layer's stored ones.
 
     A subclass is a frozen dataclass of its tensors and defines `product`.
@@ -23,9 +24,9 @@ class LinearOperands:
     takes_codes: ClassVar[bool] = False
     """Whether `product` takes int8 codes qx, [M, K] (True), or floats [..., K] that are already x̂."""
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """Compute x̂ Ŵᵀ + b: x [M, K] or [..., K] as `takes_codes` says -> [..., N] float32."""
-        raise NotImplementedError
 
     def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
         """Compute `product` in parts [..., n] with the n of `sizes`, in order; None is one part of all channels.
@@ -40,9 +41,9 @@ class LinearOperands:
 class PartwiseOperands(LinearOperands):
     """Operands of a backend that can compute some output channels alone, in proportionally less time."""
 
+    @abstractmethod
     def product(self, x: Tensor, outputs: slice = WHOLE) -> Tensor:
         """Compute the output channels `outputs` of `LinearOperands.product`: [..., n]."""
-        raise NotImplementedError
 
     def parts(self, x: Tensor, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
         """Compute `product` in parts, each when the iterator reaches it."""

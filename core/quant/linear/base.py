@@ -6,6 +6,7 @@ the saved tensors on first use and never saved. All working copies of a layer li
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def _tensors(entry: object) -> Iterator[Tensor]:
         yield from (t for t in vars(entry).values() if isinstance(t, Tensor))
 
 
-class LinearLayer(nn.Module):
+class LinearLayer(nn.Module, ABC):
     """A linear layer y = x̂ Ŵᵀ + b; x̂ and Ŵ are x and W, or their quantised values.
 
     Attributes:
@@ -82,25 +83,25 @@ class LinearLayer(nn.Module):
 
     # what each kind of layer defines
 
+    @abstractmethod
     def choose(self, backend: Backend) -> Choice:
         """Decide which backend runs this layer on its device. Raises: ValueError if `backend`, asked for by name, cannot."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
         """Compute `forward` in parts [..., n] with the n of `sizes` (Σ sizes = N), one after the other; None is one part of N.
 
         A layer may compute a part only when the iterator reaches it, so x must not be changed until the last part was taken.
         Other arguments: see `forward`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantized_weight(self) -> Tensor:
         """Return Ŵ [N, K] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return the saved tensors that make up the weight: codes, scales and zero points, not the bias."""
-        raise NotImplementedError
 
     @property
     def decode_bytes(self) -> int:
