@@ -68,7 +68,7 @@ def disk_errors(target: Path, *, every_path: bool = False) -> Iterator[None]:
         if error.errno in WRITING or (error.errno in PLACE and (every_path or _concerns(target, error))):
             raise _sentence(target, error.errno) from error
         raise
-    except Exception as error:
+    except Exception as error:  # wide: Rust libraries raise types of their own. Without an errno in its text it is raised again
         found = _RUST.search(str(error))
         if found and int(found[1]) in WRITING.keys() | PLACE.keys() - {errno.ENOENT}:
             raise _sentence(target, int(found[1])) from error

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from app.door import bodies, rules
@@ -83,8 +85,9 @@ class Gate:
         except (ConnectionError, TimeoutError):
             told("requests ended before their answer did")
         except Exception as error:  # noqa: BLE001 - the server's boundary: a fault becomes one line and one sentence
-            name = uuid.uuid4().hex[:6]
-            log.error("fault %s in a request: %s", name, type(error).__name__)
+            name, at = uuid.uuid4().hex[:6], traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{type(error).__name__} in {at.name}, line {at.lineno} of {Path(at.filename).name}"
+            log.error("fault %s in a request: %s", name, place)  # not what the error says: it may hold a visitor's words
             await reply.refuse(Refusal(500, f"Something broke on our side (id {name}): reload the page."))
         finally:
             if connection is not None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from core.recipe import Bits
+
 TITLE = "Quantscope"
 TAGLINE = "See why activations are hard to quantise, and what each choice costs."
 
@@ -189,17 +193,8 @@ NOT_QUANTISED = "16: off"
 MEASURE = "Measure afterwards"
 BITS_PANEL = "Bits of every tensor"
 BITS_INFO = "2 to 8, or 16 for not quantised. Changing one makes the scheme your own."
-BIT_LABELS = {
-    "weights": "weights",
-    "attn_in": "attention in",
-    "q": "queries",
-    "k": "keys",
-    "v": "values",
-    "softmax": "softmax",
-    "o_in": "attention out",
-    "mlp_in": "MLP in",
-    "down_in": "MLP hidden",
-}
+BIT_LABELS = {entry.name: SITE_LABELS.get(entry.name, entry.name) for entry in fields(Bits)}
+"""Tensors of `Bits`: the sites by their labels, weights and softmax by their own names."""
 CLUSTER_PANEL = "Clusters of every reordering"
 CLUSTER_LABELS = {
     "R1": "R1 attention in",

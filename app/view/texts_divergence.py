@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from app.view.texts import BIT_LABELS
+
 TOKENS = "Where do they differ? The text, token by token"
 TOKENS_RUN = "Quantised run"
 TOKENS_COUNT = "Tokens"
@@ -36,15 +38,7 @@ COST_NOTHING = "This recipe quantises nothing: it costs nothing."
 WHERE = "Where it hurts"
 WHERE_LABEL = "Heat map of the divergence that each part of each layer causes, predicted, and measured where it was"
 WHERE_CAPTION = "KLD that each part causes alone, nats per token (log scale)"
-WHERE_ROWS = {
-    "attn_in": "attention in",
-    "q": "queries",
-    "k": "keys",
-    "v": "values",
-    "softmax": "softmax",
-    "o_in": "attention out",
-    "mlp_in": "MLP in",
-    "down_in": "MLP hidden",
+WHERE_ROWS = {name: label for name, label in BIT_LABELS.items() if name != "weights"} | {
     "qkv": "weights q, k, v",
     "o": "weights attention out",
     "up": "weights gate, up",

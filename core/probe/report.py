@@ -1,14 +1,39 @@
-"""What the probe tells: frozen dataclasses of plain numbers."""
+"""What the probe reads and tells: frozen dataclasses of plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from core.checks import require_int
 from core.report import Report
+
+MAX_PROBE_TOKENS = 4096
 
 SATURATED = 0.5
 """Nats per token above which the quadratic form reads too low: a prediction beyond is only known to be large."""
+
+
+@dataclass(frozen=True)
+class ProbeText:
+    """The text that a probe reads.
+
+    Attributes:
+        text: name or path of a text, or "text:" and a pasted one, as `core.evaluation.windows.evaluation_windows` takes it.
+        tokens: how many of its first tokens, 8 to `MAX_PROBE_TOKENS`.
+    Raises: InputError for another number.
+    """
+
+    text: str = "sotu"
+    tokens: int = 512
+
+    def __post_init__(self) -> None:
+        tokens = require_int("probe tokens", self.tokens, 8, MAX_PROBE_TOKENS, f"use 8 to {MAX_PROBE_TOKENS}")
+        object.__setattr__(self, "tokens", tokens)
+
+
+PROBE_TEXT = ProbeText()
+"""What a probe reads unless something else is asked for."""
 
 
 @dataclass(frozen=True)

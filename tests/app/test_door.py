@@ -163,7 +163,9 @@ def test_one_address_has_so_many_requests_at_once_and_takes_none_from_others():
 
 def test_a_fault_is_one_line_without_its_words(caplog):
     answer = ask("GET", "/theme.css")
-    assert answer.status_code == 500 and "secret" not in answer.text + caplog.text and "ValueError" in caplog.text
+    assert answer.status_code == 500 and "secret" not in answer.text + caplog.text
+    line = echo.__code__.co_firstlineno + 3
+    assert f"ValueError in echo, line {line} of door_tools.py" in caplog.text
 
 
 # -- who asks

@@ -9,10 +9,11 @@ import pytest
 
 from app.settings import REAL_WORKBENCH, SPACE_FILE_BYTES, Settings
 from app.tabs.sidebar import scheme_choices
-from app.view import texts
+from app.view import texts, texts_divergence
 from app.worker.environment import worker_environment
 from core.errors import InputError
 from core.models.io.bundle import MAX_BUNDLE_BYTES
+from core.probe.plans import CELLS
 from core.quant.dynamic import INPUT_KINDS
 from core.recipe import BITNET_MODES, METHODS, REORDERS, SCHEMES, SITES, VARIANTS, WEIGHT_METHODS, Bits, QuantRecipe
 from core.report import Sparsity
@@ -30,6 +31,7 @@ def test_every_choice_has_words():
     assert set(texts.WEIGHT_METHODS) == set(WEIGHT_METHODS)
     assert set(texts.BIT_LABELS) == set(Bits.__dataclass_fields__)
     assert set(texts.CLUSTER_LABELS) == set(REORDERS)
+    assert set(texts_divergence.WHERE_ROWS) == set(CELLS)
 
 
 def test_schemes_fit_their_field_and_say_below_it_what_stays_wider():

