@@ -52,7 +52,7 @@ def test_leaving_a_job_that_ignores_it_kills_its_worker(stopped):
         if stopped:
             os.kill(process.pid, signal.SIGSTOP)
         await leave(job)
-        assert process.wait(1.0) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
         await next_job_works(worker)
 
     use(scenario, grace_seconds=0.8)
@@ -113,7 +113,7 @@ def test_an_idle_light_worker_gives_its_memory_back():
         await next_job_works(worker)
         first = worker.process.process
         await until(lambda: worker.process.process is not first)
-        assert first.wait(2.0) == -signal.SIGKILL
+        assert first.wait(30) == -signal.SIGKILL
         await next_job_works(worker)
 
     use(scenario, idle_seconds=0.5)
@@ -140,7 +140,7 @@ def test_the_worker_leaves_with_the_server():
     )
     server = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     worker = Path("/proc") / server.stdout.strip()
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 30
     while worker.exists() and time.monotonic() < limit:
         time.sleep(0.05)
     assert server.stdout.strip().isdigit() and not worker.exists()

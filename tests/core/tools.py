@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,6 +39,24 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch._C._set_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def few_calls(most: int) -> Iterator[None]:
+    """Fail when the block calls more than `most` functions, Python's own included: a count of work, on every machine the same."""
+    made = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal made
+        made += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    assert made <= most
 
 
 @lru_cache

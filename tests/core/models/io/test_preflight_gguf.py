@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from core.errors import ModelError
 from core.models.io.preflight.gguf import BLOCKS, read_gguf_header
 from tests.core.models.io.malformed import GOOD_KEYS, GOOD_TENSORS, gguf_bytes, key, tensor, text
+from tests.core.tools import few_calls
 
 
 def test_a_good_file_passes(tmp_path):
@@ -101,10 +101,9 @@ MALFORMED = {
 def test_malformed_headers_are_refused(tmp_path, name):
     path = tmp_path / "x.gguf"
     path.write_bytes(MALFORMED[name][0])
-    start = time.process_time()
-    with pytest.raises(ModelError) as caught:
+    with few_calls(100_000), pytest.raises(ModelError) as caught:
         read_gguf_header(path)
-    assert time.process_time() - start < 1.0 and len(str(caught.value)) <= 240
+    assert len(str(caught.value)) <= 240
     assert caught.value.code == f"E-MODEL-{MALFORMED[name][1]}"
 
 
@@ -123,10 +122,9 @@ def test_mutated_headers_pass_or_are_refused(tmp_path, data):
         assert len(str(error)) <= 240
 
 
-def test_a_vocabulary_as_large_as_published_ones_is_quick(tmp_path):
+def test_a_vocabulary_as_large_as_published_ones_takes_two_calls_a_token(tmp_path):
     words = b"".join(text(f"token{n}") for n in range(260_000))
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_bytes([*GOOD_KEYS, key("tokenizer.ggml.merges", 9, array(8, 260_000, words))]))
-    start = time.process_time()
-    read_gguf_header(path)
-    assert time.process_time() - start < 1.0
+    with few_calls(2 * 260_000 + 1000):
+        read_gguf_header(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,15 +53,15 @@ BOMBS: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused_quickly_and_its_file_named(model, name):
+def test_a_bomb_is_refused_before_the_library_reads_it_and_its_file_named(model, name, monkeypatch):
     file = model / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     BOMBS[name](tokenizer)
     file.write_text(json.dumps(tokenizer))
-    start = time.process_time()
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("the library reads it"))
     with pytest.raises(ModelError, match=r"^tokenizer\.json ") as refused:
         load_model(str(model))
-    assert refused.value.code == "E-MODEL-TOKENIZER" and time.process_time() - start < 2.0
+    assert refused.value.code == "E-MODEL-TOKENIZER"
 
 
 @pytest.mark.parametrize("content", [{"a": "x" * 10**5}, {"additional_special_tokens": ["x"] * 30_000}, {"x" * 10**5: 1},
@@ -76,12 +75,12 @@ def test_settings_that_are_bombs_are_refused(model, name, content):
     assert str(refused.value).startswith(name)
 
 
-def test_millions_of_lists_are_refused_before_they_are_parsed(model):
+def test_millions_of_lists_are_refused_before_they_are_parsed(model, monkeypatch):
+    parse = json.loads
+    monkeypatch.setattr(json, "loads", lambda raw, **more: parse(raw, **more) if len(raw) < 10**6 else pytest.fail("parsed"))
     (model / "tokenizer.json").write_text('{"model": [' + "[]," * 4_100_000 + "[]]}")
-    start = time.process_time()
     with pytest.raises(ModelError, match="millions of lists"):
         check_folder(model)
-    assert time.process_time() - start < 1.0
     check_brackets(b"[]" * 1000, "x")
 
 
