@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.codes import Codes
+
 try:
     import triton
     import triton.language as tl
@@ -61,8 +63,8 @@ def on_its_device(launch: Callable) -> Callable:
     """Wrap a launcher so that its first argument's device is current while it runs: Triton launches on the current device."""
 
     @functools.wraps(launch)
-    def launched(x: Tensor, /, *args: object, **options: object) -> object:
-        if not x.is_cuda:
+    def launched(x: Tensor | Codes, /, *args: object, **options: object) -> object:
+        if x.device.type != "cuda":
             return launch(x, *args, **options)
         with torch.cuda.device(x.device):
             return launch(x, *args, **options)

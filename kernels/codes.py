@@ -46,6 +46,15 @@ class Codes:
         """Shape of the input, [..., K]."""
         return self.codes.shape if self.lead is None else torch.Size((*self.lead, self.codes.shape[1]))
 
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.codes.device
+
+    def sums(self) -> Tensor:
+        """Return Σ_k codes, [M] int32, computed where it is not known."""
+        return self.codes.sum(1, dtype=torch.int32) if self.code_sum is None else self.code_sum
+
 
 def code_offset(bits: int) -> int:
     """Return 2**(bits - 1), which added to a signed code of `bits` bits makes it unsigned."""

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from kernels._triton import next_power, on_its_device, round_even, rows_strided, tl, triton
 from kernels.backend import Backend, use_triton
+from kernels.codes import Codes
 from kernels.tiles import row_warps
 
 EPS = 1e-5
 _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
-def reference(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def reference(x: Tensor, count: int) -> Codes:
     """Compute `topk_quant` by a stable sort; `count` entries keep their code."""
     x = x.to(torch.float32)
     size = x.abs()
@@ -30,7 +31,7 @@ def reference(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     first = size.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     kept = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, first, True)
     codes = ((x * (127.0 / largest)).round() * kept).to(torch.int8)
-    return codes, largest / 127.0, codes.sum(-1, dtype=torch.int32)
+    return Codes(codes, largest / 127.0, codes.sum(-1, dtype=torch.int32))
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _topk_kernel(x_ptr, codes_ptr, scale_ptr, sum_ptr, D, COUNT, stride_x, ZERO_
 
 
 @on_its_device
-def launch(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def launch(x: Tensor, count: int) -> Codes:
     """Run the kernel, one row per program."""
     x = rows_strided(x)
     rows, width = x.shape
@@ -73,17 +74,17 @@ def launch(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         x, codes, scale, code_sum, width, count, x.stride(0), ZERO_BITS=_ZERO_BITS[x.dtype], BLOCK=block,
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
-    return codes, scale, code_sum
+    return Codes(codes, scale, code_sum)
 
 
-def topk_quant(x: Tensor, *, keep: float = 0.5, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tensor, Tensor]:
+def topk_quant(x: Tensor, *, keep: float = 0.5, backend: Backend = Backend.AUTO) -> Codes:
     """Quantise rows and keep the largest entries.
 
     Args:
         x: [M, D] float32, bfloat16 or float16.
         keep: share of the entries that keep their code, 0 < keep <= 1.
         backend: AUTO takes Triton for CUDA tensors.
-    Returns: (codes [M, D] int8, scale [M, 1] float32, Σ codes [M] int32); both paths give the same bits.
+    Returns: codes [M, D] int8, their scale [M, 1] float32 and sums [M] int32; both paths give the same bits.
     Raises: ValueError for another share, or if TRITON is asked for where it cannot run.
     """
     if not 0 < keep <= 1:

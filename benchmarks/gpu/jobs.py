@@ -16,7 +16,7 @@ from benchmarks.gpu.harness import Job, Machine
 from benchmarks.gpu.stack import Stack
 from core.quant.affine import Grid
 from core.quant.gptq import quantize_weight, round_to_nearest
-from kernels import Backend, code_offset, dequantize, unpack
+from kernels import Backend, Codes, code_offset, dequantize, unpack
 from kernels.codes import signed_codes
 from kernels.kv import PackedHeads
 from kernels.norm_quant import Norm
@@ -138,9 +138,10 @@ def ternary(m: Machine) -> Iterator[Job]:
         for tokens in (1, 16, 512, 4096) if m.cuda else (1,):
             codes, x = m.randint(-127, 128, tokens, width, dtype=torch.int8), m.randn(tokens, width)
             scale, alpha = m.randn(tokens, 1, dtype=torch.float32).abs(), torch.tensor(0.02, device=m.device)
+            coded = Codes(codes, scale)
 
-            def ours(i: int, c: Tensor = codes, s: Tensor = scale, a: Tensor = alpha, w: list = weights) -> Tensor:
-                return kernels.ternary_linear(c, w[i], s, a, backend=m.backend)
+            def ours(i: int, c: Codes = coded, a: Tensor = alpha, w: list = weights) -> Tensor:
+                return kernels.ternary_linear(c, w[i], a, backend=m.backend)
 
             def exact(c: Tensor = codes, s: Tensor = scale, a: Tensor = alpha, w: list = weights) -> Tensor:
                 return (c.double() @ (unpack(w[0], 2, c.shape[1]).double() - 1).t()) * s.double() * a.double()
@@ -161,24 +162,24 @@ def sparse(m: Machine) -> Iterator[Job]:
     packed, transposed = [pack_ternary(w) for w in dense], [pack_ternary(w.t().contiguous()) for w in dense]
     alpha = torch.tensor(0.02, device=m.device)
     for tokens in (1, 2):
-        codes, scale, _ = kernels.topk_quant(m.randn(tokens, width), keep=0.5, backend=m.backend)
+        kept = kernels.topk_quant(m.randn(tokens, width), keep=0.5, backend=m.backend)
 
-        def ours(i: int, c: Tensor = codes, s: Tensor = scale) -> Tensor:
-            return kernels.sparse_down(c, packed[i], transposed[i], s, alpha, backend=m.backend)
+        def ours(i: int, c: Codes = kept) -> Tensor:
+            return kernels.sparse_down(c, packed[i], transposed[i], alpha, backend=m.backend)
 
-        def whole(i: int, c: Tensor = codes, s: Tensor = scale) -> Tensor:
-            return kernels.ternary_linear(c, packed[i], s, alpha, backend=m.backend)
+        def whole(i: int, c: Codes = kept) -> Tensor:
+            return kernels.ternary_linear(c, packed[i], alpha, backend=m.backend)
 
-        def exact(c: Tensor = codes, s: Tensor = scale) -> Tensor:
-            return (c.double() @ dense[0].double().t()) * s.double() * alpha.double()
+        def exact(c: Codes = kept) -> Tensor:
+            return (c.codes.double() @ dense[0].double().t()) * c.scale.double() * alpha.double()
 
         yield Job(f"G5 sparse down {tokens}×{width}→{rows}, half kept", ours, {"our dense kernel": whole}, n, exact,
                   rows * width / 8, target="≥ 1.4×" if tokens == 1 else "")  # fmt: skip
     xs = [m.randn(*((4096, width) if m.cuda else (2, width))) for _ in range(m.copies(2 * 4096 * width))]
     yield Job(
-        f"G5 top-K + int8 {len(xs[0])}×{width}", lambda i: kernels.topk_quant(xs[i], backend=m.backend)[0],
-        {"torch.topk, eager": lambda i: kernels.topk_quant(xs[i], backend=Backend.REFERENCE)[0]}, len(xs),
-        lambda: kernels.topk_quant(xs[0], backend=Backend.REFERENCE)[0], 3 * xs[0].numel(),
+        f"G5 top-K + int8 {len(xs[0])}×{width}", lambda i: kernels.topk_quant(xs[i], backend=m.backend).codes,
+        {"torch.topk, eager": lambda i: kernels.topk_quant(xs[i], backend=Backend.REFERENCE).codes}, len(xs),
+        lambda: kernels.topk_quant(xs[0], backend=Backend.REFERENCE).codes, 3 * xs[0].numel(),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels._triton import on_its_device, rows_strided, tl, triton
 from kernels.backend import Backend, use_triton
+from kernels.codes import Codes
 from kernels.split_k import finish
 from kernels.ternary.reference import reference
 from kernels.tiles import DECODE_ROWS, Tile, decode_tile
@@ -52,12 +53,11 @@ def _ternary_kernel(
 
 
 @on_its_device
-def launch(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_scale: Tensor, code_sum: Tensor | None) -> Tensor:
+def launch(x: Codes, packed: Tensor, weight_scale: Tensor) -> Tensor:
     """Run the kernel; arguments as `ternary_linear`."""
-    codes = rows_strided(codes)
+    codes, code_sum = rows_strided(x.codes), x.sums()
     (tokens, width), (rows, row_bytes) = codes.shape, packed.shape
-    code_sum = codes.sum(1, dtype=torch.int32) if code_sum is None else code_sum
-    row, column = input_scale.reshape(-1).contiguous(), weight_scale.reshape(-1).expand(rows).contiguous()
+    row, column = x.scale.reshape(-1).contiguous(), weight_scale.reshape(-1).expand(rows).contiguous()
     tile = _tile(tokens, rows, row_bytes, codes.device)
     dtype = torch.float32 if tile.split == 1 else torch.int32
     out = torch.empty(tile.split, tokens, rows, dtype=dtype, device=codes.device)
@@ -75,29 +75,20 @@ def _tile(tokens: int, rows: int, row_bytes: int, device: torch.device) -> Tile:
     return Tile(rows=128, columns=128, block=32, warps=8, stages=3)
 
 
-def ternary_linear(
-    codes: Tensor,
-    packed: Tensor,
-    input_scale: Tensor,
-    weight_scale: Tensor,
-    *,
-    code_sum: Tensor | None = None,
-    backend: Backend = Backend.AUTO,
-) -> Tensor:
+def ternary_linear(x: Codes, packed: Tensor, weight_scale: Tensor, *, backend: Backend = Backend.AUTO) -> Tensor:
     """Apply a layer of packed ternary weights to integer codes.
 
     Args:
-        codes: [M, K] int8, -127 … 127 (8-bit) or -8 … 7 (4-bit inputs).
+        x: codes [M, K] int8, -127 … 127 (8-bit) or -8 … 7 (4-bit inputs), and their scale [M, 1] float32.
         packed: [N, ceil(K / 4)] uint8 of `pack_ternary`.
-        input_scale: [M, 1] float32.
         weight_scale: [N] float32, or 0-dim for all rows.
-        code_sum: [M] int32, Σ_k codes, if the caller has it.
         backend: AUTO takes Triton for CUDA tensors.
     Returns: [M, N] float32; both paths give the same bits.
     Raises: ValueError if the shapes do not fit, or TRITON is asked for where it cannot run.
     """
+    codes = x.codes
     if packed.shape[1] != -(-codes.shape[1] // 4) or codes.dtype is not torch.int8:
         raise ValueError(f"codes of {codes.shape[1]} columns ({codes.dtype}) do not fit packed rows of {packed.shape[1]} bytes")
     if use_triton(backend, codes) and len(codes):
-        return launch(codes, packed, input_scale, weight_scale, code_sum)
-    return reference(codes, packed, input_scale, weight_scale)
+        return launch(x, packed, weight_scale)
+    return reference(x, packed, weight_scale)

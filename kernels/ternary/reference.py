@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
+from kernels.codes import Codes
 from kernels.packing import pack, unpack
 
 ROW_DENSITY = 0.08
@@ -35,21 +36,19 @@ def unpack_ternary(packed: Tensor, width: int) -> Tensor:
     return unpack(packed, 2, width).to(torch.int8).sub_(1)
 
 
-def reference(codes: Tensor, packed: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+def reference(x: Codes, packed: Tensor, weight_scale: Tensor) -> Tensor:
     """Apply a layer from its stored form: by `torch._int_mm` on CPUs, where it takes every shape, elsewhere in float32.
 
     Args:
-        codes: [M, K] int8.
+        x: codes [M, K] int8, scale [M, 1] float32.
         packed: [N, ceil(K / 4)] uint8 of `pack_ternary`.
-        input_scale: [M, 1] float32.
         weight_scale: [N] float32, or one number for all rows (0-dim).
     Returns: [M, N] float32.
     """
-    weight, backend = unpack_ternary(packed, codes.shape[1]), Backend.INT8
-    if codes.device.type != "cpu":
+    weight, backend = unpack_ternary(packed, x.codes.shape[1]), Backend.INT8
+    if x.device.type != "cpu":
         weight, backend = weight.to(torch.float32), Backend.REFERENCE
-    product = ternary_product(codes, weight, backend)
-    return apply_scales(product, input_scale, weight_scale)
+    return apply_scales(ternary_product(x.codes, weight, backend), x.scale, weight_scale)
 
 
 def ternary_product(codes: Tensor, ternary: Tensor, backend: Backend) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels._triton import on_its_device, rows_strided, tl, triton
 from kernels.backend import Backend, use_triton
+from kernels.codes import Codes
 from kernels.split_k import finish
 from kernels.ternary.linear import ternary_linear
 from kernels.tiles import multiprocessors
@@ -117,37 +118,25 @@ def compact(x: Tensor, *, backend: Backend = Backend.AUTO) -> tuple[Tensor, Tens
 
 
 @on_its_device
-def gated_up(
-    codes: Tensor,
-    packed: Tensor,
-    gate: Tensor,
-    input_scale: Tensor,
-    weight_scale: Tensor,
-    *,
-    code_sum: Tensor | None = None,
-    backend: Backend = Backend.AUTO,
-) -> Tensor:
+def gated_up(x: Codes, packed: Tensor, gate: Tensor, weight_scale: Tensor, *, backend: Backend = Backend.AUTO) -> Tensor:
     """Compute g · (x̂ Ŵ_upᵀ) without reading the rows of W_up whose gates are all 0.
 
     Args:
-        codes: [M, K] int8; input_scale: [M, 1] float32.
+        x: codes [M, K] int8, scale [M, 1] float32.
         packed: [F, ceil(K / 4)] uint8 of `pack_ternary`; weight_scale: [F] float32 or 0-dim.
         gate: [M, F] float32, after its activation.
-        code_sum: [M] int32, Σ_k codes, if the caller has it.
         backend: AUTO and TRITON skip for up to MAX_TOKENS tokens and are dense above; TRITON runs kernels in both cases.
     Returns: [M, F] float32; every path gives the same bits.
     """
-    run = use_triton(backend, codes)
-    if not run or not 0 < len(codes) <= MAX_TOKENS:
-        return ternary_linear(codes, packed, input_scale, weight_scale, code_sum=code_sum, backend=backend).mul_(gate)
-    codes, gate = rows_strided(codes), rows_strided(gate)
+    if not (use_triton(backend, x.codes) and 0 < len(x.codes) <= MAX_TOKENS):
+        return ternary_linear(x, packed, weight_scale, backend=backend).mul_(gate)
+    codes, gate = rows_strided(x.codes), rows_strided(gate)
     (tokens, width), (rows, row_bytes) = codes.shape, packed.shape
     index, count = compact(gate, backend=backend)
-    code_sum = codes.sum(1, dtype=torch.int32) if code_sum is None else code_sum
     out = torch.zeros(tokens, rows, dtype=torch.float32, device=codes.device)
     block = 16
     _up_kernel[(triton.cdiv(rows, block), tokens)](
-        codes, packed.contiguous(), index, count, gate, code_sum, input_scale.reshape(-1).contiguous(),
+        codes, packed.contiguous(), index, count, gate, x.sums(), x.scale.reshape(-1).contiguous(),
         weight_scale.reshape(-1).expand(rows).contiguous(), out, width, rows, row_bytes, codes.stride(0), gate.stride(0),
         BR=block, BK=256, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -156,29 +145,21 @@ def gated_up(
 
 @on_its_device
 def sparse_down(
-    codes: Tensor,
-    packed: Tensor,
-    transposed: Tensor,
-    input_scale: Tensor,
-    weight_scale: Tensor,
-    *,
-    code_sum: Tensor | None = None,
-    backend: Backend = Backend.AUTO,
+    x: Codes, packed: Tensor, transposed: Tensor, weight_scale: Tensor, *, backend: Backend = Backend.AUTO
 ) -> Tensor:
     """Compute x̂ Ŵᵀ without reading the columns of W whose codes are all 0.
 
     Args:
-        codes: [M, F] int8; input_scale: [M, 1] float32.
+        x: codes [M, F] int8, scale [M, 1] float32.
         packed: [N, ceil(F / 4)] uint8 of `pack_ternary`, for the dense path.
         transposed: [F, ceil(N / 4)] uint8, the same weight transposed and packed.
         weight_scale: [N] float32 or 0-dim.
-        code_sum, backend: as `gated_up`.
+        backend: as `gated_up`.
     Returns: [M, N] float32; every path gives the same bits.
     """
-    run = use_triton(backend, codes)
-    if not run or not 0 < len(codes) <= MAX_TOKENS:
-        return ternary_linear(codes, packed, input_scale, weight_scale, code_sum=code_sum, backend=backend)
-    codes = rows_strided(codes)
+    if not (use_triton(backend, x.codes) and 0 < len(x.codes) <= MAX_TOKENS):
+        return ternary_linear(x, packed, weight_scale, backend=backend)
+    codes = rows_strided(x.codes)
     tokens, rows, row_bytes = len(codes), len(packed), transposed.shape[1]
     index, count = compact(codes, backend=backend)
     block, channels = 256, 16
@@ -189,5 +170,4 @@ def sparse_down(
         SPLIT=split, BF=channels, BN=block, num_warps=4,
     )  # fmt: skip
     column = weight_scale.reshape(-1).expand(rows).contiguous()
-    code_sum = codes.sum(1, dtype=torch.int32) if code_sum is None else code_sum
-    return finish(total, shift=code_sum, row=input_scale.reshape(-1).contiguous(), column=column)
+    return finish(total, shift=x.sums(), row=x.scale.reshape(-1).contiguous(), column=column)

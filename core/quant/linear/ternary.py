@@ -130,7 +130,7 @@ class TernaryLinear(LinearLayer):
         if self.kind == "topk8" and self.choice.backend is Backend.TRITON:
             from kernels import topk_quant
 
-            return Codes(*topk_quant(x, keep=self.keep))
+            return topk_quant(x, keep=self.keep)
         codes, scale = quantize_input(x, self.kind, keep=self.keep)
         return Codes(codes.to(torch.int8), scale)
 
@@ -140,7 +140,7 @@ class TernaryLinear(LinearLayer):
         if self.choice.backend is Backend.TRITON:  # takes the packed weight as it is
             from kernels import ternary_linear
 
-            y = ternary_linear(x.codes, self.packed[rows], x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
+            y = ternary_linear(x, self.packed[rows], self._scale_of_rows()[rows])
             return y if bias is None else y.add_(bias)
         y = ternary_product(x.codes, self._weight()[rows], self.choice.backend)
         y = apply_scales(y, x.scale, self._scale_of_rows()[rows])
@@ -153,7 +153,7 @@ class TernaryLinear(LinearLayer):
         """
         from kernels import gated_up
 
-        return gated_up(x.codes, self.packed[rows], gate, x.scale, self._scale_of_rows()[rows], code_sum=x.code_sum)
+        return gated_up(x, self.packed[rows], gate, self._scale_of_rows()[rows])
 
     @property
     def skips_zeros(self) -> bool:
@@ -166,7 +166,7 @@ class TernaryLinear(LinearLayer):
 
         codes = x if isinstance(x, Codes) else self.quantize(x)
         transposed = self.copies.get("transposed", lambda: pack_ternary(self._ternary().t().contiguous()))
-        y = sparse_down(codes.codes, self.packed, transposed, codes.scale, self._scale_of_rows(), code_sum=codes.code_sum)
+        y = sparse_down(codes, self.packed, transposed, self._scale_of_rows())
         return y.view(*x.shape[:-1], self.out_features)
 
     def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:

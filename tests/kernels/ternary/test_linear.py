@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import Backend, ternary_linear
+from kernels import Backend, Codes, ternary_linear
 from kernels.split_k import finish
 from kernels.ternary import pack_ternary
 
@@ -22,7 +22,8 @@ def layer(rows, outputs, width, seed=0):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 65, 96), (5, 70, 1030), (16, 3, 7), (17, 130, 130), (2, 64, 4096)], ids=str)
 def test_the_kernel_gives_the_bits_of_integer_arithmetic(shape, device):
     codes, ternary, s, alpha = layer(*shape)
-    y = ternary_linear(*(t.to(device) for t in (codes, pack_ternary(ternary), s, alpha)), backend=Backend.TRITON)
+    x = Codes(codes.to(device), s.to(device))
+    y = ternary_linear(x, pack_ternary(ternary).to(device), alpha.to(device), backend=Backend.TRITON)
     exact = (codes.long() @ ternary.long().T).float()
     assert torch.equal(y.cpu(), exact * s * alpha)
 
@@ -31,18 +32,16 @@ def test_one_scale_given_sums_and_strides(device):
     codes, ternary, s, _ = layer(6, 20, 100)
     packed, alpha = pack_ternary(ternary), torch.tensor(0.37)
     strided = codes.T.contiguous().to(device).T
-    y = ternary_linear(
-        strided, packed.to(device), s.to(device), alpha.to(device), code_sum=codes.sum(1, dtype=torch.int32).to(device),
-        backend=Backend.TRITON,
-    )  # fmt: skip
+    x = Codes(strided, s.to(device), codes.sum(1, dtype=torch.int32).to(device))
+    y = ternary_linear(x, packed.to(device), alpha.to(device), backend=Backend.TRITON)
     assert torch.equal(y.cpu(), (codes.long() @ ternary.long().T).float() * s * alpha)
-    assert torch.equal(y.cpu(), ternary_linear(codes, packed, s, alpha, backend=Backend.REFERENCE))
+    assert torch.equal(y.cpu(), ternary_linear(Codes(codes, s), packed, alpha, backend=Backend.REFERENCE))
 
 
 def test_extreme_codes_do_not_overflow(device):
     codes, ternary = torch.full((2, 2048), -127, dtype=torch.int8), torch.ones(3, 2048, dtype=torch.int8)
-    one = torch.ones(2, 1)
-    y = ternary_linear(*(t.to(device) for t in (codes, pack_ternary(ternary), one, torch.ones(3))), backend=Backend.TRITON)
+    packed, one = (t.to(device) for t in (pack_ternary(ternary), torch.ones(3)))
+    y = ternary_linear(Codes(codes.to(device), torch.ones(2, 1).to(device)), packed, one, backend=Backend.TRITON)
     assert torch.equal(y.cpu(), torch.full((2, 3), -127.0 * 2048))
 
 
@@ -58,4 +57,6 @@ def test_the_epilogue_adds_shares_in_order(device):
 
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="do not fit"):
-        ternary_linear(torch.zeros(1, 9, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.uint8), torch.ones(1, 1), torch.ones(2))
+        ternary_linear(
+            Codes(torch.zeros(1, 9, dtype=torch.int8), torch.ones(1, 1)), torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2)
+        )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.backend import Backend
+from kernels.codes import Codes
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 from kernels.ternary.reference import reference
 from tests.kernels.fake_cuda import on_second_gpu
@@ -28,7 +29,7 @@ def test_on_a_gpu_the_whole_layer_needs_no_int_mm(monkeypatch):
     codes, ternary = operands(3, 5, 9)
     packed, s, alpha = pack_ternary(ternary), torch.rand(3, 1), torch.rand(5)
     monkeypatch.setattr(torch, "_int_mm", None)
-    y = reference(on_second_gpu(codes), packed, s, alpha)
+    y = reference(Codes(on_second_gpu(codes), s), packed, alpha)
     assert torch.equal(y, exact(codes, ternary) * s * alpha)
 
 
@@ -84,7 +85,7 @@ def test_the_op_applies_the_scales_in_one_order(shape):
     g = torch.Generator().manual_seed(2)
     s, alpha = torch.rand(shape[0], 1, generator=g), torch.rand(shape[1], generator=g)
     packed = pack_ternary(ternary)
-    assert torch.equal(reference(codes, packed, s, alpha), exact(codes, ternary) * s * alpha)
-    assert torch.equal(reference(codes, packed, s, alpha[0]), exact(codes, ternary) * s * alpha[0])
+    assert torch.equal(reference(Codes(codes, s), packed, alpha), exact(codes, ternary) * s * alpha)
+    assert torch.equal(reference(Codes(codes, s), packed, alpha[0]), exact(codes, ternary) * s * alpha[0])
     product = exact(codes, ternary)
     assert apply_scales(product, s, alpha) is product

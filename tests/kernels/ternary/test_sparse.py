@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import Backend
+from kernels import Backend, Codes
 from kernels.ternary import pack_ternary
 from kernels.ternary.sparse import MAX_TOKENS, compact, gated_up, sparse_down
 
@@ -25,11 +25,12 @@ def layer(tokens, rows, width, live, seed=0):
 @pytest.mark.parametrize("shape", [(1, 90, 64), (2, 33, 1031), (1, 1, 1), (MAX_TOKENS + 1, 20, 40)], ids=str)
 def test_gate_first_gives_the_bits_of_the_dense_layer(shape, live, device):
     codes, ternary, gate, s, alpha = layer(*shape, live)
-    y = gated_up(*(t.to(device) for t in (codes, pack_ternary(ternary), gate, s, alpha)), backend=Backend.TRITON)
+    c, scale, sums = (t.to(device) for t in (codes, s, codes.sum(1, dtype=torch.int32)))
+    weights = [t.to(device) for t in (pack_ternary(ternary), gate, alpha)]
+    y = gated_up(Codes(c, scale), *weights, backend=Backend.TRITON)
     exact = (codes.long() @ ternary.long().T).float()
     assert torch.equal(y.cpu(), exact * s * alpha * gate)
-    moved = [t.to(device) for t in (codes, pack_ternary(ternary), gate, s, alpha)]
-    y = gated_up(*moved, code_sum=codes.sum(1, dtype=torch.int32).to(device), backend=Backend.TRITON)
+    y = gated_up(Codes(c, scale, sums), *weights, backend=Backend.TRITON)
     assert torch.equal(y.cpu(), exact * s * alpha * gate), "sums that the caller has"
 
 
@@ -38,12 +39,13 @@ def test_gate_first_gives_the_bits_of_the_dense_layer(shape, live, device):
 def test_sparse_down_gives_the_bits_of_the_dense_layer(shape, live, device):
     codes, ternary, _, s, alpha = layer(*shape, 1.0)
     codes *= torch.rand(codes.shape, generator=torch.Generator().manual_seed(1)) < live
-    tensors = [t.to(device) for t in (codes, pack_ternary(ternary), pack_ternary(ternary.T.contiguous()), s, alpha)]
-    y = sparse_down(*tensors, backend=Backend.TRITON)
+    weights = [t.to(device) for t in (pack_ternary(ternary), pack_ternary(ternary.T.contiguous()), alpha)]
+    c, scale, sums = (t.to(device) for t in (codes, s, codes.sum(1, dtype=torch.int32)))
+    y = sparse_down(Codes(c, scale), *weights, backend=Backend.TRITON)
     assert torch.equal(y.cpu(), (codes.long() @ ternary.long().T).float() * s * alpha)
-    given = sparse_down(*tensors, code_sum=codes.sum(1, dtype=torch.int32).to(device), backend=Backend.TRITON)
+    given = sparse_down(Codes(c, scale, sums), *weights, backend=Backend.TRITON)
     assert torch.equal(given, y), "sums that the caller has"
-    assert torch.equal(sparse_down(codes, tensors[1].cpu(), tensors[2].cpu(), s, alpha), y.cpu())
+    assert torch.equal(sparse_down(Codes(codes, s), *(t.cpu() for t in weights)), y.cpu())
 
 
 @pytest.mark.parametrize("width", [1, 100, 4096, 5001])
