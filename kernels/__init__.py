@@ -66,4 +66,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"kernels.{_LAZY[name]}"), name)
+    globals()[name] = found = getattr(importlib.import_module(f"kernels.{_LAZY[name]}"), name)  # asked for once
+    return found

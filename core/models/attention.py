@@ -81,11 +81,11 @@ class Attention(nn.Module):
         self, x: Tensor | Codes, use: InputUse, rotary: Rotary, cache: FloatKVLayer | QuantizedKVLayer | None
     ) -> Tensor:
         """Compute [B, T, D] of normalised tokens x [B, T, D] that follow those of `cache`, where they are stored."""
-        q, k, v = self._project(self.slots("attn_in", x), use, rotary)
+        q, k, v = self._project(x if use.owned else self.slots("attn_in", x), use, rotary)
         mixed = self._attend(q, k, v, cache)
         if self.attn_sub_norm is not None:
             _, mixed = self.attn_sub_norm.before(self.o, mixed, use)
-        return self.o(self.slots("o_in", mixed), use)
+        return self.o(mixed if use.owned else self.slots("o_in", mixed), use)
 
     def _runs_kernels(self, device: torch.device) -> bool:
         """Decide whether rotation and attention are kernels: on CUDA, unless another backend was asked for by name."""
@@ -102,19 +102,19 @@ class Attention(nn.Module):
         if s.rope and use.owned and self._runs_kernels(qk.device):
             return *self._rotate_and_store(qk, use, rotary), v.transpose(1, 2)
         if s.rope:
-            cos, sin = (t.unsqueeze(2) for t in rotary)
+            cos, sin = rotary[0].unsqueeze(2), rotary[1].unsqueeze(2)
             qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
         if self.rope_order is not None:
             qk = self._store_r2(qk)
         q, k = qk.split((s.heads, s.kv_heads), dim=2)
-        q, k, v = (self._site(*x) for x in (("q", q * s.head_dim**-0.5), ("k", k), ("v", v)))
-        return self._fake_query(q, use), k, v
+        q = q * s.head_dim**-0.5
+        if not use.owned:
+            q, k, v = (self._site(*site) for site in (("q", q), ("k", k), ("v", v)))
+        return self._fake_query(q.transpose(1, 2), use), k.transpose(1, 2), v.transpose(1, 2)
 
     def _site(self, site: str, heads: Tensor) -> Tensor:
-        """Pass heads [B, T, H, E] through their slot: [B, H, T, E]."""
-        if site in self.slots:
-            heads = self.slots(site, heads.flatten(2)).unflatten(2, heads.shape[2:])
-        return heads.transpose(1, 2)
+        """Pass heads [B, T, H, E] through their slot."""
+        return self.slots(site, heads.flatten(2)).unflatten(2, heads.shape[2:]) if site in self.slots else heads
 
     def _rotate_and_store(self, qk: Tensor, use: InputUse, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Rotate, reorder (R2), scale and quantise [B, T, H + Hkv, E] into q and k of `_project`, one pass each, on CUDA."""
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: FloatKVLayer | QuantizedKVLayer | None) -> Tensor:
         """Compute o_in [B, T, H E] before its norm; keys and values are quantised here, or by the cache that stores them."""
         past = 0 if cache is None else cache.length
-        mask = window_mask(q.shape[2], past + q.shape[2], self.window, q.device)
+        mask = None if self.window is None else window_mask(q.shape[2], past + q.shape[2], self.window, q.device)
         if cache is None:
             k, v = (x if grid is None else grid.fake(x, 0) for x, grid in zip((k, v), self.grids(), strict=True))
         elif cache.pinned or mask is None and self._attends_packed(cache, q):

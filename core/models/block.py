@@ -124,11 +124,11 @@ class DecoderBlock(nn.Module):
             cache: of `Attention.new_cache`; it stores the keys and values of these tokens too.
         Returns: [B, T, D].
         """
+        attention, mlp = self.attention, self.mlp  # looked up once: torch finds submodules slowly
         past = 0 if cache is None else cache.length
-        sinks = min(max(0, self.attention.sink_tokens - past), x.shape[1])
-        use = InputUse(sinks, owned=not (self.slots or x.requires_grad))
-        _, normed = self.norm1.before(self.attention.qkv, x, use)
-        attended = self.attention(normed, use, rotary, cache)
-        h, normed = self.norm2.before(self.mlp.up, x, use, attended)
-        out = self.mlp(normed, use)
+        sinks = min(max(0, attention.sink_tokens - past), x.shape[1])
+        use = InputUse(sinks, owned=not (self.slots or x.requires_grad))  # owned: no slot is filled, so none is asked
+        _, normed = self.norm1.before(attention.qkv, x, use)
+        h, normed = self.norm2.before(mlp.up, x, use, attention(normed, use, rotary, cache))
+        out = mlp(normed, use)
         return out + h if out.requires_grad else out.add_(h)

@@ -44,13 +44,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor | Codes, use: InputUse) -> Tensor:
         """Compute [B, T, D] of normalised tokens x [B, T, D]."""
-        x = self.slots("mlp_in", x)
+        x = x if use.owned else self.slots("mlp_in", x)
         gate_first = self._looks_at_gate(x, use)
         hidden = self._gated_rows(x) if gate_first else self._hidden(x, use)
         if self.ffn_sub_norm is not None:
             _, hidden = self.ffn_sub_norm.before(self.down, hidden, use)
-        hidden = self.slots("down_in", hidden)
-        if gate_first and use.owned and self.down.skips_zeros:
+        if not use.owned:
+            hidden = self.slots("down_in", hidden)
+        elif gate_first and self.down.skips_zeros:
             return self.down.sparse_product(hidden)
         return self.down(hidden, use)
 

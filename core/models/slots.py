@@ -25,6 +25,7 @@ class Slots:
 
     While any slot is filled, the block runs plain operations in floating point: no kernel that skips a site, and nothing that
     overwrites a tensor which a slot was given. So a function may keep its tensor, and autograd may run through a float block.
+    While all are empty, the block's parts do not ask them (`InputUse.owned`).
     """
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ class PackedStates:
         self.packed: Tensor | None = None  # [B, Hkv, slots, packed_width(E, bits)] uint8
         self.row_scale: Tensor | None = None  # of a `RowGrid`: [B, Hkv, slots, 1] float16
         self.cursor: tuple[Tensor, Tensor] | None = None  # where the next token goes and the slots filled then, on the device
-        self._described: tuple[Tensor | None, ...] | None = None  # scales, zero points and first tokens, as `heads` gives them
+        self._heads: PackedHeads | None = None  # of `heads`, until a tensor is replaced
 
     def append(self, states: Tensor) -> Tensor:
         """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
@@ -39,22 +39,21 @@ class PackedStates:
         """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""
         from kernels import kv_append
 
-        first = max(0, min(self.grid.first_tokens - self.length, states.shape[2]))
-        if first:
-            made = self.grid.store_first(states[:, :, :first])
+        if self.length < self.grid.first_tokens:
+            made = self.grid.store_first(states[:, :, : self.grid.first_tokens - self.length])
             self.first = tuple(torch.cat(pair, dim=2) for pair in zip(self.first, made, strict=True)) if self.first else made
-            self._described = None
+            self._heads = None
         self.dim = states.shape[-1]
         apart = max(0, self.grid.apart - self.length)
-        start, stop = self.length + apart - self.grid.apart, self.length + states.shape[2]
-        self._reserve(states, stop - self.grid.apart)
+        start, slots = self.length + apart - self.grid.apart, self.length + states.shape[2] - self.grid.apart
+        self._reserve(states, slots)
         heads = self.heads()
         if self.cursor is not None:
             kv_append(states, heads, self.cursor[0])
             return heads, self.cursor[1]
-        kv_append(states[:, :, apart:], heads, start)
-        self.length = stop
-        return heads, stop - self.grid.apart
+        kv_append(states[:, :, apart:] if apart else states, heads, start)
+        self.length += states.shape[2]
+        return heads, slots
 
     def pin(self, room: int, ends: Tensor) -> None:
         """Make room and take the places of new tokens from device tensors: see `KVCache.pin`."""
@@ -65,11 +64,11 @@ class PackedStates:
 
     def heads(self) -> PackedHeads:
         """Describe what is stored as kernels take it."""
-        if self._described is None:
+        if self._heads is None:
             static = self.grid.quantizer.head_grid(self.packed.shape[1]) if isinstance(self.grid, StaticGrid) else (None, None)
-            self._described = (*static, self.grid.read_first(self.first, self.dim) if self.first else None)
-        scale, zero, first = self._described
-        return PackedHeads(self.packed, self.grid.bits, self.dim, scale, zero, self.row_scale, first)
+            first = self.grid.read_first(self.first, self.dim) if self.first else None
+            self._heads = PackedHeads(self.packed, self.grid.bits, self.dim, *static, self.row_scale, first)
+        return self._heads
 
     def read(self) -> Tensor:
         """Dequantise all states: [B, Hkv, S, E] float32."""
@@ -88,7 +87,7 @@ class PackedStates:
             self.packed = self.packed.index_select(0, rows)
         if self.row_scale is not None:
             self.row_scale = self.row_scale.index_select(0, rows)
-        self.first, self._described = tuple(t.index_select(0, rows) for t in self.first), None
+        self.first, self._heads = tuple(t.index_select(0, rows) for t in self.first), None
 
     def _reserve(self, like: Tensor, slots: int) -> None:
         """Make room for `slots` slots; it doubles when it runs out."""
@@ -102,6 +101,7 @@ class PackedStates:
                 new[:, :, :held] = old
             return new
 
+        self._heads = None
         self.packed = grown(self.packed, packed_width(self.dim, self.grid.bits), torch.uint8)
         if not isinstance(self.grid, StaticGrid):
             self.row_scale = grown(self.row_scale, 1, torch.float16)
@@ -125,8 +125,8 @@ class FloatKVLayer:
             if held:
                 grown[:, :, :, : self.length] = self._slots[:, :, :, : self.length]
             self._slots = grown
-        for slots, states, grid in zip(self._slots, (keys, values), self.grids, strict=True):
-            slots[:, :, self.length : stop] = states if grid is None else grid.fake(states, self.length)
+        for index, (states, grid) in enumerate(zip((keys, values), self.grids, strict=True)):
+            self._slots[index, :, :, self.length : stop] = states if grid is None else grid.fake(states, self.length)
         self.length = stop
         return self._slots[0, :, :, :stop], self._slots[1, :, :, :stop]
 

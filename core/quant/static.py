@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from core.quant.segments import expand
 from kernels import code_limits, fake_quantize, quantize
 
 
-@dataclass(frozen=True)
-class InputUse:
+class InputUse(NamedTuple):
     """How a layer or a quantiser may use its input x [..., T, C].
 
     Attributes:
