@@ -13,7 +13,7 @@ import importlib
 
 from kernels.backend import Backend, Choice
 from kernels.codes import Codes, code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
-from kernels.linear import int_linear, select_linear_backend
+from kernels.linear import select_linear_backend
 from kernels.packing import pack, packed_width, unpack
 
 __version__ = "0.0.0"
@@ -45,7 +45,6 @@ __all__ = [
     "dequantize_rows",
     "fake_quantize",
     "gated_up",
-    "int_linear",
     "kv_append",
     "norm_quantize",
     "norm_quantize_dynamic",

@@ -21,7 +21,7 @@ BANNED = {
     "app": {"kernels", "torch", "numpy", "triton", "sklearn", "transformers"},
 }
 STAGES = (
-    {"errors", "registry", "checks", "cache", "disk", "folders", "memory", "storage", "privacy", "progress", "provenance"},
+    {"errors", "checks", "cache", "disk", "folders", "memory", "storage", "privacy", "progress", "provenance"},
     {"recipe"},
     {"report"},
     {"quant"},

@@ -9,7 +9,6 @@ TOKENS_RUN = "Quantised run"
 TOKENS_COUNT = "Tokens"
 TOKENS_READ = "Read the text with both"
 TOKENS_NONE = "No quantised run yet: press Quantise first, then read a text with it and with its unquantised model."
-TOKENS_EMPTY = "Both models read the same text. Colour shows how far their predictions are apart at each token."
 TOKENS_NOTE = (
     "Colour: KLD of the prediction at this token, in nats; underlined: the two find different tokens likeliest (a flip). "
     "Hover a token, or reach it with the Tab key, for the five likeliest of both."

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from core.errors import ModelError
-from core.registry import Registry
 
 HEAD = "lm_head.weight"
 """Name of the output embedding in every supported checkpoint."""
@@ -168,15 +167,14 @@ def _rejects_post_norm(config: PretrainedConfig) -> str | None:
     return None
 
 
-ADAPTERS: Registry[ModelAdapter] = Registry("architecture")
-for _name, _adapter in {
+ADAPTERS = (
     # SmolLM and SmolLM2 are this architecture
-    "llama": ModelAdapter(name="Llama", model_types=("llama",), norm="rms"),
-    "mistral": ModelAdapter(name="Mistral", model_types=("mistral",), norm="rms", window="all"),
+    ModelAdapter(name="Llama", model_types=("llama",), norm="rms"),
+    ModelAdapter(name="Mistral", model_types=("mistral",), norm="rms", window="all"),
     # biases on q, k and v: R2 and R3 permute them with their rows
-    "qwen2": ModelAdapter(name="Qwen2", model_types=("qwen2",), norm="rms", window="layer_types"),
+    ModelAdapter(name="Qwen2", model_types=("qwen2",), norm="rms", window="layer_types"),
     # an RMSNorm per head on q and k, before the rotation
-    "qwen3": ModelAdapter(
+    ModelAdapter(
         name="Qwen3",
         model_types=("qwen3",),
         norm="rms",
@@ -186,7 +184,7 @@ for _name, _adapter in {
     ),
     # arXiv:2504.12285: a squared ReLU gate, and norms before o and before down. Weights are trained to be ternary;
     # `core/models/io/bitnet.py` says how such checkpoints are stored
-    "bitnet": ModelAdapter(
+    ModelAdapter(
         name="BitNet",
         model_types=("bitnet",),
         norm="rms",
@@ -194,7 +192,7 @@ for _name, _adapter in {
         ffn_sub_norm="mlp.ffn_sub_norm",
     ),
     # the paper's architecture, in its pre-norm sizes
-    "opt": ModelAdapter(
+    ModelAdapter(
         name="OPT",
         model_types=("opt",),
         norm="layer",
@@ -211,8 +209,7 @@ for _name, _adapter in {
         eps_field=None,
         rejects=_rejects_post_norm,
     ),
-}.items():
-    ADAPTERS.register(_name, _adapter)
+)
 
 
 def adapter_for(config: PretrainedConfig) -> ModelAdapter:

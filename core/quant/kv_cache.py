@@ -32,8 +32,8 @@ class PackedStates:
     def append(self, states: Tensor) -> Tensor:
         """Quantise and store [B, Hkv, t, E]; returns all states so far, dequantised: [B, Hkv, S, E]."""
         begins = self.length == 0
-        heads, slots = self.store(states)
-        return self.grid.fake(states, 0) if begins else heads.states(slots)
+        self.store(states)
+        return self.grid.fake(states, 0) if begins else self.read()
 
     def store(self, states: Tensor) -> tuple[PackedHeads, int | Tensor]:
         """Quantise and store [B, Hkv, t, E] without reading anything back; returns the store and its filled slots."""

@@ -21,6 +21,6 @@ Each backend has its own file with its own operands, the form in which it multip
 from __future__ import annotations
 
 from kernels.linear.choose import select_linear_backend
-from kernels.linear.operands import LinearOperands, ReferenceOperands, int_linear
+from kernels.linear.operands import LinearOperands, ReferenceOperands
 
-__all__ = ["LinearOperands", "ReferenceOperands", "int_linear", "select_linear_backend"]
+__all__ = ["LinearOperands", "ReferenceOperands", "select_linear_backend"]

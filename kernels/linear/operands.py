@@ -70,14 +70,3 @@ class ReferenceOperands(PartwiseOperands):
         if outputs is WHOLE:  # a slice of everything would cost as much as a small product
             return torch.nn.functional.linear(x, self.weight, self.bias)
         return torch.nn.functional.linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
-
-
-def int_linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    """Apply a layer to inputs prepared for its operands.
-
-    Args:
-        x: [M, K] int8 codes qx where the operands take codes, else [..., K] float32, already x̂.
-        operands: of the backend that x was prepared for.
-    Returns: [M, N] float32, or [..., N].
-    """
-    return operands.product(x)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import int_linear, pack
+from kernels import pack
 from kernels.linear import ReferenceOperands
 from kernels.linear.choose import kernels_take_codes
 from kernels.linear.int8 import Int8Operands, exact_int8_products
@@ -89,20 +89,20 @@ def error(found: Tensor, exact: Tensor) -> float:
 def test_both_backends_against_float64(shape, bits, bias):
     case = Case(*SHAPES[shape], bits=bits, bias=bias)
     exact = case.exact()
-    assert error(int_linear(case.qx, case.int8()), exact) < 2e-6  # measured: at most 3e-7
-    assert error(int_linear(case.x_hat(), case.reference()), exact) < 2e-6
+    assert error(case.int8().product(case.qx), exact) < 2e-6  # measured: at most 3e-7
+    assert error(case.reference().product(case.x_hat()), exact) < 2e-6
 
 
 @pytest.mark.parametrize("rows", range(1, 18))
 def test_every_small_number_of_rows(rows):
     case = Case(rows, 37, 11, (0, 3, 4, 37), seed=rows)
-    found = int_linear(case.qx, case.int8())
+    found = case.int8().product(case.qx)
     assert found.shape == (rows, 11) and found.dtype == torch.float32 and error(found, case.exact()) < 2e-6
 
 
 def test_large_zero_points_fold_into_the_bias():
     case = Case(6, 80, 10, (0, 40, 80), zero=4000)
-    assert error(int_linear(case.qx, case.int8()), case.exact()) < 2e-6
+    assert error(case.int8().product(case.qx), case.exact()) < 2e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -114,7 +114,7 @@ def test_accumulators_are_exact_integers(shape):
     operands = Int8Operands(case.qw, ones, zeros, None, case.offsets)
     exact = case.qx.to(torch.int64) @ case.qw.to(torch.int64).t()
     assert int(exact.abs().max()) < 2**24  # float32 holds the integer
-    assert torch.equal(int_linear(case.qx, operands).to(torch.int64), exact)
+    assert torch.equal(operands.product(case.qx).to(torch.int64), exact)
 
 
 @pytest.mark.parametrize("bits", (4, 7, pytest.param(8, marks=NEEDS_EXACT)))
@@ -127,7 +127,7 @@ def test_worst_case_sums_do_not_saturate(bits, rows):
         for w in (low, high):
             qx, qw = torch.full((rows, 512), x, dtype=torch.int8), torch.full((3, 512), w, dtype=torch.int8)
             operands = Int8Operands(qw, ones, ones, None, (0, 512))
-            assert int_linear(qx, operands).unique().tolist() == [x * w * 512 - x * 512]
+            assert operands.product(qx).unique().tolist() == [x * w * 512 - x * 512]
 
 
 def test_strided_codes():
@@ -137,7 +137,7 @@ def test_strided_codes():
     columns = case.qx.t().contiguous().t()
     exact = case.exact()
     for x in (wide[:, ::2], columns):
-        assert not x.is_contiguous() and error(int_linear(x, case.int8()), exact) < 2e-6
+        assert not x.is_contiguous() and error(case.int8().product(x), exact) < 2e-6
 
 
 @pytest.mark.parametrize("stride", (0, 1, 16, 64, 200))
@@ -146,14 +146,14 @@ def test_a_single_row_of_any_stride(stride):
     case = Case(1, 64, 16, (0, 64))
     row = torch.zeros(256, dtype=torch.int8)
     row[:64] = case.qx[0]
-    assert error(int_linear(row.as_strided((1, 64), (stride, 1)), case.int8()), case.exact()) < 2e-6
+    assert error(case.int8().product(row.as_strided((1, 64), (stride, 1))), case.exact()) < 2e-6
 
 
 def test_operands_are_not_changed():
     case = Case(4, 30, 6, (0, 10, 30))
     operands = case.int8()
     kept = [t.clone() for t in (operands.bias, operands.codes, operands.output_scale, operands.zero_rows, case.qx)]
-    first, second = int_linear(case.qx, operands), int_linear(case.qx, operands)
+    first, second = operands.product(case.qx), operands.product(case.qx)
     assert torch.equal(first, second)
     after = (operands.bias, operands.codes, operands.output_scale, operands.zero_rows, case.qx)
     assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
@@ -169,10 +169,10 @@ def test_the_triton_operands_give_the_layer(offsets):
     packed = pack((case.qw + 8).to(torch.uint8), 4)
     int8 = case.int8()
     with_codes = ClusterOperands(packed, int8.output_scale, int8.zero_rows, int8.bias, offsets)
-    assert torch.allclose(int_linear(case.qx, with_codes).double(), case.exact(), atol=1e-5)
+    assert torch.allclose(with_codes.product(case.qx).double(), case.exact(), atol=1e-5)
     floating = WeightOnlyOperands(packed, case.sw, case.zw, case.bias, 4, offsets)
     x = case.sx[case.run] * (case.qx - case.zx[case.run])
-    assert torch.allclose(int_linear(x[None], floating)[0].double(), case.exact(), atol=1e-4)
+    assert torch.allclose(floating.product(x[None])[0].double(), case.exact(), atol=1e-4)
     assert with_codes.takes_codes and int8.takes_codes and not floating.takes_codes and not case.reference().takes_codes
     assert kernels_take_codes(4, 8, offsets) == (20 not in offsets)
 
