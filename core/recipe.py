@@ -20,7 +20,8 @@ SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
 """Observed tensors of one decoder layer, in the order they appear in it."""
 
 REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("mlp_in",), "R5": ("down_in",)}
-"""RPTQ's reorderings and the sites that share each order."""
+REORDER_OF = {site: name for name, sites in REORDERS.items() for site in sites}
+"""RPTQ's reorderings with the sites that share each order, and the reordering of each site."""
 
 INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
 """The site that each fused linear layer of a decoder block reads from."""

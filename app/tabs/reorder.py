@@ -13,7 +13,7 @@ from app.view import plots_ranges as plots
 from app.view.chart import Chart
 from app.view.figure import note
 from core.checks import require_choice, require_int
-from core.recipe import PER_CHANNEL, REORDERS, SITES, Clusters
+from core.recipe import PER_CHANNEL, REORDER_OF, REORDERS, SITES, Clusters
 
 MAX_CLUSTERS = 64
 
@@ -180,7 +180,7 @@ class Reorder:
 
 def per_group(kind: str, clusters: Clusters) -> int:
     """Return the cluster count of a site by a recipe's clusters, within a head for queries, keys and values."""
-    return getattr(clusters, texts.SITE_REORDER[kind])
+    return getattr(clusters, REORDER_OF[kind])
 
 
 def site_title(kind: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from core.recipe import Bits
+from core.recipe import REORDER_OF, Bits
 
 TITLE = "Quantscope"
 TAGLINE = "See why activations are hard to quantise, and what each choice costs."
@@ -27,12 +27,11 @@ SITE_HELP = {
     "mlp_in": "output of the norm before the MLP",
     "down_in": "inside of the MLP, input of the down projection",
 }
-SITE_REORDER = {"attn_in": "R1", "q": "R2", "k": "R2", "v": "R3", "o_in": "R3", "mlp_in": "R4", "down_in": "R5"}
 
 
 def site_label(kind: str) -> str:
     """Return a site's name for people, with RPTQ's name of its reordering."""
-    return f"{SITE_LABELS.get(kind, kind)} · {SITE_REORDER.get(kind, '')}"
+    return f"{SITE_LABELS[kind]} · {REORDER_OF[kind]}"
 
 
 # sidebar

@@ -1,20 +1,22 @@
-"""The interface of a quantisation method: `plan_layer` decides, `apply_layer` builds the layer."""
+"""The base of the quantisation methods: `plan_layer` decides, `apply_layer` builds the layer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from core.methods.fake import Fake, fake_site, fake_weight
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, QuantRecipe
+from core.recipe import FLOAT_BITS, SITES, QuantRecipe
 from core.report import WeightError
 
 Made = TypeVar("Made")
@@ -80,57 +82,67 @@ class SiteKey(NamedTuple):
     rest: Hashable
 
 
-Fake = Callable[[Tensor], Tensor]
-"""Rounds a site's tensor [B, T, C], channels in the model's own order, and returns a new one in floating point."""
-
-
-class Method(Protocol):
-    """A quantisation method. `plan_layer` is pure; `apply_layer` builds a new block and does not change its inputs.
+class Method(ABC):
+    """A quantisation method. Planning is pure; `apply_layer` builds a new block and does not change its inputs.
 
     `keeps_ternary`: whether the method takes blocks whose weights are ternary already as they are; else it gets float weights.
     """
 
-    keeps_ternary: bool
+    keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """Count the first positions of each window that are left out of the ranges and kept in float."""
+        """Count the first positions of each window that are left out of the ranges and kept in float: none."""
+        return 0
 
     def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Return the bits of the softmax output while scales and Hessians are calibrated; 16 needs no pass of its own."""
+        """Return the bits of the softmax output while scales and Hessians are calibrated: 16, which needs no pass of its own."""
+        return FLOAT_BITS
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say whether `apply_layer` reads `LayerStatistics.hessians`, which cost a product of every input with itself."""
+        """Say whether `apply_layer` reads Hessians, as GPTQ does: each costs a product of every input with itself."""
+        return recipe.weights == "gptq" and recipe.tensor_bits.weights < FLOAT_BITS
+
+    def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
+        """Choose the `LayerPlan.orders` of one layer: no channel moves."""
+        return {}
+
+    def weight_grid(self, recipe: QuantRecipe) -> Grid:
+        """Return the grid of the weights."""
+        return Grid.EXACT
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
+        sites, bits = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}, recipe.tensor_bits
+        return LayerPlan(self.orders(stats, recipe, spec), sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
 
+    @abstractmethod
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `plan_site` depends on beside the statistics."""
 
+    @abstractmethod
     def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `fake_weight` of the linear layer `name` depends on beside the statistics."""
 
+    @abstractmethod
     def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
-        """Decide clusters, scales and bits of one site: what `plan_layer` says of it."""
+        """Decide clusters, scales and bits of one site."""
 
     def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
         """Make the function that rounds a site as the quantised layer does; None where the site stays in float."""
+        return fake_site(plan, self.sink_tokens(recipe))
 
     def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
         """Round the weight [N, K] of a float layer to nearest, columns in the model's own order; None where it stays as it is.
 
         Args: plan: of the site that the layer reads.
         """
+        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=self.weight_grid(recipe))
 
+    @abstractmethod
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Build the quantised block that `plan` describes. Returns: (block, error of each fused weight by name)."""
-
-
-def rounds_by_gptq(recipe: QuantRecipe) -> bool:
-    """Say whether a recipe quantises weights, and by GPTQ."""
-    return recipe.weights == "gptq" and recipe.tensor_bits.weights < FLOAT_BITS
 
 
 def channel_importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:

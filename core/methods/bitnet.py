@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from core.checks import FLOAT_BITS
-from core.methods.base import Fake, LayerPlan, LayerStatistics, SiteKey
+from core.methods.base import LayerPlan, LayerStatistics, Method, SiteKey
+from core.methods.fake import Fake
 from core.models.architectures import BlockSpec
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
@@ -29,31 +30,18 @@ from core.quant.kv_grid import fake_per_row
 from core.quant.linear.base import LinearLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.observer import SitePlan, sqnr_db
-from core.recipe import INPUT_SITE, SITES, BitNetOptions, QuantRecipe
+from core.recipe import INPUT_SITE, BitNetOptions, QuantRecipe
 from core.report import WeightError
 
 
-class BitNet:
+class BitNet(Method):
     """The method "bitnet": see the module's docstring."""
 
     keeps_ternary = True
 
-    def sink_tokens(self, recipe: QuantRecipe) -> int:
-        """Return 0: every token is quantised by its own scale."""
-        return 0
-
-    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Return 16: the softmax output stays in float."""
-        return 16
-
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
         """Return False: ternary weights are rounded by their mean."""
         return False
-
-    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Record the bits of every site and the noise that its dynamic quantiser makes on sampled rows."""
-        sites = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
-        return LayerPlan({}, sites, softmax_bits=16, weight_bits=2, sink_tokens=0)
 
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `plan_site` depends on beside the statistics."""

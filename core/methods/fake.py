@@ -6,10 +6,11 @@ share this. GPTQ, which depends on the order of the columns, is left out: weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from core.methods.base import Fake
 from core.quant.affine import Grid
 from core.quant.gptq import fake_columns
 from core.quant.linear.base import LinearLayer
@@ -17,6 +18,9 @@ from core.quant.observer import SitePlan
 from core.quant.static import ActivationQuantizer
 from core.recipe import FLOAT_BITS
 from kernels import fake_quantize
+
+Fake = Callable[[Tensor], Tensor]
+"""Rounds a site's tensor [B, T, C], channels in the model's own order, and returns a new one in floating point."""
 
 
 def fake_site(plan: SitePlan, sink_tokens: int) -> Fake | None:

@@ -19,52 +19,33 @@ from core.methods.apply import build_block
 from core.methods.base import (
     FLOAT_FIRST_TOKENS,
     SEARCHED_RANGES,
-    Fake,
     LayerPlan,
     LayerStatistics,
+    Method,
     SiteKey,
     channel_importance,
-    rounds_by_gptq,
 )
-from core.methods.fake import fake_site, fake_weight
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
-from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan, plan_site
-from core.recipe import INPUT_SITE, REORDERS, SITES, QuantRecipe
+from core.recipe import INPUT_SITE, REORDER_OF, QuantRecipe
 from core.report import WeightError
 
 PLAIN_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 
 
-class RoundToNearest:
+class RoundToNearest(Method):
     """The method "rtn". No channel moves; weights are rounded as `recipe.weights` says."""
-
-    keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """Return 1 for the matched variant where activations are quantised, as RPTQ does; else 0."""
         return FLOAT_FIRST_TOKENS if recipe.variant == "matched" and recipe.tensor_bits.quantizes_activations else 0
 
-    def calibration_softmax_bits(self, recipe: QuantRecipe) -> int:
-        """Return 16: the softmax output stays in float during calibration."""
-        return 16
-
-    def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say whether the weights are rounded by GPTQ, which reads Hessians."""
-        return rounds_by_gptq(recipe)
-
-    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Choose the grids of one layer: one per site, or one per group of neighbours in the matched variant."""
-        bits, sites = recipe.tensor_bits, {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
-        return LayerPlan({}, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
-
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `plan_site` depends on beside the statistics."""
         matched = recipe.variant == "matched"
-        name = next(name for name, sites in REORDERS.items() if site in sites)
-        return SiteKey(recipe.tensor_bits.site(site), getattr(recipe.clusters, name) if matched else 1, matched)
+        return SiteKey(recipe.tensor_bits.site(site), getattr(recipe.clusters, REORDER_OF[site]) if matched else 1, matched)
 
     def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `fake_weight` depends on beside the statistics."""
@@ -75,19 +56,11 @@ class RoundToNearest:
         key = self.site_key(site, recipe)
         return stats.once(("rtn", site, key), partial(_plan_site, stats, site, key, spec))
 
-    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
-        """Make the function that rounds a site."""
-        return fake_site(plan, self.sink_tokens(recipe))
-
-    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
-        """Round a weight to nearest in the groups of its input."""
-        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=Grid.EXACT)
-
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Quantise the weights in the groups of their inputs and attach the quantisers."""
-        return build_block(block, plan, hessians=stats.hessians, grid=Grid.EXACT)
+        return build_block(block, plan, hessians=stats.hessians, grid=self.weight_grid(recipe))
 
 
 def _plan_site(stats: LayerStatistics, site: str, key: SiteKey, spec: BlockSpec) -> SitePlan:

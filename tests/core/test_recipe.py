@@ -17,6 +17,7 @@ from core.errors import InputError
 from core.recipe import (
     METHODS,
     PER_CHANNEL,
+    REORDER_OF,
     REORDERS,
     SCHEMES,
     SITES,
@@ -196,6 +197,7 @@ def test_schemes_are_the_published_table():
         Bits(weights=w, k=b, v=b) for w, b in ((4, 4), (4, 3), (3, 3))
     ]
     assert sorted(s for kinds in REORDERS.values() for s in kinds) == sorted(SITES)
+    assert all(s in REORDERS[REORDER_OF[s]] for s in SITES)
 
 
 def test_strict_lowers_the_norm_outputs_of_named_schemes_only():

@@ -22,7 +22,7 @@ from core.methods.rptq.cluster import ChannelClusters
 from core.methods.rptq.method import reorder_clusters, site_clusters
 from core.quant.affine import Grid, choose_qparams
 from core.quant.ranges import ChannelRanges
-from core.recipe import REORDERS, Clusters, QuantRecipe
+from core.recipe import REORDER_OF, REORDERS, Clusters, QuantRecipe
 
 REFINED = 2**17
 """Points times clusters up to which KMeans' answer is improved: 4,096 channels in 32 clusters, 45 ms on one thread."""
@@ -125,7 +125,7 @@ def _entry(report: RangesReport, site: str) -> SiteRanges:
 
 def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters) -> ChannelClusters:
     """Cluster a site by the rules of the method itself."""
-    name = next(r for r, kinds in REORDERS.items() if entry.kind in kinds)
+    name = REORDER_OF[entry.kind]
     ranges = {kind: _ranges(report.sites[f"layers.{entry.layer}.{kind}"]) for kind in REORDERS[name]}
     recipe, heads = QuantRecipe(report.model, clusters=clusters), {"groups": report.groups, "head_dim": entry.block}
     return site_clusters(entry.kind, reorder_clusters(name, ranges, recipe, **heads, refine_up_to=REFINED), **heads)

@@ -20,24 +20,21 @@ from core.methods.apply import build_block
 from core.methods.base import (
     FLOAT_FIRST_TOKENS,
     SEARCHED_RANGES,
-    Fake,
     LayerPlan,
     LayerStatistics,
+    Method,
     SiteKey,
     channel_importance,
-    rounds_by_gptq,
 )
-from core.methods.fake import fake_site, fake_weight
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import Orders, query_channels, reorder_block
 from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
-from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan, plan_site
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, INPUT_SITE, REORDERS, SITES, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, REORDER_OF, REORDERS, QuantRecipe
 from core.report import WeightError
 
 
@@ -150,10 +147,8 @@ def site_clusters(site: str, clusters: ChannelClusters, *, groups: int, head_dim
     return ChannelClusters(query_channels(_local(clusters.order, head_dim), groups), offsets)
 
 
-class RPTQ:
+class RPTQ(Method):
     """The method "rptq": see the module's docstring. Plans are pure functions of statistics and recipe."""
-
-    keeps_ternary = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """Return the variant's count when any activation is quantised, else 0."""
@@ -163,21 +158,18 @@ class RPTQ:
         """Return the scheme's bits for variant official, whose published code calibrates with a quantised softmax; else 16."""
         return recipe.tensor_bits.softmax if recipe.variant == "official" else 16
 
-    def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say whether the weights are rounded by GPTQ, which reads Hessians."""
-        return rounds_by_gptq(recipe)
-
-    def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
-        """Choose clusters, order and grids of one layer."""
+    def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
+        """Choose the orders of one layer by clustering."""
         clusters = {name: _clusters(name, stats, recipe, spec) for name in _reordered(recipe)}
-        orders = {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
-        sites = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}
-        bits = recipe.tensor_bits
-        return LayerPlan(orders, sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
+        return {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
+
+    def weight_grid(self, recipe: QuantRecipe) -> Grid:
+        """Return the variant's grid."""
+        return rules_of(recipe).ranges.grid
 
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `plan_site` depends on beside the statistics."""
-        name = _reorder_of(site)
+        name = REORDER_OF[site]
         key = _cluster_key(name, recipe) if name in _reordered(recipe) else None
         count = getattr(recipe.clusters, name) if key else 1
         return SiteKey(recipe.tensor_bits.site(site), count, (recipe.segments, rules_of(recipe), key and key[2:]))
@@ -191,31 +183,18 @@ class RPTQ:
         """Choose clusters, order and grids of one site."""
         return stats.once(("site", site, self.site_key(site, recipe)), partial(_plan_site, stats, site, recipe, spec))
 
-    def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
-        """Make the function that rounds a site to its clusters' grids."""
-        return fake_site(plan, self.sink_tokens(recipe))
-
-    def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
-        """Round a weight to nearest in the clusters of its input."""
-        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=rules_of(recipe).ranges.grid)
-
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Apply the orders to the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
         orders = {site: plan.sites[site].order for site in INPUT_SITE.values()}
-        reordered, grid = reorder_block(block, Orders(**plan.orders)), rules_of(recipe).ranges.grid
-        return build_block(reordered, plan, hessians=stats.hessians, grid=grid, orders=orders)
+        reordered = reorder_block(block, Orders(**plan.orders))
+        return build_block(reordered, plan, hessians=stats.hessians, grid=self.weight_grid(recipe), orders=orders)
 
 
 def _local(order: Tensor, head_dim: int) -> Tensor:
     """Turn an order over Hkv * E channels into orders inside each head, [Hkv, E]."""
     return order.view(-1, head_dim) % head_dim
-
-
-def _reorder_of(site: str) -> str:
-    """Return the reordering that a site takes part in."""
-    return next(name for name, sites in REORDERS.items() if site in sites)
 
 
 def _reordered(recipe: QuantRecipe) -> tuple[str, ...]:
@@ -238,7 +217,7 @@ def _clusters(name: str, stats: LayerStatistics, recipe: QuantRecipe, spec: Bloc
 
 def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
     """Choose the grids of one site in the clusters of its reordering."""
-    bits, name, found = recipe.tensor_bits.site(site), _reorder_of(site), ChannelClusters.identity(spec.width(site))
+    bits, name, found = recipe.tensor_bits.site(site), REORDER_OF[site], ChannelClusters.identity(spec.width(site))
     if name in _reordered(recipe):
         found = site_clusters(site, _clusters(name, stats, recipe, spec), groups=spec.groups, head_dim=spec.head_dim)
     order, offsets = found.order, found.offsets
