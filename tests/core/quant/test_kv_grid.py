@@ -7,10 +7,18 @@ import torch
 
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.tiny import tiny_model
+from core.quant.affine import Grid, choose_qparams
 from core.quant.kv_cache import FloatKVLayer, KVCache, PackedStates, QuantizedKVLayer
-from core.quant.kv_grid import RowGrid, fake_per_row
+from core.quant.kv_grid import RowGrid, StaticGrid, fake_per_row
+from core.quant.static import ActivationQuantizer
 from kernels import quantize_rows
 from tests.core.tools import gaussian, in_steps, relative, tokens
+
+_SIZES = torch.tensor([1.0, 2.0, 3.0, 4.0])
+STATIC = StaticGrid(
+    ActivationQuantizer(4, choose_qparams(-_SIZES, _SIZES, bits=4, grid=Grid.EXACT), torch.tensor([0, 7, 20, 40, 48])), 2
+)
+"""Four clusters of 3 · 16 channels; two first tokens stay in float."""
 
 
 def model_with(bits: AttentionBits | None):
@@ -58,6 +66,14 @@ def test_appending_never_changes_what_is_stored(grid):
         assert all(torch.equal(old, stored[:, :, : old.shape[2]]) for old in seen)
         seen.append(stored)
     assert steps.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize("grid", [RowGrid(3, 4), RowGrid(4, 16), STATIC], ids=("4 bits", "float", "static"))
+def test_a_later_part_of_a_sequence_is_quantised_as_in_the_whole(grid):
+    states = gaussian(2, 3, 9, 16)
+    whole = grid.fake(states, 0)
+    parts = [grid.fake(states[:, :, start:stop], start) for start, stop in ((0, 1), (1, 3), (3, 9))]
+    assert torch.equal(torch.cat(parts, dim=2), whole)
 
 
 def test_the_first_token_has_bits_of_its_own():
