@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from core.checks import param_code, require_choice, require_int, require_text
+from core.checks import param_code, require_choice, require_float, require_int, require_text
 from core.errors import InputError
 from core.quant.dynamic import MODES
 from training.bitlinear import convert_to_bitlinear, input_kinds
@@ -287,9 +287,7 @@ def _rates(name: str, value: object, low: float, high: float) -> float | tuple[f
 
 
 def _rate(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{name} is {str(value)[:40]!r}: use one finite number from {low:g} to {high:g}.", code=param_code(name))
-    return float(value)
+    return require_float(name, value, low, high, f"use one finite number from {low:g} to {high:g}")
 
 
 def _texts(value: object) -> tuple[tuple[str, int], ...]:
