@@ -82,7 +82,7 @@ def _strips(browser: Any, folder: Path) -> list[Result]:
 
 
 def _channel(browser: Any, model: str) -> Result:
-    """Click cells of the heat map of `model`."""
+    """Time clicks on cells of the heat map of `model`."""
     with page_server(model) as address:
         page = visit(browser, address)
         page.wait_for_selector("#tokens mark")
@@ -93,7 +93,7 @@ def _channel(browser: Any, model: str) -> Result:
 
 
 def channel_clicks(page: Any, clicks: int) -> list[float]:
-    """Click cells of the heat map, from the last layer to the first, each another channel.
+    """Time clicks on cells of the heat map, from the last layer to the first, each another channel.
 
     Returns: for each click the seconds until the channel's histogram and tokens are there.
     """

@@ -11,3 +11,9 @@ import torch  # noqa: E402 - reads the variable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors: see kernels/_triton.py
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Put the browser's tests first where processes share the work: a long file that begins last would leave the others idle."""
+    if workers:
+        items.sort(key=lambda item: "/browser/" not in item.nodeid)
