@@ -1,30 +1,46 @@
 """The recipe of a run: frozen, validated when made, one object for page, CLI, JSON, URL and report.
 
-A *scheme* names the bits of every tensor as the paper's tables do. W4A4 keeps the outputs of the two norms and of
-softmax at 8 bits (published code: max(8, activation bits)); the name shown to people says so: see `describe_bits`.
+Its parts are in `core.bits` (bits of tensors, clusters of reorderings, schemes) and `core.overrides` (what single layers have).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from core.bits import INPUT_SITE, PER_CHANNEL, REORDER_OF, REORDERS, SCHEMES, SITES, Bits, Clusters, parse_bits
 from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
+from core.overrides import Overrides
 from core.privacy import text_record
 
-SITES = ("attn_in", "q", "k", "v", "o_in", "mlp_in", "down_in")
-"""Observed tensors of one decoder layer, in the order they appear in it."""
-
-REORDERS = {"R1": ("attn_in",), "R2": ("q", "k"), "R3": ("v", "o_in"), "R4": ("mlp_in",), "R5": ("down_in",)}
-REORDER_OF = {site: name for name, sites in REORDERS.items() for site in sites}
-"""RPTQ's reorderings with the sites that share each order, and the reordering of each site."""
-
-INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
-"""The site that each fused linear layer of a decoder block reads from."""
+__all__ = [
+    "BITNET_MODES",
+    "FLOAT_BITS",
+    "INPUT_SITE",
+    "METHODS",
+    "PER_CHANNEL",
+    "REORDERS",
+    "REORDER_OF",
+    "SCHEMES",
+    "SEGMENTS",
+    "SITES",
+    "VARIANTS",
+    "WEIGHT_METHODS",
+    "BitNetOptions",
+    "Bits",
+    "Calibration",
+    "Clusters",
+    "Overrides",
+    "QuantRecipe",
+    "parse_bitnet",
+    "parse_bits",
+    "require_choice",
+    "require_int",
+]
 
 METHODS = {"rptq": "core.methods.rptq.method", "rtn": "core.methods.rtn", "bitnet": "core.methods.bitnet"}
 """Module of each quantisation method, by the method's name: `core.methods.method` imports it when it is used."""
@@ -34,108 +50,6 @@ SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power
 _INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
 BITNET_MODES = tuple(_INPUT_BITS)
 """Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
-
-PER_CHANNEL = 65536
-"""A cluster count at least as large as any width: one cluster per channel."""
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits per tensor: 2 to 8, or 16 for not quantised. `weights` also allows 16."""
-
-    weights: int = 16
-    attn_in: int = 16
-    q: int = 16
-    k: int = 16
-    v: int = 16
-    softmax: int = 16
-    o_in: int = 16
-    mlp_in: int = 16
-    down_in: int = 16
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            require_bits(f"bits of {entry.name}", getattr(self, entry.name))
-
-    def site(self, name: str) -> int:
-        """Return the bits of one of `SITES`."""
-        return getattr(self, name)
-
-    @property
-    def quantizes_activations(self) -> bool:
-        """Whether any activation is below 16 bits."""
-        return any(self.site(s) < FLOAT_BITS for s in (*SITES, "softmax"))
-
-
-def _full(weights: int, activations: int, norms: int) -> Bits:
-    return Bits(weights, norms, activations, activations, activations, 8, activations, norms, activations)
-
-
-SCHEMES: dict[str, Bits] = {
-    "W4A16": Bits(weights=4),
-    "W4A8": _full(4, 8, 8),
-    "W4A4": _full(4, 4, 8),
-    "W4A4KV": Bits(weights=4, k=4, v=4),
-    "W4A3KV": Bits(weights=4, k=3, v=3),
-    "W3A3KV": Bits(weights=3, k=3, v=3),
-}
-"""The six configurations of the published results (arXiv:2304.01089, README of its code)."""
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Cluster counts: R1, R4, R5 over the whole width, R2 and R3 per key/value head. Defaults are the published code's."""
-
-    R1: int = 32
-    R2: int = 4
-    R3: int = 4
-    R4: int = 32
-    R5: int = 32
-
-    def __post_init__(self) -> None:
-        rule = f"use 1 to {PER_CHANNEL}; a count above the width means one per channel"
-        for entry in fields(self):
-            count = require_int(f"clusters of {entry.name}", getattr(self, entry.name), 1, PER_CHANNEL, rule)
-            object.__setattr__(self, entry.name, count)  # 4.0 becomes 4: equal recipes have equal hashes
-
-    @classmethod
-    def uniform(cls, count: int) -> Clusters:
-        """Derive the five counts from one number g: g for R1, R4 and R5; g / 8 per head for R2 and R3.
-
-        g / 8 is rounded, a half to the even number (g = 20, 36, 52 give 2, 4, 6), and is at least 1.
-        """
-        require_int("cluster count g", count, 1, PER_CHANNEL, "use 1 or more")
-        per_head = PER_CHANNEL if count == PER_CHANNEL else max(1, round(count / 8))
-        return cls(count, per_head, per_head, count, count)
-
-    @classmethod
-    def parse(cls, text: str) -> Clusters:
-        """Read "32", "channel" or "R1=32,R2=4" (missing ones keep their default).
-
-        Raises: InputError naming the part that does not fit.
-        """
-        text = text.strip()
-        if not text:
-            return cls()
-        if text.lower() == "channel":
-            return cls.uniform(PER_CHANNEL)
-        if text.isascii() and text.isdigit() and len(text) < 7:
-            return cls.uniform(int(text))
-        chosen = {}
-        for part in text.split(","):
-            key, _, value = (p.strip() for p in part.partition("="))
-            if key not in REORDERS or not (value.isascii() and value.isdigit() and len(value) < 7):
-                rule = f"Clusters {part.strip()[:40]!r} is not understood: write one number, or R1=32,R2=4,R3=4,R4=32,R5=32."
-                raise InputError(rule, code="E-PARAM-CLUSTERS")
-            chosen[key] = int(value)
-        return cls(**chosen)
-
-    def describe(self) -> str:
-        """Write the counts shortly: "g=32/4", "per channel" or the five numbers."""
-        names = {r: "channel" if count >= PER_CHANNEL else str(count) for r, count in asdict(self).items()}
-        if self.R1 == self.R4 == self.R5 and self.R2 == self.R3:
-            return "per channel" if min(self.R1, self.R2) >= PER_CHANNEL else f"g={names['R1']}/{names['R2']}"
-        return ",".join(f"{r}={name}" for r, name in names.items())
 
 
 @dataclass(frozen=True)
@@ -207,6 +121,7 @@ class QuantRecipe:
             (everything as RPTQ's default but the reordering: groups of neighbours, clip search, first token in float).
         bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
         segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
+        overrides: bits and clusters of single layers; what equals those of all layers is left out.
     """
 
     model: str
@@ -221,6 +136,7 @@ class QuantRecipe:
     seed: int = 0
     bitnet: BitNetOptions | None = None
     segments: str = "exact"
+    overrides: Overrides = field(default_factory=Overrides)
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -243,6 +159,16 @@ class QuantRecipe:
         if self.method != "bitnet" and self.bitnet is not None:
             rule = f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out."
             raise InputError(rule, code="E-PARAM-BITNET")
+        self._check_overrides()
+        object.__setattr__(self, "overrides", self.overrides.without(self.tensor_bits, self.clusters))
+
+    def _check_overrides(self) -> None:
+        grouped = self.method == "rptq" or self.variant == "matched"
+        for layer, place, value in self.overrides.entries:
+            if self.method == "bitnet" or (place in REORDERS and not grouped):
+                method = self.method if self.method == "bitnet" else "rtn in its plain variant"
+                rule = f"layers.{layer}.{place}={value} has no meaning for the method {method}: leave it out."
+                raise InputError(rule, code="E-PARAM-OVERRIDES")
 
     @property
     def tensor_bits(self) -> Bits:
@@ -254,6 +180,24 @@ class QuantRecipe:
             bits = replace(bits, attn_in=bits.o_in, mlp_in=bits.o_in)
         return bits
 
+    def for_layer(self, layer: int) -> QuantRecipe:
+        """Return the recipe of one layer, by which methods plan and build it: with its own bits and clusters, no overrides.
+
+        A layer with overrides has `LayerBits`: its recipe is not for files.
+        """
+        if not self.overrides.entries:
+            return self
+        plain = replace(self, overrides=Overrides())
+        if layer not in self.overrides.layers:
+            return plain
+        bits, clusters = self.overrides.apply(layer, self.tensor_bits, self.clusters)
+        return replace(plain, scheme="custom", bits=bits, clusters=clusters)
+
+    @property
+    def all_bits(self) -> tuple[Bits, ...]:
+        """Bits of every tensor, first of layers without overrides, then of each layer that has some."""
+        return self.tensor_bits, *(self.for_layer(layer).tensor_bits for layer in self.overrides.layers)
+
     @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
@@ -262,10 +206,12 @@ class QuantRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse.
 
-        `bitnet` and `segments` are left out where they hold their default: recipes from before these fields keep their hash.
+        `bitnet`, `segments` and `overrides` are left out where they hold their default: recipes from before these fields keep
+        their hash.
         """
-        later = {"bitnet": None, "segments": "exact"}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        later = {"bitnet": None, "segments": "exact", "overrides": {}}
+        fields = asdict(self) | {"overrides": self.overrides.to_dict()}
+        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
     def to_record(self) -> dict[str, Any]:
         """Return `to_dict` as files and reports may hold it: a pasted text is replaced by its SHA-256."""
@@ -283,6 +229,8 @@ class QuantRecipe:
         for name, part in (("bits", Bits), ("clusters", Clusters), ("calibration", Calibration), ("bitnet", BitNetOptions)):
             if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
                 data[name] = part(**require_keys(name, data[name], part))
+        if "overrides" in data:
+            data["overrides"] = Overrides.from_dict(data["overrides"])
         if "model" not in data:
             raise InputError('The recipe names no model: add "model".', code="E-PARAM-MODEL")
         return cls(**data)
@@ -314,6 +262,7 @@ class QuantRecipe:
             "seed": self.seed,
             "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
             "bitnet": ",".join(f"{k}={v}" for k, v in asdict(self.bitnet).items()) if self.bitnet else "",
+            "set": self.overrides.to_text(),
         }
         return urlencode({k: v for k, v in pairs.items() if v != ""})
 
@@ -321,7 +270,8 @@ class QuantRecipe:
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:
         """Read what `to_query` wrote; missing keys keep the values of `default`, unknown keys are ignored.
 
-        A query with a model drops the revision of `default`, and one with a scheme drops its single bits.
+        A query with a model drops the revision of `default`, and one with a scheme its single bits; with either, or a method,
+        its overrides.
         """
         try:
             given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
@@ -339,6 +289,10 @@ class QuantRecipe:
             changes.setdefault("variant", "default" if default.variant == "matched" else default.variant)
         if "method" in given or "bitnet" in given:
             changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
+        if {"model", "method", "scheme"} & given.keys():
+            changes["overrides"] = Overrides()
+        if "set" in given:
+            changes["overrides"] = Overrides.parse(given["set"])
         readers = {"clusters": Clusters.parse, "bits": parse_bits, "seed": lambda number: parse_int("seed", number)}
         changes |= {name: read(given[name]) for name, read in readers.items() if name in given}
         cal = default.calibration
@@ -351,6 +305,10 @@ class QuantRecipe:
 
     def describe_bits(self) -> str:
         """Describe the bits with what a scheme's name leaves out: "W4A4 (norm outputs 8, softmax 8)", but plain "W4A8"."""
+        own = f", {self.overrides.describe()}" if self.overrides.entries else ""
+        return self._describe_common_bits() + own
+
+    def _describe_common_bits(self) -> str:
         bits = self.tensor_bits
         if self.bitnet is not None:
             return self.bitnet.describe()
@@ -370,24 +328,11 @@ class QuantRecipe:
             return f"BITNET · {self.describe_bits()}"
         parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments]]
         if self.method == "rtn":
-            calibrated = ", clip search, first token float" if self.tensor_bits.quantizes_activations else ""
+            calibrated = ", clip search, first token float" if any(b.quantizes_activations for b in self.all_bits) else ""
             matched = f"RTN matched ({self.clusters.describe()}{calibrated})"
             parts = [matched if self.variant == "matched" else "RTN plain", self.describe_bits()]
-        parts.append(self.weights.upper() if self.tensor_bits.weights < FLOAT_BITS else "float weights")
+        parts.append(self.weights.upper() if any(bits.quantizes_weights for bits in self.all_bits) else "float weights")
         return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])
-
-
-def parse_bits(text: str) -> Bits:
-    """Read "weights=4,k=3,v=3": tensors left out stay at 16. Raises InputError naming the part that does not fit."""
-    names = {entry.name for entry in fields(Bits)}
-    chosen = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, _, value = part.partition("=")
-        if key.strip() not in names:
-            known = ", ".join(sorted(names))
-            raise InputError(f"Bits {part[:40]!r} is not understood: write name=bits with names {known}.", code="E-PARAM-BITS")
-        chosen[key.strip()] = parse_int(f"bits of {key.strip()}", value)
-    return Bits(**chosen)
 
 
 def parse_bitnet(text: str) -> BitNetOptions:

@@ -22,7 +22,7 @@ BANNED = {
 }
 STAGES = (
     {"errors", "checks", "cache", "disk", "folders", "memory", "storage", "privacy", "progress", "provenance"},
-    {"recipe"},
+    {"bits", "overrides", "recipe"},
     {"report"},
     {"quant"},
     {"models"},
