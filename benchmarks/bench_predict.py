@@ -60,7 +60,7 @@ class Tool:
     @cached_property
     def statistics(self) -> Statistics:
         """What recipes plan on."""
-        observed = Observed.by(method(self.recipe.method), self.recipe)
+        observed = Observed.by(method(self.recipe.method), self.recipe, len(self.loaded.model.blocks))
         return collect_statistics(self.loaded.model, self.calibration, observed)
 
     @property

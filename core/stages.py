@@ -71,6 +71,7 @@ def quantize(
 ) -> tuple[LoadedModel, QuantizeReport]:
     """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
     require_float(base, "quantise")
+    recipe.overrides.require_layers(len(base.model.blocks))
     start = time.perf_counter()
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, method(recipe.method), recipe, tokens, progress=progress)

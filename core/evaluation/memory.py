@@ -13,12 +13,13 @@ Source: RPTQ (arXiv:2304.01089), memory comparison; docs/rptq.md lists the cells
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from core.checks import FLOAT_BITS
 from core.errors import InputError
-from core.recipe import SCHEMES, Bits
+from core.recipe import INPUT_SITE, SCHEMES, SITES, Bits
 
 if TYPE_CHECKING:  # the formula needs neither module: the page and commands that only project do not load torch
     from torch import Tensor, nn
@@ -201,33 +202,73 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
 def recipe_bytes(shape: Shape, recipe: QuantRecipe) -> tuple[float, float]:
     """Project what a quantised model stores: (bytes of the model, bytes of keys and values per token).
 
-    Every weight row has one scale (float16) and one zero point (int8) per cluster of its input; embeddings, head and norms stay
-    in float32. KMeans may give fewer clusters than asked for.
+    Every weight row has one scale and one zero point per cluster of its input; embeddings, head and norms stay in float32. These
+    are the bytes of the tensors, or the most that they can be: KMeans may give fewer clusters than asked for, and zero points of
+    8-bit weights and of the official rules, counted as int16, may fit in int8.
     """
-    bits = recipe.tensor_bits
-    width, heads, kv_width = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    groups = _groups(shape, recipe)
-    rows = {"attn_in": heads + 2 * kv_width, "o_in": width, "mlp_in": (shape.ffn_matrices - 1) * shape.ffn, "down_in": width}
-    small = 4.0 * (shape.parameters - shape.decoder_weights)
-    if bits.weights >= FLOAT_BITS:
-        stored = 4.0 * shape.decoder_weights
-    else:
-        stored = shape.decoder_weights * bits.weights / 8 + shape.layers * sum(3 * rows[site] * groups[site] for site in rows)
-    cached = [32 if FLOAT_BITS in (bits.k, bits.v) else own for own in (bits.k, bits.v)]
-    return small + stored, shape.layers * kv_width * sum(cached) / 8
+    layers = [recipe.for_layer(index) for index in range(shape.layers)]
+    float_parts = 4.0 * (shape.parameters - shape.decoder_weights)
+    weights = sum(linear_bytes(shape, name, own) for own in layers for name in INPUT_SITE)
+    grids = sum(_grid_bytes(shape, own) for own in layers)
+    return float_parts + weights + grids, float(sum(cache_bytes(shape, own.tensor_bits) for own in layers))
+
+
+def decoder_bytes(shape: Shape, recipe: QuantRecipe) -> float:
+    """Count the bytes of all layers' weight matrices at a recipe's bits, without scales."""
+    layers = [recipe.for_layer(index).tensor_bits for index in range(shape.layers)]
+    return sum(bits.weight(name) * math.prod(size) / 8 for bits in layers for name, size in _matrices(shape).items())
+
+
+def linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
+    """Count the bytes of one linear layer's weights by its layer's recipe, with scales, zero points and cluster offsets."""
+    rows, columns = _matrices(shape)[name]
+    bits, groups = recipe.tensor_bits.weight(name), _groups(shape, recipe)[INPUT_SITE[name]]
+    offsets = 4 * (groups + 1)
+    if bits >= FLOAT_BITS:
+        return 4 * rows * columns + offsets
+    official = recipe.method == "rptq" and recipe.variant == "official"
+    scale, zero = 4 if official else 2, 2 if official or bits == 8 else 1
+    return rows * (math.ceil(columns * bits / 8) + (scale + zero) * groups) + offsets
+
+
+def cache_bytes(shape: Shape, bits: Bits) -> float:
+    """Count the bytes of one token's keys and values in one layer: float32 where either of them is not quantised."""
+    cached = [32, 32] if FLOAT_BITS in (bits.k, bits.v) else [bits.k, bits.v]
+    return shape.kv_heads * sum(math.ceil(shape.head_dim * own / 8) for own in cached)
+
+
+def _matrices(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of each fused linear layer."""
+    heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv": (heads + 2 * kv_heads, shape.hidden),
+        "o": (shape.hidden, heads),
+        "up": ((shape.ffn_matrices - 1) * shape.ffn, shape.hidden),
+        "down": (shape.hidden, shape.ffn),
+    }
+
+
+def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
+    """Count the bytes of one layer's activation grids, and of the orders in which its norms and heads put their channels."""
+    bits, groups = recipe.tensor_bits, _groups(shape, recipe)
+    if recipe.method == "bitnet":
+        return 0
+    grids = sum(8 * groups[site] + 4 * (groups[site] + 1) for site in SITES if bits.site(site) < FLOAT_BITS)
+    if recipe.method != "rptq":
+        return grids
+    rotated = shape.positions == 0 and min(bits.q, bits.k) < FLOAT_BITS
+    return grids + 4 * (2 * shape.hidden + (shape.kv_heads * shape.head_dim if rotated else 0))
 
 
 def _groups(shape: Shape, recipe: QuantRecipe) -> dict[str, int]:
-    """Count the groups of weight columns that read each site."""
-    grouped = recipe.method == "rptq" or recipe.variant == "matched"
+    """Count the clusters of each site."""
+    if recipe.method != "rptq" and recipe.variant != "matched":
+        return dict.fromkeys(SITES, 1)
     c = recipe.clusters
-    counts = {
-        "attn_in": min(c.R1, shape.hidden),
-        "o_in": shape.heads * min(c.R3, shape.head_dim),
-        "mlp_in": min(c.R4, shape.hidden),
-        "down_in": min(c.R5, shape.ffn),
-    }
-    return counts if grouped else dict.fromkeys(counts, 1)
+    per_head = {"q": c.R2, "k": c.R2, "v": c.R3, "o_in": c.R3}
+    whole = {"attn_in": min(c.R1, shape.hidden), "mlp_in": min(c.R4, shape.hidden), "down_in": min(c.R5, shape.ffn)}
+    heads = {site: shape.kv_heads if site in ("k", "v") else shape.heads for site in per_head}
+    return whole | {site: heads[site] * min(count, shape.head_dim) for site, count in per_head.items()}
 
 
 def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:

@@ -46,7 +46,7 @@ def build_block(
         hessian, order = hessians.get(site), orders.get(site)
         if hessian is not None and order is not None:
             hessian = hessian[order][:, order]
-        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits, grid)
+        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits[name], grid)
     new = block.with_parts(**layers)
     new.attention.softmax_bits, new.attention.sink_tokens = plan.softmax_bits, plan.sink_tokens
     for site in ("q", "k", "v"):

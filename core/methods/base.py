@@ -16,7 +16,7 @@ from core.quant.affine import Grid
 from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, SITES, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, SITES, QuantRecipe
 from core.report import WeightError
 
 Made = TypeVar("Made")
@@ -35,14 +35,14 @@ class LayerPlan:
     Attributes:
         orders: R1 … R5 -> new = old[order]; [D], [Hkv, E] for R2 and R3, [F]. Left out: the order stays.
         sites: every site of `core.recipe.SITES`.
-        softmax_bits, weight_bits: 2 to 8 or 16.
+        softmax_bits: 2 to 8 or 16. weight_bits: of the weights of each fused linear layer, by name; 2 to 8 or 16.
         sink_tokens: first positions whose activations stay in float.
     """
 
     orders: dict[str, Tensor]
     sites: dict[str, SitePlan]
     softmax_bits: int
-    weight_bits: int
+    weight_bits: dict[str, int]
     sink_tokens: int
 
 
@@ -85,6 +85,8 @@ class SiteKey(NamedTuple):
 class Method(ABC):
     """A quantisation method. Planning is pure; `apply_layer` builds a new block and does not change its inputs.
 
+    Every method takes the recipe of one layer (`QuantRecipe.for_layer`).
+
     `keeps_ternary`: whether the method takes blocks whose weights are ternary already as they are; else it gets float weights.
     """
 
@@ -100,7 +102,7 @@ class Method(ABC):
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
         """Say whether `apply_layer` reads Hessians, as GPTQ does: each costs a product of every input with itself."""
-        return recipe.weights == "gptq" and recipe.tensor_bits.weights < FLOAT_BITS
+        return recipe.weights == "gptq" and recipe.tensor_bits.quantizes_weights
 
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
         """Choose the `LayerPlan.orders` of one layer: no channel moves."""
@@ -113,7 +115,8 @@ class Method(ABC):
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
         sites, bits = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}, recipe.tensor_bits
-        return LayerPlan(self.orders(stats, recipe, spec), sites, bits.softmax, bits.weights, self.sink_tokens(recipe))
+        weights = {name: bits.weight(name) for name in INPUT_SITE}
+        return LayerPlan(self.orders(stats, recipe, spec), sites, bits.softmax, weights, self.sink_tokens(recipe))
 
     @abstractmethod
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
@@ -136,7 +139,7 @@ class Method(ABC):
 
         Args: plan: of the site that the layer reads.
         """
-        return fake_weight(linear, plan, bits=recipe.tensor_bits.weights, grid=self.weight_grid(recipe))
+        return fake_weight(linear, plan, bits=recipe.tensor_bits.weight(name), grid=self.weight_grid(recipe))
 
     @abstractmethod
     def apply_layer(

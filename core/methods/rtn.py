@@ -49,7 +49,7 @@ class RoundToNearest(Method):
 
     def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `fake_weight` depends on beside the statistics."""
-        return self.site_key(INPUT_SITE[name], recipe)._replace(bits=recipe.tensor_bits.weights)
+        return self.site_key(INPUT_SITE[name], recipe)._replace(bits=recipe.tensor_bits.weight(name))
 
     def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
         """Choose the grid of one site, or one per group of neighbours in the matched variant."""

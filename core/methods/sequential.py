@@ -81,14 +81,15 @@ def quantize_layers(
         def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {count}", done: int = index) -> None:
             progress(f"{title}: {stage}", (done + within) / count)
 
+        own = recipe.for_layer(index)
         block = start if start.is_float or method.keeps_ternary else start.dequantized()
-        stats, outputs = _observe(block, hidden, inputs, method, recipe, tell)
+        stats, outputs = _observe(block, hidden, inputs, method, own, tell)
         watch.lap("observe")
         tell("clustering and scales", 0.4)
-        plan = method.plan_layer(stats, recipe, block.spec)
+        plan = method.plan_layer(stats, own, block.spec)
         watch.lap("cluster and plan")
         tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
-        quantized, errors = method.apply_layer(block, plan, stats, recipe)
+        quantized, errors = method.apply_layer(block, plan, stats, own)
         quantized.to(model.device)  # it was built on the CPU, where plans are made
         watch.lap("weights")
         hidden = run_layer(quantized, hidden, inputs, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))

@@ -113,6 +113,7 @@ class ProbeBench(ABC):
         """Find or make the probe of a recipe's model on a text, and the statistics of its calibration."""
         loaded = self._get(recipe.model, recipe.revision, owner, progress)
         require_float(loaded, "probe")
+        recipe.overrides.require_layers(len(loaded.model.blocks))
         model, calibration, allow = loaded.model, recipe.calibration, self.allow_local
         text, tokens = reads.text, reads.tokens
         reader, planner = _owner(text, owner), _owner(calibration.text, owner)
@@ -135,7 +136,7 @@ class ProbeBench(ABC):
         )
         named = replace(calibration, text=text_record(calibration.text))
         seen = self._probes.get(model, ("seen", named, state_of(calibration.text), recipe.seed), planner, cut_calibration)
-        observed = Observed.by(method(recipe.method), recipe)
+        observed = Observed.by(method(recipe.method), recipe, len(model.blocks))
         statistics = self._probes.get(
             model,
             ("statistics", digest_of(seen.windows), observed),

@@ -32,7 +32,7 @@ def require_cell(model: CausalModel, layer: int, cell: str) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model beside a recipe.
+    """One layer of a model beside its recipe.
 
     Attributes:
         block: the float block. own: what the model itself has at its sites.
@@ -51,6 +51,7 @@ class Layer:
         """Look at layer `index`."""
         planner, source = method(recipe.method), model.blocks[index]
         block, own = float_twin(source)
+        recipe = recipe.for_layer(index)
         stats = statistics.layers[planner.sink_tokens(recipe)][index]
         return cls(block, own, stats, recipe, source if planner.keeps_ternary else block)
 
@@ -79,7 +80,7 @@ class Layer:
 
 
 def cell_key(recipe: QuantRecipe, cell: str) -> SiteKey:
-    """Collect all of a recipe that the divergence of a cell depends on, beside the model, the layer and the statistics."""
+    """Collect all of a layer's recipe that the divergence of a cell depends on, beside the model and the statistics."""
     planner = method(recipe.method)
     if cell == "softmax":
         return SiteKey(recipe.tensor_bits.softmax, 1, None)

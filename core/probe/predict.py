@@ -18,6 +18,7 @@ estimator".
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -111,13 +112,17 @@ def _tables(
 ) -> Iterator[tuple[int, str, Table, SiteKey]]:
     """Yield every cell that a recipe changes: layer, cell, what is known of it by (bits, clusters), and the recipe's key."""
     planner = method(recipe.method)
-    context = (recipe.method, planner.sink_tokens(recipe), statistics.digest)
-    keys = {cell: cell_key(recipe, cell) for cell in CELLS}
-    tables = {cell: probe.cells.setdefault((cell, key.rest, context), {}) for cell, key in keys.items()}
+
+    @functools.cache
+    def look_up(own: QuantRecipe) -> dict[str, tuple[SiteKey, dict[int, Table]]]:
+        context = (own.method, planner.sink_tokens(own), statistics.digest)
+        keys = {cell: cell_key(own, cell) for cell in CELLS}
+        return {cell: (key, probe.cells.setdefault((cell, key.rest, context), {})) for cell, key in keys.items()}
+
     for layer, block in enumerate(model.blocks):
-        for cell, key in keys.items():
+        for cell, (key, table) in look_up(recipe.for_layer(layer)).items():
             if key.bits < FLOAT_BITS or not (block.is_float or cell == "softmax"):
-                yield layer, cell, tables[cell].setdefault(layer, {}), key
+                yield layer, cell, table.setdefault(layer, {}), key
 
 
 def _predict_cell(probe: Probe, layer: Layer, index: int, cell: str) -> float:

@@ -23,16 +23,20 @@ from core.recipe import FLOAT_BITS, QuantRecipe
 
 @dataclass(frozen=True)
 class Observed:
-    """All of a recipe that a pass over calibration windows depends on."""
+    """All of a recipe that a pass over calibration windows depends on.
+
+    Attributes: softmax_bits: of each layer, while scales are calibrated.
+    """
 
     seed: int
-    softmax_bits: int
+    softmax_bits: tuple[int, ...]
     keeps_ternary: bool
 
     @classmethod
-    def by(cls, method: Method, recipe: QuantRecipe) -> Observed:
-        """Read it off a recipe."""
-        return cls(recipe.seed, method.calibration_softmax_bits(recipe), method.keeps_ternary)
+    def by(cls, method: Method, recipe: QuantRecipe, layers: int) -> Observed:
+        """Read it off a recipe for a model of `layers` layers."""
+        softmax = tuple(method.calibration_softmax_bits(recipe.for_layer(layer)) for layer in range(layers))
+        return cls(recipe.seed, softmax, method.keeps_ternary)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,10 @@ def collect_statistics(model: CausalModel, windows: Tensor, what: Observed, *, p
         block = own if own.is_float or what.keeps_ternary else own.dequantized()
         recorders = {skip: [_recorder(index, windows, skip, what.seed)] for skip in found}
         outputs = watch_layer(block, hidden, inputs, [part for parts in recorders.values() for part in parts])
-        if what.softmax_bits < FLOAT_BITS:
+        if what.softmax_bits[index] < FLOAT_BITS:
             for skip, parts in recorders.items():
                 parts.append(_recorder(index, windows, skip, what.seed))
-            watch_layer(block, hidden, inputs, [parts[1] for parts in recorders.values()], softmax_bits=what.softmax_bits)
+            watch_layer(block, hidden, inputs, [parts[1] for parts in recorders.values()], softmax_bits=what.softmax_bits[index])
         for skip, parts in recorders.items():
             found[skip].append(layer_statistics(block, parts[0], parts[-1]))
         hidden = outputs if block is own else run_layer(own, hidden, inputs)

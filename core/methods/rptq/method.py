@@ -177,7 +177,7 @@ class RPTQ(Method):
     def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `fake_weight` depends on beside the statistics."""
         site = self.site_key(INPUT_SITE[name], recipe)
-        return SiteKey(recipe.tensor_bits.weights, site.clusters, (site.rest, recipe.segments == "exact" or site.bits))
+        return SiteKey(recipe.tensor_bits.weight(name), site.clusters, (site.rest, recipe.segments == "exact" or site.bits))
 
     def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
         """Choose clusters, order and grids of one site."""

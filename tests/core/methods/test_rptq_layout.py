@@ -101,7 +101,7 @@ def unpermuted(block: DecoderBlock, plan: LayerPlan, grid: Grid) -> DecoderBlock
     for name, linear in block.linears().items():
         site = INPUT_SITE[name]
         order = site_order(plan, site, spec)
-        weight = weight_by_label(linear.weight, order, plan.sites[site].offsets, plan.weight_bits, grid)
+        weight = weight_by_label(linear.weight, order, plan.sites[site].offsets, plan.weight_bits[name], grid)
         replace_linear(new, name, Labelled(weight, linear.bias, by_label(plan, site, spec)))
     for site in ("q", "k", "v"):
         setattr(new.attention, f"{site}_quantizer", by_label(plan, site, spec))

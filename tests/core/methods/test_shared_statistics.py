@@ -38,7 +38,7 @@ def statistics(architecture: str) -> LayerStatistics:
 
 def numbers(plan: LayerPlan) -> list[Tensor | int]:
     """Everything that a plan says."""
-    found: list[Tensor | int] = [plan.softmax_bits, plan.weight_bits, plan.sink_tokens, *plan.orders.values()]
+    found: list[Tensor | int] = [plan.softmax_bits, *plan.weight_bits.values(), plan.sink_tokens, *plan.orders.values()]
     for site in (plan.sites[s] for s in SITES):
         grid = [] if site.params is None else [site.params.scale, site.params.zero_point]
         found += [site.bits, site.offsets, *grid, *([] if site.weight_offsets is None else [site.weight_offsets])]

@@ -41,7 +41,7 @@ def probed(architecture: str, draws: int = 4, layers: int = 2) -> tuple[LoadedMo
 
 
 def statistics_of(model: CausalModel, recipe: QuantRecipe, windows: Tensor = SEEN) -> Statistics:
-    return collect_statistics(model, windows, Observed.by(method(recipe.method), recipe))
+    return collect_statistics(model, windows, Observed.by(method(recipe.method), recipe, len(model.blocks)))
 
 
 @torch.no_grad()

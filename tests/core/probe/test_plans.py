@@ -14,7 +14,7 @@ from core.models.tiny import tiny_model
 from core.probe.measure import measure
 from core.probe.plans import CELLS, Layer, require_cell
 from core.probe.probe import build_probe
-from core.recipe import INPUT_SITE, SITES, BitNetOptions
+from core.recipe import INPUT_SITE, SITES, BitNetOptions, Overrides
 from tests.core.probe.probe_tools import READ, SEEN, divergence, probed, recipe_of, statistics_of
 from tests.core.tools import ARCHITECTURES, block_inputs, quantised
 
@@ -25,6 +25,9 @@ RECIPES = {
     "rptq W3A3KV": {"scheme": "W3A3KV"},
     "rptq W4A16": {"scheme": "W4A16"},
     "rptq aligned": {"segments": "aligned"},
+    "rptq layers": {"overrides": Overrides.parse("layers.0.k=3,layers.1=8,layers.1.weights.down=3,layers.0.R5=2,layers.0.q=16")},
+    "official layers": {"variant": "official", "overrides": Overrides.parse("layers.1.softmax=4,layers.0.weights.o=16")},
+    "matched layers": {"method": "rtn", "variant": "matched", "overrides": Overrides.parse("layers.0-1.R1=2,layers.1.v=16")},
     "rptq pow2": {"segments": "pow2", "variant": "strict"},
     "rtn plain": {"method": "rtn"},
     "rtn matched": {"method": "rtn", "variant": "matched"},
@@ -50,17 +53,18 @@ def test_plans_are_those_of_a_run(architecture, name):
     """The first layer's from the probe's statistics as they are; the second's where it is shown what the first one puts out."""
     made = quantised(architecture, base=tiny_model(architecture), weights="rtn", **RECIPES[name])
     planner, recipe, spec = method(made.recipe.method), made.recipe, made.base.model.blocks[0].spec
-    first = statistics_of(made.base.model, recipe).layers[planner.sink_tokens(recipe)][0]
-    equal(planner.plan_layer(first, recipe, spec), made.outcomes[0].plan)
+    found, own = statistics_of(made.base.model, recipe), [recipe.for_layer(layer) for layer in (0, 1)]
+    first = found.layers[planner.sink_tokens(own[0])][0]
+    equal(planner.plan_layer(first, own[0], spec), made.outcomes[0].plan)
     inputs, block = [block_inputs(made.base.model, SEEN)], made.base.model.blocks[1]
     with torch.inference_mode():
         hidden = run_layer(made.blocks[0], [item.hidden for item in inputs], inputs)
-        bits = planner.calibration_softmax_bits(recipe)
-        recorders = [Recorder(1, len(SEEN), False, planner.sink_tokens(recipe), recipe.seed) for _ in range(2)]
+        bits = planner.calibration_softmax_bits(own[1])
+        recorders = [Recorder(1, len(SEEN), False, planner.sink_tokens(own[1]), recipe.seed) for _ in range(2)]
         watch_layer(block, hidden, inputs, recorders[:1])
         watch_layer(block, hidden, inputs, recorders[1:], softmax_bits=bits)
     stats = layer_statistics(block, recorders[0], recorders[1] if bits < 16 else recorders[0])
-    equal(planner.plan_layer(stats, recipe, spec), made.outcomes[1].plan)
+    equal(planner.plan_layer(stats, own[1], spec), made.outcomes[1].plan)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -89,7 +93,7 @@ def test_all_cells_together_are_the_whole(name):
             x = torch.randn(2, 9, spec.width(cell))
             assert torch.equal(part.sites[cell](x), whole.sites[cell](x))
         if cell in INPUT_SITE:
-            assert (cell in part.weights) == (cell in whole.weights) == (recipe.tensor_bits.weights < 16)
+            assert (cell in part.weights) == (cell in whole.weights) == (recipe.for_layer(1).tensor_bits.weight(cell) < 16)
             assert all(torch.equal(w, whole.weights[name]) for name, w in part.weights.items())
         assert part.softmax_bits == (whole.softmax_bits if cell == "softmax" else 16)
 
