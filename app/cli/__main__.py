@@ -183,6 +183,13 @@ def _quantize(verb: Parser) -> None:
     verb.add_argument("--scheme", metavar="S", help=f"{', '.join(SCHEMES)} or custom (default W4A4)")
     verb.add_argument("--bits", metavar="k=3,v=3", help="own bits on top of the scheme; with custom, the others stay at 16")
     verb.add_argument("--variant", help=f"rules: {', '.join(VARIANTS)}; matched: RTN by RPTQ's groups and ranges")
+    verb.add_argument(
+        "--set",
+        action="append",
+        metavar="layers.7.k=3",
+        help="bits or clusters of one layer or site, as layers.0-3.weights=8, layers.7.weights.down=3, layers.7.R5=64 or "
+        "layers.7=16; may be repeated",
+    )
     verb.add_argument("--clusters", metavar="R1=32,R2=4", help="clusters per reordering, one number for all, or channel")
     verb.add_argument("--segments", help=f"{', '.join(SEGMENTS)}: how many accumulators integers take (default exact)")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")

@@ -11,9 +11,9 @@ from typing import Any
 
 from core.checks import parse_int
 from core.errors import InputError
-from core.recipe import Bits, Calibration, Clusters, QuantRecipe, parse_bitnet, parse_bits
+from core.recipe import Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bitnet, parse_bits
 
-FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights")}
+FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights", "set")}
 """Options that each method ignores."""
 MAX_BYTES = 2**24
 PASTED_FILE = "my-text.txt"
@@ -29,6 +29,8 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         base.pop("revision", None)
     if given.get("method", "bitnet") != "bitnet":
         base.pop("bitnet", None)
+    if given.get("method") == "bitnet":
+        base.pop("overrides", None)
     method = given.get("method") or base.get("method", "rptq")
     matched = (given.get("variant") or base.get("variant")) == "matched"
     for name in FOREIGN.get(method, ()):
@@ -52,6 +54,9 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         recipe = replace(recipe, clusters=Clusters.parse(args.clusters))
     if args.scheme is not None or args.bits is not None:
         recipe = _with_bits(recipe, args.scheme, args.bits)
+    if args.set is not None:
+        own = Overrides.parse(",".join(args.set))
+        recipe = replace(recipe, overrides=Overrides(recipe.overrides.entries + own.entries))
     seed = recipe.seed if args.seed is None else parse_int("seed", args.seed)
     return replace(recipe, calibration=calibration_of(args, recipe.calibration), seed=seed)
 
@@ -80,6 +85,8 @@ def command_of(recipe: QuantRecipe) -> str:
         options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
     if recipe.method == "rptq":
         options |= {"segments": recipe.segments}
+    if recipe.overrides.entries:
+        options |= {"set": recipe.overrides.to_text()}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return shlex.join(["python", "-m", "app.cli", "quantize", *words, "--out", "quantised"])
 

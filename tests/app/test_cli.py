@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from app.cli import __main__ as cli
+from app.cli.recipe import command_of, recipe_of
 from core.errors import InputError
 from core.evaluation.memory import find_shape
+from core.recipe import QuantRecipe
 from tests.app.cli_tools import CALIBRATION, SCORING, document
 
 EVALUATION_KEYS = {
@@ -148,10 +151,24 @@ def test_a_recipe_file_makes_the_same_model(call, place):
 )
 def test_own_bits_change_a_scheme(options, expected):
     args = cli.parse(["quantize", "--model", "m", "--out", "o", *options])
-    from app.cli.recipe import recipe_of
-
     recipe = recipe_of(args)
     assert recipe.scheme == "custom" and {name: getattr(recipe.bits, name) for name in expected} == expected
+
+
+def test_single_layers_are_set_and_kept_in_the_recipe(call, place):
+    options = ("--model", "base", "--scheme", "W4A4KV", "--weights", "rtn", *CALIBRATION)
+    own = ("--set", "layers.0.k=3,layers.0-1.weights=8", "--set", "layers.1.weights.down=2")
+    made = document(call, "quantize", *options, *own, "--out", "own")
+    assert made["recipe"]["overrides"]["layers.1.weights.down"] == 2 and "layers.0.k=3" in made["label"]
+    bits = [{name: found["bits"] for name, found in layer["weights"].items()} for layer in made["layers"]]
+    assert bits == [dict.fromkeys(bits[0], 8), dict.fromkeys(bits[0], 8) | {"down": 2}]
+    (place / "own.json").write_text(json.dumps(made["recipe"]))
+    again = document(call, "quantize", "--recipe", "own.json", "--set", "layers.0.k=4", "--out", "again")
+    assert "layers.0.k" not in again["recipe"]["overrides"] and again["recipe"]["overrides"]["layers.0.weights.o"] == 8
+    plain = document(call, "quantize", "--recipe", "own.json", "--method", "bitnet", "--out", "again")
+    assert "overrides" not in plain["recipe"]
+    recipe = QuantRecipe.from_dict(made["recipe"])
+    assert recipe_of(cli.parse(shlex.split(command_of(recipe))[3:])) == recipe
 
 
 def test_few_accumulators_are_an_option_of_rptq(call, place):

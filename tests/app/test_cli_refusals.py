@@ -38,6 +38,16 @@ BAD = [
     (["quantize", "--model", "base", "--bits", "k=9", "--out", "new"], "E-PARAM-BITS", "9"),
     (["quantize", "--model", "base", "--bits", "z=4", "--out", "new"], "E-PARAM-BITS", "z=4"),
     (["quantize", "--model", "base", "--bits", "", "--out", "new"], "E-PARAM-BITS"),
+    (["quantize", "--model", "base", "--set", "layers.7.k=9", "--out", "new"], "E-PARAM-BITS", "layers.7.k", "9"),
+    (["quantize", "--model", "base", "--set", "layer7", "--out", "new"], "E-PARAM-OVERRIDES", "layer7", "layers.7.k=3"),
+    (["quantize", "--model", "base", "--set", "layers.0.R1=0", "--out", "new"], "E-PARAM-CLUSTERS", "layers.0.R1"),
+    (["quantize", "--model", "base", *CALIBRATION, "--set", "layers.99.k=3", "--out", "new"], "E-PARAM-OVERRIDES", "layers.99.k"),
+    (
+        ["quantize", "--model", "base", "--method", "bitnet", "--set", "layers.0.k=3", "--out", "new"],
+        "E-PARAM-METHOD",
+        "--set",
+        "bitnet",
+    ),
     (["quantize", "--model", "base", "--variant", "nice", "--out", "new"], "E-PARAM-VARIANT", "nice"),
     (["quantize", "--model", "base", "--segments", "many", "--out", "new"], "E-PARAM-SEGMENTS", "many", "aligned"),
     (
