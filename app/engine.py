@@ -64,11 +64,12 @@ def project_model(info: Any, bits: Bits, *, batch: int, sequence: int) -> Any:
     return estimate(shape_of_loaded(info), bits, batch=batch, sequence=sequence, label=info.name)
 
 
-def decoder_bytes(info: Any, bits: Bits) -> float:
-    """Return the bytes of all layers' weight matrices at the given bits, without scales."""
+def decoder_bytes(info: Any, recipe: QuantRecipe) -> float:
+    """Return the bytes of all layers' weight matrices at a recipe's bits, without scales."""
+    from core.evaluation.memory import decoder_bytes as compute
     from core.evaluation.memory import shape_of_loaded
 
-    return shape_of_loaded(info).decoder_weights * bits.weights / 8
+    return compute(shape_of_loaded(info), recipe)
 
 
 def recipe_bytes(info: Any, recipe: QuantRecipe) -> tuple[float, float]:

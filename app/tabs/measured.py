@@ -70,4 +70,4 @@ def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:
     if run.recipe is None or info is None:
         return None
     kept = report.weight_parts.get(texts.EMBEDDINGS_PART, 0)
-    return engine.decoder_bytes(info, run.recipe.tensor_bits) + kept
+    return engine.decoder_bytes(info, run.recipe) + kept

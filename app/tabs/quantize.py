@@ -12,6 +12,7 @@ from app.context import LIGHT, Context, Updates
 from app.session import Protocol, Run, Session
 from app.tabs.cost import Cost
 from app.tabs.measured import numbers_table, verdict
+from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
@@ -134,6 +135,7 @@ class Quantize:
                     filterable=False,
                     elem_id="segments",
                 )
+            self.layers = LayerField(self.ctx)
 
     def _ternary_options(self) -> None:
         """Make the controls of the method bitnet here."""
@@ -168,6 +170,7 @@ class Quantize:
             self.window,
             self.seed,
             self.measure,
+            self.layers.text,
             *(f for group in fields for f in group.values()),
         }
 
@@ -201,6 +204,7 @@ class Quantize:
             calibration,
             seed,
             segments=values[self.segments] if values[side.method] == "rptq" else "exact",
+            overrides=self.layers.read(values),
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
@@ -218,6 +222,7 @@ class Quantize:
             self.seed: recipe.seed,
             **{field: getattr(recipe.tensor_bits, name) for name, field in self.bits.items()},
             **{field: getattr(recipe.clusters, name) for name, field in self.clusters.items()},
+            **self.layers.fill(recipe.overrides),
         }
 
     def show(self, method: object, variant: object = "default") -> Updates:
@@ -275,7 +280,11 @@ class Quantize:
             guard(self.variant_chosen), {side.method, self.variant}, [self.cluster_fold, *status], **LIGHT
         )
         own = [field.input(self.own_bits, None, [side.scheme], **LIGHT) for field in self.bits.values()]
-        chosen = [event.then for event in (scheme, method, variant, *own)]
+        layers = [
+            event(guard(self.layers.checked), {self.ctx.key, self.layers.text}, [self.layers.note, *status], **LIGHT)
+            for event in (self.layers.text.blur, self.layers.text.submit)
+        ]
+        chosen = [event.then for event in (scheme, method, variant, *own, *layers)]
         for slider, other in ((side.tokens, self.tokens), (self.tokens, side.tokens)):  # both show the recipe's tokens
             slider.input(None, slider, other, js="(tokens) => tokens", api_visibility="private")
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)

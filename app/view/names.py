@@ -27,9 +27,10 @@ def short_name(recipe: QuantRecipe, label: str) -> str:
         worth = label.removeprefix(recipe.label()).strip(" ·").rpartition(": ")[2]
         return " · ".join(filter(None, (f"BitNet {recipe.bitnet.describe()}", worth)))
     scheme = recipe.scheme if recipe.bits is None else _nearest_scheme(recipe)
+    own = f", {recipe.overrides.describe(1)}" if recipe.overrides.entries else ""
     if recipe.method == "rtn":
-        return f"RTN matched {scheme} {_clusters(recipe.clusters)}" if recipe.variant == "matched" else f"RTN {scheme}"
-    return f"{scheme} {_clusters(recipe.clusters)}"
+        return (f"RTN matched {scheme} {_clusters(recipe.clusters)}" if recipe.variant == "matched" else f"RTN {scheme}") + own
+    return f"{scheme} {_clusters(recipe.clusters)}{own}"
 
 
 def _clusters(clusters: Clusters) -> str:
@@ -63,6 +64,7 @@ def choices_of(recipe: QuantRecipe) -> dict[str, str]:
         chosen |= {"weights": f"{recipe.weights.upper()} weights", "variant": recipe.variant}
     if recipe.method == "rptq":
         chosen["segments"] = recipe.segments
+    chosen["overrides"] = recipe.overrides.describe(8)
     return chosen
 
 

@@ -19,9 +19,12 @@ class FakeProbe:
 
     def predict(self, recipe: QuantRecipe, *, seconds: float = math.inf, owner: str, progress: Progress) -> Prediction:
         """A cost that falls with clusters and bits, all of it in two parts of layers 1 and 3."""
-        kld = 1.6 / recipe.clusters.R5 / 2.0 ** (2 * (recipe.tensor_bits.down_in - 4))
-        cells = {"layers.1.down_in": 0.75 * kld, "layers.3.k": 0.25 * kld}
-        return Prediction(cells, kld, (), (), 0.0001, 0.01)
+        one, three = recipe.for_layer(1), recipe.for_layer(3)
+        cells = {
+            "layers.1.down_in": 1.2 / one.clusters.R5 / 4.0 ** (one.tensor_bits.down_in - 4),
+            "layers.3.k": 0.4 / three.clusters.R5 / 4.0 ** (three.tensor_bits.down_in - 4),
+        }
+        return Prediction(cells, math.fsum(cells.values()), (), (), 0.0001, 0.01)
 
     def measure(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> Measurement:
         """Twice what is predicted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.session import Run, Session
 from app.view.names import full_name, names_of
-from core.recipe import BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
+from core.recipe import BitNetOptions, Bits, Calibration, Clusters, Overrides, QuantRecipe
 
 BASE = Run("m", "m")
 
@@ -43,6 +43,13 @@ def test_names_are_never_equal():
 def test_own_bits_are_told_from_the_nearest_scheme():
     bits = Bits(4, 8, 4, 4, 4, 8, 4, 8, 6)
     assert names_of([run(scheme="custom", bits=bits)]) == ["W4A4, MLP hidden 6 g32"]
+
+
+def test_layers_of_their_own_are_named():
+    one, other = (run(overrides=Overrides.parse(f"layers.7.k=3,layers.8.v={bits}")) for bits in (3, 5))
+    assert names_of([run(overrides=Overrides.parse("layers.7.k=3"))]) == ["W4A4 g32, layers.7.k=3"]
+    both = names_of([one, other])
+    assert all(name.startswith("W4A4 g32, layers.7.k=3 and 1 more · ") for name in both) and both[1].endswith("layers.8.v=5")
 
 
 def test_a_bitnet_run_says_what_it_is_worth():

@@ -12,7 +12,7 @@ from app.session import SessionStore
 from app.settings import Settings
 from app.tabs import quantize, reorder, sidebar
 from core.errors import QuantscopeError
-from core.recipe import BITNET_MODES, REORDERS, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, QuantRecipe
+from core.recipe import BITNET_MODES, REORDERS, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, Overrides, QuantRecipe
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def plain(updates):
         ),
         QuantRecipe("fake", method="rtn", weights="rtn", variant="matched", clusters=Clusters(9, 2, 3, 8, 7)),
         QuantRecipe("fake", scheme="W4A8", segments="aligned"),
+        QuantRecipe("fake", overrides=Overrides.parse("layers.7.k=3,layers.0-3.weights=8,layers.2.R5=64")),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
         QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
         QuantRecipe("fake", method="bitnet", calibration=Calibration("sotu", 1024, 256), seed=5),
