@@ -1,7 +1,9 @@
-"""P1 to P5: predicted divergence against measured, and what a probe and a prediction take.
+"""P1 to P6: predicted divergence against measured, what predictions take, and bits allocated by them.
 
 A swap is one site or one linear layer quantised, everything else in float. `ratio` is the rank correlation (Spearman) of
-predicted and measured KLD, `median_ratio` the median of predicted over measured.
+predicted and measured KLD, `median_ratio` the median of predicted over measured. Of an allocation, `ratio` is the KLD of its
+packed GPTQ model over that of the uniform recipe whose bytes it may spend, on 8,192 tokens (the probe has read 512), and
+`median_ratio` its predicted over its verified KLD.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from core.probe.plans import cell_name
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
 from core.probe.statistics import Observed, Statistics, collect_statistics
-from core.recipe import INPUT_SITE, SITES
+from core.recipe import INPUT_SITE, SITES, Overrides
+from core.workbench import Workbench
 
 EMBEDDED, TEXT, TOKENS, WINDOW = "quantscope-llama-6m", "sotu", 512, 256
 CALIBRATION = Calibration(TEXT, 2048, 512)
+SPENT, VERIFIED = (("W4A4KV", False), ("W4A4", False), ("W4A4", True), ("W3A3KV", False)), 8192
 SWAP_BITS, SWAP_CLUSTERS, MIXES, DRAGS = (3, 4, 6), (1, 32), 20, 40
 
 
@@ -81,6 +85,7 @@ def run(model: str) -> list[Result]:
         results += [_mixes(tool, job)]
         if name == EMBEDDED:
             results += [_drag(tool, "P4 drag, embedded", 0.06, 0.03)]
+        results += [_autopilot(name, scheme, spread) for scheme, spread in SPENT]
     return results + [_drag(_wide(), "P4 drag, 4,096 channels", 0.15, 0.08)]
 
 
@@ -157,6 +162,27 @@ def _drag(tool: Tool, job: str, mark: float, allowed: float) -> Result:
         guessed, cells = guessed + len(found.estimated), cells + len(found.cells)
     note = f"median {median(times) * 1e3:.0f} ms; {guessed / cells:.0%} of the cells estimated until the hand rests"
     return Result(job, None, f"{DRAGS} moves, 95 %", f"≤ {mark} s", quantiles(times, n=20)[-1], note=note)
+
+
+def _autopilot(model: str, scheme: str, spread: bool) -> Result:
+    """Verify an allocation at the bytes of a uniform scheme: GPTQ, packed, evaluated beside the uniform model.
+
+    Args: spread: let activations share their bits too.
+    """
+    start, bench = time.perf_counter(), Workbench()
+    recipe = QuantRecipe(model, scheme=scheme, calibration=CALIBRATION)
+    found = bench.allocate(recipe, activations=spread)
+    klds, sizes = [], []
+    for made in (recipe, replace(recipe, overrides=Overrides.from_dict(found.overrides))):
+        report = bench.evaluate(bench.quantize(made).key, text=TEXT, tokens=VERIFIED, reference=model)
+        klds.append(report.kld_mean)
+        sizes.append(report.weight_bytes + found.context * report.kv_bytes_per_token)
+    uniform, own = klds
+    note = f"verified {own:.4f} nats, uniform {uniform:.4f}; predicted {found.predicted:.4f}; "
+    note += f"{sizes[1]:,} bytes stored, uniform {sizes[0]:,}"
+    seconds = time.perf_counter() - start
+    job = f"P6 autopilot, {model} {scheme}{', activations too' if spread else ''}"
+    return Result(job, own / uniform, "uniform, equal bytes", "≤ 0.85", seconds, note=note, median_ratio=found.predicted / own)
 
 
 def _wide() -> Tool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -192,6 +193,11 @@ class QuantRecipe:
             return plain
         bits, clusters = self.overrides.apply(layer, self.tensor_bits, self.clusters)
         return replace(plain, scheme="custom", bits=bits, clusters=clusters)
+
+    def with_bits(self, bits: Mapping[str, int]) -> QuantRecipe:
+        """Return the recipe with other bits of some tensors, by their names in `Bits`, in all layers."""
+        kept = tuple(entry for entry in self.overrides.entries if entry[1].partition(".")[0] not in bits)
+        return replace(self, scheme="custom", bits=replace(self.tensor_bits, **bits), overrides=Overrides(kept))
 
     @property
     def all_bits(self) -> tuple[Bits, ...]:

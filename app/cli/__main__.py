@@ -3,8 +3,9 @@
     models     what can be named            evaluate   perplexity, divergence, bytes, speed
     inspect    ranges of every channel      generate   continue a prompt
     quantize   make a quantised folder      compare    several models side by side
-    memory     project memory by formula    train      a small model from scratch
-    sparsity   zeros of a BitNet model      doctor     versions, tested ranges, backends
+    allocate   bits by layer for a budget   train      a small model from scratch
+    memory     project memory by formula    doctor     versions, tested ranges, backends
+    sparsity   zeros of a BitNet model
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -27,6 +28,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from app.cli import verbs
+from app.cli.allocate import allocate
 from app.cli.output import Console, complain
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
@@ -177,8 +179,25 @@ def _inspect(verb: Parser) -> None:
 
 
 def _quantize(verb: Parser) -> None:
-    _model(verb, required=False)
     verb.add_argument("--out", required=True, metavar="DIR", help="folder to write; any verb takes it as --model")
+    _recipe(verb)
+
+
+def _allocate(verb: Parser) -> None:
+    verb.add_argument("--budget-of", metavar="S", help="spend what this scheme takes (default: the recipe's own scheme)")
+    verb.add_argument("--bytes", metavar="N", help="spend so many bytes, of the model and of its cache")
+    verb.add_argument("--kld", metavar="X", help="spend as few bytes as this divergence allows, nats per token")
+    verb.add_argument("--context", default="2048", metavar="T", help="tokens whose keys and values count (default 2048)")
+    verb.add_argument("--activations", action="store_true", help="spread the activations' bits over layers too, as many in all")
+    verb.add_argument("--within", default="5", metavar="P", help="also: the smallest g within P %% of per channel (default 5)")
+    verb.add_argument("--text", default="sotu", metavar="FILE", help="what the probe reads: a text file, sotu or wikitext2")
+    verb.add_argument("--tokens", default="512", metavar="N", help="tokens that the probe reads (default 512)")
+    verb.add_argument("--out", metavar="FILE", help="write the recipe as JSON, for quantize --recipe")
+    _recipe(verb)
+
+
+def _recipe(verb: Parser) -> None:
+    _model(verb, required=False)
     verb.add_argument("--method", help=f"{', '.join(METHODS)} (default rptq)")
     verb.add_argument("--scheme", metavar="S", help=f"{', '.join(SCHEMES)} or custom (default W4A4)")
     verb.add_argument("--bits", metavar="k=3,v=3", help="own bits on top of the scheme; with custom, the others stay at 16")
@@ -243,6 +262,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "models": (verbs.models, _no_options, "List the models that can be named"),
     "inspect": (verbs.inspect, _inspect, "Observe the range of every channel of every activation"),
     "quantize": (verbs.quantize, _quantize, "Quantise a model into a folder"),
+    "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),
     "evaluate": (verbs.evaluate, _evaluate, "Measure perplexity, divergence from a reference, bytes and speed"),
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),

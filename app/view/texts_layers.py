@@ -10,3 +10,37 @@ INFO = (
 )
 EXAMPLE = "layers.7.k=3, layers.0-3.weights=8"
 MEANS = "Parts set: {count}, in {layers} of the layers. They replace what is chosen for all layers."
+
+# the autopilot
+AUTOPILOT = "Spend a budget"
+AUTOPILOT_INFO = (
+    "Gives every layer's weights, keys and values their own number of bits, so that the predicted cost is least for a number of "
+    "bytes: the model as stored, and the cache of the tokens named. Activations take no stored bytes and keep their bits."
+)
+BY_LABEL = "The budget is"
+BY = {"bytes": "bytes", "kld": "a divergence"}
+BYTES_LABEL = "Budget, MB"
+MARKS_LABEL = "As much as a uniform scheme takes"
+KLD_LABEL = "Largest divergence, nats per token"
+CONTEXT_LABEL = "Tokens in the cache"
+SPEND = "Spend it"
+USE = "Use this recipe"
+USED = "The recipe is in the fields: Quantise makes the packed model and verifies it."
+SPEND_FIRST = "Nothing was allocated yet: spend a budget first."
+OPEN_FIRST = "The model is not open yet: wait for the first chart."
+SPENT_TITLE = "What the budget was spent on"
+SPENT = "{bytes} with the keys and values of {context:,} tokens ({limit}) · {predicted} nats predicted"
+SPENT_MEASURED = " · {} nats measured on the probe, weights rounded to nearest"
+WITHIN_BYTES = "{} allowed"
+WITHIN_KLD = "{} nats allowed"
+NO_RIVAL = "No recipe with one number of bits for all layers and the same activations fits this budget."
+RIVAL_WEIGHTS = "{}-bit weights"
+RIVAL_CACHE = "{}-bit keys and values"
+BY_PREDICTION = "predicted"
+BY_MEASUREMENT = "measured on the probe"
+BETTER = "{less} % less divergence than {rival} everywhere ({bytes}): {own} against {other} nats, {how}."
+UNIFORM_BETTER = "{rival} everywhere ({bytes}) are better here: {other} against {own} nats, {how}. Keep the uniform recipe."
+SMALLER = "{less} % fewer bytes than {rival} everywhere ({bytes}): {own} against {other} nats, {how}."
+MAP_LABEL = "Bits of every part of every layer"
+MAP_CAPTION = "Bits chosen for every part (rows) of every layer (columns)"
+LAYER = "layer"

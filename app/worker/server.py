@@ -37,6 +37,7 @@ METHODS = {
     "predict",
     "measure",
     "swap",
+    "allocate",
     "generate",
     "speed_limit",
     "sparsity",

@@ -213,6 +213,12 @@ def recipe_bytes(shape: Shape, recipe: QuantRecipe) -> tuple[float, float]:
     return float_parts + weights + grids, float(sum(cache_bytes(shape, own.tensor_bits) for own in layers))
 
 
+def total_bytes(shape: Shape, recipe: QuantRecipe, context: int) -> int:
+    """Count the bytes of a recipe's model and of the keys and values of `context` tokens, as stored."""
+    stored, per_token = recipe_bytes(shape, recipe)
+    return math.ceil(stored + context * per_token)
+
+
 def decoder_bytes(shape: Shape, recipe: QuantRecipe) -> float:
     """Count the bytes of all layers' weight matrices at a recipe's bits, without scales."""
     layers = [recipe.for_layer(index).tensor_bits for index in range(shape.layers)]

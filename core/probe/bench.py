@@ -7,12 +7,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 from core.calibration.data import calibration_tokens
+from core.evaluation.describe import model_info
+from core.evaluation.memory import shape_of_loaded
 from core.evaluation.windows import evaluation_windows
 from core.folders import state_of
 from core.methods import method
 from core.models.decoder import CausalModel
 from core.models.loaded import LoadedModel
 from core.privacy import is_public_text, owner_tag, text_record
+from core.probe.autopilot import CONTEXT, Allocation, GroupCount, Predict, allocate, smallest_g
 from core.probe.measure import measure, swap
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
@@ -108,6 +111,42 @@ class ProbeBench(ABC):
         """Measure the divergence of one cell of a recipe alone; None changes nothing and gives exactly 0."""
         tool = self._instrument(recipe, text, owner, progress)
         return swap(tool.probe, tool.model, tool.statistics, recipe, layer, cell)
+
+    def allocate(
+        self,
+        recipe: QuantRecipe,
+        *,
+        budget: float | None = None,
+        bound: float | None = None,
+        context: int = CONTEXT,
+        activations: bool = False,
+        text: ProbeText = PROBE_TEXT,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> Allocation:
+        """Choose bits of single layers for a budget of bytes or a bound on the divergence; see `core.probe.autopilot`."""
+        look = self._predictor(recipe, text, owner, part(progress, 0.0, 0.5))
+        shape = shape_of_loaded(model_info(self._get(recipe.model, recipe.revision, owner, silent), 0.0))
+        limits = {"budget": budget, "bound": bound, "context": context}
+        return allocate(look, shape, recipe, **limits, activations=activations, progress=part(progress, 0.5, 1.0))
+
+    def smallest_g(
+        self,
+        recipe: QuantRecipe,
+        *,
+        within: float = 0.05,
+        text: ProbeText = PROBE_TEXT,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> GroupCount:
+        """Find the smallest g whose predicted divergence is near that of one cluster per channel."""
+        look = self._predictor(recipe, text, owner, progress)
+        return smallest_g(look, recipe, within=within, progress=progress)
+
+    def _predictor(self, recipe: QuantRecipe, text: ProbeText, owner: str | None, progress: Progress) -> Predict:
+        """Return `predict` on the probe and the statistics of a recipe."""
+        tool = self._instrument(recipe, text, owner, progress)
+        return lambda other, tell: predict(tool.probe, tool.model, tool.statistics, other, progress=tell)
 
     def _instrument(self, recipe: QuantRecipe, reads: ProbeText, owner: str | None, progress: Progress) -> Instrument:
         """Find or make the probe of a recipe's model on a text, and the statistics of its calibration."""
