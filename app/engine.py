@@ -9,12 +9,13 @@ import functools
 import json
 import logging
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from core import catalogue, embedded_cards
 from core.errors import QuantscopeError
-from core.recipe import SCHEMES, Bits, Clusters, QuantRecipe
+from core.recipe import FLOAT_BITS, SCHEMES, Bits, Clusters, Overrides, QuantRecipe
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
 """File of loss curves that `benchmarks/ablations.py` writes."""
@@ -70,6 +71,18 @@ def decoder_bytes(info: Any, recipe: QuantRecipe) -> float:
     from core.evaluation.memory import shape_of_loaded
 
     return compute(shape_of_loaded(info), recipe)
+
+
+def budgets(info: Any, recipe: QuantRecipe, context: int) -> dict[str, int]:
+    """Return what uniform schemes take with the cache of `context` tokens, and as "least" and "most" what 2 and 8 bits take."""
+    from core.evaluation.memory import shape_of_loaded, total_bytes
+
+    shape, bits = shape_of_loaded(info), recipe.tensor_bits
+    cached = ("k", "v") if max(bits.k, bits.v) < FLOAT_BITS else ()
+    free = [*(("weights",) if bits.weights < FLOAT_BITS else ()), *cached]
+    made = {name: replace(recipe, scheme=name, bits=None, overrides=Overrides()) for name in SCHEMES}
+    made |= {end: recipe.with_bits(dict.fromkeys(free, own)) for end, own in (("least", 2), ("most", 8))}
+    return {name: total_bytes(shape, own, context) for name, own in made.items()}
 
 
 def recipe_bytes(info: Any, recipe: QuantRecipe) -> tuple[float, float]:

@@ -187,7 +187,7 @@ class Page:
 
     def fill(self, recipe: QuantRecipe) -> Updates:
         """Fill all fields of the recipe from `recipe`."""
-        return {**self.side.fill(recipe), **self.quantize.fill(recipe)}
+        return self.quantize.fill_all(recipe)
 
     async def opened(self, key: object, request: gr.Request) -> Updates:
         """Open the session that this browser tab had before a reload, or a new one with the link's model."""

@@ -10,6 +10,7 @@ import gradio as gr
 
 from app.context import LIGHT, Context, Updates
 from app.session import Protocol, Run, Session
+from app.tabs.autopilot import Autopilot
 from app.tabs.cost import Cost
 from app.tabs.measured import numbers_table, verdict
 from app.tabs.overrides import LayerField
@@ -77,6 +78,7 @@ class Quantize:
                 self.seed = gr.Number(0, precision=0, visible=False, elem_id="seed")
             self._folds()
             self.cost = Cost(ctx)
+            self.autopilot = Autopilot(ctx)
             self.measure = gr.Checkbox(
                 True,
                 label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -225,6 +227,10 @@ class Quantize:
             **self.layers.fill(recipe.overrides),
         }
 
+    def fill_all(self, recipe: QuantRecipe) -> Updates:
+        """Set the widgets here and at the side to a recipe."""
+        return {**self.side.fill(recipe), **self.fill(recipe)}
+
     def show(self, method: object, variant: object = "default") -> Updates:
         """Show only the controls that a method and its variant use."""
         grid = method != "bitnet"
@@ -292,7 +298,8 @@ class Quantize:
         *others, last = self.clusters.values()  # every g changes the last, after the others
         typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values()]
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
-        self.cost.wire(self.recipe, inputs, self.tab.select, changes)
+        filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)
+        self.cost.wire(self.recipe, inputs, self.tab.select, [*changes, filled])
         for button in (self.start, side.quantize):
             self.ctx.on(button.click, self.run, inputs, [*self.results, *self.cost.outputs, *targets, *status])
 

@@ -15,7 +15,8 @@ MEANS = "Parts set: {count}, in {layers} of the layers. They replace what is cho
 AUTOPILOT = "Spend a budget"
 AUTOPILOT_INFO = (
     "Gives every layer's weights, keys and values their own number of bits, so that the predicted cost is least for a number of "
-    "bytes: the model as stored, and the cache of the tokens named. Activations take no stored bytes and keep their bits."
+    "bytes: the model as stored, and the cache of the tokens named. Activations take no stored bytes: they keep their bits, or "
+    "share them."
 )
 BY_LABEL = "The budget is"
 BY = {"bytes": "bytes", "kld": "a divergence"}
@@ -23,6 +24,7 @@ BYTES_LABEL = "Budget, MB"
 MARKS_LABEL = "As much as a uniform scheme takes"
 KLD_LABEL = "Largest divergence, nats per token"
 CONTEXT_LABEL = "Tokens in the cache"
+SPREAD = "Share the bits of activations among layers too, as many per token in all"
 SPEND = "Spend it"
 USE = "Use this recipe"
 USED = "The recipe is in the fields: Quantise makes the packed model and verifies it."
@@ -42,5 +44,5 @@ BETTER = "{less} % less divergence than {rival} everywhere ({bytes}): {own} agai
 UNIFORM_BETTER = "{rival} everywhere ({bytes}) are better here: {other} against {own} nats, {how}. Keep the uniform recipe."
 SMALLER = "{less} % fewer bytes than {rival} everywhere ({bytes}): {own} against {other} nats, {how}."
 MAP_LABEL = "Bits of every part of every layer"
-MAP_CAPTION = "Bits chosen for every part (rows) of every layer (columns)"
+MAP_CAPTION = "Bits of every part, layer by layer"
 LAYER = "layer"

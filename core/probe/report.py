@@ -102,3 +102,57 @@ class Measurement(Report):
     same_top: float
     noise_floor: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Uniform(Report):
+    """A recipe with one number of bits for all weights and one for all keys and values (None: as in the recipe).
+
+    Attributes: nbytes, predicted: as in `Allocation`.
+    """
+
+    weights: int | None
+    cache: int | None
+    nbytes: int
+    predicted: float
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """The bits that it differs in, by tensor."""
+        return {name: own for name, own in (("weights", self.weights), ("k", self.cache), ("v", self.cache)) if own is not None}
+
+
+@dataclass(frozen=True)
+class Allocation(Report):
+    """Bits for single layers, chosen for a budget.
+
+    Attributes:
+        overrides: what the recipe gets, as `Overrides.from_dict` reads it.
+        bits: of every part that was chosen, also where they equal the recipe's: by "layers.<i>.<cell>".
+        predicted: divergence, nats per token, activations included.
+        nbytes: of the model and of the keys and values of `context` tokens, as stored.
+        budget: bytes allowed, or None; bound: divergence allowed, or None. One of the two is given.
+        uniform: recipes of the same activations with uniform bits, by rising bytes.
+        rival: of these the one with the least predicted divergence within the budget, or the fewest bytes within the bound; None
+            where none fits.
+    """
+
+    overrides: dict[str, int]
+    bits: dict[str, int]
+    predicted: float
+    nbytes: int
+    context: int
+    budget: float | None
+    bound: float | None
+    uniform: tuple[Uniform, ...]
+    rival: Uniform | None
+
+
+@dataclass(frozen=True)
+class GroupCount(Report):
+    """The smallest cluster count that costs at most `within` (a share) more than one cluster per channel, both predicted."""
+
+    g: int
+    predicted: float
+    per_channel: float
+    within: float

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from core.probe.report import Measurement, Prediction, ProbeInfo
-from core.recipe import QuantRecipe
+from core.probe.report import Allocation, Measurement, Prediction, ProbeInfo, Uniform
+from core.recipe import Overrides, QuantRecipe
 from tests.app.fake_behaviour import Progress, misbehave
 
 
@@ -34,3 +35,23 @@ class FakeProbe:
         """What is predicted; nothing for the control."""
         cells = self.predict(recipe, owner=owner, progress=progress).cells
         return Measurement(cells[f"layers.{layer}.{cell}"] if cell else 0.0, None, 0.9, 0.0001, 0.1)
+
+    def allocate(
+        self,
+        recipe: QuantRecipe,
+        *,
+        budget: float | None = None,
+        bound: float | None = None,
+        context: int,
+        activations: bool,
+        owner: str,
+        progress: Progress,
+    ) -> Allocation:
+        """Three to five bits by layer; with `activations`, 8 bits for the part that costs most."""
+        misbehave(recipe.model, progress)
+        bits = {f"layers.{i}.{cell}": 3 + i % 3 for i in range(6) for cell in ("qkv", "o", "up", "down", "k", "v")}
+        own = ",".join(f"layers.{i}.weights={3 + i % 3},layers.{i}.k={3 + i % 3},layers.{i}.v={3 + i % 3}" for i in range(6))
+        own += ",layers.1.down_in=8" if activations else ""
+        overrides = replace(recipe, overrides=Overrides.parse(own)).overrides.to_dict()
+        rival, size = Uniform(4, 4, 240_000_000, 0.05), int(budget or 200_000_000)
+        return Allocation(overrides, bits, 0.04, size, context, budget, bound, (rival,), rival)
