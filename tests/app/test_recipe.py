@@ -12,7 +12,18 @@ from app.session import SessionStore
 from app.settings import Settings
 from app.tabs import quantize, reorder, sidebar
 from core.errors import QuantscopeError
-from core.recipe import BITNET_MODES, REORDERS, SCHEMES, BitNetOptions, Bits, Calibration, Clusters, Overrides, QuantRecipe
+from core.recipe import (
+    BITNET_MODES,
+    REORDER_OF,
+    REORDERS,
+    SCHEMES,
+    BitNetOptions,
+    Bits,
+    Calibration,
+    Clusters,
+    Overrides,
+    QuantRecipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +149,7 @@ def test_the_slider_fills_the_fields_by_the_rule_of_the_recipe(g):
     """What the fields R1 to R5 become, what tab 2 counts and what `--clusters g` means are one rule."""
     expected = Clusters.parse(str(g))
     assert list(reorder.spread(g, list(REORDERS)).values()) == [getattr(expected, name) for name in REORDERS]
-    for kind, name in reorder.texts.SITE_REORDER.items():
+    for kind, name in REORDER_OF.items():
         assert reorder.per_group(kind, Clusters.uniform(g)) == getattr(expected, name)
 
 
