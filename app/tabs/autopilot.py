@@ -120,13 +120,13 @@ class Autopilot:
         return require_int("context", values[self.context], 1, MAX_CONTEXT, f"use 1 to {MAX_CONTEXT} tokens")
 
     async def slid(self, values: Updates) -> AsyncIterator[Updates]:
-        """Spend what the slider says."""
+        """Choose bits for what the slider says."""
         yield {self.marks: None}
         async for updates in self.spend(values | {self.marks: None}):
             yield updates
 
     async def spend(self, values: Updates) -> AsyncIterator[Updates]:
-        """Allocate the budget, then measure the result and its uniform rival on the probe."""
+        """Choose bits for the budget, then measure the result and its uniform rival on the probe."""
         session, recipe = self.ctx.session(values), self.recipe_of(values)
         if session.info is None or session.info.name != recipe.model:
             raise InputError(texts.OPEN_FIRST, code="E-PARAM-MODEL")
