@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from app.shared import Derived
 from core import catalogue, embedded_cards
 from core.errors import QuantscopeError
 from core.recipe import FLOAT_BITS, SCHEMES, Bits, Clusters, Overrides, QuantRecipe
@@ -20,9 +20,8 @@ from core.recipe import FLOAT_BITS, SCHEMES, Bits, Clusters, Overrides, QuantRec
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
 """File of loss curves that `benchmarks/ablations.py` writes."""
 
-CURVES_KEPT = 64
 log = logging.getLogger("quantscope.engine")
-_curves: OrderedDict[tuple[int, str, int], tuple[Any, Any]] = OrderedDict()
+derived = Derived()
 
 
 def warm() -> None:
@@ -33,22 +32,17 @@ def warm() -> None:
 
 
 def recluster(report: Any, site: str, clusters: Clusters, *, bits: int = 4) -> Any:
-    """Cluster the channels of one observed site."""
+    """Cluster the channels of one observed site; recent clusterings are kept."""
     from core import recluster as compute
 
-    return compute(report, site, clusters, bits=bits)
+    return derived.get(report, ("clusters", site, clusters, bits), lambda: compute(report, site, clusters, bits=bits))
 
 
 def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
-    """Predict the error by cluster count; the curves of recent sites are remembered."""
+    """Predict the error by cluster count; recent curves are kept."""
     from core import error_curve as compute
 
-    key = (id(report), site, bits)
-    if key not in _curves:
-        _curves[key] = (report, compute(report, site, bits=bits))  # the report is kept alive, so that no other gets its id
-        while len(_curves) > CURVES_KEPT:
-            _curves.popitem(last=False)
-    return _curves[key][1]
+    return derived.get(report, ("curve", site, bits), lambda: compute(report, site, bits=bits))
 
 
 def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:

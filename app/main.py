@@ -87,15 +87,13 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
         demo = build_app(ctx)
         host = "0.0.0.0" if settings.on_space else host  # noqa: S104 - a Space is reached from outside its container
         limits = install.limits(settings, host, demo, ctx.heartbeats)
-        demo.queue(max_size=512, api_open=False, default_concurrency_limit=8)
+        demo.queue(api_open=False)
         demo.launch(
             server_name=host,
             server_port=port,
             share=False,
             show_error=False,
             max_file_size=settings.file_bytes,
-            max_threads=32,
-            state_session_capacity=200,
             allowed_paths=[],
             blocked_paths=blocked_paths(),
             enable_monitoring=False,

@@ -72,20 +72,10 @@ FIRST_SECONDS = 0.5
 def build_app(ctx: Context) -> gr.Blocks:
     """Build the page, ready to launch."""
     serve_script()
-    take_as_sent()
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         page = Page(ctx)
         page.wire(demo)
     return demo
-
-
-def take_as_sent() -> None:
-    """Let Gradio's fields take values unchecked: handlers check every value and answer in a sentence, not with status 500.
-
-    The classes are changed, as Gradio makes a component anew for a page that has changed its choices.
-    """
-    for kind in (gr.Slider, gr.Dropdown, gr.Radio, gr.Number, gr.Checkbox, gr.CheckboxGroup, gr.Textbox):
-        kind.preprocess = lambda self, payload: payload
 
 
 class Page:

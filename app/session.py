@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from app.door.visitor import visitor
@@ -110,6 +110,11 @@ class Selection:
     linear: bool = False
     same_axes: bool = False
     averaged: bool = False
+
+    @property
+    def key(self) -> tuple:
+        """All choices, as a key of what is drawn by them."""
+        return astuple(self)
 
 
 @dataclass

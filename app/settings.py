@@ -43,7 +43,7 @@ class Settings:
         memory_bytes: address-space limit of both workers together, or of one (`main`, `light`); None for no limit.
         model_bytes: bytes of models that a worker keeps in memory; the least recently used are dropped first.
         light_weights: jobs on models of at most this many bytes may run on the light worker.
-        idle_seconds: time without a job after which the light worker is restarted, which frees its memory; None for never.
+        rest_seconds: time without a job after which a worker frees the memory of all that it can load or compute again.
         nice: the worker's nice value, 0 to 19; higher gives the processor to others first.
         job_seconds: longest time of a job; a longer one is ended with an error. So is one that reports no progress for
             `step_seconds`, or whose worker shows no sign of life for `silent_seconds`.
@@ -62,7 +62,7 @@ class Settings:
     memory_bytes: int | None = None
     model_bytes: int = 3 * GIB
     light_weights: int = GIB
-    idle_seconds: float | None = None
+    rest_seconds: float = 120.0
     nice: int = 10
     job_seconds: float = 3600.0
     step_seconds: float = 900.0
@@ -80,7 +80,7 @@ class Settings:
         if self.memory_bytes is not None and self.memory_bytes < 2 * LIGHT_BYTES:
             return None
         limit = None if self.memory_bytes is None else max(LIGHT_BYTES, self.memory_bytes // 4)
-        return replace(self, memory_bytes=limit, model_bytes=self.light_weights, idle_seconds=300.0, nice=3)
+        return replace(self, memory_bytes=limit, model_bytes=self.light_weights, nice=3)
 
     @property
     def main(self) -> Settings:

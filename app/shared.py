@@ -1,4 +1,4 @@
-"""Reports of public models and texts, shared by all sessions: each is computed once and kept.
+"""What sessions share: reports of public models and texts, and what is computed from a report; each is made once and kept.
 
 A result in the making has one task, and everyone who wants it waits for that task. The task is cancelled when nobody waits any
 more. If it fails, all who wait get its error, and the next request for its key starts again.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
 
 from app.worker.job import JobView
@@ -18,6 +19,52 @@ from app.worker.job import JobView
 CAPACITY = {"ranges": 24}
 OTHERS = 512
 """Reports kept of each other kind; ranges of a large model take some 10 MB, any other report a few kilobytes."""
+
+DERIVED_BYTES = 48 * 1024**2
+OBJECT_BYTES = 32 * 1024
+"""Guess of the memory of anything but text."""
+
+
+class Derived:
+    """What was computed from reports: kept as long as its report lives, and the most recently used of at most `most` bytes.
+
+    Sessions that show one report share it; what was computed from a private report ends with it.
+    """
+
+    def __init__(self, most: int = DERIVED_BYTES) -> None:
+        self.most, self.bytes = most, 0
+        self._kept: OrderedDict[tuple[int, Hashable], tuple[Any, int]] = OrderedDict()
+        self._reports: set[int] = set()
+        self._lock = threading.RLock()  # a report may end while the lock is held
+
+    def get(self, report: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` computes from a report, called if nothing is kept under this key. Nobody may change it."""
+        name = (id(report), key)
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name][0]
+        made = make()
+        size = OBJECT_BYTES + sum(len(v) for v in made.values() if isinstance(v, str)) if isinstance(made, dict) else OBJECT_BYTES
+        with self._lock:
+            if id(report) not in self._reports:
+                self._reports.add(id(report))
+                weakref.finalize(report, self._end, id(report)).atexit = False
+            self._drop(name)
+            self._kept[name] = made, size
+            self.bytes += size
+            while self.bytes > self.most:
+                self._drop(next(iter(self._kept)))
+        return made
+
+    def _drop(self, name: tuple[int, Hashable]) -> None:
+        self.bytes -= self._kept.pop(name, (None, 0))[1]
+
+    def _end(self, report: int) -> None:
+        with self._lock:
+            self._reports.discard(report)
+            for name in [name for name in self._kept if name[0] == report]:
+                self._drop(name)
 
 
 class Shared:

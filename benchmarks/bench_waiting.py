@@ -8,12 +8,12 @@ W4: a visitor clicks channels while a model of their own is being quantised.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
@@ -22,13 +22,13 @@ import httpx
 from benchmarks.bench_redraw import CELL, CLICKED, PAINTED, SHOWN, TITLED, WATCH
 from benchmarks.browser import chromium, page_server, visit
 from benchmarks.common import Result
+from benchmarks.visitors import Report, Visitor
 from core import embedded_cards
 
 VISITORS = 64
 MOVES = 12
 CLICKS = 6
 MARK = "≤ 2 s"
-LISTEN_SECONDS = 0.1
 RUNNING = "() => document.querySelector('#status').innerText.includes('Layer')"
 
 
@@ -109,27 +109,30 @@ def _clicks(page: Any) -> list[float]:
     return times
 
 
-@contextmanager
+@contextlib.contextmanager
 def crowd(address: str) -> Iterator[Any]:
     """Let VISITORS visitors ask for a quantised model each; yield a function that counts those still waiting or running."""
     finished: set[int] = set()
     asked = threading.Barrier(2)
 
     async def everyone() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
-            config = (await client.get("config")).json()
-            visitors = [Visitor(client, config, number) for number in range(VISITORS)]
-            for visitor in visitors:
-                await visitor.ask()
+        async with contextlib.AsyncExitStack() as stack:
+            visitors = [await stack.enter_async_context(Visitor(address, n, Report())) for n in range(VISITORS)]
+            for number, visitor in enumerate(visitors):
+                await visitor.open()
+                await visitor.send(visitor.events["side-quantize", "click"], {visitor.named["clusters-R1"]: number + 1})
             await asyncio.to_thread(asked.wait)
-            await asyncio.gather(*(visitor.listen(finished) for visitor in visitors))
+            await asyncio.gather(*(listen(number, visitor) for number, visitor in enumerate(visitors)))
+
+    async def listen(number: int, visitor: Visitor) -> None:
+        await visitor.settle()
+        finished.add(number)
 
     loop = asyncio.new_event_loop()
     task = loop.create_task(everyone())
 
     def serve() -> None:
-        with suppress(asyncio.CancelledError, httpx.HTTPError):
+        with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
             loop.run_until_complete(task)
 
     thread = threading.Thread(target=serve)
@@ -139,43 +142,3 @@ def crowd(address: str) -> Iterator[Any]:
     loop.call_soon_threadsafe(task.cancel)
     thread.join(30)
 
-
-class Visitor:
-    """One visitor without a browser, sending what the page's script would send."""
-
-    def __init__(self, client: httpx.AsyncClient, config: dict[str, Any], number: int) -> None:
-        self.client, self.number, self.key = client, number, None
-        self.components = {c["id"]: c["props"] for c in config["components"]}
-        events = {(*target,): entry for entry in config["dependencies"] if entry["backend_fn"] for target in entry["targets"]}
-        named = {props.get("elem_id"): id_ for id_, props in self.components.items()}
-        self.opening = next(entry for (_, name), entry in events.items() if name == "load")
-        self.news = next(entry for (_, name), entry in events.items() if name == "tick")
-        self.quantize = events[named["side-quantize"], "click"]
-
-    async def ask(self) -> None:
-        """Open the page and press Quantise, with a cluster count that no other visitor has."""
-        answer = await self._send(self.opening, [None])
-        (self.key_id,) = self.opening["inputs"]
-        self.key = answer[self.opening["outputs"].index(self.key_id)]
-        await self._send(self.quantize, [self._value(id_) for id_ in self.quantize["inputs"]])
-
-    async def listen(self, finished: set[int]) -> None:
-        """Fetch news until the run is over."""
-        stopped = False
-        while not stopped:
-            news = await self._send(self.news, [self.key])
-            stopped = any(isinstance(value, dict) and value.get("active") is False for value in news)
-            await asyncio.sleep(LISTEN_SECONDS)
-        finished.add(self.number)
-
-    def _value(self, id_: int) -> Any:
-        props = self.components[id_]
-        if id_ == self.key_id:
-            return self.key
-        return self.number + 1 if props.get("elem_id") == "clusters-R1" else props.get("value")
-
-    async def _send(self, event: dict[str, Any], data: list[Any]) -> list[Any]:
-        body = {"data": data, "fn_index": event["id"], "session_hash": f"visitor{self.number}"}
-        answer = await self.client.post("gradio_api/run/predict", json=body)
-        answer.raise_for_status()
-        return answer.json()["data"]

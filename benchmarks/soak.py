@@ -9,7 +9,10 @@ server believes from this machine only). Reported, each over the whole run:
     job_ratio            seconds of that quantisation over its seconds alone
     leaks                foreign canary words seen in answers or in the log, and stolen session keys that opened something
     server_growth_bytes  resident memory of the server after abandoned visits, over before
-    worker_growth_bytes  the same of the worker processes, over cycles of observing
+    worker_growth_bytes  the same of the worker processes, over cycles of observing and quantising
+    drag_cpu_ms          processor time of the server per drag of g, each to another place, while nobody else is there
+    open_cpu_ms          the same per page opened, with all events that follow
+    worker_processes     worker processes that were started
 """
 
 from __future__ import annotations
@@ -17,120 +20,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import re
 import secrets
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN = "/gradio_api/run/predict"
+from benchmarks.visitors import CANARY, Report, Visitor, served
+
 THINK_SECONDS = 2.0
+ALONE = 20
+"""Drags and visits whose processor time is measured while nobody else is there."""
 SESSION_MINUTES = 0.25
 SWEEP_SECONDS = 60.0
-CANARY = re.compile(r"canary-[0-9a-f]{16}")
-
-
-class Report:
-    """What is measured."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.leaks = 0
-        self.light: list[float] = []
-        self.opened: list[float] = []
-
-
-class Visitor:
-    """One stranger: a browser of its own at an address of its own."""
-
-    def __init__(self, address: str, number: int, report: Report) -> None:
-        headers = {"x-forwarded-for": f"8.{number // 250 % 250}.{number % 250}.{1 + number // 62_500}"}
-        self.client = httpx.AsyncClient(base_url=address, headers=headers, timeout=120.0)
-        self.report, self.page = report, secrets.token_hex(6)
-        self.canary, self.key = f"canary-{secrets.token_hex(8)}", ""
-        self.heart: asyncio.Task | None = None
-
-    async def __aenter__(self) -> Visitor:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.heart is not None:
-            self.heart.cancel()
-            await asyncio.gather(self.heart, return_exceptions=True)
-        await self.client.aclose()
-
-    async def open(self) -> None:
-        """Open the page: its HTML, its heartbeat, and the event that makes a session."""
-        start = time.perf_counter()
-        html = (await self.client.get("/")).text
-        self.config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});?\s*</script>", html, re.DOTALL)[1])
-        self.fields = {c["id"]: c["props"] for c in self.config["components"]}
-        called = [d for d in self.config["dependencies"] if d.get("backend_fn")]
-        self.events = {(self.fields.get(t, {}).get("elem_id"), e): d for d in called for t, e in d["targets"]}
-        opening = next(d for d in called if "sessionStorage" in str(d.get("js")))
-        self.key_field = opening["inputs"][0]
-        self.heart = asyncio.create_task(self._beat())
-        answer = await self.send(opening)
-        found = [value for value in answer.get("data", ()) if isinstance(value, str) and re.fullmatch(r"[\w-]{43}", value)]
-        self.key = found[0] if found else ""
-        if not self.key:
-            self.report.errors.append("no session")
-        self.report.opened.append(time.perf_counter() - start)
-
-    async def _beat(self) -> None:
-        async with self.client.stream("GET", f"/gradio_api/heartbeat/{self.page}", timeout=None) as beats:  # noqa: S113
-            async for _ in beats.aiter_bytes():
-                pass
-
-    async def send(self, event: dict[str, Any], changed: dict[int, Any] | None = None, key: str | None = None) -> dict[str, Any]:
-        """Send an event with the fields' first values, except those that are `changed`; check the answer."""
-        values = {i: self.fields[i].get("value") for i in event["inputs"]} | (changed or {})
-        if self.key_field in values:
-            values[self.key_field] = self.key if key is None else key
-        body = {"data": list(values.values()), "fn_index": event["id"], "session_hash": self.page, "trigger_id": None,
-                "event_data": None}  # fmt: skip
-        try:
-            answer = await self.client.post(RUN, json=body)
-        except httpx.HTTPError as error:
-            self.report.errors.append(repr(error)[:80])
-            return {}
-        text = answer.text
-        self.report.leaks += len(set(CANARY.findall(text)) - {self.canary})
-        if key is None and (answer.status_code != 200 or "qs-error" in text) and self.canary not in text:
-            self.report.errors.append(f"{answer.status_code} {re.sub('<[^>]*>', ' ', text)[:160]}")
-        return answer.json() if answer.status_code == 200 else {}
-
-    async def drag(self) -> float:
-        """Send one drag of g. Returns: seconds."""
-        event = self.events["g", "input"]
-        slider = next(i for i in event["inputs"] if i != self.key_field)
-        start = time.perf_counter()
-        await self.send(event, {slider: 2 + secrets.randbelow(30)})
-        return time.perf_counter() - start
-
-    async def follow(self, name: str, changed: dict[int, Any] | None = None) -> float:
-        """Run the job of a button and wait for its end. Returns: seconds."""
-        start = time.perf_counter()
-        await self.send(self.events[name, "click"], changed)
-        tick = next(event for (_, what), event in self.events.items() if what == "tick")
-        while "false" not in re.findall(r'"active":\s*(true|false)', json.dumps(await self.send(tick))):
-            await asyncio.sleep(0.1)
-        return time.perf_counter() - start
-
-    async def name_canary(self) -> None:
-        """Send the own canary as the name of a model, which the answer repeats."""
-        event = self.events["save-recipe", "click"]
-        model = next(i for i in event["inputs"] if self.fields[i].get("elem_id") == "model")
-        await self.send(event, {model: self.canary})
+REST_SECONDS = 130.0
+"""Seconds after which a worker without a job has given its memory back."""
 
 
 async def crowd(address: str, count: int, report: Report, stop: asyncio.Event, first: int) -> None:
@@ -161,7 +67,14 @@ async def soak(address: str, server: psutil.Process, options: argparse.Namespace
         await worker.follow("observe")
         await worker.follow("quantize")  # the first one loads the model
         alone = await worker.follow("quantize", _another(worker, 1))
-        light_alone = sorted([await worker.drag() for _ in range(20)])
+        used = _processor_ms(server)
+        light_alone = [await worker.drag() for _ in range(ALONE)]
+        drag_ms, used = (_processor_ms(server) - used) / ALONE, _processor_ms(server)
+        for n in range(ALONE):
+            async with Visitor(address, 500 + n, report) as other:
+                await other.open()
+                await other.settle()
+        open_ms = (_processor_ms(server) - used) / ALONE
         report.opened.clear()
         stop = asyncio.Event()
         others = asyncio.create_task(crowd(address, options.visitors, report, stop, first=10))
@@ -171,12 +84,16 @@ async def soak(address: str, server: psutil.Process, options: argparse.Namespace
         start, crowded = time.perf_counter(), []
         while not crowded or time.perf_counter() - start < options.seconds:
             crowded.append(await worker.follow("quantize", _another(worker, 2 + len(crowded))))
+            report.workers |= {child.pid for child in _workers(server)}
         stop.set()
         await others
+        await asyncio.sleep(REST_SECONDS)
         before = _worker_bytes(server)
         for turn in range(options.cycles):
             await worker.follow("observe" if turn % 2 else "quantize", None if turn % 2 else _another(worker, 100 + turn))
+        await asyncio.sleep(REST_SECONDS)
         worker_growth = _worker_bytes(server) - before
+        report.workers |= {child.pid for child in _workers(server)}
     await asyncio.sleep(SWEEP_SECONDS + 60 * SESSION_MINUTES + 5)
     resident = server.memory_info().rss
     for n in range(0, options.visits, 10):
@@ -190,6 +107,7 @@ async def soak(address: str, server: psutil.Process, options: argparse.Namespace
         "errors": len(report.errors), "light_p95_s": _p95(report.light), "open_p95_s": _p95(report.opened),
         "job_ratio": sum(crowded) / len(crowded) / alone, "leaks": report.leaks,
         "server_growth_bytes": server.memory_info().rss - resident, "worker_growth_bytes": worker_growth,
+        "drag_cpu_ms": drag_ms, "open_cpu_ms": open_ms, "worker_processes": len(report.workers), "worker_bytes": before,
         "light_alone_p95_s": _p95(light_alone), "job_alone_s": alone, "light_events": len(report.light),
         "server_bytes": resident, "visitors": options.visitors, "visits": options.visits, "cycles": options.cycles,
         "first_errors": report.errors[:5],
@@ -198,14 +116,23 @@ async def soak(address: str, server: psutil.Process, options: argparse.Namespace
 
 def _another(visitor: Visitor, number: int) -> dict[int, Any]:
     """Return changed fields that make a run which is not kept from before: another seed where there is one."""
-    inputs = visitor.events["quantize", "click"]["inputs"]
-    seed = next((i for i in inputs if visitor.fields[i].get("elem_id") == "seed"), None)
-    return {} if seed is None else {seed: number}
+    return {visitor.named["seed"]: number}
+
+
+def _workers(server: psutil.Process) -> list[psutil.Process]:
+    """List the server's worker processes."""
+    return [child for child in server.children() if "app.worker.server" in child.cmdline()]
 
 
 def _worker_bytes(server: psutil.Process) -> int:
     """Return the resident bytes of the server's worker processes."""
-    return sum(child.memory_info().rss for child in server.children() if "app.worker.server" in child.cmdline())
+    return sum(child.memory_info().rss for child in _workers(server))
+
+
+def _processor_ms(server: psutil.Process) -> float:
+    """Return the processor time that the server itself has taken, in milliseconds."""
+    taken = server.cpu_times()
+    return 1000 * (taken.user + taken.system)
 
 
 def _p95(seconds: list[float]) -> float | None:
@@ -223,25 +150,11 @@ def main() -> int:
     parser.add_argument("--model", default=None, help="model of the page (default: the page's own)")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     model = ["--model", options.model] if options.model else []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        environment = {**os.environ, "QUANTSCOPE_SESSION_MINUTES": str(SESSION_MINUTES)}
-        with log.open("w") as out:
-            server = subprocess.Popen([sys.executable, "-m", "app", "--port", str(port), *model], cwd=ROOT, env=environment,
-                                      stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
-        try:
-            while "Quantscope is at" not in log.read_text():
-                if server.poll() is not None:
-                    raise SystemExit(log.read_text()[-2000:])
-                time.sleep(0.2)
-            found = asyncio.run(soak(f"http://127.0.0.1:{port}", psutil.Process(server.pid), options))
-        finally:
-            server.terminate()
-            server.wait(60)
+        with served(log, *model, QUANTSCOPE_SESSION_MINUTES=str(SESSION_MINUTES)) as (address, server):
+            found = asyncio.run(soak(address, server, options))
         found["leaks"] += len(CANARY.findall(log.read_text()))
         found["log_lines"] = log.read_text().count("\n")
     print(json.dumps(found, indent=1))

@@ -151,10 +151,10 @@ def verify(folder: Path | str, checksums: bool = False) -> None:
             raise ArtifactError(f"The checksum of {name} differs: {folder.name!r} is damaged. Create the folder again.")
 
 
-def is_whole(folder: Path | str) -> bool:
-    """Say whether `verify` accepts a folder, checksums left out; a whole folder of the cache counts as used now."""
+def is_whole(folder: Path | str, checksums: bool = False) -> bool:
+    """Say whether `verify` accepts a folder; a whole folder of the cache counts as used now."""
     try:
-        verify(folder)
+        verify(folder, checksums)
     except ArtifactError:
         return False
     mark_used(Path(folder))

@@ -80,6 +80,7 @@ class Workbench(ProbeBench):
         self._models: OrderedDict[_Name, LoadedModel] = OrderedDict()
         self._states: dict[_Name, str | None] = {}
         self._aliases: dict[_Name, _Name] = {}
+        self._unsaved: set[_Name] = set()
         self._references: OrderedDict[tuple[Any, ...], list[Tensor]] = OrderedDict()
         self._passed, self._passed_private = KeptStates(), KeptStates(KEPT_BYTES // 2)
         super().__init__()
@@ -150,6 +151,7 @@ class Workbench(ProbeBench):
             save_quantized(folder, quantized, facts, replace=True, private=not is_public_text(text))
         except ResourceError as error:
             logger.warning("the quantised model stays in memory only: %s", error)
+            self._unsaved.add(name)
             return replace(report, unsaved=f"The model is usable until this program ends, but it is not saved. {error}")
         return kept
 
@@ -299,6 +301,18 @@ class Workbench(ProbeBench):
         self._passed_private = KeptStates(KEPT_BYTES // 2)
         self._probes.forget(tag)
         saved.forget(owner)
+
+    def rest(self) -> None:
+        """Drop from memory what can be loaded or computed again: call it after some time without a job.
+
+        The unquantised model that was used last stays, and so does what could not be saved.
+        """
+        last = [name for name, loaded in self._models.items() if loaded.label is None][-1:]
+        for name in [name for name in self._models if name not in self._unsaved and name not in last]:
+            del self._models[name]
+        self._references.clear()
+        self._probes.clear()
+        self._passed, self._passed_private = KeptStates(), KeptStates(KEPT_BYTES // 2)
 
     def _kept_states(self, text: str) -> KeptStates:
         """Return the store of hidden states for a text: those of private texts are kept apart."""

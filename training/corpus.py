@@ -72,7 +72,7 @@ def load_corpus(texts: Sequence[tuple[str, int]], *, vocab: int, progress: Progr
     key = json.dumps([_VERSION, vocab, HELD_OUT, [(source.sha256, whole, repeat) for source, whole, repeat in sources]])
     folder = cache_root() / "corpus" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with file_lock(folder.with_name(f"{folder.name}.lock")):
-        if not is_whole(folder):
+        if not is_whole(folder, checksums=True):
             _build(folder, sources, vocab, progress)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Corpus(folder, _read(folder / "train.bin"), _read(folder / "held_out.bin"), meta["sources"])

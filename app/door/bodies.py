@@ -140,11 +140,11 @@ class Events:
     inputs: Mapping[int, Sequence[str]] = field(default_factory=dict)
     uploads: Path = Path("/nonexistent")
 
-    async def check(self, body: bytes) -> None:
-        """Check an event's body. Raises: Refusal."""
-        await asyncio.to_thread(self._check, body) if len(body) > INLINE_BYTES else self._check(body)
+    async def check(self, body: bytes) -> dict[str, Any]:
+        """Check an event's body and return the event. Raises: Refusal."""
+        return await asyncio.to_thread(self._check, body) if len(body) > INLINE_BYTES else self._check(body)
 
-    def _check(self, body: bytes) -> None:
+    def _check(self, body: bytes) -> dict[str, Any]:
         try:
             event = json.loads(body.decode("utf-8"))
             if b"\\ud" in body.lower():
@@ -164,6 +164,7 @@ class Events:
         for value, kind in zip(data, inputs, strict=True):
             if not (value is None or (self._is_upload(value) if kind == FILE else _is_plain(value, kind))):
                 raise _foreign()
+        return event
 
     def _is_upload(self, value: object) -> bool:
         """Say whether a value names a file that was uploaded before."""

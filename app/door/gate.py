@@ -9,12 +9,13 @@ import logging
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.door import bodies, rules
+from app.door.calls import Call
 from app.door.connections import CONNECTION
 from app.door.files import Files
 from app.door.headers import with_security
@@ -28,6 +29,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, bodies.Receive, Send], Awaitable[None]]
 ANSWER_SECONDS = 600.0
 """Longest time of an answer, so that a reader who takes nothing loses its place; a heartbeat may last as long as its page."""
+BEAT_SECONDS = 15.0
 MULTIPART_BYTES = 64 * 1024
 """Bytes of an upload around the file itself."""
 log = logging.getLogger("quantscope.door")
@@ -41,7 +43,8 @@ class Limits:
         names: the host names of the page. behind_proxy: whether addresses come from `X-Forwarded-For`, as on a Space.
         frames: sources that may show the page in a frame. upload_bytes: longest file.
         requests: requests in progress, in all and per address; a page has two or three.
-        events: what the page's events may bring. heartbeats: told of the pages that are open.
+        events: what the page's events may bring. calls: what answers them, by Gradio's index.
+        heartbeats: told of the pages that are open.
     """
 
     names: Names
@@ -51,14 +54,16 @@ class Limits:
     requests: int = 1500
     requests_per_address: int = 200
     events: bodies.Events = field(default_factory=bodies.Events)
+    calls: Mapping[int, Call] = field(default_factory=dict)
     heartbeats: Heartbeats = field(default_factory=Heartbeats)
 
 
 class Gate:
     """The gate around `app`."""
 
-    def __init__(self, app: App, limits: Limits) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: App, limits: Limits, *, stopping: asyncio.Event | None = None) -> None:
+        """Store the application, the limits, and an event that is set when the server stops."""
+        self.app, self.limits, self.stopping = app, limits, stopping or asyncio.Event()
         self.pages = Pages(app, frames=limits.frames)
         self.budget = bodies.Budget()
         self.files = Files(limits.events.uploads)
@@ -74,11 +79,13 @@ class Gate:
         reply = _Reply(send)
         try:
             with self._visit(scope):
-                receive = await self._admit(scope, receive, connection.complete if connection else _nothing)
-                receive = reply.noting(receive)
-                seconds = None if scope["path"].startswith(rules.HEARTBEAT) else ANSWER_SECONDS
-                async with asyncio.timeout(seconds):
-                    await self._answer(scope, receive, reply)
+                receive, event = await self._admit(scope, receive, connection.complete if connection else _nothing)
+                if scope["path"].startswith(rules.HEARTBEAT):
+                    return await self._beat(scope, receive, reply)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    if event is not None:
+                        return await self._call(event, scope, reply)
+                    await self._answer(scope, reply.noting(receive), reply)
         except Refusal as refusal:
             told(f"requests refused with status {refusal.status}")
             await reply.refuse(refusal)
@@ -105,15 +112,38 @@ class Gate:
             file = await self.pages.static(scope, encoding)
             if file is not None:
                 return await file.send(reply.send, [], head=head)
-        beats = path.startswith(rules.HEARTBEAT)
         try:
-            with self.limits.heartbeats.beat(path[len(rules.HEARTBEAT) :]) if beats else contextlib.nullcontext():
-                await self.app(scope, receive, reply)
+            await self.app(scope, receive, reply)
         except Exception:  # noqa: BLE001 - whatever Gradio raises after a refused body
             if reply.refusal is None:
                 raise
         if reply.refusal is not None:
             raise reply.refusal
+
+    async def _call(self, event: Mapping[str, Any], scope: Scope, reply: _Reply) -> None:
+        """Answer an event."""
+        packed = "gzip" in _headers(scope).get("accept-encoding", "")
+        body = await self.limits.calls[event["fn_index"]].answer(event, scope, packed=packed)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [] if body.startswith(b"{") else [(b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
+        await reply({"type": "http.response.start", "status": 200, "headers": headers})
+        await reply({"type": "http.response.body", "body": body})
+
+    async def _beat(self, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
+        """Answer a page's heartbeat for as long as the page is open, then tell the page's handlers that it was closed."""
+        page = scope["path"].removeprefix(rules.HEARTBEAT)
+        ends = [asyncio.create_task(_gone(receive)), asyncio.create_task(self.stopping.wait())]
+        await reply({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        try:
+            with self.limits.heartbeats.beat(page):
+                while not any(end.done() for end in ends):
+                    await reply({"type": "http.response.body", "body": b"data: ALIVE\n\n", "more_body": True})
+                    await asyncio.wait(ends, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+            for call in (call for call in self.limits.calls.values() if call.closes):
+                await call.answer({"data": [], "session_hash": page}, scope)
 
     @contextlib.contextmanager
     def _visit(self, scope: Scope) -> Iterator[None]:
@@ -135,8 +165,10 @@ class Gate:
             if not self.running[address]:
                 del self.running[address]
 
-    async def _admit(self, scope: Scope, receive: bodies.Receive, complete: Callable[[], None]) -> bodies.Receive:
-        """Check a request and return how its body is received; an event's is read and checked first. Raises: Refusal."""
+    async def _admit(
+        self, scope: Scope, receive: bodies.Receive, complete: Callable[[], None]
+    ) -> tuple[bodies.Receive, dict[str, Any] | None]:
+        """Check a request. Returns: how its body is received, and the event that it brings, if it does. Raises: Refusal."""
         headers, path, names = _headers(scope), scope["path"], self.limits.names
         rules.check_headers(scope["headers"])
         names.check_host(headers.get("host", ""))
@@ -150,19 +182,18 @@ class Gate:
         if scope["method"] != "POST":
             bodies.limit_of(length, 0)
             complete()
-            return receive
+            return receive, None
         if not visitor().browser and path != rules.RUN:  # an event is answered in the page's own words
             raise Refusal(403, "This browser sends no cookie: allow cookies, or open the page in its own tab.")
         if path == rules.UPLOAD:
             await asyncio.to_thread(self.files.check_room, self.limits.upload_bytes)
-            return bodies.limited(receive, headers, self.limits.upload_bytes + MULTIPART_BYTES, complete)
+            return bodies.limited(receive, headers, self.limits.upload_bytes + MULTIPART_BYTES, complete), None
         body = await bodies.read(receive, length, bodies.EVENT_BYTES, self.budget)
         complete()
         try:
-            await self.limits.events.check(body)
+            return receive, await self.limits.events.check(body)
         finally:
             self.budget.used -= len(body)
-        return _replayed(body, receive)
 
 
 class _Reply:
@@ -217,14 +248,10 @@ def _headers(scope: Scope) -> dict[str, str]:
     return found
 
 
-def _replayed(body: bytes, receive: bodies.Receive) -> bodies.Receive:
-    """Return a function that gives a body that was read already, then what `receive` gives."""
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> dict[str, Any]:
-        return parts.pop() if parts else await receive()
-
-    return again
+async def _gone(receive: bodies.Receive) -> None:
+    """Wait until the sender of a request has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _nothing() -> None:

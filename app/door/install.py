@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gradio import CheckboxGroup, UploadButton
 
 from app.door.bodies import FILE, MANY, ONE, Events
+from app.door.calls import calls_of
 from app.door.connections import Connections
 from app.door.gate import Gate, Limits
 from app.door.log import limit_lines
@@ -28,12 +29,12 @@ Lifespan = Callable[[Any], Any]
 
 def limits(settings: Settings, host: str, demo: Any, heartbeats: Heartbeats) -> Limits:
     """Return what the gate allows for the page `demo` on the address `host`."""
-    called = {index: event.inputs for index, event in demo.fns.items() if event.fn is not None and not event.queue}
-    inputs = {index: [_kind(block) for block in blocks] for index, blocks in called.items()}
+    calls = calls_of(demo.fns)
+    inputs = {index: [_kind(block) for block in call.inputs] for index, call in calls.items() if not call.closes}
     events = Events(inputs, Path(os.environ["GRADIO_TEMP_DIR"]).resolve())
     names = Names.of(host, *settings.hosts)
     frames = FRAMES if settings.on_space else "'none'"
-    return Limits(names, settings.on_space, frames, settings.file_bytes, events=events, heartbeats=heartbeats)
+    return Limits(names, settings.on_space, frames, settings.file_bytes, events=events, calls=calls, heartbeats=heartbeats)
 
 
 def _kind(block: Any) -> str:
@@ -47,7 +48,7 @@ def gated(allowed: Limits, inner: Lifespan) -> Lifespan:
 
     @contextlib.asynccontextmanager
     async def serving(app: Any) -> AsyncIterator[None]:
-        app.middleware_stack = Gate(app.middleware_stack, allowed)
+        app.middleware_stack = Gate(app.middleware_stack, allowed, stopping=app.stop_event)
         async with inner(app):
             yield
 

@@ -12,7 +12,7 @@ from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
-from app.view.chart import Chart, PickTable, picked_row
+from app.view.chart import Chart, PickTable, picked_row, written
 from app.view.figure import note
 from app.worker.job import Step
 from core.checks import require_choice, require_float, require_int
@@ -91,9 +91,17 @@ class Explore:
         report, chosen = session.ranges, session.selection
         if report is None:
             return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: ""}
-        outliers = tables.outlier_rows(report.outliers(LISTED))
+        site_of(session)
         return {
             **self.controls(session),
+            **engine.derived.get(report, (self._draw, chosen.key), lambda: written(self._draw(session))),
+        }
+
+    def _draw(self, session: Session) -> Updates:
+        """Draw the charts and the list; everybody with the same ranges and selection sees the same."""
+        report, chosen = session.ranges, session.selection
+        outliers = tables.outlier_rows(report.outliers(LISTED))
+        return {
             self.scatter: scatter(session),
             self.heatmap: plots.heatmap(
                 report.heatmap(chosen.kind),

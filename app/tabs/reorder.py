@@ -10,7 +10,7 @@ from app.session import Session
 from app.tabs.explore import SITE_CHOICES, last_layer, layer_slider, no_ranges, revision, scatter, site_of
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
-from app.view.chart import Chart
+from app.view.chart import Chart, written
 from app.view.figure import note
 from core.checks import require_choice, require_int
 from core.recipe import PER_CHANNEL, REORDER_OF, REORDERS, SITES, Clusters
@@ -95,9 +95,14 @@ class Reorder:
         }
 
     def render(self, session: Session) -> Updates:
-        """Draw the charts that follow the slider: all but the curve's line cost a few milliseconds per thousand channels."""
+        """Show the charts that follow the slider; they are drawn once for all sessions with the same ranges and selection."""
         if session.ranges is None:
             return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
+        site_of(session)
+        return engine.derived.get(session.ranges, (self._draw, session.selection.key), lambda: written(self._draw(session)))
+
+    def _draw(self, session: Session) -> Updates:
+        """Draw the charts: all but the curve's line cost a few milliseconds per thousand channels."""
         site, chosen, bits = site_of(session), session.selection, session.selection.bits
         view = engine.recluster(session.ranges, site.site, chosen.clusters, bits=bits)
         scale = plots.scale_of([site], linear=chosen.linear)

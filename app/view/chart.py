@@ -90,6 +90,11 @@ class Chart(gr.HTML):
         return {"type": "string"}
 
 
+def written(updates: dict[Any, Any]) -> dict[Any, Any]:
+    """Return updates with their figures as JSON text."""
+    return {block: block.postprocess(value) if isinstance(block, Chart) else value for block, value in updates.items()}
+
+
 class PickTable(gr.HTML):
     """A component that shows the result of `cards.table(..., pick=True)`."""
 

@@ -125,7 +125,6 @@ class Worker:
         self.line = Line()
         self.process: Process | None = None
         self._moved = asyncio.Event()
-        self._idle: asyncio.TimerHandle | None = None
 
     async def run(self, owner: str, steps: Sequence[Step]) -> AsyncIterator[JobView]:
         """Run a job and yield it after every change, at last with state "done".
@@ -134,8 +133,6 @@ class Worker:
         """
         job = Job(owner, steps, visitor().address)
         self.line.add(job)
-        if self._idle is not None:
-            self._idle.cancel()
         self._move()
         try:
             while (ahead := self.line.ahead(job)) > 0:
@@ -150,8 +147,6 @@ class Worker:
         finally:
             self.line.remove(job)
             self._move()
-            if not len(self.line) and self.settings.idle_seconds:
-                self._idle = asyncio.get_running_loop().call_later(self.settings.idle_seconds, self._renew)
 
     def _move(self) -> None:
         """Wake all that wait, as their places may have changed; later ones wait for the new event."""
@@ -168,11 +163,6 @@ class Worker:
         """End the process and everything it started."""
         if self.process is not None:
             self.process.close()
-
-    def _renew(self) -> None:
-        """Replace the process by a fresh one, which frees the memory of loaded models."""
-        self.close()
-        self.start()
 
     async def _work(self, job: Job) -> AsyncIterator[None]:
         """Send the first job of the queue to the process and apply its messages. Yields after each, and every second."""
@@ -208,7 +198,7 @@ class Worker:
             raise
 
     async def _stop(self, process: Process, job: Job) -> None:
-        """Ask a job to end, and kill its process if it does not."""
+        """Ask a job to end, and kill its process if it does not; one that is still importing ends the job before its start."""
         ended = False
         try:
             async with asyncio.timeout(self.settings.grace_seconds):
@@ -216,8 +206,10 @@ class Worker:
                 while not ended:
                     message = await process.receive(self.settings.grace_seconds) or ()
                     ended = message[:2] in (("failed", job.name), ("done", job.name))
-        except (TimeoutError, EOFError, OSError, wire.Malformed):
-            log.info("a stopped job did not end by itself: its worker is killed")
+        except TimeoutError:
+            ended = process.heard_at is None
+        except (EOFError, OSError, wire.Malformed) as error:
+            log.info("the worker of a stopped job is gone: %r", error)
         finally:
             if not ended:
                 await process.kill()

@@ -33,6 +33,7 @@ def worker_environment(settings: Settings, environment: Mapping[str, str] = os.e
         "QUANTSCOPE_LIMIT_BYTES": str(settings.memory_bytes or 0),
         "QUANTSCOPE_MODEL_BYTES": str(settings.model_bytes),
         "QUANTSCOPE_NICE": str(settings.nice),
+        "QUANTSCOPE_REST_SECONDS": str(settings.rest_seconds),
         "QUANTSCOPE_ALLOW_LOCAL": "0" if settings.on_space else "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

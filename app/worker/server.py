@@ -6,6 +6,7 @@ closes, it exits. Any exception of a job, `SystemExit` included, becomes a reply
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -22,7 +23,7 @@ from typing import Any
 from app.view import texts
 from app.worker import wire
 from core.errors import Cancelled, QuantscopeError
-from core.memory import is_out_of_memory
+from core.memory import give_back, is_out_of_memory
 
 METHODS = {
     "load",
@@ -55,9 +56,14 @@ log = logging.getLogger("quantscope.worker")
 class Worker:
     """A loop that reads jobs from the socket, runs their steps on the workbench, and sends progress and results back."""
 
-    def __init__(self, connection: Connection, workbench: str, options: dict[str, Any]) -> None:
-        """Store the connection and `workbench`, "module:factory", which is called with `options` as keywords."""
+    def __init__(self, connection: Connection, workbench: str, options: dict[str, Any], *, rest_seconds: float) -> None:
+        """Store the connection and `workbench`, "module:factory", which is called with `options` as keywords.
+
+        Args:
+            rest_seconds: time without a job after which memory is given back.
+        """
         self.connection, self.workbench, self.options = connection, workbench, options
+        self.rest_seconds = rest_seconds
         self.bench: Any = None
         self.jobs: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.cancelled: set[str] = set()
@@ -71,10 +77,21 @@ class Worker:
         self._warm()
         self._send("ready")
         while True:
-            _, job, steps = self.jobs.get()
+            _, job, steps = self._next()
             self.working = True
             self._job(job, steps)
             self.working = False
+
+    def _next(self) -> tuple:
+        """Wait for the next job; when none comes for `rest_seconds`, give memory back meanwhile."""
+        try:
+            return self.jobs.get(timeout=self.rest_seconds)
+        except queue.Empty:
+            if self.bench is not None:
+                self.bench.rest()
+            gc.collect()
+            give_back()
+            return self.jobs.get()
 
     def _beat(self) -> None:
         while True:
@@ -199,7 +216,8 @@ def main() -> None:
         "device": os.environ["QUANTSCOPE_DEVICE"],
         "max_bytes": int(os.environ["QUANTSCOPE_MODEL_BYTES"]),
     }
-    Worker(Connection(int(sys.argv[1])), os.environ["QUANTSCOPE_WORKBENCH"], options).run()
+    rest_seconds = float(os.environ["QUANTSCOPE_REST_SECONDS"])
+    Worker(Connection(int(sys.argv[1])), os.environ["QUANTSCOPE_WORKBENCH"], options, rest_seconds=rest_seconds).run()
 
 
 if __name__ == "__main__":

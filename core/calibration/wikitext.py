@@ -39,7 +39,7 @@ def wikitext_file(split: str) -> Path:
     if given and Path(given, "wikitext2", name).is_file():
         return Path(given, "wikitext2", name)
     home = cache_root() / "text" / "wikitext2"
-    if not is_whole(home):
+    if not is_whole(home, checksums=True):
         _fetch(home)
     return home / name
 
@@ -49,7 +49,7 @@ def _fetch(home: Path) -> None:
         raise _unavailable("the environment forbids downloads")
     try:
         with file_lock(home.with_name("wikitext2.lock")), disk_errors(home), tempfile.TemporaryDirectory() as part:
-            if is_whole(home):  # another process fetched it meanwhile
+            if is_whole(home, checksums=True):  # another process fetched it meanwhile
                 return
             with zipfile.ZipFile(fetch_dataset_file(REPOSITORY, ARCHIVE, Path(part))) as archive:
                 texts = {name: archive.read(f"wikitext-2-raw/{name}") for name, _ in FILES.values()}

@@ -73,3 +73,7 @@ class ProbeStore:
         """Remove what was made from the private texts of an owner, named by tag."""
         for key in [key for key in self._kept if key[1] == owner]:
             del self._kept[key]
+
+    def clear(self) -> None:
+        """Remove everything."""
+        self._kept.clear()

@@ -8,12 +8,15 @@ import json
 import httpx
 
 from app.door.bodies import FILE, MANY, ONE, Events
+from app.door.calls import Call
 from app.door.gate import Gate, Limits
 from app.door.rules import RUN, Names
 from app.door.visitor import visitor
 
 EVENT = {"data": ["k", 3], "fn_index": 1, "session_hash": "abc", "trigger_id": None, "event_data": None}
-LIMITS = Limits(Names.of("page.example"), upload_bytes=1000, events=Events({1: [ONE, ONE], 2: [FILE], 3: [MANY]}))
+INPUTS = {1: [ONE, ONE], 2: [FILE], 3: [MANY]}
+CALLS = {index: Call(lambda *values: visitor().address, kinds, ["shown"], False, ()) for index, kinds in INPUTS.items()}
+LIMITS = Limits(Names.of("page.example"), upload_bytes=1000, events=Events(INPUTS), calls=CALLS)
 UPLOADED = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.zip"\r\n\r\nPK\r\n--b--\r\n'
 JSON_TYPE = {"content-type": "application/json"}
 COOKIE = {"cookie": "quantscope=" + "c" * 43}

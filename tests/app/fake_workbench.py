@@ -48,6 +48,7 @@ class FakeWorkbench(FakeProbe, FakeTernary):
     def __init__(self, *, allow_local: bool = True, max_bytes: int = 0, device: str = "cpu") -> None:
         self.recipes: dict[str, QuantRecipe] = {}
         self.owners: dict[str, str | None] = {}
+        self.rested = False
 
     def load(self, model: str, *, revision: str | None = None, owner: str | None = None, progress: Progress) -> ModelInfo:
         """Shape of a small Llama."""
@@ -183,6 +184,10 @@ class FakeWorkbench(FakeProbe, FakeTernary):
         for key in [key for key, other in self.owners.items() if other == owner]:
             if self.recipes[key].calibration.text.startswith("text:"):
                 del self.owners[key], self.recipes[key]
+
+    def rest(self) -> None:
+        """Say that memory is given back."""
+        self.rested = True
 
     def open_saved(
         self, *, folder: str = "", archive: str = "", owner: str | None = None, progress: Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import gradio as gr
@@ -49,7 +50,7 @@ def test_new_ranges_are_drawn_on_the_open_tab_alone(page, ctx, wait, drawn, tab)
     assert any(page.compare.runs in update for update in updates)
     explored = wait(collect(page.explore.opened({ctx.key: session.key})))
     for view, shown in ((page.explore, explored[0]), (page.reorder, page.reorder.opened({ctx.key: session.key}))):
-        assert shown[view.scatter]["data"] and shown[view.layer]["value"] == session.selection.layer
+        assert json.loads(shown[view.scatter])["data"] and shown[view.layer]["value"] == session.selection.layer
     assert session.channel is not None and "<mark>" in explored[-1][page.explore.tokens]
 
 
@@ -63,7 +64,7 @@ def test_g_moved_elsewhere_draws_reorder_only_where_it_is_open(page, ctx, wait, 
     assert drawn == []
     session.tab = "reorder"
     moved = page.reorder.moved_at_side({ctx.key: session.key, page.side.clusters: 9})
-    assert drawn == ["reorder"] and moved[page.reorder.strips]["data"]
+    assert drawn == ["reorder"] and json.loads(moved[page.reorder.strips])["data"]
 
 
 def test_a_model_of_one_layer_has_no_slider_of_layers(page, ctx, wait):

