@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
-import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 from app.door.headers import Headers, page_policy, with_security
 
 STATIC = re.compile(r"/(assets|static)/.*|/theme\.css|/favicon\.ico|/gradio_api/file=.*/plotly\.min\.js")
-PAGE_SECONDS = 60.0
-"""Age at which the page is rendered again."""
+PAGES = 16
+"""Pages that are kept, one for each name and encoding under which the page is asked for; rendering one takes half a second."""
 KEPT_BYTES = 48 * 1024**2
 YEAR = b"public, max-age=31536000, immutable"
 DAY = b"public, max-age=86400"
@@ -28,12 +28,11 @@ App = Callable[[Any, Any, Send], Awaitable[None]]
 
 @dataclass
 class Answer:
-    """A whole answer. `made_at`: on the clock `time.monotonic`."""
+    """A whole answer."""
 
     status: int
     headers: Headers
     body: bytes
-    made_at: float
 
     async def send(self, send: Send, extra: Headers, *, head: bool) -> None:
         """Send the answer, with more headers, and without its body for a HEAD request."""
@@ -48,15 +47,17 @@ class Pages:
     def __init__(self, app: App, *, frames: str) -> None:
         """Store the application, and the sources that may show the page in a frame (`page_policy`)."""
         self.app, self.frames = app, frames
-        self.kept: dict[tuple, Answer] = {}
+        self.files: dict[tuple[str, str], Answer] = {}
+        self.pages: OrderedDict[tuple[str, ...], Answer] = OrderedDict()
         self.bytes = 0
+        self._rendering = asyncio.Lock()
 
     async def static(self, scope: Any, encoding: str) -> Answer | None:
         """Return the answer to a GET of a static file, None if it is not kept, as one that does not exist."""
         coding = "br" if "br" in encoding else "gzip" if "gzip" in encoding else ""
         key = (scope["path"], coding)
-        if key in self.kept:
-            return self.kept[key]
+        if key in self.files:
+            return self.files[key]
         wanted = {b"accept-encoding": coding.encode()}
         answer = await self._ask({**scope, "method": "GET", "query_string": b""}, wanted)
         if answer.status != 200 or self.bytes + len(answer.body) > KEPT_BYTES:
@@ -64,7 +65,7 @@ class Pages:
         age = YEAR if scope["path"].startswith("/assets/") else DAY  # names of assets hold a hash of their content
         answer.headers = with_security([*_without(answer.headers, b"cache-control", b"content-length"), (b"cache-control", age)])
         self.bytes += len(answer.body)
-        self.kept[key] = answer
+        self.files[key] = answer
         return answer
 
     async def page(self, scope: Any, place: tuple[str, ...], encoding: str) -> Answer:
@@ -75,9 +76,15 @@ class Pages:
         """
         coding = "gzip" if "gzip" in encoding else ""
         key = (*place, coding)
-        kept, now = self.kept.get(key), time.monotonic()
-        if kept is not None and now - kept.made_at < PAGE_SECONDS:
-            return kept
+        async with self._rendering:  # many who come at once wait for one rendering
+            answer = self.pages.pop(key, None) or await self._render(scope, coding)
+            if answer.status == 200:
+                self.pages[key] = answer
+                if len(self.pages) > PAGES:
+                    self.pages.popitem(last=False)
+            return answer
+
+    async def _render(self, scope: Any, coding: str) -> Answer:
         answer = await self._ask({**scope, "method": "GET", "query_string": b""}, {})
         policy = page_policy(answer.body, frames=self.frames)
         headers = _without(answer.headers, b"content-length", b"vary", b"cache-control")
@@ -86,17 +93,12 @@ class Pages:
             answer.body = gzip.compress(answer.body, 6)
             headers.append((b"content-encoding", b"gzip"))
         answer.headers = with_security(headers, policy)
-        if answer.status == 200:
-            for old in [k for k in self.kept if len(k) == len(key) and now - self.kept[k].made_at > PAGE_SECONDS]:
-                del self.kept[old]
-            if sum(len(k) == len(key) for k in self.kept) < 16:
-                self.kept[key] = answer
         return answer
 
     async def _ask(self, scope: Any, headers: dict[bytes, bytes]) -> Answer:
         """Ask the application; of the request's own headers, those that name its place are kept."""
         place = [(n, v) for n, v in scope["headers"] if n in (b"host", b"x-forwarded-host", b"x-forwarded-proto")]
-        answer = Answer(500, [], b"", time.monotonic())
+        answer = Answer(500, [], b"")
         parts: list[bytes] = []
         asked = [{"type": "http.request", "body": b"", "more_body": False}]
 

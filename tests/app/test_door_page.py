@@ -63,6 +63,7 @@ def test_no_malformed_event_reaches_a_traceback(page, capfd):
 def test_the_page_allows_its_own_scripts_only(page):
     with httpx.Client(transport=_Threaded(page), base_url="http://127.0.0.1") as client:
         first, second = client.get("/"), client.get("/?model=x", headers={"accept-encoding": "identity"})
+        assert len(page.pages.pages) == 2, "one for each encoding"
         policy = first.headers["content-security-policy"]
         inline = re.findall(r"<script(?![^>]* src=)[^>]*>(.*?)</script>", second.text, re.DOTALL)
         assert len(inline) >= 4 and first.text == second.text and policy == second.headers["content-security-policy"]
@@ -107,9 +108,9 @@ def test_static_files_are_kept_once_and_are_gradios_own(page):
             answer = ask("GET", path, gate=page, headers={"accept-encoding": coding})
             assert answer.content == asyncio.run(direct(path)) and "max-age" in answer.headers["cache-control"]
             assert ask("HEAD", path, gate=page, headers={"accept-encoding": coding}).headers == answer.headers
-    kept = len(page.pages.kept)
+    kept = len(page.pages.files)
     assert ask("GET", "/assets/none.js", gate=page).status_code == 404
-    assert ask("GET", "/theme.css?x=1", gate=page).status_code == 200 and len(page.pages.kept) == kept
+    assert ask("GET", "/theme.css?x=1", gate=page).status_code == 200 and len(page.pages.files) == kept
 
 
 def test_a_name_that_the_page_would_call_itself_is_checked(page):
