@@ -390,15 +390,8 @@ def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: 
     """
     bench = Workbench()
     quantized = bench.quantize(recipe, progress=progress)
-    report = bench.evaluate(
-        quantized.key,
-        text=text,
-        tokens=tokens,
-        window=window,
-        reference=recipe.model,
-        reference_revision=recipe.revision,
-        progress=progress,
-    )
+    against = {"reference": recipe.model, "reference_revision": recipe.revision}
+    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, progress=progress, **against)
     return Row(recipe.to_record(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
