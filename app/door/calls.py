@@ -57,7 +57,7 @@ class Call:
         )
 
     async def answer(self, event: Mapping[str, Any], scope: Any, *, packed: bool = False) -> bytes:
-        """Call the handler with a checked event.
+        """Write the answer to a checked event: what its handler returns.
 
         Returns: JSON that holds for each output its new value, or the properties that change; by gzip if `packed` and it is long.
         """
