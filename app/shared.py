@@ -1,4 +1,4 @@
-"""What sessions share: reports of public models and texts, and what follows from a report; each is made once.
+"""What sessions share: reports of public models and texts, and what follows from them, each made once.
 
 A result in the making has one task, and everyone who wants it waits for that task. The task is cancelled when nobody waits any
 more. If it fails, all who wait get its error, and the next request for its key starts again.

@@ -1,4 +1,4 @@
-"""Start the page as a Space does and check what must hold there: `python -m benchmarks.space [--json FILE]`.
+"""Start the page as a Space does and check what must hold: `python -m benchmarks.space [--json FILE]`.
 
     python app/main.py    by a user who may write to the temporary folder alone, with the platform's variables, on two processors
 
