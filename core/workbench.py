@@ -30,7 +30,8 @@ from core.evaluation.generate import generate
 from core.evaluation.memory import measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.speed import speed_limit
-from core.evaluation.tokens import TokensReport, token_divergences
+from core.evaluation.token_report import TokensReport
+from core.evaluation.tokens import token_divergences
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.folders import state_of
 from core.models.io import saved

@@ -8,7 +8,6 @@ the reference at t is its largest probability: where it is sure, a quantised mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,68 +15,17 @@ from torch import Tensor
 
 from core.checks import require_int
 from core.errors import InputError
+from core.evaluation.token_report import LIKELIEST, ConfidenceGroup, TokenDivergence, TokensReport
 from core.evaluation.windows import evaluation_windows
 from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
-from core.report import Report
 
 if TYPE_CHECKING:
     from core.calibration.data import TextSource
 
 MAX_TOKENS = 512
-LIKELIEST = 5
 CONFIDENCE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Limits of the groups of tokens by the reference's confidence."""
-
-
-@dataclass(frozen=True)
-class TokenDivergence(Report):
-    """One token and how the two models predicted it.
-
-    Attributes:
-        text: of the token. kld: KL(reference ‖ model) of the prediction at its place, nats; None for the first token, which
-            nothing predicts.
-        probability, reference_probability: of this token; 0 for the first one.
-        likeliest, reference_likeliest: the LIKELIEST most probable tokens, (text, probability), the most probable first.
-        flips: whether the two find different tokens likeliest.
-    """
-
-    text: str
-    kld: float | None
-    probability: float = 0.0
-    reference_probability: float = 0.0
-    likeliest: tuple[tuple[str, float], ...] = ()
-    reference_likeliest: tuple[tuple[str, float], ...] = ()
-    flips: bool = False
-
-
-@dataclass(frozen=True)
-class ConfidenceGroup(Report):
-    """Tokens where the reference's largest probability lies in [low, high): their number, mean KLD, and share of flips."""
-
-    low: float
-    high: float
-    tokens: int
-    kld: float
-    flips: float
-
-
-@dataclass(frozen=True)
-class TokensReport(Report):
-    """A text as two models predict it.
-
-    Attributes:
-        key, reference: names of the two models. text_name: of the text.
-        tokens: in their order. groups: by the reference's confidence, only those with tokens.
-        kld: mean over all predicted tokens, nats.
-    """
-
-    key: str
-    reference: str
-    text_name: str
-    tokens: tuple[TokenDivergence, ...]
-    groups: tuple[ConfidenceGroup, ...]
-    kld: float
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ import numpy as np
 from core.cache import cache_root
 from core.calibration.report import ChannelDetail, RangesReport, SiteRanges, TokenExtreme
 from core.errors import ModelError
-from core.evaluation.tokens import ConfidenceGroup, TokenDivergence, TokensReport
+from core.evaluation.token_report import ConfidenceGroup, TokenDivergence, TokensReport
 from core.models.io.bundle import unpack
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from app.worker import wire
 from core.errors import ModelError
 from core.recipe import Bits, Calibration, QuantRecipe
+from tests.app.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,12 @@ def test_arrays_and_reports_pass(ranges):
     back = wire.loads(pickle.dumps(("result", "id", 0, ranges), protocol=5))[3]
     name = "layers.2.down_in"
     np.testing.assert_array_equal(back.sites[name].high, ranges.sites[name].high)
+
+
+def test_a_worker_loads_reports_without_the_libraries_that_compute_them():
+    code = "import sys, app.worker.server, tests.app.fake_workbench; print(*{'torch', 'transformers', 'sklearn'} & {*sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not loaded.stdout.split()
 
 
 def test_errors_pass_with_their_code():
