@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_the_reason_is_named(on_a_gpu):
 def test_a_cache_that_kernels_cannot_take_is_named(on_a_gpu):
     made, cache = prompted()
     for states in (cache.layers[0].key_states, cache.layers[0].value_states):
-        states.dim = 320
+        states._heads = replace(states.heads(), dim=320)
     assert "heads of 320 channels" in unsupported_reason(made.model, cache, 32)
     made, cache = prompted("bitnet")
     made.blocks[0].attention.softmax_bits = 8
