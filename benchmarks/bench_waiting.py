@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.bench_redraw import CELL, CLICKED, PAINTED, SHOWN, TITLED, WATCH
+from benchmarks.bench_redraw import PAINTED, WATCH, channel_clicks
 from benchmarks.browser import chromium, page_server, visit
 from benchmarks.common import Result
 from benchmarks.visitors import Report, Visitor
@@ -54,7 +54,7 @@ def _newcomer(browser: Any, address: str) -> list[Result]:
     page = visit(browser, address)
     opened = time.perf_counter() - start
     page.wait_for_selector("#tokens mark")
-    clicks = _clicks(page)
+    clicks = channel_clicks(page, CLICKS)
     page.get_by_role("tab", name="Reorder").click()
     page.wait_for_selector("#strips .js-plotly-plot")
     page.wait_for_timeout(500)
@@ -83,7 +83,7 @@ def _own_click(browser: Any, address: str) -> Result:
     page.locator("#quantize").click()
     page.wait_for_function(RUNNING)
     page.get_by_role("tab", name="Explore").click()
-    clicks = _clicks(page)
+    clicks = channel_clicks(page, CLICKS)
     still = "still running" if page.evaluate(RUNNING) else "ended meanwhile"
     page.close()
     job = "W4 click to a channel's tokens during one's own run"
@@ -92,21 +92,6 @@ def _own_click(browser: Any, address: str) -> Result:
 
 def _slowest(times: list[float]) -> str:
     return f"slowest of {len(times)} {max(times):.2f} s, "
-
-
-def _clicks(page: Any) -> list[float]:
-    """Measure seconds from clicks on cells of the heat map, each another layer and channel, to its histogram and tokens."""
-    page.evaluate(CLICKED)
-    last = int(page.evaluate("() => document.querySelector('#heatmap .qs-chart')._fullLayout.yaxis.range[1]"))
-    times = []
-    for step in range(CLICKS):
-        layer, channel = last - step * last // (CLICKS - 1), 20 + 11 * step
-        drawn = page.evaluate("() => Number(document.querySelector('#histogram .qs-chart').dataset.drawn || 0)")
-        page.mouse.click(*page.evaluate(CELL, [layer, channel]))
-        page.wait_for_function(TITLED, arg=f"Layer {layer} ")
-        words = f"channel {page.locator('#channel input').input_value()}"
-        times.append(page.wait_for_function(SHOWN, arg=[words, drawn]).json_value() / 1000)
-    return times
 
 
 @contextlib.contextmanager
