@@ -28,13 +28,13 @@ START_SECONDS = 240.0
 
 @contextlib.contextmanager
 def served(
-    log: Path, *arguments: str, start: tuple[str, ...] = ("-m", "app"), user: int | None = None, **environment: str
+    log: Path, *arguments: str, start: tuple[str, ...] = ("-m", "app"), **environment: str
 ) -> Iterator[tuple[str, psutil.Process]]:
     """Start the page on a free port, wait until it listens, yield its address and process, and end it.
 
     Args:
         log: file for what the server says. arguments: of its command line. start: how Python starts it.
-        user: id of the user that it runs as; None for this one. environment: variables beside those of this process.
+        environment: variables beside those of this process.
     Raises: RuntimeError with the last words of a server that does not start.
     """
     with socket.socket() as probe:
@@ -42,9 +42,8 @@ def served(
         port = probe.getsockname()[1]
     command = [sys.executable, *start, *arguments]
     variables = {**os.environ, "GRADIO_SERVER_PORT": str(port), **environment}
-    other = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=subprocess.STDOUT, **other)
+        server = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=subprocess.STDOUT)
     try:
         limit = time.monotonic() + START_SECONDS
         while "Quantscope is at" not in log.read_text():
@@ -96,7 +95,10 @@ class Visitor:
     async def open(self) -> None:
         """Open the page: its HTML, its heartbeat, and the event that makes a session."""
         start = time.perf_counter()
-        html = (await self.client.get("/")).text
+        answer = await self.client.get("/")
+        html, cookie = answer.text, answer.headers.get("set-cookie", "")
+        if cookie:
+            self.client.headers["cookie"] = cookie.partition(";")[0]  # on a Space it is for https alone
         self.config = read_config(html)
         self.fields = {c["id"]: c["props"] for c in self.config["components"]}
         called = [d for d in self.config["dependencies"] if d.get("backend_fn")]
@@ -151,11 +153,13 @@ class Visitor:
         await self.settle()
         return time.perf_counter() - start
 
-    async def settle(self) -> None:
-        """Fetch the updates of the page's handlers until none is left, as its timer does."""
-        tick = next(event for (_, what), event in self.events.items() if what == "tick")
-        while "false" not in re.findall(r'"active":\s*(true|false)', json.dumps(await self.send(tick))):
+    async def settle(self) -> str:
+        """Fetch the updates of the page's handlers until none is left, as its timer does. Returns: all of them as text."""
+        tick, said = next(event for (_, what), event in self.events.items() if what == "tick"), [""]
+        while not re.search(r'"active":\s*false', said[-1]):
             await asyncio.sleep(0.1)
+            said.append(json.dumps(await self.send(tick)))
+        return "".join(said)
 
     async def name_canary(self) -> None:
         """Send the own canary as the name of a model, which the answer repeats."""
