@@ -55,6 +55,7 @@ TAB_JS = """() => {
   window.scrollTo({ top: 0 });
   %s
 }"""
+TOP_JS = "() => window.scrollTo({ top: 0 })"
 OPEN_TAB_JS = """(name) => {
   const tabs = [...document.querySelectorAll('#tabs button[role=tab]')].filter((tab) => tab.offsetParent);
   const place = %s.indexOf(name);
@@ -141,6 +142,15 @@ class Page:
         }
         for button, label in steps.items():
             button.click(None, None, None, js=TAB_JS % (label, CLOSE_JS), show_progress="hidden", api_visibility="private")
+        cost, shown = self.quantize.cost, [self.tabs, self.ctx.status, self.ctx.stop]
+        for part in (cost.map, cost.table):
+            opened = part.select(self.ctx.guard(self.part_clicked), {self.ctx.key}, shown, **LIGHT)
+            opened.then(None, None, None, js=TOP_JS, show_progress="hidden", api_visibility="private")
+
+    def part_clicked(self, values: Updates, event: gr.EventData) -> Updates:
+        """Open the tab Explore at the part whose cost was clicked."""
+        self.quantize.cost.choose(self.ctx.session(values), event)
+        return {self.tabs: gr.update(selected="explore")}
 
     def _chooser(self, name: str) -> Any:
         def chosen(values: Updates) -> Updates:

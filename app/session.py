@@ -171,7 +171,7 @@ class Session:
             while there is no page.
         protocol: of the newest measurements, None before the first. recipe: quantised last.
         tab: the open tab. preset: whether the page chose the method, to fit a BitNet model.
-        spent: the last allocation, `app.tabs.autopilot.Spent`.
+        spent: the last allocation, `app.tabs.autopilot.Spent`. size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values.
         failed: whether the status line shows an error. owner: whether a worker did a job for it alone, and may keep its models.
     """
@@ -195,6 +195,7 @@ class Session:
     tab: str = "explore"
     costs: Costs = field(default_factory=Costs)
     spent: Any = None
+    size: str = "weight_bytes"
     preset: bool = False
     link: dict[str, str] = field(default_factory=dict)
     failed: bool = False

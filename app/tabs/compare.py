@@ -12,10 +12,11 @@ from app.context import LIGHT, Context, Updates
 from app.session import MAX_RUNS, Protocol, Run, Session
 from app.tabs.keep import Keep
 from app.tabs.measured import estimated_bytes, numbers_table
+from app.tabs.pareto import Pareto
 from app.tabs.quantize import MEASURED_TEXT, WINDOW, window_of
 from app.tabs.tokens import Tokens
 from app.view import cards, plots_runs, tables, texts
-from app.view.chart import Chart
+from app.view.chart import Chart, Table
 from app.view.figure import axis_name, number
 from app.worker.job import JobView, Step
 from core.checks import require_choice, require_float, require_int
@@ -90,7 +91,8 @@ class Compare:
                     self.write = gr.Button(texts.GENERATE, variant="primary", elem_id="write")
             self.streams = gr.HTML(cards.hint(texts.TEXTS_EMPTY), elem_id="streams", apply_default_css=False)
             self.speed = gr.HTML("", elem_id="speed", elem_classes="qs-card", apply_default_css=False, visible=False)
-            self.numbers = gr.HTML(cards.hint(texts.NO_RUNS), elem_id="numbers", elem_classes="qs-card", apply_default_css=False)
+            self.numbers = Table(cards.hint(texts.NO_RUNS), label=texts.NUMBERS, elem_id="numbers", elem_classes="qs-card")
+            self.pareto = Pareto(ctx)
             self.bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
             self.tokens = Tokens(ctx)
             self.keep = Keep(ctx)
@@ -140,26 +142,33 @@ class Compare:
         return {
             self.numbers: numbers_table(session, runs) or cards.hint(texts.NUMBERS_EMPTY if session.runs else texts.NO_RUNS),
             self.bars: gr.update(value=bars, visible=bool(measured)),
+            **self.pareto.render(session),
         }
+
+    @property
+    def results(self) -> list:
+        """Components that a measurement changes."""
+        return [self.numbers, self.bars, *self.pareto.outputs]
 
     def wire(self) -> None:
         """Connect the tab's events."""
         guard, on, key, status = self.ctx.guard, self.ctx.on, self.ctx.key, [self.ctx.status, self.ctx.stop]
         sizes = {key, self.shape, self.batch, self.sequence}
         lists = [*self.keep.outputs, *self.tokens.outputs, self.runs]
-        shown = [*lists, self.prompt, self.numbers, self.bars, self.memory, self.memory_note]
+        shown = [*lists, self.prompt, *self.results, self.memory, self.memory_note]
         projection = [self.memory, self.memory_note, *status]
         self.tab.select(guard(self.opened), {*sizes, self.prompt}, [*shown, *status], **LIGHT)
-        self.runs.input(guard(self.ticked), {key, self.runs}, [self.numbers, self.bars, *status], **LIGHT)
+        self.runs.input(guard(self.ticked), {key, self.runs}, [*self.results, *status], **LIGHT)
         for control in (self.shape, self.batch, self.sequence):
             control.input(guard(self.project), sizes, projection, trigger_mode="always_last", **LIGHT)
         wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.seed, self.chat}
         for event in (self.write.click, self.prompt.submit):
             on(event, self.generate, wishes, [self.streams, self.speed, *status])
         protocol = {key, self.runs, self.eval_text, self.eval_tokens}
-        on(self.measure.click, self.evaluate, protocol, [self.runs, self.numbers, self.bars, *status])
+        on(self.measure.click, self.evaluate, protocol, [self.runs, *self.results, *status])
         self.tokens.wire()
-        self.keep.wire(self.listed, [self.runs, *self.tokens.outputs, self.numbers, self.bars])
+        self.pareto.wire()
+        self.keep.wire(self.listed, [self.runs, *self.tokens.outputs, *self.results])
 
     def opened(self, values: Updates) -> Updates:
         """Show the current runs; a prompt that was not edited follows the model."""

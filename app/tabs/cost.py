@@ -10,13 +10,14 @@ import gradio as gr
 from app import engine
 from app.context import Context, Updates
 from app.session import Costs, Session
+from app.tabs.explore import select_widest
 from app.view import cards, cost
 from app.view import texts_divergence as texts
-from app.view.chart import Chart
+from app.view.chart import Chart, Table, picked_row
 from app.view.names import short_name
 from app.worker.job import Step
 from core.errors import InputError
-from core.recipe import QuantRecipe
+from core.recipe import INPUT_SITE, QuantRecipe
 
 QUICK_SECONDS = 0.1
 """Time for a prediction while a slider moves; parts not reached by then are read off neighbouring choices, and computed next."""
@@ -34,7 +35,7 @@ class Cost:
             self.swaps = gr.Button(texts.SWAPS, size="sm", elem_id="swaps", visible=False)
             self.note = gr.HTML("", elem_id="swaps-note", apply_default_css=False)
             with gr.Accordion(texts.WHERE_TABLE, open=False):
-                self.table = gr.HTML("", elem_id="where-table", apply_default_css=False)
+                self.table = Table(label=texts.WHERE_TABLE, elem_id="where-table")
             with gr.Accordion(texts.LEARN_COST_TITLE, open=False):
                 gr.Markdown(texts.LEARN_COST)
 
@@ -118,8 +119,25 @@ class Cost:
             ),
             self.swaps: gr.update(visible=bool(cells)),
             self.note: note,
-            self.table: cards.table(texts.WHERE_HEADERS, rows) if rows else "",
+            self.table: cards.table(texts.WHERE_HEADERS, rows, pick=True, caption=texts.WHERE_PICK) if rows else "",
         }
+
+    def choose(self, session: Session, event: gr.EventData) -> None:
+        """Select the site of a part that was clicked in the map or the table; for weights, the site that they read.
+
+        Raises: InputError if the part has no channels, or if the observed ranges are not those of the recipe's model.
+        """
+        shown, costs = session.ranges, session.costs
+        if shown is None or costs.predicted is None or shown.model != costs.recipe.model:
+            raise InputError(texts.WHERE_OTHER, code="E-PARAM-SITE")
+        custom = event._data.get("custom") if isinstance(event._data, dict) else None
+        ranked, row = cost.ranked(costs.predicted.cells), picked_row(event)
+        name = ranked[row] if 0 <= row < len(ranked) else custom[0] if isinstance(custom, list) and custom else ""
+        layer, _, cell = str(name).rpartition(".")
+        site = shown.sites.get(f"{layer}.{INPUT_SITE.get(cell, cell)}")
+        if site is None:
+            raise InputError(texts.WHERE_NONE, code="E-PARAM-SITE")
+        select_widest(session, site)
 
     async def measure_parts(self, values: Updates) -> AsyncIterator[Updates]:
         """Measure every part of the shown recipe alone, and nothing as the control; the map fills in."""
@@ -127,7 +145,7 @@ class Cost:
         recipe, predicted = session.costs.recipe, session.costs.predicted
         if recipe is None or predicted is None:
             raise InputError(texts.COST_WAIT, code="E-PARAM-RECIPE")
-        parts = sorted(predicted.cells, key=lambda name: -predicted.cells[name])
+        parts = cost.ranked(predicted.cells)
         places = [(0, None), *map(cost.split, parts)]
         steps = [
             Step("swap", {"recipe": recipe, "layer": layer, "cell": cell}, f"Layer {layer}, {texts.WHERE_ROWS.get(cell, '')}")

@@ -12,7 +12,7 @@ from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
-from app.view.chart import Chart, PickTable, picked_row, written
+from app.view.chart import Chart, Table, picked_row, written
 from app.view.figure import note
 from app.worker.job import Step
 from core.checks import require_choice, require_float, require_int
@@ -57,7 +57,7 @@ class Explore:
                         self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
                         self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
                         self.tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
-                    self.outliers = PickTable(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
+                    self.outliers = Table(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
             self.forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
             with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
                 gr.Markdown(texts.LEARN_EXPLORE)
@@ -263,6 +263,12 @@ def site_of(session: Session) -> object:
         first = next(iter(sites.values()))
         chosen.layer, chosen.kind, name = first.layer, first.kind, first.site
     return sites[name]
+
+
+def select_widest(session: Session, site: object) -> None:
+    """Select a site (SiteRanges) and its channel of the widest range."""
+    chosen = session.selection
+    chosen.layer, chosen.kind, chosen.channel = site.layer, site.kind, int((site.high - site.low).argmax())
 
 
 def last_layer(session: Session) -> int:

@@ -18,6 +18,20 @@ def measurement(session: Session, run: Run) -> tuple[Protocol, Any] | None:
     return next(reversed(run.measured.items()), None)
 
 
+def row_of(session: Session, run: Run, protocol: Protocol) -> tables.Measured:
+    """Return a run's measurement by a protocol as a row of the comparison. Raises: KeyError if it was not measured so."""
+    report = run.measured[protocol]
+    return tables.Measured(
+        session.title(run),
+        full_name(run),
+        report,
+        estimated_bytes(session, run, report),
+        f"{report.tokens:,} tokens of {text_name(protocol.text)}, windows of {report.window}",
+        protocol != session.protocol,
+        session.runs.index(run),
+    )
+
+
 def numbers_table(session: Session, runs: list[Run]) -> str:
     """Write measured runs as a table with the protocol under it; empty text if none is measured.
 
@@ -30,21 +44,11 @@ def numbers_table(session: Session, runs: list[Run]) -> str:
             continue
         protocol, report = found
         protocols[protocol] = str(report.protocol)
-        rows.append(
-            tables.Measured(
-                session.title(run),
-                full_name(run),
-                report,
-                estimated_bytes(session, run, report),
-                f"{report.tokens:,} tokens of {text_name(protocol.text)}, windows of {report.window}",
-                protocol != session.protocol,
-                session.runs.index(run),
-            )
-        )
+        rows.append(row_of(session, run, protocol))
     if not rows:
         return ""
     headers, cells = tables.number_rows(rows)
-    table = cards.table(headers, cells, colours=[row.place for row in rows])
+    table = cards.table(headers, cells, colours=[row.place for row in rows], keys=tables.number_keys(rows))
     models = [session.models.get(name) for name in dict.fromkeys(run.model for run in runs if run.measured)]
     notes = [texts.CAUTION.format(said) for said in dict.fromkeys(row.report.caution for row in rows if row.report.caution)]
     notes += [texts.WEIGHTS_FROM.format(said) for said in dict.fromkeys(row.report.origin for row in rows if row.report.origin)]

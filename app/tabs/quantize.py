@@ -17,7 +17,7 @@ from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
-from app.view.chart import Chart
+from app.view.chart import Chart, Table
 from app.view.names import full_name
 from app.worker.job import Step
 from core.errors import InputError
@@ -86,7 +86,7 @@ class Quantize:
                 elem_id="measure",
             )
             self.summary = gr.HTML(cards.hint(texts.RUN_EMPTY), elem_id="summary", apply_default_css=False)
-            self.numbers = gr.HTML("", elem_id="quick-numbers", elem_classes="qs-card", apply_default_css=False, visible=False)
+            self.numbers = Table(label=texts.NUMBERS, elem_id="quick-numbers", elem_classes="qs-card", visible=False)
             with gr.Row(equal_height=False, elem_classes="qs-charts"):
                 with gr.Column(scale=5, min_width=320):
                     self.sqnr = Chart(None, label=texts.SQNR_LABEL, height=300, elem_id="sqnr", visible=False)

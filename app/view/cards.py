@@ -163,13 +163,22 @@ def table(
     caption: str = "",
     colours: Sequence[int] | None = None,
     pick: bool = False,
+    keys: Sequence[Sequence[object]] | None = None,
 ) -> str:
-    """Write a table; `colours` gives the colour place of each row's run, `pick` makes rows for a `PickTable`."""
-    head = "".join(f"<th scope='col'>{escape(h)}</th>" for h in headers)
+    """Write a table; a `Table` lets its rows be chosen or its columns be sorted.
+
+    Args:
+        colours: the colour place of each row's run. pick: whether rows can be chosen.
+        keys: the value of each cell, to sort its column by; None where nothing was measured.
+    """
+    names = [escape(h) for h in headers]
+    sortable = "<th scope='col' aria-sort='none'><button type='button'>{}</button></th>"
+    head = "".join((sortable if keys else "<th scope='col'>{}</th>").format(name) for name in names)
     body = []
     for index, row in enumerate(rows):
         dot = f'<i class="qs-dot" style="background:{css_colour(colours[index])}"></i>' if colours else ""
-        cells = "".join(f"<td>{dot if not place else ''}{_cell(cell)}</td>" for place, cell in enumerate(row))
+        own = [f' data-key="{escape("" if key is None else str(key))}"' for key in keys[index]] if keys else [""] * len(row)
+        cells = "".join(f"<td{own[place]}>{dot if not place else ''}{_cell(cell)}</td>" for place, cell in enumerate(row))
         chosen = f' data-index="{index}" tabindex="0" role="button"' if pick else ""
         body.append(f"<tr{chosen}>{cells}</tr>")
     note = f'<p class="qs-caption">{escape(caption)}</p>' if caption else ""

@@ -222,7 +222,7 @@ function walk(along, across) {
   const cell = Array.isArray(index);
   const x = !cell ? trace.x[index] : trace.x ? trace.x[index[1]] : trace.x0 + index[1] * trace.dx;
   const y = cell ? index[0] : trace.y[index];
-  shown = { curveNumber, x, y, customdata: cell ? null : trace.customdata && trace.customdata[index] };
+  shown = { curveNumber, x, y, customdata: cell ? trace.customdata?.[index[0]]?.[index[1]] : trace.customdata?.[index] };
   // heat maps and WebGL are found by place only
   const point = cell || trace.type === 'scattergl' ? { curveNumber, xval: x, yval: y } : { curveNumber, pointNumber: index };
   Plotly.Fx.hover(host, [point], `${trace.xaxis || 'x'}${trace.yaxis || 'y'}`);

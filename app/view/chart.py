@@ -1,4 +1,4 @@
-"""The page's own components: a chart drawn by plotly's script, and a table whose rows can be chosen.
+"""The page's own components: a chart drawn by plotly's script, and a table to choose from and sort
 
 Gradio's own plot component is mounted anew at every update, which loses zoom, and reports no clicks. This one keeps its element:
 zoom survives updates that keep `uirevision`, a click on a point arrives as a `select` event whose data hold x, y and the
@@ -27,7 +27,7 @@ FRAME = (
 )
 """HTML of the frame: a group, not an image, as plotly's buttons are in it; a line for screen readers explains the arrow keys."""
 
-_PICK_JS = """
+_TABLE_JS = """
 const pick = (event) => {
   const row = event.target.closest('tr[data-index]');
   if (row) trigger('select', { index: Number(row.dataset.index) });
@@ -35,9 +35,34 @@ const pick = (event) => {
 element.addEventListener('click', pick);
 element.addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' && event.key !== ' ') return;
+  if (!event.target.closest('tr[data-index]')) return;
   event.preventDefault();
   pick(event);
 });
+
+let column = -1;
+let down = false;
+function arrange() {
+  const heads = [...element.querySelectorAll('th[aria-sort]')];
+  if (!heads[column]) return;
+  const key = (row) => row.cells[column].dataset.key;
+  const body = element.querySelector('tbody');
+  body.append(...[...body.rows].sort((one, other) => {
+    const [a, b] = [key(one), key(other)];
+    if (a === '' || b === '') return (a === '') - (b === '');  // what was not measured comes last in both directions
+    const order = isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
+    return down ? -order : order;
+  }));
+  heads.forEach((head, place) => head.setAttribute('aria-sort', place !== column ? 'none' : down ? 'descending' : 'ascending'));
+}
+element.addEventListener('click', (event) => {
+  const head = event.target.closest('th[aria-sort]');
+  if (!head) return;
+  down = column === head.cellIndex && !down;
+  column = head.cellIndex;
+  arrange();
+});
+watch('value', () => setTimeout(arrange));
 """
 
 
@@ -95,11 +120,11 @@ def written(updates: dict[Any, Any]) -> dict[Any, Any]:
     return {block: block.postprocess(value) if isinstance(block, Chart) else value for block, value in updates.items()}
 
 
-class PickTable(gr.HTML):
-    """A component that shows the result of `cards.table(..., pick=True)`."""
+class Table(gr.HTML):
+    """A component that shows `cards.table`: rows written with `pick` can be chosen, columns written with `keys` sorted."""
 
     def __init__(self, value: str = "", *, label: str, elem_id: str | None = None, **more: Any) -> None:
-        super().__init__(value=value, label=label, elem_id=elem_id, js_on_load=_PICK_JS, apply_default_css=False, **more)
+        super().__init__(value=value, label=label, elem_id=elem_id, js_on_load=_TABLE_JS, apply_default_css=False, **more)
 
     def api_info(self) -> dict[str, Any]:
         """Return the type of the value for Gradio's schema."""

@@ -84,7 +84,7 @@ def blame(cells: Mapping[str, float]) -> str:
     if total <= 0:
         return texts.COST_NOTHING
     chosen: list[str] = []
-    for name, _ in sorted(cells.items(), key=lambda item: -item[1]):
+    for name in ranked(cells):
         chosen.append(name)
         if math.fsum(cells[n] for n in chosen) >= SHARE * total or len(chosen) == MOST:
             break
@@ -103,6 +103,11 @@ def listed(words: Sequence[object]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def ranked(cells: Mapping[str, float]) -> list[str]:
+    """List parts by their predicted cost, the most expensive first."""
+    return sorted(cells, key=lambda name: -cells[name])
+
+
 def split(name: str) -> tuple[int, str]:
     """Return (layer, cell) of a name such as "layers.3.k"."""
     _, layer, cell = name.split(".")
@@ -116,20 +121,23 @@ def where_map(cells: Mapping[str, float], measured: Mapping[str, Any], layers: i
         return note(texts.COST_NOTHING)
     rows: dict[str, list[float | None]] = {}
     told: list[list[str]] = []
+    parts: list[list[str]] = []
     for cell, label in texts.WHERE_ROWS.items():
         names = [f"layers.{layer}.{cell}" for layer in range(layers)]
         if any(name in shown for name in names):
             rows[label] = [math.log10(shown[name]) if name in shown else None for name in names]
             told.append([_told(name, cells, measured) for name in names])
+            parts.append(names)
     top, bottom = (pick(math.log10(v) for v in shown.values()) for pick in (max, min))
     figure = layer_map(
         rows,
         unit="nats",
-        hover="%{customdata}",
+        hover="%{text}",
         caption=texts.WHERE_CAPTION,
         revision=revision,
         left=132,
-        customdata=told,
+        text=told,
+        customdata=parts,
         zmin=max(bottom, top - 4),
         zmax=top,
     )
@@ -147,8 +155,8 @@ def where_rows(cells: Mapping[str, float], measured: Mapping[str, Any], most: in
     """Make rows of the table of the most expensive parts: layer, part, predicted, measured alone, share of the predicted sum."""
     total = math.fsum(cells.values()) or 1.0
     rows = []
-    for name, kld in sorted(cells.items(), key=lambda item: -item[1])[:most]:
-        layer, cell = split(name)
+    for name in ranked(cells)[:most]:
+        kld, (layer, cell) = cells[name], split(name)
         own = number(measured[name].kld) if name in measured else "–"
         rows.append([str(layer), texts.WHERE_ROWS[cell], number(kld), own, f"{number(100 * kld / total)} %"])
     return rows

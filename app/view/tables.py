@@ -52,17 +52,24 @@ def cluster_rows(view: Any) -> list[list[Any]]:
     return [[c.index, c.size, number(c.low), number(c.high), number(c.scale), c.zero_point] for c in view.clusters]
 
 
-NUMBER_HEADERS = [
-    "run",
-    "perplexity",
-    "against float",
-    "KLD, nats",
-    "same top token",
-    "bytes measured",
-    "by formula",
-    "KV / token",
-    "tokens/s",
-]
+NUMBER_COLUMNS = {
+    "run": "run",
+    "perplexity": "perplexity",
+    "against float": "ln_ratio",
+    "KLD, nats": "kld_mean",
+    "same top token": "same_top_token",
+    "bytes measured": "weight_bytes",
+    "by formula": "formula_bytes",
+    "KV / token": "kv_bytes_per_token",
+    "tokens/s": "tokens_per_second",
+}
+"""Columns of the comparison, and the name of each one's value in `Measured.record`."""
+RECORDED = (
+    *("key", "reference", "text_name", "tokens", "window", "windows_id", "perplexity", "perplexity_stderr", "ln_ratio"),
+    *("ln_ratio_stderr", "kld_mean", "kld_stderr", "same_top_token", "same_top_stderr", "weight_bytes", "kv_bytes_per_token"),
+    *("tokens_per_second", "device", "dtype", "backend"),
+)
+"""Fields of EvalReport that the files of numbers have."""
 MEASURED_ON = "measured on"
 
 
@@ -86,6 +93,11 @@ class Measured:
     other: bool = False
     place: int = 0
 
+    def record(self) -> dict[str, Any]:
+        """Return the row's values in full precision: bytes, nats, shares 0 to 1, tokens per second; None if not measured."""
+        report = self.report.to_dict()
+        return {"run": self.name, "name": self.hover, **{k: report[k] for k in RECORDED}, "formula_bytes": self.estimate}
+
 
 def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
     """Make headers and rows of the comparison. Where protocols differ, a last column names them and rows of others are marked."""
@@ -104,7 +116,27 @@ def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
             number(e.tokens_per_second),
         ]
         rows.append([*row, run.protocol] if mixed else row)
-    return [*NUMBER_HEADERS, MEASURED_ON] if mixed else NUMBER_HEADERS, rows
+    return [*NUMBER_COLUMNS, *([MEASURED_ON] if mixed else [])], rows
+
+
+def number_keys(runs: Sequence[Measured]) -> list[list[Any]]:
+    """List the values that sort the cells of `number_rows`."""
+    return [[*(record[column] for column in NUMBER_COLUMNS.values()), run.protocol] for run in runs for record in [run.record()]]
+
+
+def numbers_csv(runs: Sequence[Measured]) -> str:
+    """Write measurements as CSV, a row for each; a value that was not measured is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    records = [run.record() for run in runs]
+    writer.writerow(dict.fromkeys(name for record in records for name in record))
+    writer.writerows([safe_cell(v) if isinstance(v, str) else v for v in record.values()] for record in records)
+    return out.getvalue()
+
+
+def numbers_json(runs: Sequence[Measured]) -> str:
+    """Write measurements as a JSON list, an object for each."""
+    return json.dumps([run.record() for run in runs], indent=2, allow_nan=False, ensure_ascii=False)
 
 
 def ratio_cell(run: Measured) -> Cell:

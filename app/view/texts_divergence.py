@@ -18,6 +18,14 @@ TOKENS_LEGEND = ("below 0.01", "0.01", "0.05", "0.2", "0.5", "1 nat and more")
 CONFIDENCE_HEADERS = ["reference's largest probability", "tokens", "mean KLD, nats", "flips"]
 CONFIDENCE_CAPTION = "By the confidence of the unquantised model"
 
+# bytes against divergence
+PARETO_LABEL = "Chart of bytes against divergence of every run that was measured like the newest ones, the best joined by a line"
+PARETO_CAPTION = "runs measured like the newest: divergence ± standard error against bytes; no run lies below the line"
+PARETO_SIZE = "Bytes of"
+PARETO_SIZES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache per token"}
+SAVE_CSV = "Numbers (CSV)"
+SAVE_JSON = "Numbers (JSON)"
+
 # what a recipe costs
 COST = "What this recipe costs"
 COST_WAIT = "The cost is predicted as soon as the model is open: change bits, clusters or the method and watch it."
@@ -36,7 +44,7 @@ COST_OFF = "The prediction was {ratio} times what was measured: that factor is i
 COST_NOTHING = "This recipe quantises nothing: it costs nothing."
 WHERE = "Where it hurts"
 WHERE_LABEL = "Heat map of the divergence that each part of each layer causes, predicted, and measured where it was"
-WHERE_CAPTION = "KLD that each part causes alone, nats per token (log scale)"
+WHERE_CAPTION = "KLD that each part causes alone, nats per token (log scale); click a cell to see its channels"
 WHERE_ROWS = {name: label for name, label in BIT_LABELS.items() if name != "weights"} | {
     "qkv": "weights q, k, v",
     "o": "weights attention out",
@@ -52,6 +60,9 @@ SWAPS_NOTE = (
 )
 WHERE_HEADERS = ["layer", "part", "predicted, nats", "measured alone, nats", "share"]
 WHERE_TABLE = "The ten most expensive parts"
+WHERE_PICK = "Click a row, or press Enter on it, to see its channels in the tab Explore. Weights show the site that they read."
+WHERE_NONE = "This part has no channels to show: click a cell of a site or of a weight."
+WHERE_OTHER = "The observed ranges are not those of this recipe's model: press Observe ranges first."
 LEARN_COST_TITLE = "Learn: how a cost is predicted"
 LEARN_COST = """
 **KLD** (Kullback–Leibler divergence) says how far the quantised model's next-token predictions are from the original's, in nats

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import gradio as gr
 import pytest
 
 from app import engine
 from app.session import Costs
+from app.tabs.cost import Cost
 from app.view import cost
+from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.memory import kv_bytes_per_token, measured_parts
 from core.probe.report import Measurement, Prediction, ProbeInfo
@@ -53,7 +56,7 @@ def test_the_map_has_a_row_for_each_part_and_measured_ones_count():
     (trace,) = cost.where_map(CELLS, measured, 27, revision="m")["data"]
     assert trace["y"] == ["keys", "MLP hidden"] and len(trace["z"][0]) == 27
     assert trace["z"][0][0] == pytest.approx(math.log10(0.04)) and trace["z"][0][1] is None
-    assert "measured alone 0.0400" in trace["customdata"][0][0]
+    assert "measured alone 0.0400" in trace["text"][0][0] and trace["customdata"][1][26] == "layers.26.down_in"
     assert cost.where_map({}, {}, 3, revision="m")["data"] == []
 
 
@@ -62,6 +65,50 @@ def test_the_note_compares_predicted_with_measured_parts():
     said = cost.swaps_note(CELLS, alone, 0.0, Measurement(0.1, None, 0.9, 0.0001, 0.1))
     assert "0.500 at the median" in said and "swapped): 0 nats" in said and "at once: 2.00" in said
     assert "at once: not known" in cost.swaps_note(CELLS, {}, 0.0, None)
+
+
+@pytest.fixture
+def clicked(ctx, ranges):
+    """Click a part of a recipe for a model with six layers: its place in the model, or the error."""
+    with gr.Blocks():
+        panel = Cost(ctx)
+    session = ctx.sessions.open()
+    session.ranges = ranges
+    prediction = Prediction({"layers.4.down": 0.3, "layers.2.k": 0.1, "layers.0.softmax": 0.2}, 0.6, (), (), 0.0001, 0.01)
+
+    def click(model=ranges.model, **data):
+        session.costs = Costs(QuantRecipe(model), PROBE, prediction)
+        panel.choose(session, gr.EventData(None, data))
+        return session.selection.layer, session.selection.kind, session.selection.channel
+
+    return click
+
+
+@pytest.mark.parametrize(
+    "data, site",
+    [
+        ({"custom": ["layers.2.k"]}, "layers.2.k"),
+        ({"custom": ["layers.3.qkv"]}, "layers.3.attn_in"),
+        ({"index": 0}, "layers.4.down_in"),
+        ({"index": 2}, "layers.2.k"),
+    ],
+)
+def test_a_part_leads_to_the_widest_channel_of_its_site(clicked, ranges, data, site):
+    layer, kind, channel = clicked(**data)
+    found = ranges.sites[site]
+    widths = (found.high - found.low).tolist()
+    assert f"layers.{layer}.{kind}" == site and widths[channel] == max(widths)
+
+
+@pytest.mark.parametrize("data", [{"index": 1}, {"index": 9}, {"custom": ["layers.99.k"]}, {"custom": 3}, {"custom": [None]}, {}])
+def test_a_part_without_channels_is_refused(clicked, data):
+    with pytest.raises(InputError, match="no channels to show"):
+        clicked(**data)
+
+
+def test_a_part_of_another_model_is_refused(clicked):
+    with pytest.raises(InputError, match="press Observe ranges"):
+        clicked("other", index=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "smollm"])

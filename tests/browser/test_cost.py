@@ -8,6 +8,27 @@ from tests.browser.page_tools import open_tab, quantise
 
 pytestmark = pytest.mark.browser
 
+PLACE = "() => [document.querySelector('#facts h2')?.innerText, document.querySelector('#layer input[type=number]').value]"
+
+
+def at(page, title, layer):
+    page.wait_for_selector("#facts", state="visible")
+    reached = f"([title, layer]) => {{ const [a, b] = ({PLACE})(); return a?.startsWith(title) && b === layer; }}"
+    page.wait_for_function(reached, arg=[title, layer])
+    page.wait_for_selector("#tokens table")
+
+
+def test_a_cell_of_the_map_opens_its_site(visit):
+    page = visit()
+    open_tab(page, "Quantise", "#where")
+    cell = page.locator("#where .nsewdrag").bounding_box()  # two rows, keys above MLP hidden, and six layers
+    page.mouse.click(cell["x"] + cell["width"] * 1.5 / 6, cell["y"] + cell["height"] * 0.75)
+    at(page, "Layer 1 · MLP hidden", "1")
+    open_tab(page, "Quantise", "#where")
+    page.get_by_text("The ten most expensive parts").click()
+    page.locator("#where-table tbody tr", has_text="keys").focus()
+    page.keyboard.press("Enter")
+    at(page, "Layer 3 · keys", "3")
 
 
 def test_the_cost_follows_every_control(visit):
