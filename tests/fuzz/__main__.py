@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SHARE = 40
-"""Tries by every test per example asked for, in all: a test tries one to six inputs per example."""
+SHARE = 24
+"""Inputs that all tests together try per example asked for."""
 
 
 class Told:
