@@ -192,7 +192,8 @@ def _zip() -> bytes:
 def test_zip_files(tmp_path, raw, name):
     (tmp_path / "a.zip").write_bytes(raw)
     _unpacked(tmp_path)
-    with contextlib.suppress(ValueError, UnicodeError), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+    # some names cannot be written: "\0" is one
+    with contextlib.suppress(ValueError, IndexError), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, "x")
         archive.writestr("../../outside", "x")
     _unpacked(tmp_path)
