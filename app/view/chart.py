@@ -1,4 +1,4 @@
-"""The page's own components: a chart drawn by plotly's script, and a table to choose from and sort
+"""The page's own components: a chart drawn by plotly's script, a table to choose from and to sort.
 
 Gradio's own plot component is mounted anew at every update, which loses zoom, and reports no clicks. This one keeps its element:
 zoom survives updates that keep `uirevision`, a click on a point arrives as a `select` event whose data hold x, y and the
