@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from app.cli.output import Console, facts, table
+from app.cli.output import Console, check_json_target, facts, table, write_json
 from app.cli.recipe import recipe_of
 from app.view.autopilot import compared
 from app.view.figure import bytes_text, number
@@ -21,6 +21,8 @@ def allocate(args: Namespace, console: Console) -> None:
     given = [name for name in ("budget_of", "bytes", "kld") if getattr(args, name) is not None]
     if len(given) > 1:
         raise InputError("Several budgets are given: choose one of --budget-of, --bytes and --kld.", code="E-PARAM-BUDGET")
+    if args.out is not None:
+        check_json_target(args.out, code="E-PARAM-OUT")
     if args.budget_of is not None and args.scheme is args.bits is args.recipe is None:
         args.scheme = args.budget_of
     recipe, context = recipe_of(args), parse_int("context", args.context)
@@ -47,7 +49,7 @@ def allocate(args: Namespace, console: Console) -> None:
     grouped = made.method == "rptq" or made.variant == "matched"
     smallest = bench.smallest_g(made, within=within, **probe) if grouped else None
     if args.out is not None:
-        _write(args.out, made)
+        write_json(args.out, made.to_dict())
     document = found.to_dict() | {
         "recipe": made.to_record(),
         "measured": measured.to_dict(),
@@ -56,15 +58,6 @@ def allocate(args: Namespace, console: Console) -> None:
         "provenance": provenance(),
     }
     console.finish(document, _text(found, made, measured, rival, smallest))
-
-
-def _write(path: str, recipe: QuantRecipe) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(recipe.to_json())
-    except OSError as error:
-        rule = f"The recipe cannot be written to {path[-60:]!r}: {error.strerror}. Name a file."
-        raise InputError(rule, code="E-PARAM-OUT") from error
 
 
 def _text(found: Any, recipe: QuantRecipe, measured: Any, rival: Any, smallest: Any) -> str:

@@ -147,8 +147,8 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"{name.ljust(width)}  {printable(value)}\n" for name, value in pairs)
 
 
-def check_json_target(target: str) -> None:
-    """Refuse a file that cannot be written before the work begins. Raises: InputError E-PARAM-JSON."""
+def check_json_target(target: str, *, code: str = "E-PARAM-JSON") -> None:
+    """Refuse a file that cannot be written before the work begins. Raises: InputError with `code`."""
     try:
         path = Path(os.path.realpath(target))
         if not target.strip():
@@ -163,7 +163,7 @@ def check_json_target(target: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _no_json(target, error) from error
+        raise _no_json(target, error, code) from error
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:
@@ -184,9 +184,8 @@ def write_json(target: str, document: dict[str, Any]) -> None:
         write_file(path, text.encode("utf-8"))
 
 
-def _no_json(target: str, error: Exception) -> InputError:
+def _no_json(target: str, error: Exception, code: str) -> InputError:
     number = getattr(error, "errno", None)
     reason = "there is no such folder" if number == errno.ENOENT else PLACE.get(number, ("it cannot be written",))[0]
-    return InputError(
-        f"The JSON file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists.", code="E-PARAM-JSON"
-    )
+    rule = f"The JSON file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists."
+    return InputError(rule, code=code)
