@@ -13,7 +13,7 @@ from app.session import Costs, Session
 from app.tabs.explore import select_widest
 from app.view import cards, cost
 from app.view import texts_divergence as texts
-from app.view.chart import Chart, Table, picked_row
+from app.view.chart import Chart, Table, picked_row, sent
 from app.view.names import short_name
 from app.worker.job import Step
 from core.errors import InputError
@@ -130,7 +130,7 @@ class Cost:
         shown, costs = session.ranges, session.costs
         if shown is None or costs.predicted is None or shown.model != costs.recipe.model:
             raise InputError(texts.WHERE_OTHER, code="E-PARAM-SITE")
-        custom = event._data.get("custom") if isinstance(event._data, dict) else None
+        custom = sent(event, "custom")
         ranked, row = cost.ranked(costs.predicted.cells), picked_row(event)
         name = ranked[row] if 0 <= row < len(ranked) else custom[0] if isinstance(custom, list) and custom else ""
         layer, _, cell = str(name).rpartition(".")

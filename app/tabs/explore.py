@@ -12,7 +12,7 @@ from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
-from app.view.chart import Chart, Table, picked_row, written
+from app.view.chart import Chart, Table, picked_row, sent, written
 from app.view.figure import note
 from app.worker.job import Step
 from core.checks import require_choice, require_float, require_int
@@ -181,16 +181,16 @@ class Explore:
 
     async def clicked_point(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Read the channel whose point was clicked."""
-        custom = event._data.get("custom") if isinstance(event._data, dict) else None
+        custom = sent(event, "custom")
         if isinstance(custom, list) and custom:
             async for updates in self.show_channel(self.ctx.session(values), custom[0]):
                 yield updates
 
     async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Show the layer and channel of a cell of the heat map."""
-        session, data = self.ctx.session(values), event._data if isinstance(event._data, dict) else {}
-        layer = require_int("layer", data.get("y"), 0, last_layer(session), "click inside the map")
-        column = require_float("channel", data.get("x"), -0.5, PER_CHANNEL, "click inside the map")
+        session = self.ctx.session(values)
+        layer = require_int("layer", sent(event, "y"), 0, last_layer(session), "click inside the map")
+        column = require_float("channel", sent(event, "x"), -0.5, PER_CHANNEL, "click inside the map")
         session.selection.layer = layer
         async for updates in self.show_channel(session, round(column)):
             yield updates

@@ -131,8 +131,15 @@ class Table(gr.HTML):
         return {"type": "string"}
 
 
+def sent(event: gr.EventData, name: str) -> Any:
+    """Return what a component's script sent with an event under a name, None if nothing.
+
+    Gradio's own attributes fail where a request holds anything but an object.
+    """
+    return event._data.get(name) if isinstance(event._data, dict) else None
+
+
 def picked_row(event: gr.EventData) -> int:
     """Return the chosen row's index, -1 if the event has none."""
-    data = event._data if isinstance(event._data, dict) else {}
-    index = data.get("index")
+    index = sent(event, "index")
     return index if isinstance(index, int) and not isinstance(index, bool) else -1
