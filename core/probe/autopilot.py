@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
-from core.checks import FLOAT_BITS, require_float, require_int
+from core.checks import FLOAT_BITS, require_float
 from core.errors import InputError
 from core.evaluation.memory import Shape, cache_bytes, linear_bytes, total_bytes
 from core.overrides import Overrides
 from core.probe.knapsack import choose
 from core.probe.plans import cell_name
-from core.probe.report import Allocation, GroupCount, Prediction, Uniform
+from core.probe.report import CONTEXT, Allocation, GroupCount, Prediction, Uniform, require_context
 from core.progress import Progress, part, silent
 from core.recipe import INPUT_SITE, PER_CHANNEL, Bits, Clusters, QuantRecipe
 
@@ -34,8 +34,6 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bits that a part may have."""
 CACHE, ACTIVATIONS = ("k", "v"), ("attn_in", "q", "o_in", "mlp_in", "down_in")
 """Sites that are stored, and sites that are not."""
-CONTEXT, MAX_CONTEXT = 2048, 10**7
-"""Tokens whose keys and values are counted in the budget, if nothing else is said."""
 
 Predict = Callable[[QuantRecipe, Progress], Prediction]
 """Predicts the cost of a recipe on one probe: `core.probe.predict` with its first arguments."""
@@ -91,7 +89,7 @@ def allocate(
         bound: nats per token; the fewest bytes within it are chosen.
     Raises: InputError where the budget is too small, the bound too strict, or nothing can be chosen.
     """
-    require_int("context", context, 1, MAX_CONTEXT, f"use 1 to {MAX_CONTEXT} tokens")
+    require_context(context)
     if budget is not None and bound is not None:
         raise InputError("A budget and a bound are given: give one of them.", code="E-PARAM-BUDGET")
     if bound is None:

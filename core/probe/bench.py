@@ -15,11 +15,11 @@ from core.methods import method
 from core.models.decoder import CausalModel
 from core.models.loaded import LoadedModel
 from core.privacy import is_public_text, owner_tag, text_record
-from core.probe.autopilot import CONTEXT, Predict, allocate, smallest_g
+from core.probe.autopilot import Predict, allocate, smallest_g
 from core.probe.measure import measure, swap
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
-from core.probe.report import PROBE_TEXT, Allocation, GroupCount, Measurement, Prediction, ProbeInfo, ProbeText
+from core.probe.report import CONTEXT, PROBE_TEXT, Allocation, GroupCount, Measurement, Prediction, ProbeInfo, ProbeText
 from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent

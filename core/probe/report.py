@@ -35,6 +35,14 @@ class ProbeText:
 PROBE_TEXT = ProbeText()
 """What a probe reads unless something else is asked for."""
 
+CONTEXT, MAX_CONTEXT = 2048, 10**7
+"""Tokens whose keys and values a budget counts, if nothing else is said, and the most."""
+
+
+def require_context(value: object) -> int:
+    """Check a number of tokens whose keys and values a budget counts. Raises: InputError."""
+    return require_int("context", value, 1, MAX_CONTEXT, f"use 1 to {MAX_CONTEXT} tokens")
+
 
 @dataclass(frozen=True)
 class ProbeInfo(Report):
