@@ -25,23 +25,26 @@ JOBS = {
     "page": "",
     "redraw": "U1, U2, U3",
     "waiting": "W1, W2, W3, W4",
-    "predict": "P1, P2, P3, P4, P5",
+    "live": "P4, P5, predict",
+    "swaps": "P1, P2, P3, predict",
+    "autopilot": "P6, predict",
 }
-"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, and their numbers among the targets."""
+"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`; their numbers as targets, their group."""
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6, or predict for all of the latter"
 
 
 def main() -> int:
     """Parse arguments, run, print, and write JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P5")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {ALLOWED}")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     names = []
     for name in arguments.names or JOBS:
-        found = [job for job, number in JOBS.items() if name == job or name.upper() in number.split(", ") and name]
+        found = [job for job, number in JOBS.items() if name.casefold() in (job, *number.casefold().split(", ")) and name]
         if not found:
-            parser.error(f"unknown job {name!r}: use {', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4 or P1 … P5")
+            parser.error(f"unknown job {name!r}: use {ALLOWED}")
         names += [job for job in found if job not in names]
     rates = limits()
     print(
@@ -51,11 +54,13 @@ def main() -> int:
     results: list[Result] = []
     for name in names:
         start = time.perf_counter()
-        results += importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model)
+        for result in importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model):
+            results.append(result)
+            print(f"… {result.job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if arguments.json:  # after each job: some take minutes, and the run may be stopped
+            arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
     print_results(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
     return 0
 
 

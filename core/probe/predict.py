@@ -71,7 +71,7 @@ def predict(
 
     Args:
         statistics: of the recipe's calibration (`collect_statistics`).
-        seconds: begin no cell after these; cells that are not known then are estimated from other bits and clusters.
+        seconds: begin no cell that would end after these; cells not known then are estimated from other bits and clusters.
     """
     start = time.perf_counter()
     changed = list(_tables(probe, model, statistics, recipe))
@@ -81,20 +81,25 @@ def predict(
             missing.setdefault(layer, []).append(cell)
     late = start + seconds
 
-    def compute(layer: int) -> list[float | None]:
-        looked_at = Layer.of(model, layer, statistics, recipe)
-        with torch.no_grad():
-            return [_predict_cell(probe, looked_at, layer, c) if time.perf_counter() < late else None for c in missing[layer]]
+    @torch.no_grad()
+    def compute(layer: int) -> dict[str, float]:
+        looked_at, values = Layer.of(model, layer, statistics, recipe), {}
+        for cell in sorted(missing[layer], key=lambda cell: probe.took.get(cell, 0.0)):  # the most cells before it is late
+            begun = time.perf_counter()
+            if begun + probe.took.get(cell, 0.0) < late:
+                values[cell] = _predict_cell(probe, looked_at, layer, cell)
+                probe.took[cell] = time.perf_counter() - begun
+        return values
 
-    found: dict[tuple[int, str], float | None] = {}
+    found: dict[tuple[int, str], float] = {}
     for done, (layer, values) in enumerate(zip(missing, in_threads(compute, missing), strict=True)):
-        found |= {(layer, cell): value for cell, value in zip(missing[layer], values, strict=True)}
+        found |= {(layer, cell): value for cell, value in values.items()}
         progress("Predicting", done / len(missing))
     cells: dict[str, float] = {}
     estimated, unknown = [], []
     for layer, cell, table, key in changed:
         name, place = cell_name(layer, cell), (key.bits, key.clusters)
-        if found.get((layer, cell)) is not None:
+        if (layer, cell) in found:
             table[place] = found[layer, cell]
         if place in table:
             cells[name] = table[place]

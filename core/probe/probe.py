@@ -88,6 +88,7 @@ class Probe:
         layers: one per decoder layer.
         noise_floor: KLD of the model in bfloat16 against float32, nats per token.
         cells: predictions that `core.probe.predict` has computed so far: by all else that they depend on, then by layer.
+        took: seconds that the last cell of each name took, in any layer.
     """
 
     ids: Tensor
@@ -99,6 +100,7 @@ class Probe:
     noise_floor: float = 0.0
     seconds: float = 0.0
     cells: dict[Hashable, dict[int, Table]] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

@@ -183,6 +183,18 @@ def test_without_time_cells_are_estimated_from_what_is_known():
     assert predict(*tool, between, seconds=0.0).cells == exact.cells, "what is known needs no time"
 
 
+def test_a_cell_that_would_end_too_late_is_not_begun():
+    both = [recipe_of(scheme="custom", bits=Bits(k=bits, down_in=bits)) for bits in (4, 5)]
+    tool = fresh(both[0])
+    predict(*tool, both[0])
+    assert set(tool[0].took) == {"k", "down_in"} and min(tool[0].took.values()) > 0
+    tool[0].took["k"] = 1e6
+    quick = predict(*tool, both[1], seconds=60.0)
+    assert quick.estimated == ("layers.0.k", "layers.1.k"), "the others are computed"
+    predict(*tool, both[1])
+    assert tool[0].took["k"] < 1e6, "what a cell takes is learnt again"
+
+
 def test_estimates_lie_on_the_line_between_neighbours():
     table = {(4, 1): 0.08, (4, 4): 0.02, (6, 1): 0.01}
     estimate = predict_module._neighbours
