@@ -82,6 +82,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
     try:
         from app.door import install
         from app.page import build_app
+        from app.view.chart import PRELOAD
         from app.view.look import stylesheet, theme
 
         demo = build_app(ctx)
@@ -107,6 +108,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
             prevent_thread_lock=True,
             theme=theme(),
             css=stylesheet(),
+            head=PRELOAD,
             app_kwargs={"openapi_url": None, "lifespan": install.gated(limits, ctx.serving)},
         )
         install.guard(demo.server, settings)

@@ -20,6 +20,9 @@ from app.view.figure import THEMES, Figure
 component_meta.create_or_modify_pyi = lambda *_: None  # Gradio would write an interface file beside this one
 
 SCRIPT = Path(find_spec("plotly").submodule_search_locations[0]) / "package_data" / "plotly.min.js"
+ADDRESS = f"/gradio_api/file={SCRIPT}"
+PRELOAD = f'<link rel="preload" as="script" href="{ADDRESS}">'
+"""For the page's head: plotly is fetched while Gradio's own scripts are, not after them."""
 _JS = (Path(__file__).parent / "chart.js").read_text(encoding="utf-8").replace("__THEMES__", json.dumps(THEMES))
 FRAME = (
     '<div class="qs-chart" role="group" aria-roledescription="chart" aria-label="${{label}}" tabindex="0" '
@@ -101,7 +104,7 @@ class Chart(gr.HTML):
             render=render,
             html_template=FRAME.format(height=int(height), turn=int(turn)),
             js_on_load=_JS,
-            head=f'<script src="/gradio_api/file={SCRIPT}"></script>',
+            head=f'<script src="{ADDRESS}"></script>',
         )
 
     def postprocess(self, value: Figure | str | None) -> str | None:

@@ -51,3 +51,21 @@ def test_nothing_of_the_page_is_stopped_by_its_policy(visit, tmp_path):
     page.wait_for_selector("#status .qs-error")
     assert "names no model" in page.inner_text("#status")
     assert not [text for text in said if "Content Security Policy" in text or "Refused" in text], said
+
+
+def test_the_page_is_light_and_its_largest_script_is_asked_for_at_once(browser, address):
+    context = browser.new_context()
+    page = context.new_page()
+    wire, asked, sizes = context.new_cdp_session(page), {}, {}
+    wire.on("Network.requestWillBeSent", lambda event: asked.setdefault(event["requestId"], event["request"]["url"]))
+    wire.on("Network.loadingFinished", lambda event: sizes.setdefault(event["requestId"], event["encodedDataLength"]))
+    wire.send("Network.enable")
+    page.goto(address)
+    page.wait_for_selector(CHART_DRAWN)
+    assert 500_000 < sum(sizes.values()) <= 2_000_000, "bytes that opening the page takes"
+    scripts = [url for url in asked.values() if url.endswith("plotly.min.js")]
+    assert len(scripts) == 1, "what the head asks for ahead is what the charts use"
+    loaded = page.evaluate("performance.getEntriesByType('resource').map((e) => [e.name, e.startTime])")
+    when = {name.rsplit("/", 1)[-1]: start for name, start in loaded}
+    assert when["plotly.min.js"] < max(start for name, start in when.items() if name.startswith("Index-")), "asked for at once"
+    context.close()
