@@ -15,7 +15,8 @@ from typing import Any
 from app.shared import Derived
 from core import catalogue, embedded_cards
 from core.errors import QuantscopeError
-from core.recipe import FLOAT_BITS, SCHEMES, Bits, Clusters, Overrides, QuantRecipe
+from core.folders import state_of
+from core.recipe import FLOAT_BITS, SCHEMES, Clusters, Overrides, QuantRecipe
 
 ABLATIONS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "bitnet-ablations.json"
 """File of loss curves that `benchmarks/ablations.py` writes."""
@@ -45,31 +46,35 @@ def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
     return derived.get(report, ("curve", site, bits), lambda: compute(report, site, bits=bits))
 
 
-def project_named(name: str, bits: Bits, *, batch: int, sequence: int) -> Any:
-    """Project the memory of a named size."""
-    from core.evaluation.memory import estimate, find_shape
-
-    return estimate(find_shape(name), bits, batch=batch, sequence=sequence, label=name)
+def shape_of(name: str, *, allow_local: bool) -> Any:
+    """Find the sizes of a model by name or numbers (`core.evaluation.shapes.model_shape`); recent ones are kept."""
+    return _shape_of(name, allow_local, state_of(name) if allow_local else None)
 
 
-def project_model(info: Any, bits: Bits, *, batch: int, sequence: int) -> Any:
-    """Project the memory of a loaded model, given its facts."""
-    from core.evaluation.memory import estimate, shape_of_loaded
+@functools.lru_cache(maxsize=64)
+def _shape_of(name: str, allow_local: bool, state: str | None) -> Any:
+    from core.evaluation.shapes import model_shape
 
-    return estimate(shape_of_loaded(info), bits, batch=batch, sequence=sequence, label=info.name)
+    return model_shape(name, allow_local=allow_local)
+
+
+def shape_of_loaded(info: Any) -> Any:
+    """Return the sizes of a loaded model, given its facts."""
+    from core.evaluation.shapes import shape_of_loaded as read
+
+    return read(info)
 
 
 def decoder_bytes(info: Any, recipe: QuantRecipe) -> float:
     """Return the bytes of all layers' weight matrices at a recipe's bits, without scales."""
     from core.evaluation.memory import decoder_bytes as compute
-    from core.evaluation.memory import shape_of_loaded
 
     return compute(shape_of_loaded(info), recipe)
 
 
 def budgets(info: Any, recipe: QuantRecipe, context: int) -> dict[str, int]:
     """Return what uniform schemes take with the cache of `context` tokens, and as "least" and "most" what 2 and 8 bits take."""
-    from core.evaluation.memory import shape_of_loaded, total_bytes
+    from core.evaluation.memory import total_bytes
 
     shape, bits = shape_of_loaded(info), recipe.tensor_bits
     cached = ("k", "v") if max(bits.k, bits.v) < FLOAT_BITS else ()
@@ -82,14 +87,8 @@ def budgets(info: Any, recipe: QuantRecipe, context: int) -> dict[str, int]:
 def recipe_bytes(info: Any, recipe: QuantRecipe) -> tuple[float, float]:
     """Return the bytes of a quantised model and those of its keys and values per token, by formula."""
     from core.evaluation.memory import recipe_bytes as compute
-    from core.evaluation.memory import shape_of_loaded
 
     return compute(shape_of_loaded(info), recipe)
-
-
-def projected_schemes() -> dict[str, Bits]:
-    """Return the schemes of the memory projection, the unquantised model first."""
-    return {"W16A16": Bits(), **SCHEMES}
 
 
 def model_names() -> list[str]:

@@ -124,6 +124,7 @@ class Costs:
     Attributes:
         probe: facts of the probe. predicted: the prediction. measured: of all parts at once. swaps: of parts alone, by name.
         control: the largest divergence measured with nothing swapped, nats; 0 unless something is wrong.
+        estimate: what a run will take.
     """
 
     recipe: QuantRecipe | None = None
@@ -132,6 +133,7 @@ class Costs:
     measured: Any = None
     swaps: dict[str, Any] = field(default_factory=dict)
     control: float = 0.0
+    estimate: Any = None
 
 
 class Inbox:

@@ -28,9 +28,10 @@ JOBS = {
     "live": "P4, P5, predict",
     "swaps": "P1, P2, P3, predict",
     "autopilot": "P6, predict",
+    "estimate": "E1",
 }
 """Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`; their numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6, or predict for all of the latter"
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1"
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def run(model: str) -> list[Result]:
     """Measure W4A4, g = 32, GPTQ, 8,192 calibration tokens; then 2,048 tokens on both models; and one float32 pass."""
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "PYTHONPATH": str(root), "QUANTSCOPE_CACHE": _cache_without_results(Path(scratch))}
+        environment = {**os.environ, "PYTHONPATH": str(root), "QUANTSCOPE_CACHE": cache_without_results(Path(scratch))}
         done = subprocess.run([sys.executable, "-c", CHILD, model], env=environment, capture_output=True, text=True, check=True)
     data = json.loads(done.stdout.splitlines()[-1])
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["stages"].items())
@@ -59,7 +59,7 @@ def run(model: str) -> list[Result]:
     ]
 
 
-def _cache_without_results(scratch: Path) -> str:
+def cache_without_results(scratch: Path) -> str:
     """Make a cache folder that has the downloaded models but no quantised ones, so that none is only loaded."""
     from core.cache import cache_root
 

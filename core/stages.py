@@ -7,14 +7,26 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from core.calibration.data import TextSource, calibration_tokens
+from core.calibration.data import TextSource, calibration_tokens, fit_window
 from core.calibration.observe import observe_layers
 from core.calibration.report import RangesReport, SiteRanges
 from core.calibration.states import KeptStates
 from core.errors import ModelError
-from core.evaluation.describe import backend_use, caution_of, dtype_of, fidelity_of, label_of, layer_report, set_backend
+from core.evaluation.describe import (
+    backend_use,
+    caution_of,
+    dtype_of,
+    fidelity_of,
+    label_of,
+    layer_report,
+    model_info,
+    set_backend,
+)
 from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
 from core.evaluation.perplexity import Reference, score
+from core.evaluation.run_estimate import Timing, estimate_run, time_layer
+from core.evaluation.run_report import RunEstimate
+from core.evaluation.shapes import shape_of_loaded
 from core.methods import method
 from core.methods.sequential import quantize_layers
 from core.models.io.quantized import already_quantized, modules_of
@@ -64,6 +76,24 @@ def observe(
         spec.groups,
         sites,
     )
+
+
+def estimate(
+    base: LoadedModel, recipe: QuantRecipe, *, tokens: int = 2048, window: int = 512, allow_local: bool = True
+) -> RunEstimate:
+    """Estimate what `quantize` takes on this machine, and measuring its result on so many tokens; one layer is timed."""
+    require_float(base, "quantise")
+    recipe.overrides.require_layers(len(base.model.blocks))
+    windows, _ = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
+    return run_estimate(base, recipe, time_layer(base.model, recipe, windows), windows, tokens=tokens, window=window)
+
+
+def run_estimate(
+    base: LoadedModel, recipe: QuantRecipe, timing: Timing, windows: Tensor, *, tokens: int, window: int
+) -> RunEstimate:
+    """Estimate a run from what one layer took. Args: windows: [S, T] of the calibration. Others: as `estimate`."""
+    window, shape = fit_window(base, window), shape_of_loaded(model_info(base, 0.0))
+    return estimate_run(shape, recipe, timing, tuple(windows.shape), (max(1, tokens // window), window))
 
 
 def quantize(

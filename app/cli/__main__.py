@@ -29,9 +29,12 @@ from typing import Any, NoReturn
 
 from app.cli import verbs
 from app.cli.allocate import allocate
+from app.cli.memory import memory
 from app.cli.output import Console, complain
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
+from core.evaluation.memory import PROJECTED
+from core.evaluation.roofline import GPUS
 from core.memory import is_out_of_memory
 from core.probe.report import CONTEXT
 from core.recipe import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
@@ -181,6 +184,7 @@ def _inspect(verb: Parser) -> None:
 
 def _quantize(verb: Parser) -> None:
     verb.add_argument("--out", required=True, metavar="DIR", help="folder to write; any verb takes it as --model")
+    verb.add_argument("--dry-run", action="store_true", help="only estimate what the run takes: seconds, memory, bytes")
     _recipe(verb)
 
 
@@ -246,11 +250,15 @@ def _compare(verb: Parser) -> None:
 
 def _memory(verb: Parser) -> None:
     verb.add_argument(
-        "--model", required=True, metavar="NAME_OR_SHAPE", help="opt-13b, …, layers=40,hidden=5120,heads=40, or a model folder"
+        "--model",
+        required=True,
+        metavar="NAME_OR_SHAPE",
+        help="opt-13b, …, layers=40,hidden=5120,heads=40, a model folder, a config.json, or owner/name of the Hub",
     )
-    verb.add_argument("--scheme", required=True, metavar="S", help=f"W16A16, {', '.join(SCHEMES)}")
-    verb.add_argument("--batch", required=True, metavar="B", help="sequences at once")
-    verb.add_argument("--seq", required=True, metavar="T", help="tokens per sequence")
+    verb.add_argument("--scheme", required=True, metavar="S", help=f"{', '.join(PROJECTED)}; several with commas, or all")
+    verb.add_argument("--batch", required=True, metavar="B", help="sequences at once; several with commas make a grid")
+    verb.add_argument("--seq", required=True, metavar="T", help="tokens per sequence; several with commas make a grid")
+    verb.add_argument("--gpu", metavar="G", help=f"also the roofline of {', '.join(GPUS)}")
 
 
 def _sparsity(verb: Parser) -> None:
@@ -268,7 +276,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),
     "sparsity": (verbs.sparsity, _sparsity, "Count the zeros a BitNet model multiplies with, and its active parameters"),
-    "memory": (verbs.memory, _memory, "Project memory by formula; nothing is loaded"),
+    "memory": (memory, _memory, "Project memory by formula; nothing is loaded"),
     "doctor": (verbs.doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }

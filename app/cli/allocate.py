@@ -34,7 +34,8 @@ def allocate(args: Namespace, console: Console) -> None:
     }
     of = None if args.budget_of is None else replace(recipe, scheme=args.budget_of, bits=None, overrides=Overrides())
     from core import Workbench
-    from core.evaluation.memory import shape_of_loaded, total_bytes
+    from core.evaluation.memory import total_bytes
+    from core.evaluation.shapes import shape_of_loaded
     from core.provenance import provenance
 
     bench = Workbench(device=args.device)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from core.disk import PLACE, disk_errors
 from core.errors import InputError, QuantscopeError
+from core.progress import Pace
 from core.storage import write_file
 
 STDOUT = "-"
@@ -35,17 +36,18 @@ class Progress:
         self.bar = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.start: float | None = None
         self.due = 0.0
-        self.phase, self.fraction, self.origin = "", 0.0, (0.0, 0.0)
+        self.fraction, self.pace = 0.0, Pace()
         self.drawn = False
 
     def __call__(self, stage: str, fraction: float | None = None) -> None:
-        """Show a stage; without a fraction, the last one of the same kind of stage stays."""
-        now, phase = self.clock(), stage.partition(" ")[0]
+        """Show a stage; without a fraction, the last one stays. A smaller fraction begins another piece of work."""
+        now = self.clock()
         if self.start is None:  # the time that libraries take to load does not count
             self.start, self.due = now, now + (0.0 if self.bar else FIRST_LINE_S)
-        if phase != self.phase or (fraction is not None and fraction < self.fraction):
-            self.phase, self.fraction, self.origin = phase, fraction or 0.0, (fraction or 0.0, now)
-        self.fraction = max(self.fraction, min(1.0, fraction or 0.0))
+        if fraction is not None:
+            self.pace = self.pace if fraction >= self.fraction else Pace()
+            self.fraction = min(1.0, fraction)
+            self.pace.report(now, self.fraction)
         if now < self.due:
             return
         stage = printable(stage)
@@ -69,12 +71,8 @@ class Progress:
 
     def _left(self, now: float) -> str:
         """Return the remaining time as text, once it can be estimated."""
-        fraction, begun = self.origin
-        done, spent = self.fraction - fraction, now - begun
-        if done < 0.02 or spent < 2:
-            return ""
-        seconds = round(spent / done * (1 - self.fraction))
-        return f", about {seconds // 60}:{seconds % 60:02d} left"
+        remaining = self.pace.remaining(now)
+        return "" if remaining is None else f", about {round(remaining) // 60}:{round(remaining) % 60:02d} left"
 
 
 class Console:

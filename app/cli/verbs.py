@@ -11,7 +11,7 @@ from typing import Any
 
 from app.cli.output import Console, facts, table
 from app.cli.recipe import calibration_of, recipe_of
-from app.view.figure import bytes_text, number
+from app.view.figure import bytes_text, number, seconds_text
 from app.view.tables import quantile, share, with_error
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError, ResourceError
@@ -107,7 +107,7 @@ def inspect(args: Namespace, console: Console) -> None:
 def quantize(args: Namespace, console: Console) -> None:
     """Quantise a model into a folder that every other verb accepts as `--model`."""
     recipe = recipe_of(args)
-    from core import load_model
+    from core import estimate, load_model
     from core.models.io.quantized import check_output, save_quantized
     from core.provenance import provenance
     from core.workbench import quantize as run
@@ -115,6 +115,11 @@ def quantize(args: Namespace, console: Console) -> None:
     check_output(args.out)
     _require_text(recipe.calibration.text, "calibration")
     base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
+    expected = estimate(base, recipe)
+    if args.dry_run:
+        console.finish(expected.to_dict() | {"recipe": recipe.to_record(), "provenance": provenance()}, _expected(expected))
+        return
+    console.write(_expected(expected) + "\n")
     made, report = run(base, recipe, progress=console.progress)
     saved = replace(report, folder=args.out)
     console.progress("Saving the quantised model", None)
@@ -123,7 +128,8 @@ def quantize(args: Namespace, console: Console) -> None:
     except ResourceError as error:  # what was found out in the run is shown all the same
         console.write(_quantize_text(replace(report, unsaved=str(error))))
         raise
-    console.finish(saved.to_dict() | {"out": args.out, "provenance": provenance()}, _quantize_text(saved))
+    document = saved.to_dict() | {"out": args.out, "estimate": expected.to_dict(), "provenance": provenance()}
+    console.finish(document, _quantize_text(saved))
 
 
 def evaluate(args: Namespace, console: Console) -> None:
@@ -212,23 +218,6 @@ def sparsity(args: Namespace, console: Console) -> None:
     text += table(["layer", *names], rows)
     text += f"\n{report.active_parameters:,} of {report.parameters:,} decoder weights meet a code that is not zero.\n"
     console.finish(report.to_dict() | {"model": args.model, "provenance": provenance()}, text)
-
-
-def memory(args: Namespace, console: Console) -> None:
-    """Project and print the bytes of a model, by formula."""
-    from core import memory_estimate
-
-    batch, sequence = parse_int("batch", args.batch), parse_int("sequence", args.seq)
-    made = memory_estimate(args.model, args.scheme, batch=batch, sequence=sequence)
-    parts = {"weights": made.weights, "kv_cache": made.kv_cache, "activations": made.activations, "total": made.total}
-    rows = [[name.replace("_", " "), f"{size:,}", f"{size / 1e9:,.2f}", f"{size / 2**30:,.2f}"] for name, size in parts.items()]
-    text = f"{args.model}, {args.scheme}, batch {batch:,}, sequence {sequence:,} (estimate)\n\n"
-    text += table(["part", "bytes", "GB", "GiB"], rows) + f"\n{made.assumptions} 1 GB = 10^9, 1 GiB = 2^30 bytes.\n"
-    console.finish(
-        parts
-        | {"model": args.model, "scheme": args.scheme, "batch": batch, "sequence": sequence, "assumptions": made.assumptions},
-        text,
-    )
 
 
 def _protocol(args: Namespace) -> dict[str, Any]:
@@ -326,6 +315,19 @@ def _evaluation_text(report: Any, reference: str | None) -> str:
             *_caution(report),
         ]
     )
+
+
+def _expected(found: Any) -> str:
+    """Write what a run will take."""
+    peak, lacking = found.peak_bytes(measured=False), found.lacking_bytes(measured=False)
+    pairs = [
+        ("time", f"about {seconds_text(found.seconds)} on {found.tokens:,} calibration tokens"),
+        ("memory", f"about {bytes_text(peak)} at the peak, {bytes_text(found.added_bytes)} more than now"),
+        ("bytes", f"{bytes_text(found.model_bytes)} saved, {bytes_text(found.packed_bytes)} of it packed weights"),
+        ("estimated", f"from the shapes and one layer, timed in {seconds_text(found.timing_seconds)}"),
+    ]
+    short = f"{bytes_text(lacking)} more than are free: use fewer calibration tokens or a smaller model"
+    return facts([*pairs, ("caution", short)] if lacking else pairs)
 
 
 def _caution(report: Any) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -11,9 +12,9 @@ from app import engine
 from app.context import LIGHT, Context, Updates
 from app.session import MAX_RUNS, Protocol, Run, Session
 from app.tabs.keep import Keep
-from app.tabs.measured import estimated_bytes, numbers_table
+from app.tabs.measured import MEASURED_TEXT, WINDOW, estimated_bytes, numbers_table, window_of
+from app.tabs.memory import Memory
 from app.tabs.pareto import Pareto
-from app.tabs.quantize import MEASURED_TEXT, WINDOW, window_of
 from app.tabs.tokens import Tokens
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart, Table
@@ -30,8 +31,6 @@ MAX_TEMPERATURE = 2.0
 OWN_TEXT = "own"
 MAX_NEW_TOKENS = 256
 MAX_PROMPT = 4000
-THIS_MODEL = "this model"
-SHAPES_OFFERED = ("opt-125m", "opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-3-8b")
 
 
 class Compare:
@@ -96,23 +95,7 @@ class Compare:
             self.bars = Chart(None, label=texts.BYTES_LABEL, height=380, elem_id="bars", visible=False)
             self.tokens = Tokens(ctx)
             self.keep = Keep(ctx)
-            with gr.Accordion(texts.MEMORY, open=False, elem_id="memory-panel"):
-                gr.Markdown(texts.MEMORY_INFO, elem_classes="qs-caption")
-                with gr.Row(elem_classes="qs-controls qs-card"):
-                    self.shape = gr.Dropdown(
-                        [THIS_MODEL, *SHAPES_OFFERED],
-                        value="opt-13b",
-                        label=texts.SHAPE,
-                        elem_id="shape",
-                        filterable=False,
-                        min_width=120,
-                    )
-                    self.batch = gr.Slider(1, 128, 8, step=1, label=texts.BATCH, elem_id="batch", buttons=[], min_width=160)
-                    self.sequence = gr.Slider(
-                        256, 32768, 2048, step=256, label=texts.SEQUENCE, elem_id="sequence", buttons=[], min_width=160
-                    )
-                self.memory = Chart(None, label=texts.MEMORY_LABEL, height=320, elem_id="memory")
-                self.memory_note = gr.HTML("", apply_default_css=False)
+            self.memory = Memory(ctx)
             with gr.Accordion(texts.LEARN_COMPARE_TITLE, open=False):
                 gr.Markdown(texts.LEARN_COMPARE)
 
@@ -153,14 +136,10 @@ class Compare:
     def wire(self) -> None:
         """Connect the tab's events."""
         guard, on, key, status = self.ctx.guard, self.ctx.on, self.ctx.key, [self.ctx.status, self.ctx.stop]
-        sizes = {key, self.shape, self.batch, self.sequence}
         lists = [*self.keep.outputs, *self.tokens.outputs, self.runs]
-        shown = [*lists, self.prompt, *self.results, self.memory, self.memory_note]
-        projection = [self.memory, self.memory_note, *status]
-        self.tab.select(guard(self.opened), {*sizes, self.prompt}, [*shown, *status], **LIGHT)
+        shown = [*lists, self.prompt, *self.results, *self.memory.outputs]
+        self.tab.select(guard(self.opened), {*self.memory.inputs, self.prompt}, [*shown, *status], **LIGHT)
         self.runs.input(guard(self.ticked), {key, self.runs}, [*self.results, *status], **LIGHT)
-        for control in (self.shape, self.batch, self.sequence):
-            control.input(guard(self.project), sizes, projection, trigger_mode="always_last", **LIGHT)
         wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.seed, self.chat}
         for event in (self.write.click, self.prompt.submit):
             on(event, self.generate, wishes, [self.streams, self.speed, *status])
@@ -168,6 +147,7 @@ class Compare:
         on(self.measure.click, self.evaluate, protocol, [self.runs, *self.results, *status])
         self.tokens.wire()
         self.pareto.wire()
+        self.memory.wire()
         self.keep.wire(self.listed, [self.runs, *self.tokens.outputs, *self.results])
 
     def opened(self, values: Updates) -> Updates:
@@ -175,31 +155,14 @@ class Compare:
         session = self.ctx.session(values)
         untouched = values[self.prompt] in (texts.PROMPT_DEFAULT, texts.PROMPT_STORY) and session.info is not None
         prompt = {self.prompt: prompt_for(session.info.name)} if untouched else {}
-        return {**self.listed(session), **self.keep.render(session), **self.project(values), **prompt}
+        projected: Updates = {}
+        with contextlib.suppress(QuantscopeError):  # a size that cannot be read, said when it was typed, does not hide the runs
+            projected = self.memory.project(values)
+        return {**self.listed(session), **self.keep.render(session), **projected, **prompt}
 
     def ticked(self, values: Updates) -> Updates:
         """Show the numbers of the ticked runs."""
         return self.render(self.ctx.session(values), values[self.runs])
-
-    def project(self, values: Updates) -> Updates:
-        """Project memory to the chosen size."""
-        session = self.ctx.session(values)
-        shape = require_choice("size", values[self.shape], (THIS_MODEL, *SHAPES_OFFERED))
-        if shape == THIS_MODEL and session.info is None:
-            raise InputError("No model is loaded yet: wait for it, or choose one of the sizes.", code="E-PARAM-SIZE")
-        batch = require_int("batch", values[self.batch], 1, 1024, "use 1 to 1024")
-        sequence = require_int("sequence length", values[self.sequence], 1, 1_048_576, "use 1 to 1048576")
-        sizes = {"batch": batch, "sequence": sequence}
-        estimates = [
-            (
-                name,
-                engine.project_model(session.info, bits, **sizes)
-                if shape == THIS_MODEL
-                else engine.project_named(shape, bits, **sizes),
-            )
-            for name, bits in engine.projected_schemes().items()
-        ]
-        return {self.memory: plots_runs.memory_bars(estimates), self.memory_note: cards.caution(estimates[0][1].assumptions)}
 
     async def generate(self, values: Updates) -> AsyncIterator[Updates]:
         """Let the ticked runs continue the prompt, one after the other, streaming."""

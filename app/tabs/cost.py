@@ -11,6 +11,7 @@ from app import engine
 from app.context import Context, Updates
 from app.session import Costs, Session
 from app.tabs.explore import select_widest
+from app.tabs.measured import QUICK_TOKENS, window_of
 from app.view import cards, cost
 from app.view import texts_divergence as texts
 from app.view.chart import Chart, Table, picked_row, sent
@@ -28,6 +29,7 @@ class Cost:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
+        self.before = gr.HTML(cards.hint(texts.BEFORE_WAIT), elem_id="before-start", apply_default_css=False)
         self.card = gr.HTML(cards.hint(texts.COST_WAIT), elem_id="cost", apply_default_css=False)
         with gr.Accordion(texts.WHERE, open=True, elem_id="where-panel"):
             self.blame = gr.HTML("", elem_id="blame", apply_default_css=False)
@@ -42,7 +44,7 @@ class Cost:
     @property
     def outputs(self) -> list:
         """Components that another recipe changes."""
-        return [self.card, self.blame, self.map, self.swaps, self.note, self.table]
+        return [self.before, self.card, self.blame, self.map, self.swaps, self.note, self.table]
 
     def wire(self, recipe: Callable[[Updates], QuantRecipe], inputs: set, opened: Callable, triggers: list[Callable]) -> None:
         """Connect the panel.
@@ -74,44 +76,51 @@ class Cost:
         """Predict a recipe; when no newer one comes, measure it too."""
         if session.info is None or session.info.name != recipe.model:
             return
-        if session.costs.recipe == recipe and session.costs.measured is not None:
+        if session.costs.recipe == recipe and None not in (session.costs.measured, session.costs.estimate):
             yield self.render(session)
             return
         if session.costs.recipe != recipe:
             kept = session.costs.recipe is not None and session.costs.recipe.model == recipe.model
-            session.costs = replace(session.costs, recipe=recipe, measured=None, swaps={}) if kept else Costs(recipe)
+            fresh = {"recipe": recipe, "measured": None, "swaps": {}, "estimate": None}
+            session.costs = replace(session.costs, **fresh) if kept else Costs(recipe)
         quick = {"recipe": recipe, "seconds": QUICK_SECONDS}
-        steps = [
-            Step("probe", {"recipe": recipe}, "Reading the probe", 5.0),
-            Step("predict", quick, "Predicting the cost", 0.2),
-            Step("predict", {"recipe": recipe}, "Predicting the cost", 1.0),
-            Step("measure", {"recipe": recipe}, "Measuring on the probe", 1.0),
+        size = {"tokens": QUICK_TOKENS, "window": window_of(session.info)}
+        estimate = [("estimate", Step("estimate", {"recipe": recipe, **size}, texts.BEFORE, 0.5))]
+        parts = [
+            ("probe", Step("probe", {"recipe": recipe}, "Reading the probe", 5.0)),
+            ("predicted", Step("predict", quick, "Predicting the cost", 0.2)),
+            ("predicted", Step("predict", {"recipe": recipe}, "Predicting the cost", 1.0)),
+            ("measured", Step("measure", {"recipe": recipe}, "Measuring on the probe", 1.0)),
         ]
-        fields = ("probe", "predicted", "predicted", "measured")
+        parts = [*estimate, *parts] if session.costs.probe is None else [*parts, *estimate]  # a moving control waits for neither
         seen = 0
-        async for job in self.ctx.follow(session, "cost", steps):
+        async for job in self.ctx.follow(session, "cost", [step for _, step in parts]):
             if session.costs.recipe != recipe:
                 return
             new = job.results[seen:]
-            for name, found in zip(fields[seen:], new, strict=False):
+            for (name, _), found in zip(parts[seen:], new, strict=False):
                 setattr(session.costs, name, found)
             seen += len(new)
-            if seen > 1 and new:
+            if new and "predicted" in (name for name, _ in parts[:seen]):
                 yield self.render(session, busy="" if job.finished else texts.COST_MEASURING)
+            elif new and session.costs.estimate is not None:
+                yield {self.before: cost.before_start(session.costs.estimate)}
             elif session.costs.predicted is None:
                 yield {self.card: cards.hint(f"{job.stage or texts.COST_LINE}: {texts.COST_READING}")}
 
     def render(self, session: Session, busy: str = "") -> Updates:
         """Show the card, the map and the table of the session's costs."""
         costs, hidden = session.costs, gr.update(visible=False)
+        before = {self.before: cost.before_start(costs.estimate)} if costs.estimate is not None else {}
         if costs.predicted is None:
-            return {self.card: cards.hint(texts.COST_WAIT), self.map: hidden, self.swaps: hidden}
+            return {**before, self.card: cards.hint(texts.COST_WAIT), self.map: hidden, self.swaps: hidden}
         cells, run = costs.predicted.cells, session.run(costs.recipe.hash)
         bytes_ = engine.recipe_bytes(session.info, costs.recipe)
         rows = cost.where_rows(cells, costs.swaps)
         note = cost.swaps_note(cells, costs.swaps, costs.control, costs.measured) if costs.swaps else ""
         label = short_name(costs.recipe, costs.recipe.label())
         return {
+            **before,
             self.card: cost.cost_card(label, costs, run.evaluation if run else None, bytes_, session.info.caution, busy),
             self.blame: f'<p class="qs-verdict">{cost.blame(cells)}</p>',
             self.map: gr.update(

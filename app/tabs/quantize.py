@@ -12,7 +12,7 @@ from app.context import LIGHT, Context, Updates
 from app.session import Protocol, Run, Session
 from app.tabs.autopilot import Autopilot
 from app.tabs.cost import Cost
-from app.tabs.measured import numbers_table, verdict
+from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, numbers_table, verdict, window_of
 from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
@@ -24,11 +24,10 @@ from core.errors import InputError
 from core.folders import state_of
 from core.recipe import REORDERS, SCHEMES, SITES, BitNetOptions, Bits, Clusters, QuantRecipe, require_int
 
-QUICK_TOKENS = 2048
-WINDOW = 512
-MEASURED_TEXT = "sotu"
 CURVES = 5
 """Largest number of runs in one chart, one for each colour."""
+LOADING_SECONDS = 1.0
+"""Guess of what loading a run takes that was made before."""
 BIT_CHOICES = [2, 3, 4, 5, 6, 7, 8, 16]
 ATTENTION_BITS = (16, 8, 4, 3)
 
@@ -349,14 +348,21 @@ class Quantize:
         base_key = ("evaluation", recipe.model, recipe.revision, state, protocol)
         if (known := self.ctx.shared.get(base_key)) and protocol not in base.measured:
             base.measure(protocol, known)
-        steps = [Step("load", model, "Loading the model", 1.0), Step("quantize", {"recipe": recipe}, "Quantising", 8.0)]
+        told = session.costs.estimate if session.costs.recipe == recipe else None
+        timed, weights = told is not None, (1.0, 8.0, 4.0, 1.5)
+        if timed:
+            weights = (0.1, LOADING_SECONDS if told.saved else told.seconds, told.compare_seconds, told.original_seconds)
+        steps = [
+            Step("load", model, "Loading the model", weights[0], timed),
+            Step("quantize", {"recipe": recipe}, "Quantising", weights[1], timed),
+        ]
         if measure:
             common = vars(protocol)
             both = {"key": recipe.hash, "reference": recipe.model, "reference_revision": recipe.revision, **common}
-            steps.append(Step("evaluate", both, "Measuring the quantised model", 4.0))
+            steps.append(Step("evaluate", both, "Measuring the quantised model", weights[2], timed))
             if protocol not in base.measured:
                 alone = {"key": recipe.model, "revision": recipe.revision, **common}
-                steps.append(Step("evaluate", alone, "Measuring the original", 1.5))
+                steps.append(Step("evaluate", alone, "Measuring the original", weights[3], timed))
         run, seen = None, 0
         async for job in self.ctx.follow(session, "quantize", steps):
             while seen < len(job.results):
@@ -376,11 +382,6 @@ class Quantize:
             yield self.ctx.busy(job, recipe.label())
         if run is None:
             raise InputError("The run gave no result: try again.", code="E-PARAM-RECIPE")
-
-
-def window_of(info: Any) -> int:
-    """Return the window for observing and measuring a model: `WINDOW` tokens, or its whole context where that is shorter."""
-    return min(WINDOW, (info.context if info is not None else 0) or WINDOW)
 
 
 def _whole(value: object) -> int:

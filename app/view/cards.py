@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from app.view import texts
-from app.view.figure import bytes_text, number
+from app.view.figure import bytes_text, number, seconds_text
 from app.view.plots_runs import drawable, run_colour
 from app.view.tables import Cell, Estimate, Hover
 from app.worker.job import JobView
@@ -23,15 +23,6 @@ VERDICTS = (
     (3.1, "Perplexity tripled:"),
 )
 """(upper limit of a ratio of perplexities, words for it), ascending."""
-
-
-def seconds_text(seconds: float) -> str:
-    """Format a duration for people."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
 def counted(count: int, thing: str) -> str:
@@ -259,7 +250,7 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
     saved = report.float_bytes / report.weight_bytes if report.weight_bytes else 0.0
     before = f"{number(saved)} × smaller than {bytes_text(report.float_bytes)}" if saved > 1.01 else "no smaller than before"
     calibrated = "errors compared on" if report.recipe["method"] == "bitnet" else "calibrated on"
-    figures = [
+    pairs = [
         (f"{report.effective_weight_bits:.2f}", "bits per decoder weight, scales included"),
         (
             bytes_text(report.weight_bytes),
@@ -269,7 +260,7 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
     ]
     exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
     notes = caution(texts.EXACT if exact else "") + caution(report.unsaved or "") + caution(report.caution or "")
-    return headed(title, place, verdict + _figures(figures) + notes)
+    return headed(title, place, verdict + figures(pairs) + notes)
 
 
 def headed(title: str, place: int, content: str) -> str:
@@ -282,7 +273,7 @@ def cluster_figures(view: Any, heads: int) -> str:
     """Write the predicted error of a clustering in words."""
     times = 1 / view.predicted_error if view.predicted_error > 0 else float("inf")
     where = f"clusters in each of {heads} heads" if heads > 1 else "clusters"
-    return _figures(
+    return figures(
         [
             (f"{number(times)}×", f"less rounding error than one scale, predicted at {view.bits} bits"),
             (f"{1 + int(view.labels.max())}", f"{where} over {len(view.labels):,} channels"),
@@ -290,7 +281,8 @@ def cluster_figures(view: Any, heads: int) -> str:
     )
 
 
-def _figures(pairs: Sequence[tuple[str, str]]) -> str:
+def figures(pairs: Sequence[tuple[str, str]]) -> str:
+    """Write a row of large figures, each over the words that explain it."""
     cells = "".join(f"<div><b>{escape(figure)}</b><span>{escape(words)}</span></div>" for figure, words in pairs)
     return f'<div class="qs-figures">{cells}</div>'
 

@@ -54,6 +54,30 @@ def cost_card(label: str, costs: Any, verified: Any, size: tuple[float, float], 
     )
 
 
+def before_start(found: Any) -> str:
+    """Write what a run will take. `found`: RunEstimate."""
+    pairs = [
+        (f"≈ {cards.seconds_text(found.seconds)}", texts.BEFORE_TIME.format(tokens=found.tokens)),
+        (
+            f"≈ {cards.seconds_text(found.compare_seconds + found.original_seconds)}",
+            texts.BEFORE_MEASURE.format(tokens=found.compared),
+        ),
+        (
+            f"≈ {bytes_text(found.peak_bytes(measured=True))}",
+            texts.BEFORE_PEAK.format(alone=bytes_text(found.peak_bytes(measured=False))),
+        ),
+        (f"≈ {bytes_text(found.model_bytes)}", texts.BEFORE_BYTES.format(packed=bytes_text(found.packed_bytes))),
+    ]
+    lacking = found.lacking_bytes(measured=True)
+    notes = [
+        texts.BEFORE_SAVED if found.saved else "",
+        texts.BEFORE_SHORT.format(lacking=bytes_text(lacking)) if lacking else "",
+        texts.BEFORE_NOTE.format(seconds=cards.seconds_text(found.timing_seconds)),
+    ]
+    said = cards.figures(pairs) + "".join(map(cards.caution, notes))
+    return f'<div class="qs-summary"><h4>{escape(texts.BEFORE)}</h4>{said}</div>'
+
+
 def _bar(kind: str, found: tuple[float, float | None] | None, floor: float, busy: str) -> str:
     name, how = texts.COST_ROWS[kind]
     if found is None:

@@ -131,6 +131,18 @@ def bytes_text(count: float) -> str:
     return f"{count:,.0f} B"
 
 
+def seconds_text(seconds: float) -> str:
+    """Format a duration for people: "3 min 20 s", "1.2 s", "12.5 ms"."""
+    if seconds < 0.1:
+        unit, size = ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
+        return f"{number(seconds / size)} {unit}"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
 @dataclass(frozen=True)
 class Scale:
     """A mapping from activation units to chart coordinates.

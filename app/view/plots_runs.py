@@ -1,4 +1,4 @@
-"""Charts of quantised runs: error per layer, bytes by part, projected memory; pure functions."""
+"""Charts of quantised runs: error per layer, bytes by part; pure functions."""
 
 from __future__ import annotations
 
@@ -164,67 +164,6 @@ def bytes_bars(runs: Sequence[tuple[str, dict[str, int], float | None]]) -> Figu
             uniformtext={"minsize": 11, "mode": "hide"},
             showlegend=True,
             xaxis={"title": {"text": "MB"}, "rangemode": "tozero"},
-            yaxis={"automargin": True, "autorange": "reversed"},
-        ),
-    }
-
-
-def memory_bars(estimates: Sequence[tuple[str, Any]]) -> Figure:
-    """Draw projected memory by part for several schemes, with outlined bars, because nothing here is measured.
-
-    Args:
-        estimates: (scheme, MemoryEstimate) in display order.
-    """
-    names = [name for name, _ in estimates]
-    traces = []
-    for part, label, colour, shape in (
-        ("weights", "weights", "@part0", ""),
-        ("kv_cache", "KV cache", "@part1", "/"),
-        ("activations", "activations", "@part2", "."),
-    ):
-        sizes = [float(getattr(e, part)) for _, e in estimates]
-        traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": label,
-                "y": names,
-                "x": [s / 1e9 for s in sizes],
-                "opacity": 0.75,
-                "marker": {
-                    "color": colour,
-                    "line": {"color": colour, "width": 1.5},
-                    "pattern": {"shape": shape, "size": 6, "solidity": 0.3},
-                },
-                "customdata": [bytes_text(s) for s in sizes],
-                "hovertemplate": "%{fullData.name}: about %{customdata}<extra>%{y}</extra>",
-            }
-        )
-    totals = [float(e.total) for _, e in estimates]
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "text",
-            "y": names,
-            "x": [t / 1e9 for t in totals],
-            "text": [f" ≈ {bytes_text(t)}" for t in totals],
-            "textposition": "middle right",
-            "showlegend": False,
-            "hoverinfo": "skip",
-            "cliponaxis": False,
-        }
-    )
-    top = max(totals, default=1.0) / 1e9
-    return {
-        "data": traces,
-        "layout": layout(
-            uirevision="memory",
-            caption="memory by formula, not measured",
-            margin=(12, 20, 34, 42),
-            barmode="stack",
-            bargap=0.3,
-            showlegend=True,
-            xaxis={"title": {"text": "GB, by formula"}, "range": [0, top * 1.35]},
             yaxis={"automargin": True, "autorange": "reversed"},
         ),
     }

@@ -1,4 +1,4 @@
-"""A job of a worker: its steps, its progress, its results so far, and its estimated remaining time."""
+"""A job of a worker: its steps, its progress, its results so far, and its remaining time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 
 from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
+from core.progress import Pace
 
-FIRST_SHARE, FIRST_SECONDS = 0.1, 3.0
-"""Share of the work and seconds that must have passed before a remaining time is shown."""
-RECENT = 0.7
-"""Last part of the elapsed time over which the pace is measured: long enough that one slow layer does not decide."""
 LOAD = "load"
 """The step that does not count for the pace: it may download a model, or find it in memory."""
 MEMORY = "E-MEM"
@@ -27,13 +24,14 @@ class Step:
 
     Attributes:
         title: text of the status line until the workbench reports a stage of its own.
-        weight: the step's share of the job's time, relative to the other steps.
+        weight: the step's share of the job's time, relative to the other steps. timed: whether it is an estimate in seconds.
     """
 
     method: str
     arguments: dict[str, Any]
     title: str = ""
     weight: float = 1.0
+    timed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,37 +64,6 @@ class JobView:
         return self.state not in ("waiting", "running")
 
 
-class Pace:
-    """Estimate of the remaining time of work from the shares it has reported, by the pace of the last `RECENT` of its time.
-
-    remaining = (1 - share) / pace at the last report, minus the time since; but at least half of the estimate that assumes no
-    progress since that report, so that work that has slowed down never seems finished. The clock starts at the last report
-    before any progress: the time before it (imports, reading the text) is not typical of the rest.
-    """
-
-    def __init__(self) -> None:
-        self._reports: list[tuple[float, float]] = []
-
-    def report(self, seconds: float, share: float) -> None:
-        """Record that `share` (0 to 1) was done at time `seconds`. A share without progress is ignored."""
-        if len(self._reports) <= 1 and (not self._reports or share <= self._reports[0][1]):
-            self._reports = [(seconds, share)]
-        elif share > self._reports[-1][1]:
-            self._reports.append((seconds, share))
-
-    def remaining(self, seconds: float) -> float | None:
-        """Estimate the remaining seconds at time `seconds`; None while too little is known."""
-        if len(self._reports) < 2:
-            return None
-        (start, first), (last, share) = self._reports[0], self._reports[-1]
-        if share < first + FIRST_SHARE * (1 - first) or seconds < start + FIRST_SECONDS:
-            return None
-        horizon = start + (1 - RECENT) * (last - start)
-        since, before = next(report for report in reversed(self._reports[:-1]) if report[0] <= horizon)
-        left = (1 - share) / (share - before)
-        return max(left * (last - since) - (seconds - last), left * (seconds - since) / 2)
-
-
 class Job:
     """The page's record of one job: `take` applies the worker's messages, `view` returns its state."""
 
@@ -112,7 +79,7 @@ class Job:
         self.results: list[Any] = []
         self.texts = [""] * len(self.steps)
         self.out_of_memory = False
-        self._pace = Pace()
+        self._pace = Pace(sum(s.weight for s in self.steps) if all(s.timed for s in self.steps) else None)
         self._clock = clock
         self._since = clock()
 

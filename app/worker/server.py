@@ -29,6 +29,7 @@ METHODS = {
     "load",
     "observe",
     "channel",
+    "estimate",
     "quantize",
     "forget",
     "open_saved",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from core.errors import InputError
-from core.evaluation.memory import measured_parts, position_rows
+from core.evaluation.memory import measured_parts
+from core.evaluation.shapes import position_rows
 from core.methods.sequential import LayerOutcome
 from core.models.decoder import CausalModel
 from core.models.io.origin import Origin

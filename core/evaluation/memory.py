@@ -14,167 +14,102 @@ Source: RPTQ (arXiv:2304.01089), memory comparison; docs/rptq.md lists the cells
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from core.checks import FLOAT_BITS
+from core.checks import FLOAT_BITS, require_choice
 from core.errors import InputError
+from core.evaluation.shapes import Shape, find_shape
 from core.recipe import INPUT_SITE, SCHEMES, SITES, Bits
 
 if TYPE_CHECKING:  # the formula needs neither module: the page and commands that only project do not load torch
     from torch import Tensor, nn
 
-    from core.models.architectures import BlockSpec
     from core.models.decoder import CausalModel
     from core.recipe import QuantRecipe
-    from core.report import ModelInfo
 
+PROJECTED: dict[str, Bits] = {"W16A16": Bits(), **SCHEMES}
+"""Bits of every scheme that memory is projected for, the unquantised model first."""
 
-OPT_POSITION_OFFSET = 2
-"""Rows that OPT's position embedding has beyond the number of positions."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes that memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    ffn_matrices: int = 2
-    positions: int = 0
-    tied: bool = True
-
-    @property
-    def decoder_weights(self) -> int:
-        """Number of entries in all layers' weight matrices, to which the bits of the weights apply."""
-        attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
-        return self.layers * (attention + self.ffn_matrices * self.hidden * self.ffn)
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
-        biased = self.ffn_matrices == 2
-        small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
-        embeddings = self.vocab * (1 if self.tied else 2) + self.positions
-        return self.decoder_weights + self.layers * small + embeddings * self.hidden + (2 if biased else 1) * self.hidden
-
-
-def _opt(layers: int, hidden: int, heads: int) -> Shape:
-    return Shape(layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, positions=2050)
-
-
-SHAPES: dict[str, Shape] = {
-    "opt-125m": _opt(12, 768, 12),
-    "opt-1.3b": _opt(24, 2048, 32),
-    "opt-2.7b": _opt(32, 2560, 32),
-    "opt-6.7b": _opt(32, 4096, 32),
-    "opt-13b": _opt(40, 5120, 40),
-    "opt-30b": _opt(48, 7168, 56),
-    "opt-66b": _opt(64, 9216, 72),
-    "opt-175b": _opt(96, 12288, 96),
-    "llama-3-8b": Shape(32, 4096, 32, 8, 128, 14336, 128256, ffn_matrices=3, tied=False),
-    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152, ffn_matrices=3),
-}
-"""Published shapes (OPT: arXiv:2205.01068, table 1)."""
+ASSUMPTIONS = (
+    "Formula, published accounting: every parameter at the weight bits, keys and values at theirs, one layer's activations; "
+    "scales, zero points and runtime buffers left out."
+)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by formula; `assumptions` says what they leave out."""
+    """Bytes by formula of a scheme at a batch and a sequence length; `ASSUMPTIONS` says what they leave out."""
 
+    scheme: str
+    batch: int
+    sequence: int
     weights: int
     kv_cache: int
     activations: int
-    total: int
-    label: str
-    assumptions: str
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.weights + self.kv_cache + self.activations
 
     def to_dict(self) -> dict[str, object]:
-        """Return the fields as JSON types."""
-        return asdict(self)
+        """Return the fields and the total as JSON types."""
+        return asdict(self) | {"total": self.total}
 
 
-def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool, positions: int = 0) -> Shape:
-    """Make the shape of a model of `layers` equal decoder layers; `positions`: rows of a learned position embedding."""
-    size = (spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn)
-    return Shape(layers, *size, vocab, ffn_matrices=3 if spec.gated else 2, positions=positions, tied=tied)
+@dataclass(frozen=True)
+class Claim:
+    """A published statement about memory, and the two projections whose difference it speaks of.
 
-
-def shape_of_loaded(info: ModelInfo) -> Shape:
-    """Make the shape of a loaded model from its report."""
-    size = (info.hidden, info.heads, info.kv_heads, info.head_dim, info.ffn)
-    return Shape(
-        info.layers, *size, info.vocab, ffn_matrices=3 if info.gated else 2, positions=info.positions, tied=info.tied
-    )
-
-
-def position_rows(spec: BlockSpec, context: int) -> int:
-    """Count the rows of a learned position embedding; 0 where positions are rotary."""
-    return 0 if spec.rope else context + OPT_POSITION_OFFSET
-
-
-def model_shape(name: str) -> Shape:
-    """Find the shape of a named size, or of an embedded or local model (float or quantised) from its configuration alone.
-
-    Raises: InputError for a name that is neither; ModelError for a model that is refused.
+    Attributes:
+        said: the statement. model: a name of `SHAPES`.
+        before, after: schemes. batch, sequence: where it was made.
     """
-    try:
-        return find_shape(name)
-    except InputError:
-        from core.models.io.catalog import is_here
 
-        if not is_here(name):
-            raise
-        from core.models.io.load import read_config
+    said: str
+    model: str
+    before: str
+    after: str
+    batch: int = 64
+    sequence: int = 8192
 
-        config, adapter = read_config(name)
-        spec = adapter.spec(config)
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        positions = position_rows(spec, config.max_position_embeddings)
-        return shape_of(spec, config.num_hidden_layers, config.vocab_size, tied=tied, positions=positions)
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        return find_shape(self.model)
+
+    def check(self) -> tuple[MemoryEstimate, MemoryEstimate]:
+        """Compute both projections: (before, after)."""
+        before, after = memory_grid(self.shape, (self.before, self.after), (self.batch,), (self.sequence,))
+        return before, after
 
 
-def find_shape(name: str) -> Shape:
-    """Find a named shape, or read one written as layers=..,hidden=..,heads=..[,kv_heads=..,ffn=..,vocab=..].
+CLAIMS = (
+    Claim("over 900 GB saved", "opt-66b", "W4A16", "W4A4"),
+    Claim("up to 80 % less memory", "opt-175b", "W16A16", "W4A3KV"),
+)
+"""The statements on memory of RPTQ (arXiv:2304.01089, abstract and introduction)."""
 
-    Raises: InputError naming the known shapes, or the numbers that do not divide.
+
+def memory_grid(
+    shape: Shape, schemes: Sequence[str], batches: Sequence[int], sequences: Sequence[int]
+) -> list[MemoryEstimate]:
+    """Project memory for every scheme (of `PROJECTED`), batch and sequence length, the sequence length changing fastest.
+
+    Raises: InputError for an unknown scheme, or a batch or sequence outside 1 … 10**7.
     """
-    key = name.strip().lower().removeprefix("facebook/") if isinstance(name, str) else ""
-    if key in SHAPES:
-        return SHAPES[key]
-    values = {}
-    for part in key.split(","):
-        field, _, number = part.partition("=")
-        if not (number.isascii() and number.isdigit() and 0 < len(number) < 10 and int(number) > 0):
-            break
-        values[field.strip()] = int(number)
-    else:
-        if {"layers", "hidden", "heads"} <= set(values) <= set(Shape.__dataclass_fields__):
-            return _own_shape(**values)
-    raise InputError(
-        f"Shape {str(name)[:40]!r} is not known: use one of {', '.join(SHAPES)}, layers=32,hidden=4096,heads=32, or a folder.",
-        code="E-PARAM-MODEL",
-    )
+    known = [(name, PROJECTED[require_choice("scheme", name, tuple(PROJECTED))]) for name in schemes]
+    return [
+        estimate(shape, bits, batch=batch, sequence=sequence, scheme=scheme)
+        for scheme, bits in known
+        for batch in batches
+        for sequence in sequences
+    ]
 
 
-def _own_shape(*, hidden: int, heads: int, **others: int) -> Shape:
-    """Make a shape from numbers; numbers left out follow OPT's rules."""
-    kv_heads = others.setdefault("kv_heads", heads)
-    for name, whole, by, parts in (("hidden", hidden, "heads", heads), ("heads", heads, "kv_heads", kv_heads)):
-        if whole % parts and not (name == "hidden" and "head_dim" in others):
-            raise InputError(
-                f"{name}={whole} is not a multiple of {by}={parts}: choose numbers that divide.", code="E-PARAM-MODEL"
-            )
-    defaults = {"head_dim": hidden // heads, "ffn": 4 * hidden, "vocab": 50272}
-    return Shape(hidden=hidden, heads=heads, **(defaults | others))
-
-
-def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str = "") -> MemoryEstimate:
+def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, scheme: str = "custom") -> MemoryEstimate:
     """Project memory by formula. Scales, zero points and the runtime's own buffers are not included.
 
     Raises: InputError if batch or sequence is outside 1 … 10**7.
@@ -184,19 +119,16 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, label: str 
             raise InputError(
                 f"{name} is {str(value)[:40]!r}: use a whole number from 1 to 10000000.", code=f"E-PARAM-{name.upper()}"
             )
-    weights = shape.parameters * bits.weights // 8
     tokens = batch * sequence
     cache = shape.layers * tokens * shape.kv_heads * shape.head_dim * (bits.k + bits.v) // 8
     activations = tokens * (shape.ffn * bits.down_in + shape.heads * shape.head_dim * bits.o_in) // 8
-    return MemoryEstimate(
-        weights,
-        cache,
-        activations,
-        weights + cache + activations,
-        label,
-        "Formula, published accounting: every parameter at the weight bits, keys and values at theirs, one layer's "
-        "activations; scales, zero points and runtime buffers left out.",
-    )
+    return MemoryEstimate(scheme, batch, sequence, shape.parameters * bits.weights // 8, cache, activations)
+
+
+def largest_batch(shape: Shape, scheme: str, *, sequence: int, memory: int) -> int:
+    """Count the sequences of so many tokens that fit into `memory` bytes beside the weights; 0 if not even one does."""
+    (one,) = memory_grid(shape, (scheme,), (1,), (sequence,))
+    return max(0, memory - one.weights) // max(1, one.kv_cache + one.activations)
 
 
 def recipe_bytes(shape: Shape, recipe: QuantRecipe) -> tuple[float, float]:
@@ -222,12 +154,12 @@ def total_bytes(shape: Shape, recipe: QuantRecipe, context: int) -> int:
 def decoder_bytes(shape: Shape, recipe: QuantRecipe) -> float:
     """Count the bytes of all layers' weight matrices at a recipe's bits, without scales."""
     layers = [recipe.for_layer(index).tensor_bits for index in range(shape.layers)]
-    return sum(bits.weight(name) * math.prod(size) / 8 for bits in layers for name, size in _matrices(shape).items())
+    return sum(bits.weight(name) * math.prod(size) / 8 for bits in layers for name, size in linear_sizes(shape).items())
 
 
 def linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
     """Count the bytes of one linear layer's weights by its layer's recipe, with scales, zero points and cluster offsets."""
-    rows, columns = _matrices(shape)[name]
+    rows, columns = linear_sizes(shape)[name]
     bits, groups = recipe.tensor_bits.weight(name), _groups(shape, recipe)[INPUT_SITE[name]]
     offsets = 4 * (groups + 1)
     if bits >= FLOAT_BITS:
@@ -243,7 +175,7 @@ def cache_bytes(shape: Shape, bits: Bits) -> float:
     return shape.kv_heads * sum(math.ceil(shape.head_dim * own / 8) for own in cached)
 
 
-def _matrices(shape: Shape) -> dict[str, tuple[int, int]]:
+def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     """Return rows and columns of each fused linear layer."""
     heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
@@ -275,14 +207,6 @@ def _groups(shape: Shape, recipe: QuantRecipe) -> dict[str, int]:
     whole = {"attn_in": min(c.R1, shape.hidden), "mlp_in": min(c.R4, shape.hidden), "down_in": min(c.R5, shape.ffn)}
     heads = {site: shape.kv_heads if site in ("k", "v") else shape.heads for site in per_head}
     return whole | {site: heads[site] * min(count, shape.head_dim) for site, count in per_head.items()}
-
-
-def memory_estimate(name: str, scheme: str, *, batch: int, sequence: int) -> MemoryEstimate:
-    """Project the memory of a model by name (`model_shape`) under a scheme; "W16A16" is the float baseline."""
-    known = {**SCHEMES, "W16A16": Bits()}
-    if scheme not in known:
-        raise InputError(f"scheme is {str(scheme)[:40]!r}: use one of {', '.join(known)}.", code="E-PARAM-SCHEME")
-    return estimate(model_shape(name), known[scheme], batch=batch, sequence=sequence, label=f"{name} {scheme}")
 
 
 def measured_parts(model: CausalModel) -> dict[str, int]:

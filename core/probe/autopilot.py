@@ -22,7 +22,8 @@ from itertools import accumulate, product
 
 from core.checks import FLOAT_BITS, require_float
 from core.errors import InputError
-from core.evaluation.memory import Shape, cache_bytes, linear_bytes, total_bytes
+from core.evaluation.memory import cache_bytes, linear_bytes, total_bytes
+from core.evaluation.shapes import Shape
 from core.overrides import Overrides
 from core.probe.knapsack import choose
 from core.probe.plans import cell_name

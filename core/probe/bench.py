@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 
 from core.calibration.data import calibration_tokens
 from core.evaluation.describe import model_info
-from core.evaluation.memory import shape_of_loaded
+from core.evaluation.run_estimate import time_layer, timed_recipe
+from core.evaluation.run_report import RunEstimate
+from core.evaluation.shapes import shape_of_loaded
 from core.evaluation.windows import evaluation_windows
 from core.folders import state_of
 from core.methods import method
 from core.models.decoder import CausalModel
+from core.models.io.saved import find_saved
 from core.models.loaded import LoadedModel
 from core.privacy import is_public_text, owner_tag, text_record
 from core.probe.autopilot import Predict, allocate, smallest_g
@@ -23,8 +27,8 @@ from core.probe.report import CONTEXT, PROBE_TEXT, Allocation, GroupCount, Measu
 from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent
-from core.recipe import QuantRecipe
-from core.stages import require_float
+from core.recipe import Calibration, QuantRecipe
+from core.stages import require_float, run_estimate
 
 PROBE_WINDOW = 256
 BUILD_TIME = 0.6
@@ -112,6 +116,31 @@ class ProbeBench(ABC):
         tool = self._instrument(recipe, text, owner, progress)
         return swap(tool.probe, tool.model, tool.statistics, recipe, layer, cell)
 
+    def estimate(
+        self,
+        recipe: QuantRecipe,
+        *,
+        tokens: int = 2048,
+        window: int = 512,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> RunEstimate:
+        """Estimate what quantising by a recipe takes, and measuring the result on so many tokens, as `core.stages.estimate` does.
+
+        One layer is timed once for a model and the settings that its time depends on.
+        """
+        loaded = self._get(recipe.model, recipe.revision, owner, progress)
+        require_float(loaded, "quantise")
+        recipe.overrides.require_layers(len(loaded.model.blocks))
+        planner = _owner(recipe.calibration.text, owner)
+        seen = self._calibration(loaded, recipe, planner).windows
+        _, timed = timed_recipe(recipe, len(loaded.model.blocks))
+        settings = ("timing", replace(timed, calibration=Calibration(window=recipe.calibration.window), seed=0))
+        make = partial(time_layer, loaded.model, recipe, seen, progress=progress)
+        timing = self._probes.get(loaded.model, settings, planner, make)
+        found = run_estimate(loaded, recipe, timing, seen, tokens=tokens, window=window)
+        return replace(found, saved=find_saved(recipe.hash, owner) is not None)
+
     def allocate(
         self,
         recipe: QuantRecipe,
@@ -153,17 +182,13 @@ class ProbeBench(ABC):
         loaded = self._get(recipe.model, recipe.revision, owner, progress)
         require_float(loaded, "probe")
         recipe.overrides.require_layers(len(loaded.model.blocks))
-        model, calibration, allow = loaded.model, recipe.calibration, self.allow_local
+        model, allow = loaded.model, self.allow_local
         text, tokens = reads.text, reads.tokens
-        reader, planner = _owner(text, owner), _owner(calibration.text, owner)
+        reader, planner = _owner(text, owner), _owner(recipe.calibration.text, owner)
 
         def cut() -> Cut:
             window = min(tokens, PROBE_WINDOW)
             windows, source = evaluation_windows(loaded, text, tokens=tokens, window=window, allow_local=allow)
-            return Cut(windows, source.name)
-
-        def cut_calibration() -> Cut:
-            windows, source = calibration_tokens(loaded, calibration, recipe.seed, allow)
             return Cut(windows, source.name)
 
         read = self._probes.get(model, ("read", text_record(text), state_of(text), tokens), reader, cut)
@@ -173,8 +198,7 @@ class ProbeBench(ABC):
             reader,
             lambda: build_probe(model, read.windows, progress=part(progress, 0.0, BUILD_TIME)),
         )
-        named = replace(calibration, text=text_record(calibration.text))
-        seen = self._probes.get(model, ("seen", named, state_of(calibration.text), recipe.seed), planner, cut_calibration)
+        seen = self._calibration(loaded, recipe, planner)
         observed = Observed.by(method(recipe.method), recipe, len(model.blocks))
         statistics = self._probes.get(
             model,
@@ -183,6 +207,17 @@ class ProbeBench(ABC):
             lambda: collect_statistics(model, seen.windows, observed, progress=part(progress, BUILD_TIME, 1.0)),
         )
         return Instrument(probe, model, statistics, read.name)
+
+    def _calibration(self, loaded: LoadedModel, recipe: QuantRecipe, planner: str | None) -> Cut:
+        """Cut a recipe's calibration text into windows, or find them cut."""
+        calibration = recipe.calibration
+
+        def cut() -> Cut:
+            windows, source = calibration_tokens(loaded, calibration, recipe.seed, self.allow_local)
+            return Cut(windows, source.name)
+
+        named = replace(calibration, text=text_record(calibration.text))
+        return self._probes.get(loaded.model, ("seen", named, state_of(calibration.text), recipe.seed), planner, cut)
 
 
 def _owner(text: str, owner: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from core.evaluation.run_report import RunEstimate
 from core.probe.report import Allocation, Measurement, Prediction, ProbeInfo, Uniform
 from core.recipe import Overrides, QuantRecipe
 from tests.app.fake_behaviour import Progress, misbehave
@@ -30,6 +31,27 @@ class FakeProbe:
     def measure(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> Measurement:
         """Twice what is predicted."""
         return Measurement(2 * self.predict(recipe, owner=owner, progress=progress).total, 0.001, 0.9, 0.0001, 0.1)
+
+    def estimate(self, recipe: QuantRecipe, *, tokens: int, window: int, owner: str, progress: Progress) -> RunEstimate:
+        """Twelve seconds and a gigabyte; more memory than is free at two bits."""
+        misbehave(recipe.model, progress)
+        stages = {"observe": 4.0, "cluster and plan": 1.0, "weights": 5.0, "propagate": 2.0}
+        return RunEstimate(
+            stages=stages,
+            seconds=12.0,
+            compare_seconds=3.0,
+            original_seconds=1.0,
+            tokens=recipe.calibration.tokens,
+            compared=tokens,
+            memory_bytes=700_000_000,
+            added_bytes=200_000_000,
+            measuring_bytes=300_000_000,
+            free_bytes=100_000_000 if recipe.tensor_bits.weights == 2 else 8_000_000_000,
+            model_bytes=int(538_060_032 * recipe.tensor_bits.weights / 32),
+            packed_bytes=53_000_000,
+            kv_bytes_per_token=1152,
+            timing_seconds=0.3,
+        )
 
     def swap(self, recipe: QuantRecipe, layer: int, cell: str | None, *, owner: str, progress: Progress) -> Measurement:
         """What is predicted; nothing for the control."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+from pathlib import Path
 
 from app.settings import Settings
 from app.worker.client import Worker
@@ -11,6 +13,9 @@ from app.worker.job import Step
 from core.errors import QuantscopeError
 from core.recipe import Calibration
 from tests.app.tools import FAKE, collect
+
+RECORDED = json.loads((Path(__file__).parent / "progress.json").read_text())
+"""Progress of runs (load, quantise, measure both) on two busy cores: [seconds, step, share of the step]; the last is the end."""
 
 
 def load(model: str) -> list[Step]:

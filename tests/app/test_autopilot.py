@@ -15,7 +15,8 @@ from app.tabs.autopilot import Autopilot, Spent
 from app.view import autopilot
 from core.errors import InputError
 from core.evaluation.describe import model_info
-from core.evaluation.memory import shape_of_loaded, total_bytes
+from core.evaluation.memory import total_bytes
+from core.evaluation.shapes import shape_of_loaded
 from core.probe.report import Allocation, Measurement, Uniform
 from core.recipe import SCHEMES, BitNetOptions, Overrides, QuantRecipe
 from tests.core.tools import tiny

@@ -11,7 +11,7 @@ import pytest
 from app.cli import __main__ as cli
 from app.cli.recipe import command_of, recipe_of
 from core.errors import InputError
-from core.evaluation.memory import find_shape
+from core.evaluation.shapes import find_shape
 from core.recipe import QuantRecipe
 from tests.app.cli_tools import CALIBRATION, SCORING, document
 
@@ -120,6 +120,18 @@ def test_memory_is_the_same_for_a_model_and_its_quantised_folder(call):
     assert one["total"] == other["total"]
     with pytest.raises(InputError):
         find_shape("base")
+
+
+def test_a_dry_run_only_says_what_the_run_would_take(call):
+    argv = ["quantize", "--model", "base", *CALIBRATION, "--scheme", "W4A8", "--out", "dry"]
+    told = document(call, *argv, "--dry-run")
+    assert not Path("dry").exists() and set(told["stages"]) == {"observe", "cluster and plan", "weights", "propagate"}
+    code, out, err = call(*argv, "--dry-run")
+    assert code == 0 and err == "" and out.startswith("time") and "at the peak" in out and "layer" in out
+    made = document(call, *argv)
+    assert made["estimate"]["model_bytes"] == told["model_bytes"] == pytest.approx(made["weight_bytes"], rel=0.05)
+    code, out, err = call(*argv[:-1], "dry2")
+    assert code == 0 and out.index("at the peak") < out.index("recipe") and Path("dry2").is_dir()
 
 
 # recipes

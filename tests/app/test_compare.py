@@ -181,3 +181,10 @@ def test_the_formula_counts_embeddings_as_they_are_kept(bench, session):
     report = bench.evaluate(run.key, progress=quiet)
     decoder = 6 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
     assert measured.estimated_bytes(session, run, report) == decoder / 2 + 113_000_000
+
+
+def test_a_size_that_cannot_be_read_does_not_hide_the_runs(view, ctx, session):
+    values = {field: field.value for field in view.memory.inputs - {ctx.key}} | {ctx.key: session.key, view.prompt: "x"}
+    assert view.memory.bars in view.opened(values)
+    shown = view.opened(values | {view.memory.size: "no such model"})
+    assert view.memory.bars not in shown and len(shown[view.runs]["choices"]) == 3

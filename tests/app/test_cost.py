@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from dataclasses import replace
 
 import gradio as gr
 import pytest
@@ -15,7 +17,8 @@ from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.memory import kv_bytes_per_token, measured_parts
 from core.probe.report import Measurement, Prediction, ProbeInfo
-from core.recipe import QuantRecipe
+from core.recipe import Bits, QuantRecipe
+from tests.app.tools import collect, quiet
 from tests.core.tools import quantised
 
 CELLS = {"layers.0.k": 0.02, "layers.2.down_in": 0.05, "layers.26.down_in": 0.03, "layers.1.qkv": 0.0}
@@ -119,3 +122,47 @@ def test_bytes_by_formula_are_those_of_the_tensors(architecture, method, scheme)
     assert cache == kv_bytes_per_token(made.model)
     left_out = 0.04 if method == "rptq" else 0.02  # orders and the grids of activations, which real models hardly notice
     assert weights == pytest.approx(sum(measured_parts(made.model).values()), rel=left_out)
+
+
+def test_what_a_run_takes_is_told_before_it(bench):
+    ask = {"tokens": 2048, "window": 512, "owner": "me", "progress": quiet}
+    said = cost.before_start(bench.estimate(QuantRecipe("fake"), **ask))
+    for word in ("≈ 12 s", "≈ 4.0 s", "on 2,048 tokens", "≈ 1.00 GB", "900 MB without", "≈ 67.3 MB", "53.0 MB of it", "in 0.3 s"):
+        assert word in said
+    assert "It needs" not in said
+    short = bench.estimate(QuantRecipe("fake", scheme="custom", bits=Bits(weights=2)), **ask)
+    assert "needs 200 MB more memory than are free" in cost.before_start(short)
+    assert "only loaded" in cost.before_start(replace(short, saved=True))
+
+
+@pytest.fixture
+def followed(ctx, bench, wait):
+    """Follow recipes as the panel does: the methods that its job called, and its last updates by component."""
+    with gr.Blocks():
+        panel = Cost(ctx)
+    session = ctx.sessions.open()
+    session.info, session.tab = bench.load("fake", progress=quiet), "quantize"
+
+    def follow(recipe):
+        asked, inner = [], ctx.follow
+        ctx.follow = lambda s, kind, steps: asked.extend(step.method for step in steps) or inner(s, kind, steps)
+
+        async def gather():
+            task = asyncio.create_task(collect(panel.follow(session, recipe)))
+            return await task
+
+        updates = wait(gather())
+        ctx.follow = inner
+        return asked, {name: value for update in updates for name, value in update.items()}, session, panel
+
+    return follow
+
+
+def test_the_estimate_comes_first_on_a_fresh_page_and_last_while_a_control_moves(followed):
+    asked, shown, session, panel = followed(QuantRecipe("fake"))
+    assert asked == ["estimate", "probe", "predict", "predict", "measure"] and "≈ 12 s" in shown[panel.before]
+    assert session.costs.estimate.seconds == 12.0
+    asked, shown, session, panel = followed(QuantRecipe("fake", scheme="W3A3KV"))
+    assert asked == ["probe", "predict", "predict", "measure", "estimate"] and "50.4 MB" in shown[panel.before]
+    asked, _, _, _ = followed(QuantRecipe("fake", scheme="W3A3KV"))
+    assert asked == [], "everything is known"

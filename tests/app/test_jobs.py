@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from app.worker.job import Job, Pace, Step
+from app.worker.job import Job, Step
 from app.worker.line import PER_ADDRESS
 from app.worker.wire import Malformed
 from core.errors import Cancelled, QuantscopeError, ResourceError
-from tests.app.job_tools import end_of, follow, leave, load, next_job_works, observe, started, use
+from core.progress import Pace
+from tests.app.job_tools import RECORDED, end_of, follow, leave, load, next_job_works, observe, started, use
 from tests.app.tools import collect
 
 
@@ -181,15 +181,49 @@ def test_a_job_takes_the_messages_of_its_worker():
     assert (view.state, view.fraction, view.results, view.texts) == ("done", 1.0, ("info", "ranges"), ("", "ab"))
 
 
-RECORDED = json.loads((Path(__file__).parent / "progress.json").read_text())
-"""Progress of runs (load, quantise, measure both) on two busy cores: [seconds, step, share of the step]; the last is the end."""
+METHODS = ("load", "quantize", "evaluate", "evaluate")
 
 
 @pytest.mark.parametrize("recording", RECORDED)
 def test_the_remaining_time_of_recorded_runs_is_right_within_a_factor_of_two(recording):
-    *reports, (end, _, _) = RECORDED[recording]
+    assert_right(RECORDED[recording], (1.0, 8.0, 4.0, 1.5))
+
+
+def made_up(draw: random.Random) -> tuple[list[list[float]], list[float]]:
+    """Progress of a run whose layers take from once to twice as long, at random, growing or shrinking, and whose stages take
+    longer or shorter than their shares say; and the seconds of quantising and of both measurements."""
+    layers, quantize = draw.choice((6, 12, 30)), draw.choice((6.0, 30.0, 120.0)) * draw.uniform(0.5, 2)
+    compare = quantize * draw.uniform(0.15, 1.2)
+    original, reference = compare * draw.uniform(0.3, 0.8), draw.uniform(0.2, 0.45)
+    costs = [1 + draw.random() for _ in range(layers)]
+    costs = draw.choice((costs, sorted(costs), sorted(costs)[::-1]))
+    cuts = [0.0, *sorted(draw.uniform(share - 0.2, share + 0.2) for share in (0.4, 0.5, 0.7))]
+    now, reports = 1.0, [[0.0, 0, 0.0], [1.0, 1, 0.0]]
+    for layer, cost in enumerate(costs):
+        seconds = quantize * cost / sum(costs)
+        stages = zip(cuts, (0.0, 0.4, 0.5, 0.7), strict=True)
+        reports += [[now + cut * seconds, 1, (layer + share) / layers] for cut, share in stages]
+        now += seconds
+    windows = [i / 4 for i in range(4)]
+    reports += [[now + compare * reference * w, 2, 0.3 * w] for w in windows]
+    reports += [[now + compare * (reference + (1 - reference) * w), 2, 0.3 + 0.7 * w] for w in windows]
+    reports += [[now + compare + original * w, 3, w] for w in windows]
+    return [*reports, [now + compare + original, 3, 0.0]], [quantize, compare, original]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_remaining_time_is_right_for_layers_and_stages_of_unequal_length_where_the_run_was_estimated(seed):
+    """Steps weigh what was estimated for them, each up to 25 % off."""
+    draw = random.Random(seed)
+    recording, seconds = made_up(draw)
+    assert_right(recording, (0.1, *(each * draw.uniform(0.75, 1.25) for each in seconds)), timed=True)
+
+
+def assert_right(recording: list[list[float]], weights: tuple[float, ...], *, timed: bool = False) -> None:
+    """Replay a run on a clock of its own: every remaining time that is shown is right within a factor of two."""
+    *reports, (end, _, _) = recording
     now, shown = 0.0, []
-    steps = [Step(method, {}, weight=w) for method, w in (("load", 1.0), ("quantize", 8.0), ("evaluate", 4.0), ("evaluate", 1.5))]
+    steps = [Step(method, {}, weight=weight, timed=timed) for method, weight in zip(METHODS, weights, strict=True)]
     job = Job("a", steps, clock=lambda: now)
     job.start()
     while now < end:
@@ -203,7 +237,7 @@ def test_the_remaining_time_of_recorded_runs_is_right_within_a_factor_of_two(rec
             shown.append(now)
             assert left / 2 <= remaining <= 2 * left, (now, remaining, left)
         now += 0.25
-    assert shown[0] <= end / 2, "it is known for half of the time at least"
+    assert shown[0] <= (3.0 if timed else end / 2), "it is known for half of the time, and at once where it was estimated"
 
 
 def test_the_remaining_time_is_unknown_at_first_and_never_nothing_while_work_stands_still():
@@ -218,6 +252,17 @@ def test_the_remaining_time_is_unknown_at_first_and_never_nothing_while_work_sta
     assert pace.remaining(23.0) == pytest.approx(17.0), "the clock started at 20 s"
     assert pace.remaining(26.0) == pytest.approx(27.0)
     assert pace.remaining(42.0) == pytest.approx(0.9 * 22 / 0.1 / 2)
+
+
+def test_an_expected_time_is_shown_at_once_and_gives_way_to_the_pace():
+    pace = Pace(100.0)
+    assert pace.remaining(5.0) is None, "nothing has begun"
+    pace.report(10.0, 0.0)
+    assert pace.remaining(10.0) == 100.0 and pace.remaining(30.0) == 80.0 and pace.remaining(90.0) == 50.0
+    pace.report(20.0, 0.05)
+    assert pace.remaining(20.0) == 95.0
+    pace.report(110.0, 0.5)
+    assert pace.remaining(110.0) == pytest.approx(0.5 * 100 + 0.5 * 50), "half of it by the pace, twice as slow"
 
 
 def test_loading_a_model_says_nothing_about_the_remaining_time():

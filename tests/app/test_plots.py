@@ -13,8 +13,8 @@ from app import engine
 from app.view import cards, plots_clusters, plots_runs
 from app.view import plots_ranges as plots
 from app.view.chart import Chart
-from app.view.figure import THEMES, Scale, axis_name, bytes_text, note, number
-from core.recipe import SITES, Bits, Clusters, QuantRecipe
+from app.view.figure import THEMES, Scale, axis_name, bytes_text, note, number, seconds_text
+from core.recipe import SITES, Clusters, QuantRecipe
 from tests.app.tools import quiet, valid
 
 
@@ -191,17 +191,6 @@ def test_bars_of_many_clusters_are_coloured_by_names_of_colours(ranges):
     assert figure["data"][1]["marker"]["color"] == [f"@ordered:{c / 63:.4f}" for c in widest]
 
 
-def test_memory_projection():
-    estimates = [(n, engine.project_named("opt-13b", b, batch=8, sequence=2048)) for n, b in engine.projected_schemes().items()]
-    valid(plots_runs.memory_bars(estimates))
-    assert estimates[0][1].weights == pytest.approx(2 * 12.85e9, rel=0.01)
-
-
-def test_projection_of_a_loaded_model_matches_its_parameters(bench):
-    info = bench.load("fake", progress=quiet)
-    assert engine.project_model(info, Bits(), batch=1, sequence=1).weights > 0
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -216,6 +205,14 @@ def test_projection_of_a_loaded_model_matches_its_parameters(bench):
 )
 def test_numbers_for_people(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3e-6, "3.00 µs"), (0.0125, "12.5 ms"), (2.5, "2.5 s"), (30, "30 s"), (200, "3 min 20 s"), (1200, "20 min")],
+)
+def test_durations_for_people(seconds, text):
+    assert seconds_text(seconds) == text
 
 
 def test_bytes_for_people():

@@ -21,6 +21,7 @@ def at(page, title, layer):
 def test_a_cell_of_the_map_opens_its_site(visit):
     page = visit()
     open_tab(page, "Quantise", "#where")
+    page.locator("#where").scroll_into_view_if_needed()
     cell = page.locator("#where .nsewdrag").bounding_box()  # two rows, keys above MLP hidden, and six layers
     page.mouse.click(cell["x"] + cell["width"] * 1.5 / 6, cell["y"] + cell["height"] * 0.75)
     at(page, "Layer 1 · MLP hidden", "1")
@@ -70,4 +71,17 @@ def test_a_text_is_read_token_by_token(visit, width):
     tokens.nth(5).focus()
     assert tip.is_visible() and "<b>no</b> 20.0 %" in tip.inner_text().replace("\n", " ")
     box = tip.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_what_a_run_takes_is_told_before_it_is_started(visit, width):
+    page = visit()
+    open_tab(page, "Quantise", "#where")
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_function("() => document.querySelector('#before-start')?.innerText.includes('≈ 12 s')")
+    page.locator("#scheme input").click()
+    page.get_by_role("option", name="W3A3KV", exact=True).click()
+    page.wait_for_function("() => document.querySelector('#before-start')?.innerText.includes('≈ 50.4 MB')")
+    box = page.locator("#before-start").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= width

@@ -24,6 +24,7 @@ from core.folders import remove
 from core.models.io import hub
 from core.models.io.gguf import CONVERTER, convert_gguf
 from core.models.io.origin import SOURCE_FILE
+from core.models.io.preflight.folder import read_json
 from core.models.io.preflight.gguf import read_gguf_header
 from core.models.io.wheel import Wheel, fetch_member
 from core.progress import Progress, silent
@@ -104,14 +105,21 @@ def catalogue() -> list[CatalogEntry]:
     return [*_embedded().values(), packed, default]
 
 
-def is_here(name: str) -> bool:
-    """Say whether `name` is an embedded model or a model folder of this machine, readable without download or conversion.
+def read_config(name: str, *, allow_local: bool = True) -> dict[str, Any] | None:
+    """Read the raw `config.json` of an embedded model, of a local folder or file, or of a model of the Hub; no weight is read.
 
-    Raises: ModelError E-MODEL-NAME for a URL, a token, or nothing.
+    Returns: None for a name that is none of these.
+    Raises: ModelError E-MODEL-NAME for a URL, a token, or nothing; as `hub.fetch_config`; -MISSING, -SIZE or -BAD for the file.
     """
-    name = _check_name(name, None)
-    found = _local(name)
-    return name in _embedded() or (found is not None and found.is_dir())
+    name, revision = _split_revision(_check_name(name, None), None)
+    if name in _embedded():
+        return read_json(EMBEDDED / name, "config.json")
+    path = _local(name) if allow_local else None
+    if path is not None and path.is_dir():
+        return read_json(path, "config.json")
+    if allow_local and os.path.basename(name) == "config.json" and os.path.isfile(name):
+        return read_json(Path(name).parent, "config.json")
+    return hub.fetch_config(name, revision) if hub.REPO_ID.fullmatch(name) else None
 
 
 def resolve(name: str, *, revision: str | None = None, progress: Progress = silent, allow_local: bool = True

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from core.folders import bytes_in, remove
 from core.models.io.gguf import write_source
 from core.models.io.limits import check_disk, check_memory
 from core.models.io.preflight.config import check_architecture, check_config, weight_bytes
-from core.models.io.preflight.folder import PICKLE_SUFFIXES, check_folder, read_json
+from core.models.io.preflight.folder import MAX_JSON_BYTES, PICKLE_SUFFIXES, check_folder, read_json
 from core.progress import Progress
 from core.storage import atomic_dir, file_lock, file_sha256, is_whole
 
@@ -76,6 +78,31 @@ def fetch_model(repo: str, revision: str | None, *, progress: Progress, timeout_
             _download(repo, info, folder, progress)
         _remember(home, revision or "main", info.sha)
     return folder, info.sha
+
+
+def fetch_config(repo: str, revision: str | None) -> dict[str, Any]:
+    """Fetch the raw `config.json` of `repo` at `revision` (default `main`), and nothing else of it.
+
+    When the Hub does not answer, that of the copy in the cache is read.
+    Raises: ModelError E-MODEL-GATED, -NOTFOUND, -OFFLINE, -MISSING, or -SIZE or -BAD for the file.
+    """
+    home = cache_root() / "hub" / repo.replace("/", "--")
+    try:
+        info = model_info(repo, revision, timeout_s=_TIMEOUT_S)
+    except ModelError as error:
+        known = revision if revision and _COMMIT.fullmatch(revision) else _recall(home, revision or "main")
+        if error.code != "E-MODEL-OFFLINE" or not known or not is_whole(home / known):
+            raise
+        return read_json(home / known, "config.json")
+    size = next((item.size or 0 for item in info.siblings or [] if item.rfilename == "config.json"), None)
+    if size is None:
+        raise _no_config(repo)
+    if size > MAX_JSON_BYTES:
+        raise ModelError(f"config.json of {repo} has {size:,} bytes: choose another model.", code="E-MODEL-SIZE")
+    with disk_errors(home), tempfile.TemporaryDirectory() as folder:
+        fetch = partial(_fetch, repo, "config.json", info.sha, Path(folder))
+        _translate(repo, lambda: in_background(fetch, deadline_s=_TIMEOUT_S))
+        return read_json(Path(folder), "config.json")
 
 
 def model_info(repo: str, revision: str | None, *, timeout_s: float) -> Any:
@@ -154,7 +181,7 @@ def choose_files(repo: str, siblings: list[Any]) -> list[Any]:
     else:
         raise _no_weights(repo, list(table))
     if "config.json" not in table:
-        raise ModelError(f"{repo} has no config.json: it is not a transformers model.", code="E-MODEL-MISSING")
+        raise _no_config(repo)
     return chosen + weights
 
 
@@ -249,6 +276,10 @@ def _offline(reason: str) -> ModelError:
 
 def _gated(repo: str) -> ModelError:
     return ModelError(f"{repo} is gated or private. Use a public model.", code="E-MODEL-GATED")
+
+
+def _no_config(repo: str) -> ModelError:
+    return ModelError(f"{repo} has no config.json: it is not a transformers model.", code="E-MODEL-MISSING")
 
 
 def _no_weights(repo: str, names: list[str]) -> ModelError:

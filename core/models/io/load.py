@@ -32,7 +32,7 @@ from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
 from core.models.io.origin import origin_of
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
-from core.models.io.preflight.folder import FolderReport, check_files, check_folder
+from core.models.io.preflight.folder import FolderReport, check_folder
 from core.models.io.quantized import QUANTSCOPE_FILE, load_quantized
 from core.models.io.skeleton import HARMLESS, check_tensors, refuse_tensors
 from core.models.loaded import LoadedModel
@@ -93,24 +93,6 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     facts = (resolved.name, resolved.revision, resolved.source)
     origin = origin_of(resolved.path, *facts, report.tensors, ternary=packed is not None)
     return LoadedModel(model.to(device), tokenizer, adapter, *facts, resolved.path, origin=origin)
-
-
-def read_config(name: str) -> tuple[PreTrainedConfig, ModelAdapter]:
-    """Read configuration and adapter of a model (see `catalog.resolve`), checked as `load_model` does; no weight is read.
-
-    Raises: as `load_model`.
-    """
-    path = resolve(name).path
-    if not (path / QUANTSCOPE_FILE).exists():
-        check_contents(path)
-        report = check_folder(path)
-        check_architecture(report.config)
-        return _configuration(path, report)
-    verify(path)
-    check_files(path)
-    with quiet(), library_errors("config.json cannot be read: quantise the model again."):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    return config, adapter_for(config)
 
 
 def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from core.calibration.observe import embed
 from core.errors import InputError
-from core.evaluation.memory import kv_bytes_per_token, measured_parts, recipe_bytes, shape_of
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, recipe_bytes
+from core.evaluation.shapes import shape_of
 from core.methods import method
 from core.methods.sequential import _observe, run_layer
 from core.models.io.quantized import load_quantized, save_quantized

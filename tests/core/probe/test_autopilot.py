@@ -10,7 +10,8 @@ import pytest
 
 from core.errors import InputError
 from core.evaluation.describe import model_info
-from core.evaluation.memory import Shape, kv_bytes_per_token, measured_parts, shape_of_loaded, total_bytes
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, total_bytes
+from core.evaluation.shapes import Shape, shape_of_loaded
 from core.models.tiny import tiny_model
 from core.probe import autopilot
 from core.probe.autopilot import BITS, allocate, smallest_g

@@ -59,15 +59,23 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     named_only = config.get("model_type") == "bitnet"  # published BitNet repositories name code that is part of transformers
     refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
-    for table in _tables(config):
-        for key, cap in _CAPS.items():
-            _check_size(table, key, cap)
-        _check_heads(table)
+    check_sizes(config)
     if not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
     if bitnet_format(config) is None:
         refuse_quantized_config(config)
     _refuse_foreign_maths(config)
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Check the sizes in a raw `config.json` at any depth: whole numbers up to a limit each, and heads that divide.
+
+    Raises: ModelError E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
+    """
+    for table in _tables(config):
+        for key, cap in _CAPS.items():
+            _check_size(table, key, cap)
+        _check_heads(table)
 
 
 def bitnet_format(config: Mapping[str, Any]) -> str | None:
