@@ -103,7 +103,7 @@ def serve(settings: Settings, host: str, port: int | None) -> None:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            footer_links=[],
+            footer_links=["api"],
             quiet=True,
             prevent_thread_lock=True,
             theme=theme(),

@@ -6,23 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlencode
 
 import gradio as gr
 
 from app import engine
 from app.context import FETCH_SECONDS, LIGHT, Context, Updates, observe_steps, ranges_key
+from app.endpoints import Endpoints
 from app.session import Session
 from app.tabs.bitnet import BitNet
 from app.tabs.compare import Compare
 from app.tabs.explore import Explore
+from app.tabs.link import TABS, Fields, Linked, go_to
 from app.tabs.quantize import Quantize
 from app.tabs.reorder import Reorder
-from app.tabs.share import TABS, go_to, is_unknown_text
+from app.tabs.share import is_unknown_text
 from app.tabs.sidebar import DEFAULT_TOKENS, PASTE, Sidebar
 from app.view import cards, texts
 from app.view.chart import serve_script
-from core.errors import QuantscopeError
+from core.errors import Cancelled, InputError, QuantscopeError
 from core.folders import state_of
 from core.recipe import BITNET_MODES, Calibration, Clusters, QuantRecipe
 
@@ -76,6 +77,7 @@ def build_app(ctx: Context) -> gr.Blocks:
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         page = Page(ctx)
         page.wire(demo)
+        Endpoints(ctx)
     return demo
 
 
@@ -108,12 +110,13 @@ class Page:
         self.compare.wire()
         self.bitnet.wire(self.open_ternary, self.range_outputs)
         self._wire_side()
-        side.share.wire({*side.source, *side.recipe, *quantize.inputs}, quantize.recipe, self.fill)
+        recipe = {*side.source, *side.recipe, *quantize.inputs}
+        side.share.wire(recipe, quantize.recipe, self.fill, self.fields, self.compare.runs)
         self.explore.wire()
         self.reorder.wire([side.clusters, *quantize.clusters.values()])
         demo.load(None, None, None, js=START_JS, api_visibility="private")
         own = [ctx.key, ctx.timer, self.start_tab]
-        outputs = list(dict.fromkeys([*own, *self.fill(default_recipe(ctx)), *self.range_outputs]))
+        outputs = list(dict.fromkeys([*own, *self.fill(default_recipe(ctx)), *self.range_outputs, *self.fields.values()]))
         opened = demo.load(ctx.guard(self.opened), ctx.key, outputs, js=REMEMBERED_JS, **LIGHT)
         opened.then(None, ctx.key, None, js=REMEMBER_JS, api_visibility="private")
         opened.then(None, self.start_tab, None, js=OPEN_TAB_JS % list(TABS), api_visibility="private")
@@ -161,6 +164,16 @@ class Page:
         return chosen
 
     @property
+    def fields(self) -> Fields:
+        """Settings that a link names, besides those of the recipe."""
+        compare, tokens, size = self.compare, self.compare.tokens, self.compare.memory
+        sampling = {"new_tokens": compare.new_tokens, "temperature": compare.temperature, "chat": compare.chat}
+        memory = {"memory_of": size.size, "memory_scheme": size.scheme, "batch": size.batch, "sequence": size.sequence}
+        read = {"read_on": tokens.text, "read_tokens": tokens.count, "ternary_tokens": self.bitnet.tokens}
+        measured = {"measure_on": compare.eval_text, "measure_tokens": compare.eval_tokens}
+        return measured | memory | read | sampling | {"sampling_seed": compare.seed, "unit": size.unit, "gpu": size.gpu}
+
+    @property
     def range_outputs(self) -> list:
         """Components that `show_ranges` updates."""
         side, quantize = self.side, self.quantize
@@ -195,22 +208,18 @@ class Page:
         session = ctx.sessions.open(page, key)
         link = {name: value for name, value in query.items() if not name.startswith("__")}
         known, session.link = not link or link == session.link, link
-        recipe, refused = default_recipe(ctx), None
-        try:
-            if query.get("method") == "rtn":
-                recipe = replace(recipe, weights="rtn")  # the method's own choice, unless the link has another
-            recipe = QuantRecipe.from_query(urlencode(query), default=recipe)
-        except QuantscopeError as error:
-            refused = error  # a damaged link opens the default model; the error is shown last
+        linked = Linked.read(link, default_recipe(ctx), self.fields)
+        recipe = linked.recipe
         if session.ranges is not None and known:
             recipe = self.recipe_of(session)
             ctx.start(session, self.shown_again(session))
         elif not (session.opening and known):
             session.selection.clusters = recipe.clusters
-            session.tab = query["tab"] if query.get("tab") in TABS else session.tab
-            ctx.start(session, self.observe_linked(session, recipe, refused, query))
+            session.tab = link["tab"] if link.get("tab") in TABS else session.tab
+            ctx.start(session, self.observe_linked(session, linked, link))
         first = await session.page(page).take(FIRST_SECONDS)
-        return {ctx.key: session.key, self.start_tab: session.tab, **ctx.listening, **self.fill(recipe), **first}
+        filled = {**self.fill(recipe), **linked.settings, **first}
+        return {ctx.key: session.key, self.start_tab: session.tab, **ctx.listening, **filled}
 
     def recipe_of(self, session: Session) -> QuantRecipe:
         """Return the recipe for a reloaded page: the one quantised last, else the default one for the current model."""
@@ -230,17 +239,24 @@ class Page:
         """Handle the closing or reloading of a browser tab."""
         self.ctx.closed(str(request.session_hash))
 
-    async def observe_linked(
-        self, session: Session, recipe: QuantRecipe, refused: QuantscopeError | None, query: dict[str, str]
-    ) -> AsyncIterator[Updates]:
-        """Show the ranges of a link's model at the link's place, then say why a part of the link was refused."""
+    async def observe_linked(self, session: Session, linked: Linked, query: dict[str, str]) -> AsyncIterator[Updates]:
+        """Show the ranges of a link's model at the link's place, and its runs, then say why a part of it was refused."""
+        recipe = linked.recipe
         text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else self.ctx.settings.text
         calibration = Calibration(text, self.ctx.settings.first_tokens)
         preset = "method" not in query
         async for updates in self.observe(session, recipe.model, recipe.revision, calibration, preset=preset, place=query):
             yield updates
-        if refused:
-            raise refused
+        for key in linked.runs:
+            try:
+                async for updates in self.compare.keep.follow(session, {"folder": key}):
+                    yield updates
+            except QuantscopeError as error:
+                if error.code == Cancelled.code:
+                    raise
+                linked.refused = linked.refused or InputError(texts.LINK_RUN.format(key), code="E-PARAM-RUNS")
+        if linked.refused:
+            raise linked.refused
         if is_unknown_text(recipe.calibration.text):
             said = texts.LINK_FOREIGN.format(texts.TEXT_NAMES[text])
             yield {self.ctx.status: cards.note(session.info.name, said)}

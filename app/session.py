@@ -8,7 +8,6 @@ texts are the same for everyone and kept in `app.shared`; those of pasted texts 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import threading
 import time
@@ -18,6 +17,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from app.door.visitor import visitor
+from app.inbox import Inbox
 from app.view import texts
 from app.view.names import names_of
 from core.errors import ResourceError
@@ -136,30 +136,6 @@ class Costs:
     estimate: Any = None
 
 
-class Inbox:
-    """Updates that one page has not fetched yet; for each component only the newest is kept."""
-
-    def __init__(self) -> None:
-        self.updates: dict[Any, Any] = {}
-        self.arrived = asyncio.Event()
-        self.made_at = time.monotonic()
-
-    def put(self, updates: dict[Any, Any]) -> None:
-        """Add updates and wake the page's request."""
-        self.updates.update(updates)
-        if self.updates:
-            self.arrived.set()
-
-    async def take(self, seconds: float) -> dict[Any, Any]:
-        """Return and remove all updates, waiting up to `seconds` for the first."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.arrived.wait()
-        taken, self.updates = self.updates, {}
-        self.arrived.clear()
-        return taken
-
-
 @dataclass
 class Session:
     """One visitor's results, choices, and running tasks.
@@ -175,6 +151,7 @@ class Session:
         tab: the open tab. preset: whether the page chose the method, to fit a BitNet model.
         spent: the last allocation, `app.tabs.autopilot.Spent`. size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values.
+        programs: whether it belongs to programs, and has no page.
         failed: whether the status line shows an error. owner: whether a worker did a job for it alone, and may keep its models.
     """
 
@@ -200,6 +177,7 @@ class Session:
     size: str = "weight_bytes"
     preset: bool = False
     link: dict[str, str] = field(default_factory=dict)
+    programs: bool = False
     failed: bool = False
     owner: bool = False
 
@@ -316,14 +294,27 @@ class SessionStore:
         with self._lock:
             session = self._find(key)
             if session is None:
-                self._drop_old()
-                self._make_room()
-                session = Session()
-                self._sessions[session.key] = session
+                session = self._new()
             self._touch(session)
             if page:
                 session.page(page)
             return session
+
+    def of_programs(self) -> Session:
+        """Return the session that the calls of this browser's programs share, a new one if there is none. Raises: as `open`."""
+        with self._lock:
+            own = visitor().browser
+            found = (s for s in self._sessions.values() if s.programs and secrets.compare_digest(s.browser, own))
+            session = next(found, None) or self._new()
+            session.programs = True
+            return self._touch(session)
+
+    def _new(self) -> Session:
+        self._drop_old()
+        self._make_room()
+        session = Session()
+        self._sessions[session.key] = session
+        return session
 
     def get(self, key: object) -> Session:
         """Return the living session of a key. Raises: ResourceError E-SESSION if this browser has none of that key."""

@@ -243,17 +243,21 @@ class QuantRecipe:
 
     @classmethod
     def from_json(cls, text: str) -> QuantRecipe:
-        """Read what `to_json` wrote. Raises: InputError if the text is not a JSON object."""
+        """Read what `to_json` wrote, or a report with it under "recipe". Raises: InputError if the text is no JSON object."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             rule = "The recipe is not valid JSON: export one from the page or the CLI and edit that."
             raise InputError(rule, code="E-PARAM-RECIPE") from error
-        return cls.from_dict(data)
+        return cls.from_dict(data["recipe"] if isinstance(data, dict) and "recipe" in data else data)
 
     def to_query(self) -> str:
         """Return the recipe as a URL query string; a pasted text is named by its SHA-256."""
-        pairs = {
+        return urlencode({name: value for name, value in self.query_pairs().items() if value != ""})
+
+    def query_pairs(self) -> dict[str, object]:
+        """Return the recipe as the keys and values of a URL's query, empty where the recipe has none."""
+        return {
             "model": self.model,
             "revision": self.revision or "",
             "method": self.method,
@@ -270,7 +274,6 @@ class QuantRecipe:
             "bitnet": ",".join(f"{k}={v}" for k, v in asdict(self.bitnet).items()) if self.bitnet else "",
             "set": self.overrides.to_text(),
         }
-        return urlencode({k: v for k, v in pairs.items() if v != ""})
 
     @classmethod
     def from_query(cls, query: str, *, default: QuantRecipe) -> QuantRecipe:

@@ -5,7 +5,7 @@
     quantize   make a quantised folder      compare    several models side by side
     allocate   bits by layer for a budget   train      a small model from scratch
     memory     project memory by formula    doctor     versions, tested ranges, backends
-    sparsity   zeros of a BitNet model
+    sparsity   zeros of a BitNet model      recipe     a recipe as JSON, link, command
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -162,6 +162,7 @@ def _scoring(verb: Parser) -> None:
     verb.add_argument("--text", default="sotu", metavar="FILE", help="a text file, sotu (default) or wikitext2")
     verb.add_argument("--window", default="512", metavar="T", help="tokens per window (default 512)")
     verb.add_argument("--tokens", default="4096", metavar="N", help="tokens to score, in whole windows (default 4096)")
+    verb.add_argument("--html", metavar="FILE", help="also write a report with tables and charts as one HTML file")
     _backend(verb)
 
 
@@ -270,6 +271,7 @@ def _sparsity(verb: Parser) -> None:
 VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[Parser], None], str]] = {
     "models": (verbs.models, _no_options, "List the models that can be named"),
     "inspect": (verbs.inspect, _inspect, "Observe the range of every channel of every activation"),
+    "recipe": (verbs.recipe, _recipe, "Write a recipe as JSON, link and command; nothing is loaded"),
     "quantize": (verbs.quantize, _quantize, "Quantise a model into a folder"),
     "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),
     "evaluate": (verbs.evaluate, _evaluate, "Measure perplexity, divergence from a reference, bytes and speed"),

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from app.cli.output import Console, check_json_target, facts, table, write_json
+from app.cli.output import Console, check_target, facts, table, write_json
 from app.cli.recipe import recipe_of
 from app.view.autopilot import compared
 from app.view.figure import bytes_text, number
@@ -22,7 +22,7 @@ def allocate(args: Namespace, console: Console) -> None:
     if len(given) > 1:
         raise InputError("Several budgets are given: choose one of --budget-of, --bytes and --kld.", code="E-PARAM-BUDGET")
     if args.out is not None:
-        check_json_target(args.out, code="E-PARAM-OUT")
+        check_target(args.out, code="E-PARAM-OUT")
     if args.budget_of is not None and args.scheme is args.bits is args.recipe is None:
         args.scheme = args.budget_of
     recipe, context = recipe_of(args), parse_int("context", args.context)

@@ -86,7 +86,7 @@ class Console:
         self.json_target = json_target
         self.progress = Progress(sys.stderr)
         if json_target not in (None, STDOUT):
-            check_json_target(json_target)
+            check_target(json_target)
 
     def note(self, text: str) -> None:
         """Print a remark on stderr."""
@@ -145,7 +145,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"{name.ljust(width)}  {printable(value)}\n" for name, value in pairs)
 
 
-def check_json_target(target: str, *, code: str = "E-PARAM-JSON") -> None:
+def check_target(target: str, *, code: str = "E-PARAM-JSON") -> None:
     """Refuse a file that cannot be written before the work begins. Raises: InputError with `code`."""
     try:
         path = Path(os.path.realpath(target))
@@ -161,7 +161,7 @@ def check_json_target(target: str, *, code: str = "E-PARAM-JSON") -> None:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _no_json(target, error, code) from error
+        raise _no_target(target, error, code) from error
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:
@@ -182,8 +182,8 @@ def write_json(target: str, document: dict[str, Any]) -> None:
         write_file(path, text.encode("utf-8"))
 
 
-def _no_json(target: str, error: Exception, code: str) -> InputError:
+def _no_target(target: str, error: Exception, code: str) -> InputError:
     number = getattr(error, "errno", None)
     reason = "there is no such folder" if number == errno.ENOENT else PLACE.get(number, ("it cannot be written",))[0]
-    rule = f"The JSON file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists."
+    rule = f"The file {target[-60:]!r} cannot be written: {reason}. Name a file in a folder that exists."
     return InputError(rule, code=code)

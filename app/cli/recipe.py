@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from argparse import Namespace
@@ -11,6 +10,7 @@ from typing import Any
 
 from core.checks import parse_int
 from core.errors import InputError
+from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bitnet, parse_bits
 
 FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights", "set")}
@@ -70,7 +70,7 @@ def command_of(recipe: QuantRecipe) -> str:
     options = {
         "model": recipe.model + (f"@{recipe.revision}" if recipe.revision else ""),
         "method": recipe.method,
-        "calibration": PASTED_FILE if calibration.text.startswith("text:") else calibration.text,
+        "calibration": PASTED_FILE if calibration.text.startswith((PASTED, PASTED_DIGEST)) else calibration.text,
         "calibration-tokens": calibration.tokens,
         "window": calibration.window,
         "seed": recipe.seed,
@@ -114,23 +114,18 @@ def _with_bits(recipe: QuantRecipe, scheme: str | None, bits: str | None) -> Qua
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    """Read a recipe's fields from a file that holds one, or an object with one under "recipe" (as `--json` writes it)."""
+    """Read a recipe's fields from a file, as `QuantRecipe.from_json` does."""
     try:
         if os.path.getsize(path) > MAX_BYTES:
-            raise InputError(f"The recipe {path[-60:]!r} is larger than 16 MB: is it a recipe?", code="E-PARAM-RECIPE")
-        with open(path, encoding="utf-8-sig") as file:
-            data = json.load(file)
+            raise InputError("The file is larger than 16 MB: is it a recipe?", code="E-PARAM-RECIPE")
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return QuantRecipe.from_json(file.read()).to_dict()
     except OSError as error:
         raise InputError(
             f"The recipe {path[-60:]!r} cannot be read: {error.strerror}. Name a JSON file.", code="E-PARAM-RECIPE"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"The recipe {path[-60:]!r} is not valid JSON: export one from the page, or take --json of quantize.",
-            code="E-PARAM-RECIPE",
-        ) from error
-    data = data.get("recipe", data) if isinstance(data, dict) else data
-    return QuantRecipe.from_dict(data).to_dict()
+    except InputError as error:
+        raise InputError(f"{path[-60:]!r}: {error}", code=error.code) from error
 
 
 def calibration_of(args: Namespace, base: Calibration) -> Calibration:

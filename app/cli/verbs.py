@@ -9,8 +9,9 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from app.cli.output import Console, facts, table
-from app.cli.recipe import calibration_of, recipe_of
+from app.cli.html import write_html
+from app.cli.output import Console, check_target, facts, table
+from app.cli.recipe import calibration_of, command_of, recipe_of
 from app.view.figure import bytes_text, number, seconds_text
 from app.view.tables import quantile, share, with_error
 from core.checks import parse_int, require_choice, require_int
@@ -104,6 +105,13 @@ def inspect(args: Namespace, console: Console) -> None:
     console.finish(report.to_dict() | origin | {"provenance": provenance()}, text)
 
 
+def recipe(args: Namespace, console: Console) -> None:
+    """Print the recipe that the options describe, with its hash, its link and its command; nothing is loaded."""
+    made = recipe_of(args)
+    lines = [("recipe", made.label()), ("hash", made.hash), ("link", f"?{made.to_query()}"), ("command", command_of(made))]
+    console.finish(made.to_dict(), facts(lines))
+
+
 def quantize(args: Namespace, console: Console) -> None:
     """Quantise a model into a folder that every other verb accepts as `--model`."""
     recipe = recipe_of(args)
@@ -138,7 +146,10 @@ def evaluate(args: Namespace, console: Console) -> None:
     from core import Workbench
     from core.provenance import provenance
 
-    report = Workbench(device=args.device).evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
+    bench = Workbench(device=args.device)
+    report = bench.evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
+    if args.html is not None:
+        write_html(args.html, bench, protocol, [(args.model, report)])
     document = report.to_dict() | {"model": args.model, "reference": args.reference, "provenance": provenance()}
     console.finish(document, _evaluation_text(report, args.reference))
 
@@ -170,6 +181,8 @@ def compare(args: Namespace, console: Console) -> None:
         bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
         for i, name in enumerate(args.models)
     ]
+    if args.html is not None:
+        write_html(args.html, bench, protocol, list(zip(args.models, reports, strict=True)))
     headers = ["model", "perplexity", "ln ratio", "KLD", "same top", "weights", "KV / token", "tokens/s"]
     rows = [
         [
@@ -226,6 +239,8 @@ def _protocol(args: Namespace) -> dict[str, Any]:
     rule = f"use at least one window ({window}) and at most {MAX_TOKENS}"
     tokens = require_int("tokens", parse_int("tokens", args.tokens), window, MAX_TOKENS, rule)
     _require_text(args.text, "evaluation")
+    if args.html is not None:
+        check_target(args.html, code="E-PARAM-HTML")
     return {"text": args.text, "window": window, "tokens": tokens, "backend": _backend(args)}
 
 

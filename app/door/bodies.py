@@ -128,6 +128,24 @@ def limited(receive: Receive, headers: Mapping[str, str], most: int, done: Calla
     return receive_part
 
 
+async def parse(body: bytes) -> dict[str, Any]:
+    """Read the JSON object in a body. Raises: Refusal if there is none."""
+    found = await asyncio.to_thread(_parsed, body) if len(body) > INLINE_BYTES else _parsed(body)
+    if not isinstance(found, dict):
+        raise Refusal(400, "The request is no JSON object.")
+    return found
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        found = json.loads(body.decode("utf-8"))
+        if b"\\ud" in body.lower():
+            json.dumps(found, ensure_ascii=False).encode("utf-8")  # half of a pair is no character
+    except (ValueError, RecursionError):
+        raise Refusal(400, "The request is not JSON.") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Events:
     """What the page's events may bring.
@@ -142,16 +160,8 @@ class Events:
 
     async def check(self, body: bytes) -> dict[str, Any]:
         """Check an event's body and return the event. Raises: Refusal."""
-        return await asyncio.to_thread(self._check, body) if len(body) > INLINE_BYTES else self._check(body)
-
-    def _check(self, body: bytes) -> dict[str, Any]:
-        try:
-            event = json.loads(body.decode("utf-8"))
-            if b"\\ud" in body.lower():
-                json.dumps(event, ensure_ascii=False).encode("utf-8")  # half of a pair is no character
-        except (ValueError, RecursionError):
-            raise Refusal(400, "The request is not JSON.") from None
-        if not isinstance(event, dict) or not set(event) <= FIELDS or not _is_whole(event.get("fn_index")):
+        event = await parse(body)
+        if not set(event) <= FIELDS or not _is_whole(event.get("fn_index")):
             raise _foreign()
         data, inputs = event.get("data"), self.inputs.get(event["fn_index"])
         session, page = event.get("session_hash"), event.get("trigger_id")

@@ -9,7 +9,7 @@ import logging
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from app.door import bodies, rules
 from app.door.calls import Call
 from app.door.connections import CONNECTION
 from app.door.files import Files
-from app.door.headers import with_security
+from app.door.headers import Headers, with_security
 from app.door.log import told
 from app.door.pages import STATIC, Pages
+from app.door.programs import Endpoint, Programs
 from app.door.rules import Names, Refusal
 from app.door.visitor import VISITOR, Heartbeats, Visitor, address_of, browser_of, new_cookie, visitor
 
@@ -43,7 +44,7 @@ class Limits:
         names: the host names of the page. behind_proxy: whether addresses come from `X-Forwarded-For`, as on a Space.
         frames: sources that may show the page in a frame. upload_bytes: longest file.
         requests: requests in progress, in all and per address; a page has two or three.
-        events: what the page's events may bring. calls: what answers them, by Gradio's index.
+        events: what the page's events may bring. calls: what answers them, by Gradio's index. endpoints: what programs may call.
         heartbeats: told of the pages that are open.
     """
 
@@ -55,6 +56,7 @@ class Limits:
     requests_per_address: int = 200
     events: bodies.Events = field(default_factory=bodies.Events)
     calls: Mapping[int, Call] = field(default_factory=dict)
+    endpoints: Mapping[int, Endpoint] = field(default_factory=dict)
     heartbeats: Heartbeats = field(default_factory=Heartbeats)
 
 
@@ -64,7 +66,7 @@ class Gate:
     def __init__(self, app: App, limits: Limits, *, stopping: asyncio.Event | None = None) -> None:
         """Store the application, the limits, and an event that is set when the server stops."""
         self.app, self.limits, self.stopping = app, limits, stopping or asyncio.Event()
-        self.pages = Pages(app, frames=limits.frames)
+        self.pages, self.programs = Pages(app, frames=limits.frames), Programs(limits.endpoints)
         self.budget = bodies.Budget()
         self.files = Files(limits.events.uploads)
         self.running: Counter[str] = Counter()
@@ -78,10 +80,12 @@ class Gate:
         connection = CONNECTION.get()
         reply = _Reply(send)
         try:
-            with self._visit(scope):
+            with self._visit(scope, reply):
                 receive, event = await self._admit(scope, receive, connection.complete if connection else _nothing)
                 if scope["path"].startswith(rules.HEARTBEAT):
                     return await self._beat(scope, receive, reply)
+                if rules.is_call(scope["path"]):
+                    return await self._serve(event, scope, receive, reply)
                 async with asyncio.timeout(ANSWER_SECONDS):
                     if event is not None:
                         return await self._call(event, scope, reply)
@@ -103,11 +107,10 @@ class Gate:
     async def _answer(self, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
         headers, path, get = _headers(scope), scope["path"], scope["method"] in ("GET", "HEAD")
         encoding, head = headers.get("accept-encoding", ""), scope["method"] == "HEAD"
-        if get and path == "/":
-            cookie = [] if visitor().browser else [(b"set-cookie", new_cookie(embedded=self.limits.behind_proxy).encode())]
+        if get and path in ("/", rules.CONFIG, rules.INFO):
             place = tuple(headers.get(name, "") for name in ("host", "x-forwarded-host", "x-forwarded-proto"))
-            page = await self.pages.page(scope, place, encoding)
-            return await page.send(reply.send, cookie, head=head)
+            page = await self.pages.page(scope, (path, *place), encoding)
+            return await page.send(reply.send, reply.cookie, head=head)
         if get and STATIC.fullmatch(path) and not {"range", "if-none-match", "if-modified-since"} & set(headers):
             file = await self.pages.static(scope, encoding)
             if file is not None:
@@ -124,10 +127,45 @@ class Gate:
         """Answer an event."""
         packed = "gzip" in _headers(scope).get("accept-encoding", "")
         body = await self.limits.calls[event["fn_index"]].answer(event, scope, packed=packed)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        headers += [] if body.startswith(b"{") else [(b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
-        await reply({"type": "http.response.start", "status": 200, "headers": headers})
-        await reply({"type": "http.response.body", "body": body})
+        packing = [] if body.startswith(b"{") else [(b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
+        await reply.json(200, body, *packing)
+
+    async def _serve(self, message: Mapping[str, Any] | None, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
+        """Answer a request of a program, for as long as its calls last; if the program goes away, they end."""
+        path, cookie = scope["path"], browser_of(_headers(scope).get("cookie", ""))
+        if message is None:
+            lines = self.programs.read(path, scope["query_string"].decode("latin-1"), cookie)
+            work = self._stream(lines, reply)
+        elif rules.MCP.fullmatch(path):
+            work = self._speak(message, reply)
+        else:
+            return await reply.json(200, json.dumps(self.programs.take(path, message, cookie)).encode(), *reply.cookie)
+        task = asyncio.create_task(work)
+        ends = [task, asyncio.create_task(_gone(receive)), asyncio.create_task(self.stopping.wait())]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            done = task.done()
+            for end in ends:
+                end.cancel()
+        if done:
+            await task
+
+    async def _stream(self, lines: AsyncIterator[bytes], reply: _Reply) -> None:
+        """Send the messages of a program as they come."""
+        async with contextlib.aclosing(lines):
+            async for line in lines:
+                if not reply.begun:
+                    headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+                    await reply({"type": "http.response.start", "status": 200, "headers": headers})
+                await reply({"type": "http.response.body", "body": line, "more_body": True})
+        await reply({"type": "http.response.body", "body": b""})
+
+    async def _speak(self, message: Mapping[str, Any], reply: _Reply) -> None:
+        """Answer a message of MCP; a notification has an empty answer."""
+        answer = await self.programs.speak(message)
+        body = b"" if answer is None else json.dumps(answer, allow_nan=False).encode()
+        await reply.json(202 if answer is None else 200, body, *reply.cookie)
 
     async def _beat(self, scope: Scope, receive: bodies.Receive, reply: _Reply) -> None:
         """Answer a page's heartbeat for as long as the page is open, then tell the page's handlers that it was closed."""
@@ -146,8 +184,8 @@ class Gate:
                 await call.answer({"data": [], "session_hash": page}, scope)
 
     @contextlib.contextmanager
-    def _visit(self, scope: Scope) -> Iterator[None]:
-        """Count the request and say whose it is while it is answered."""
+    def _visit(self, scope: Scope, reply: _Reply) -> Iterator[None]:
+        """Count the request and say whose it is while it is answered; who has no cookie yet gets one with a page or a call."""
         headers = _headers(scope)
         peer = str((scope.get("client") or ("local",))[0])
         address = address_of(peer, headers.get("x-forwarded-for", ""), behind_proxy=self.limits.behind_proxy)
@@ -156,7 +194,12 @@ class Gate:
         if self.running.total() >= self.limits.requests:
             raise Refusal(503, "The server is full: try again in a minute.")
         self.running[address] += 1
-        token = VISITOR.set(Visitor(browser_of(headers.get("cookie", "")), address))
+        browser = browser_of(headers.get("cookie", ""))
+        if not browser:
+            new = new_cookie(embedded=self.limits.behind_proxy)
+            reply.cookie = [(b"set-cookie", new.encode())]
+            browser = browser_of(new.partition(";")[0]) if rules.is_call(scope["path"]) else ""
+        token = VISITOR.set(Visitor(browser, address))
         try:
             yield
         finally:
@@ -174,16 +217,14 @@ class Gate:
         names.check_host(headers.get("host", ""))
         if "x-forwarded-host" in headers:
             names.check_host(headers["x-forwarded-host"])
-        names.check_origin(
-            headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site"), is_page=path == "/"
-        )
+        names.check_origin(headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site"), is_page=path == "/")
         rules.check_route(scope["method"], path)
         length = headers.get("content-length")
         if scope["method"] != "POST":
             bodies.limit_of(length, 0)
             complete()
             return receive, None
-        if not visitor().browser and path != rules.RUN:  # an event is answered in the page's own words
+        if not visitor().browser and path == rules.UPLOAD:  # an event is answered in the page's own words
             raise Refusal(403, "This browser sends no cookie: allow cookies, or open the page in its own tab.")
         if path == rules.UPLOAD:
             await asyncio.to_thread(self.files.check_room, self.limits.upload_bytes)
@@ -191,7 +232,7 @@ class Gate:
         body = await bodies.read(receive, length, bodies.EVENT_BYTES, self.budget)
         complete()
         try:
-            return receive, await self.limits.events.check(body)
+            return receive, await (bodies.parse(body) if rules.is_call(path) else self.limits.events.check(body))
         finally:
             self.budget.used -= len(body)
 
@@ -202,6 +243,7 @@ class _Reply:
     def __init__(self, send: Send) -> None:
         self.send, self.begun = send, False
         self.refusal: Refusal | None = None
+        self.cookie: Headers = []
 
     async def __call__(self, message: dict[str, Any]) -> None:
         if self.refusal is not None:
@@ -210,6 +252,12 @@ class _Reply:
         if message["type"] == "http.response.start":
             message = {**message, "headers": with_security(message["headers"])}
         await self.send(message)
+
+    async def json(self, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
+        """Send a whole answer: a JSON body, or an empty one."""
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
 
     def noting(self, receive: bodies.Receive) -> bodies.Receive:
         """Wrap `receive`, so that a refusal that it raises is answered, whatever Gradio makes of it."""
@@ -229,14 +277,7 @@ class _Reply:
             raise ConnectionError  # uvicorn closes a connection whose answer is incomplete
         self.refusal, self.begun = None, True
         body = json.dumps({"detail": refusal.sentence}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        start = {"type": "http.response.start", "status": refusal.status, "headers": with_security(headers)}
-        await self.send(start)
-        await self.send({"type": "http.response.body", "body": body})
+        await self.json(refusal.status, body, (b"connection", b"close"))
 
 
 def _headers(scope: Scope) -> dict[str, str]:

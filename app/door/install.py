@@ -15,6 +15,7 @@ from app.door.calls import calls_of
 from app.door.connections import Connections
 from app.door.gate import Gate, Limits
 from app.door.log import limit_lines
+from app.door.programs import endpoints_of
 from app.door.rules import Names
 from app.door.visitor import Heartbeats, is_private
 
@@ -34,7 +35,8 @@ def limits(settings: Settings, host: str, demo: Any, heartbeats: Heartbeats) -> 
     events = Events(inputs, Path(os.environ["GRADIO_TEMP_DIR"]).resolve())
     names = Names.of(host, *settings.hosts)
     frames = FRAMES if settings.on_space else "'none'"
-    return Limits(names, settings.on_space, frames, settings.file_bytes, events=events, calls=calls, heartbeats=heartbeats)
+    named = {"calls": calls, "endpoints": endpoints_of(demo), "heartbeats": heartbeats}
+    return Limits(names, settings.on_space, frames, settings.file_bytes, events=events, **named)
 
 
 def _kind(block: Any) -> str:

@@ -9,14 +9,21 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 RUN, UPLOAD, HEARTBEAT = "/gradio_api/run/predict", "/gradio_api/upload", "/gradio_api/heartbeat/"
+CONFIG, INFO = "/config", "/gradio_api/info"
+JOIN, READ, CANCEL = "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel"
+MCP = re.compile(r"/gradio_api/mcp/?")
+CALL = re.compile(r"/gradio_api/call/(?:v2/)?([a-z]{1,20})(?:/([0-9a-f]{32}))?")
+CLIENT = re.compile(r"[a-z0-9-]{1,40}")
+"""Gradio's name of a page or of another client."""
 ROUTES = {
     "GET": re.compile(
         r"/|/(assets|static)/[^\\]*|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
-        r"|/gradio_api/(theme\.css|startup-events|heartbeat/[a-z0-9]{1,40}|file=[^\\]*)"
+        rf"|/gradio_api/(theme\.css|startup-events|heartbeat/{CLIENT.pattern}|file=[^\\]*)"
+        rf"|{CONFIG}|{INFO}|{READ}|{CALL.pattern}"
     ),
-    "POST": re.compile(f"{RUN}/?|{UPLOAD}"),
+    "POST": re.compile(f"{RUN}/?|{UPLOAD}|{JOIN}|{CANCEL}|{CALL.pattern}|{MCP.pattern}"),
 }
-"""Routes that the page uses, found by recording its requests; Gradio has some sixty more, which are closed."""
+"""Routes that the page and programs use, found by recording their requests; Gradio has some sixty more, which are closed."""
 MOST_HEADERS, HEADERS_BYTES = 100, 32 * 1024
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -83,9 +90,16 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
         raise Refusal(431, f"The headers are too long: send at most {MOST_HEADERS}, of {HEADERS_BYTES // 1024} kB together.")
 
 
+def is_call(path: str) -> bool:
+    """Say whether a route is one by which programs call endpoints."""
+    return path in (JOIN, READ, CANCEL) or CALL.fullmatch(path) is not None or MCP.fullmatch(path) is not None
+
+
 def check_route(method: str, path: str) -> None:
-    """Check that the page uses this route. Raises: Refusal."""
+    """Check that the page or a program uses this route. Raises: Refusal."""
     allowed = ROUTES.get("GET" if method == "HEAD" else method)
+    if method != "POST" and MCP.fullmatch(path):
+        raise Refusal(405, "This is a server of MCP without a stream of its own: send messages with POST.")
     if allowed is None or not allowed.fullmatch(path) or len(path) > 2000:
         raise Refusal(404, "There is nothing here.")
 

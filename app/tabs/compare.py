@@ -12,13 +12,13 @@ from app import engine
 from app.context import LIGHT, Context, Updates
 from app.session import MAX_RUNS, Protocol, Run, Session
 from app.tabs.keep import Keep
-from app.tabs.measured import MEASURED_TEXT, WINDOW, estimated_bytes, numbers_table, window_of
+from app.tabs.measured import MEASURED_TEXT, WINDOW, bytes_parts, numbers_table, window_of
 from app.tabs.memory import Memory
 from app.tabs.pareto import Pareto
 from app.tabs.tokens import Tokens
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart, Table
-from app.view.figure import axis_name, number
+from app.view.figure import number
 from app.worker.job import JobView, Step
 from core.checks import require_choice, require_float, require_int
 from core.errors import InputError, QuantscopeError
@@ -115,16 +115,10 @@ class Compare:
     def render(self, session: Session, keys: list[str] | None = None) -> Updates:
         """Show numbers and bars of the chosen runs."""
         runs = [r for r in session.runs if keys is None or r.key in keys]
-        measured = [r for r in runs if r.evaluation is not None]
-        bars = plots_runs.bytes_bars(
-            [
-                (axis_name(session.title(r)), dict(r.evaluation.weight_parts), estimated_bytes(session, r, r.evaluation))
-                for r in measured
-            ]
-        )
+        bars = plots_runs.bytes_bars(bytes_parts(session, runs))
         return {
             self.numbers: numbers_table(session, runs) or cards.hint(texts.NUMBERS_EMPTY if session.runs else texts.NO_RUNS),
-            self.bars: gr.update(value=bars, visible=bool(measured)),
+            self.bars: gr.update(value=bars, visible=any(run.evaluation for run in runs)),
             **self.pareto.render(session),
         }
 

@@ -7,6 +7,7 @@ from typing import Any
 from app import engine
 from app.session import Protocol, Run, Session
 from app.view import cards, tables, texts
+from app.view.figure import axis_name
 from app.view.names import full_name, text_name
 from core.evaluation.paired import against_reference
 
@@ -69,6 +70,13 @@ def verdict(run: Run) -> str:
             where = f"{report.tokens:,} tokens of {text_name(protocol.text)}"
             return cards.verdict(report.perplexity, against_reference(report), where)
     return ""
+
+
+def bytes_parts(session: Session, runs: list[Run]) -> list[tuple[str, dict[str, int], float | None]]:
+    """List measured runs as `plots_runs.bytes_bars` draws them: name, bytes by part, and the formula's estimate."""
+    measured = [run for run in runs if run.evaluation is not None]
+    parts = [(run, run.evaluation, dict(run.evaluation.weight_parts)) for run in measured]
+    return [(axis_name(session.title(run)), sizes, estimated_bytes(session, run, found)) for run, found, sizes in parts]
 
 
 def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:

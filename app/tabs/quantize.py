@@ -19,6 +19,7 @@ from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choic
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart, Table
 from app.view.names import full_name
+from app.view.texts_report import FALLBACKS
 from app.worker.job import Step
 from core.errors import InputError
 from core.folders import state_of
@@ -392,7 +393,7 @@ def details(report: Any) -> str:
     """Write stages, fallbacks and kernels of a run as small tables."""
     parts = [cards.table(["stage", "time"], tables.stage_rows(report), caption="where the time went")]
     if fallen := tables.fallback_rows(report):
-        parts.append(cards.table(["layer", "weight", "reason"], fallen, caption="rounded to nearest instead of GPTQ"))
+        parts.append(cards.table(["layer", "weight", "reason"], fallen, caption=FALLBACKS))
     parts.append(
         cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
     )

@@ -72,7 +72,7 @@ class Reorder:
     @property
     def outputs(self) -> list:
         """Components that another model changes."""
-        return [self.layer, self.kind, self.clusters, *self.charts]
+        return [self.layer, self.kind, self.clusters, self.bits, *self.charts]
 
     def take(self, session: Session, values: Updates) -> None:
         """Store the chosen layer, site and bits in the session. Raises: InputError if the model has none such, or for bits."""
@@ -92,6 +92,7 @@ class Reorder:
             self.layer: gr.update(**layer_slider(session)),
             self.kind: gr.update(value=chosen.kind, label=site_title(chosen.kind)),
             self.clusters: gr.update(**slider_of(chosen.clusters)),
+            self.bits: chosen.bits,
         }
 
     def render(self, session: Session) -> Updates:

@@ -1,23 +1,23 @@
-"""The panel Share: a link to the page's state, and recipe, ranges and report as files."""
+"""The panel Share: a link to the page's state, and recipe, ranges and reports as files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlencode
+from typing import Any
 
 import gradio as gr
 
 from app.context import LIGHT, Context, Updates
-from app.session import Session
-from app.tabs.explore import last_layer
+from app.report import report_html
+from app.tabs.link import Fields, query_of
 from app.view import cards, tables, texts
+from app.view import texts_report as words
 from core.errors import InputError
 from core.privacy import PASTED
-from core.recipe import SITES, QuantRecipe, require_choice, require_int
+from core.recipe import QuantRecipe
 
 MAX_RECIPE_BYTES = 2**20
-TABS = ("explore", "reorder", "quantize", "compare", "bitnet")
 SAVE_JS = """(file) => {
   if (!file) return;
   const link = document.createElement('a');
@@ -51,22 +51,34 @@ class Share:
             )
             self.save_ranges = gr.Button(texts.SAVE_RANGES, size="sm", elem_id="save-ranges")
             self.save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
+            self.save_html = gr.Button(words.SAVE, size="sm", elem_id="save-html")
+            self.own_text = gr.Checkbox(False, label=words.OWN_TEXT, container=False, elem_id="own-text")
             self.saved = gr.JSON(None, visible=False)
 
-    def wire(self, inputs: set, recipe: Callable[[Updates], QuantRecipe], fill: Callable[[QuantRecipe], Updates]) -> None:
+    def wire(
+        self,
+        inputs: set,
+        recipe: Callable[[Updates], QuantRecipe],
+        fill: Callable[[QuantRecipe], Updates],
+        fields: Fields,
+        runs: Any,
+    ) -> None:
         """Connect the events.
 
         Args:
             inputs: the fields of the recipe. recipe: function from their values to a recipe. fill: updates that set them to one.
+            fields: settings of the other tabs that a link names. runs: the component that holds the compared runs.
         """
-        self.recipe, self.fill = recipe, fill
+        self.recipe, self.fill, self.fields, self.runs = recipe, fill, fields, runs
         guard, key, status = self.ctx.guard, self.ctx.key, [self.ctx.status, self.ctx.stop]
         files = {self.save_recipe: self.recipe_file, self.save_ranges: self.ranges_file, self.save_report: self.report_file}
+        files[self.save_html] = self.html_file
         for button, handler in files.items():
-            written = button.click(guard(handler), {key, *inputs}, [self.saved, *status], **LIGHT)
+            written = button.click(guard(handler), {key, self.own_text, *inputs}, [self.saved, *status], **LIGHT)
             written.then(None, self.saved, None, js=SAVE_JS, api_visibility="private")
         linked = [self.link_text, self.link_note]
-        self.link.click(guard(self.linked), {key, *inputs}, [*linked, *status], **LIGHT).success(
+        view = {key, runs, *inputs, *fields.values()}
+        self.link.click(guard(self.linked), view, [*linked, *status], **LIGHT).success(
             None, linked, linked, js=LINK_JS, api_visibility="private"
         )
         self.open_recipe.upload(guard(self.opened), {key, self.open_recipe}, [*inputs_of(fill), *status], **LIGHT)
@@ -95,10 +107,18 @@ class Share:
         text = tables.report_json(self.ctx.session(values).runs)
         return {self.saved: {"name": "report.json", "type": "application/json", "text": text}}
 
+    def html_file(self, values: Updates) -> Updates:
+        """Make one HTML file of all runs of the session."""
+        session = self.ctx.session(values)
+        if not session.runs:
+            raise InputError(words.EMPTY, code="E-PARAM-RUNS")
+        text = report_html(session, own_text=bool(values[self.own_text]))
+        return {self.saved: {"name": "report.html", "type": "text/html", "text": text}}
+
     def linked(self, values: Updates) -> Updates:
-        """Write the link to this recipe, tab, layer, site and channel, and say what it leaves out."""
-        session, recipe = self.ctx.session(values), self.recipe(values)
-        query = f"{recipe.to_query()}&{urlencode(place_of(session))}"
+        """Write the link to this view, and say what it leaves out."""
+        recipe = self.recipe(values)
+        query = query_of(self.ctx.session(values), recipe, self.fields, values, values[self.runs])
         note = texts.LINK_PASTED if recipe.calibration.text.startswith(PASTED) else ""
         return {self.link_text: gr.update(value=query, visible=True), self.link_note: gr.update(value=note, visible=True)}
 
@@ -116,39 +136,6 @@ class Share:
             path.unlink(missing_ok=True)
         said = texts.RECIPE_PASTED if is_unknown_text(recipe.calibration.text) else texts.RECIPE_OPENED
         return {**self.fill(recipe), self.ctx.status: cards.note(texts.RECIPE_TITLE, said)}
-
-
-def place_of(session: Session) -> dict[str, object]:
-    """Return the visitor's place in the model as keys of a link."""
-    chosen = session.selection
-    place: dict[str, object] = {"tab": session.tab}
-    if session.ranges is not None:
-        place |= {"layer": chosen.layer, "site": chosen.kind}
-        if chosen.channel is not None:
-            place["channel"] = chosen.channel
-    return place
-
-
-def go_to(session: Session, query: dict[str, str]) -> None:
-    """Select the place of a link. Raises: InputError for a tab, layer, site or channel that does not exist."""
-    chosen = session.selection
-    if "tab" in query:
-        session.tab = require_choice("tab", query["tab"], TABS)
-    if session.ranges is None or not {"layer", "site", "channel"} & set(query):
-        return
-    kind = require_choice("site", query.get("site", chosen.kind), SITES)
-    top = last_layer(session)
-    layer = require_int("layer", _whole(query.get("layer", chosen.layer)), 0, top, f"use 0 to {top}")
-    width = len(session.ranges.sites[f"layers.{layer}.{kind}"].low)
-    channel = None
-    if "channel" in query:
-        channel = require_int("channel", _whole(query["channel"]), 0, width - 1, f"this site has channels 0 to {width - 1}")
-    chosen.layer, chosen.kind, chosen.channel = layer, kind, channel
-
-
-def _whole(text: object) -> object:
-    """Convert a text of digits to its number; return anything else unchanged."""
-    return int(text) if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10 else text
 
 
 def is_unknown_text(text: str) -> bool:

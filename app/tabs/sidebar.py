@@ -93,31 +93,13 @@ class Sidebar:
 
     def chosen_model(self, values: dict) -> tuple[str, str | None]:
         """Return (name, revision) of the model field. Raises: InputError if it is empty or far too long."""
-        name = values[self.model]
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(
-                "No model was named: choose one of the list, or type a Hub id such as owner/name.", code="E-PARAM-MODEL"
-            )
-        if len(name) > 300:
-            raise InputError(
-                f"The model name has {len(name):,} characters: give a Hub id (owner/name) or a name of the list.",
-                code="E-PARAM-MODEL",
-            )
-        name, _, revision = name.strip().partition("@")
-        return name, revision or None
+        return parse_model(values[self.model])
 
     def chosen_text(self, values: dict) -> str:
         """Return the calibration text, a pasted one with its prefix. Raises: TextError if nothing was pasted or far too much."""
         if values[self.text] != PASTE:
             return require_choice("calibration text", values[self.text], tuple(texts.TEXT_NAMES))
-        pasted = values[self.pasted] or ""
-        if not pasted.strip():
-            raise TextError("No text was pasted: paste at least 512 tokens, or choose a named text.", code="E-TEXT-SHORT")
-        if len(pasted) > MAX_TEXT:
-            raise TextError(
-                f"The text has {len(pasted):,} characters; the limit is {MAX_TEXT:,}. Paste a part of it.", code="E-TEXT-SIZE"
-            )
-        return PASTED + pasted
+        return PASTED + require_pasted(values[self.pasted] or "")
 
     def calibration(self, values: dict) -> Calibration:
         """Return the text and tokens that ranges are observed on."""
@@ -145,6 +127,30 @@ class Sidebar:
         """Show only the controls that a method uses."""
         shown = {self.grid: method != "bitnet", self.ternary: method == "bitnet", self.clusters: method == "rptq"}
         return {part: gr.update(visible=visible) for part, visible in shown.items()}
+
+
+def parse_model(name: object) -> tuple[str, str | None]:
+    """Return (name, revision) of "name@revision". Raises: InputError if it is empty or far too long."""
+    if not isinstance(name, str) or not name.strip():
+        raise InputError("No model was named: choose one of the list, or type a Hub id such as owner/name.", code="E-PARAM-MODEL")
+    if len(name) > 300:
+        raise InputError(
+            f"The model name has {len(name):,} characters: give a Hub id (owner/name) or a name of the list.",
+            code="E-PARAM-MODEL",
+        )
+    name, _, revision = name.strip().partition("@")
+    return name, revision or None
+
+
+def require_pasted(text: str) -> str:
+    """Check a visitor's own text. Raises: TextError if it is empty or far too long."""
+    if not text.strip():
+        raise TextError("No text was pasted: paste at least 512 tokens, or choose a named text.", code="E-TEXT-SHORT")
+    if len(text) > MAX_TEXT:
+        raise TextError(
+            f"The text has {len(text):,} characters; the limit is {MAX_TEXT:,}. Paste a part of it.", code="E-TEXT-SIZE"
+        )
+    return text
 
 
 def scheme_choices() -> list[tuple[str, str]]:

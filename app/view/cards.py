@@ -96,9 +96,10 @@ def footer(versions: str, report: Any = None) -> str:
 
 
 def links(pairs: Sequence[tuple[str, str]]) -> str:
-    """Write links to papers, each opened in a tab of its own."""
+    """Write links to papers, each opened in a tab of its own, and one to the description of the endpoints."""
     shown = " · ".join(f'<a href="{escape(url)}" target="_blank" rel="noreferrer">{escape(name)}</a>' for name, url in pairs)
-    return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>'
+    programs = f'<p class="qs-links"><a href="?view=api">{escape(texts.PROGRAMS)}</a></p>'
+    return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>{programs}'
 
 
 def command(line: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from app.view import texts
+from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import PER_CHANNEL, SCHEMES, Clusters, QuantRecipe
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ def full_name(run: Run) -> str:
 
 
 def text_name(text: str) -> str:
-    """Return a calibration text's name for people; a pasted text's begins with its first letters."""
-    return texts.TEXT_NAMES.get(text) or texts.YOUR_TEXT.format(text.removeprefix("text:")[:12])
+    """Return a text's name for people: of a pasted text its first letters, unless a digest stands for it; of a file its name."""
+    if text.startswith(PASTED):
+        return texts.YOUR_TEXT.format(text.removeprefix(PASTED)[:12])
+    return texts.PRIVATE_TEXT if text.startswith(PASTED_DIGEST) else texts.TEXT_NAMES.get(text) or PurePath(text).name
 
 
 def model_name(model: str) -> str:

@@ -42,6 +42,7 @@ TEXT = "Calibration text"
 TEXT_PASTE = "Paste my own…"
 TEXT_NAMES = {"sotu": "State of the Union", "wikitext2": "WikiText-2"}
 YOUR_TEXT = "your text “{}…”"
+PRIVATE_TEXT = "a private text"
 PASTE_LABEL = "Your text"
 PASTE_INFO = "Used for your session only, never stored or shared. At least 512 tokens, about 2,500 characters."
 TOKENS = "Tokens to observe"
@@ -73,17 +74,19 @@ LINK_FOREIGN = (
     "This link names a calibration text that is not here: its author pasted it, or it was a file. Paste it at the side, or "
     "choose another. The ranges shown are from {}."
 )
+LINK_RUN = "The run {} of the link is not kept here: set its recipe and press Quantise. Everything else of the link is shown."
 OPEN_RECIPE = "Open a recipe (JSON)"
 RECIPE_TITLE = "Recipe opened"
 RECIPE_OPENED = "The fields are set to it: press Quantise to run it, or Observe for the ranges of its model."
 RECIPE_PASTED = "The fields are set to it. Its calibration text is not in the file: paste it at the side, or choose another."
 PAPERS = "Papers:"
+PROGRAMS = "Use this page from a program"
 LINKS = (
     ("RPTQ", "https://arxiv.org/abs/2304.01089"),
     ("BitNet a4.8", "https://arxiv.org/abs/2411.04965"),
     ("GPTQ", "https://arxiv.org/abs/2210.17323"),
 )
-LINK_LABEL = "Link to this model and recipe"
+LINK_LABEL = "Link to this view"
 SAVE_RECIPE = "Recipe (JSON)"
 SAVE_RANGES = "Ranges (CSV)"
 SAVE_REPORT = "Report (JSON)"

@@ -16,7 +16,7 @@ from app.door.bodies import FILE, Budget, Events
 from app.door.files import UPLOADS, Files
 from app.door.gate import Gate, Limits
 from app.door.log import MOST_LINES, LineLimit, Tally
-from app.door.rules import RUN, UPLOAD, Names, Refusal
+from app.door.rules import JOIN, READ, RUN, UPLOAD, Names, Refusal
 from app.door.visitor import address_of, browser_of, network_of, new_cookie, visitor
 from tests.app.door_tools import COOKIE, EVENT, FORM, LIMITS, UPLOADED, ask, echo, post
 
@@ -31,13 +31,17 @@ def test_what_the_page_sends_passes_and_no_page_elsewhere_may_read_it():
 
 
 @pytest.mark.parametrize(
-    "path", ["/config", "/gradio_api/info", "/gradio_api/queue/data", "/monitoring", "/gradio_api/deep_link", "/pwa_icon/8000",
+    "path", ["/gradio_api/queue/status", "/gradio_api/call/", "/gradio_api/reset", "/gradio_api/mcp/sse",
+             "/monitoring", "/gradio_api/deep_link", "/pwa_icon/8000",
              "/gradio_api/proxy=http://127.0.0.1", "/gradio_api/openapi.json", "/login", "/gradio_api/heartbeat/../x", "/x"]
 )  # fmt: skip
 def test_routes_that_the_page_does_not_use_are_closed(path):
     assert ask("GET", path).status_code == 404
     assert ask("POST", path, content=b"{}").status_code == 404
     assert ask("DELETE", "/").status_code == ask("OPTIONS", RUN).status_code == 404
+    assert (
+        ask("POST", "/config", content=b"{}").status_code == ask("GET", JOIN).status_code == ask("POST", READ).status_code == 404
+    )
 
 
 @pytest.mark.parametrize("body", ["[" * 100_000, "", "null", "[]", "{}", "{", "1" * 5000, '"\\ud800"', b"\xff\xfe"])

@@ -185,3 +185,18 @@ def test_a_page_without_ranges_says_whether_they_come():
     assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.NO_RANGES
     session.jobs["observe"] = "task"
     assert no_ranges(session)["layout"]["annotations"][0]["text"] == texts.STARTING
+
+
+def test_the_programs_of_a_browser_share_one_session_and_no_page_has_it():
+    store = SessionStore(seconds=60, capacity=10)
+    with asked_by("a" * 43):
+        page, mine = store.open("page"), store.of_programs()
+        assert store.of_programs() is mine is not page and mine.programs and not mine.shown
+    with asked_by("b" * 43):
+        assert store.of_programs() is not mine
+    task = object()
+    mine.handlers.add(task)
+    aged(store, mine, 61)
+    assert mine not in store.sweep(), "a call runs"
+    mine.handlers.discard(task)
+    assert mine in store.sweep()

@@ -74,7 +74,8 @@ def test_a_run_leaves_as_a_zip_file_and_comes_back(visit, tmp_path):
 
 
 def test_a_link_with_every_part_opens_there_in_another_browser(visit, address):
-    page = visit("?model=fake&scheme=W4A8&clusters=8&seed=3&window=256&tab=reorder&layer=2&site=q&channel=5", ready=False)
+    view = "tab=reorder&layer=2&site=q&channel=5&preview=3&linear=1&measure_on=wikitext2&memory_of=opt-66b&batch=64"
+    page = visit(f"?model=fake&scheme=W4A8&clusters=8&seed=3&window=256&{view}", ready=False)
     page.wait_for_function("() => document.querySelector('#headline')?.innerText.includes('clusters')")
     assert page.locator("#strips .qs-chart").is_visible()
     assert page.locator("#reorder-layer input[type=number]").input_value() == "2"
@@ -89,6 +90,14 @@ def test_a_link_with_every_part_opens_there_in_another_browser(visit, address):
     other.wait_for_selector("#tokens mark")
     assert other.locator("#side-g input[type=number]").input_value() == "8"
     assert other.locator("#scheme input").input_value().startswith("W4A8")
+    assert other.locator("#linear input").is_checked()
+    open_tab(other, "Reorder", "#strips")
+    assert other.locator("#preview-bits input").input_value() == "3 bits"
+    open_tab(other, "Compare")
+    assert other.locator("#eval-text input").input_value() == "WikiText-2"
+    other.locator("#memory-panel button").first.click()
+    assert other.locator("#shape input").input_value() == "opt-66b"
+    assert other.locator("#batch input[type=number]").input_value() == "64"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,9 @@ def test_a_link_with_every_part_opens_there_in_another_browser(visit, address):
         ("site=nowhere", "E-PARAM-SITE"),
         ("channel=99999", "E-PARAM-CHANNEL"),
         ("tab=nowhere", "E-PARAM-TAB"),
+        ("batch=0", "E-PARAM-BATCH"),
+        ("colour=red", "E-PARAM-LINK"),
+        ("runs=0123456789abcdef", "not kept here"),
     ],
 )
 def test_a_part_of_a_link_that_is_not_there_is_said_in_a_sentence(visit, query, words):
@@ -143,3 +155,30 @@ def visitor(browser, address):
     yield page
     context.close()
 
+
+
+def test_the_report_opens_from_disk_and_asks_for_nothing(visit, browser, tmp_path):
+    page, file = visit(), tmp_path / "report.html"
+    quantise(page)
+    page.get_by_text("Share and save").click()
+    with page.expect_download() as saved:
+        page.locator("#save-html").click()
+    saved.value.save_as(file)
+    for width in (1280, 390):
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        report, asked = context.new_page(), []
+        report.on("request", lambda request, asked=asked: asked.append(request.url))
+        report.goto(file.as_uri())
+        assert asked == [file.as_uri()] and report.locator("svg").count() == 2 and report.locator("h2").count() >= 2
+        assert report.locator("table").first.is_visible() and "W4A4" in report.locator("pre").last.inner_text()
+        assert report.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing leaves the page"
+        context.close()
+
+
+def test_the_api_page_shows_the_four_endpoints(visit):
+    page = visit()
+    page.get_by_text("Use this page from a program").click()
+    page.wait_for_function("() => document.body.innerText.includes('4 API endpoints')")
+    for name in ("/inspect", "/predict", "/quantize", "/compare"):
+        assert page.get_by_text(name, exact=True).count() >= 1, name
+    assert "Observe the range of every channel" in page.locator("body").inner_text()
