@@ -33,6 +33,9 @@ LINK_JS = """async (query, note) => {
   return [url, `<p class="qs-protocol" role="status"><b>${said}</b> ${note}</p>`];
 }""".replace("COPIED", texts.LINK_COPIED).replace("NOT_HERE", texts.LINK_NOT_COPIED)
 
+PROGRAMS_JS = "() => document.querySelector('footer button.show-api')?.click()"
+"""Script that opens Gradio's description of the endpoints, as the button of Gradio's own footer does, which the style hides."""
+
 
 class Share:
     """The panel at the side: its widgets, and the handlers of their events."""
@@ -53,6 +56,7 @@ class Share:
             self.save_report = gr.Button(texts.SAVE_REPORT, size="sm", elem_id="save-report")
             self.save_html = gr.Button(words.SAVE, size="sm", elem_id="save-html")
             self.own_text = gr.Checkbox(False, label=words.OWN_TEXT, container=False, elem_id="own-text")
+            self.programs = gr.Button(texts.PROGRAMS, size="sm", elem_id="programs")
             self.saved = gr.JSON(None, visible=False)
 
     def wire(
@@ -76,6 +80,7 @@ class Share:
         for button, handler in files.items():
             written = button.click(guard(handler), {key, self.own_text, *inputs}, [self.saved, *status], **LIGHT)
             written.then(None, self.saved, None, js=SAVE_JS, api_visibility="private")
+        self.programs.click(None, None, None, js=PROGRAMS_JS, show_progress="hidden", api_visibility="private")
         linked = [self.link_text, self.link_note]
         view = {key, runs, *inputs, *fields.values()}
         self.link.click(guard(self.linked), view, [*linked, *status], **LIGHT).success(

@@ -96,10 +96,9 @@ def footer(versions: str, report: Any = None) -> str:
 
 
 def links(pairs: Sequence[tuple[str, str]]) -> str:
-    """Write links to papers, each opened in a tab of its own, and one to the description of the endpoints."""
+    """Write links to papers, each opened in a tab of its own."""
     shown = " · ".join(f'<a href="{escape(url)}" target="_blank" rel="noreferrer">{escape(name)}</a>' for name, url in pairs)
-    programs = f'<p class="qs-links"><a href="?view=api">{escape(texts.PROGRAMS)}</a></p>'
-    return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>{programs}'
+    return f'<p class="qs-links">{escape(texts.PAPERS)} {shown}</p>'
 
 
 def command(line: str) -> str:
