@@ -29,9 +29,11 @@ JOBS = {
     "swaps": "P1, P2, P3, predict",
     "autopilot": "P6, predict",
     "estimate": "E1",
+    "quality": "Q1, Q3, Q4",
 }
-"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`; their numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1"
+"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of quality `run(model, tokens=…)`; their
+numbers as targets, their group."""
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3 or Q4"
 
 
 def main() -> int:
@@ -39,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {ALLOWED}")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
+    parser.add_argument("--tokens", type=int, default=32_768, help="evaluation tokens of the job quality, per text")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     names = []
@@ -55,7 +58,8 @@ def main() -> int:
     results: list[Result] = []
     for name in names:
         start = time.perf_counter()
-        for result in importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model):
+        own = {"tokens": arguments.tokens} if name == "quality" else {}
+        for result in importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model, **own):
             results.append(result)
             print(f"… {result.job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -26,6 +26,8 @@ class Result:
         seconds, peak_bytes: where the job is judged by them.
         limit_fraction: share of the machine's limit, from rates measured in the same run (`limits`).
         target: the project's own target, in words.
+        weight_bits, kv_bytes: stored bits per weight and bytes of one token's keys and values, where quality is measured.
+        text: what it is measured on.
     """
 
     job: str
@@ -37,6 +39,9 @@ class Result:
     note: str = ""
     limit_fraction: float | None = None
     median_ratio: float | None = None
+    weight_bits: float | None = None
+    kv_bytes: int | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,11 @@ def print_results(results: list[Result]) -> None:
         ratio = "" if r.ratio is None else f"{r.ratio:6.2f}×"
         seconds = "" if r.seconds is None else f"{r.seconds:10.4f} s"
         peak = "" if r.peak_bytes is None else f"{r.peak_bytes / 2**30:6.2f} GiB"
+        stored = "" if r.weight_bits is None else f"  {r.text}, {r.weight_bits:.2f} weight bits, {r.kv_bytes:,} KV bytes"
         limit = "" if r.limit_fraction is None else f"{r.limit_fraction:4.0%} of the limit"
         print(
             f"{r.job:70s} {ratio:>8s} {seconds:>12s} {peak:>10s} {limit:>17s}  vs {r.peer}"
             + (f"  [{r.target}]" if r.target else "")
+            + stored
             + (f"  {r.note}" if r.note else "")
         )

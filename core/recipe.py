@@ -1,6 +1,7 @@
 """The recipe of a run: frozen, validated when made, one object for page, CLI, JSON, URL and report.
 
-Its parts are in `core.bits` (bits of tensors, clusters of reorderings, schemes) and `core.overrides` (what single layers have).
+Its parts are in `core.bits` (bits of tensors, clusters of reorderings, schemes), `core.options` (what belongs to one method)
+and `core.overrides` (what single layers have).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from core.bits import INPUT_SITE, PER_CHANNEL, REORDER_OF, REORDERS, SCHEMES, SITES, Bits, Clusters, parse_bits
-from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys, require_text
+from core.checks import FLOAT_BITS, parse_int, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
+from core.options import BITNET_MODES, BitNetOptions, RotationOptions, options_text, parse_options
 from core.overrides import Overrides
 from core.privacy import text_record
 
@@ -37,20 +39,28 @@ __all__ = [
     "Clusters",
     "Overrides",
     "QuantRecipe",
-    "parse_bitnet",
+    "RotationOptions",
     "parse_bits",
+    "parse_options",
     "require_choice",
     "require_int",
 ]
 
-METHODS = {"rptq": "core.methods.rptq.method", "rtn": "core.methods.rtn", "bitnet": "core.methods.bitnet"}
+METHODS = {
+    "rptq": "core.methods.rptq.method",
+    "rotation": "core.methods.rotation.method",
+    "rtn": "core.methods.rtn",
+    "bitnet": "core.methods.bitnet",
+}
 """Module of each quantisation method, by the method's name: `core.methods.method` imports it when it is used."""
 WEIGHT_METHODS = ("gptq", "rtn")
 VARIANTS = ("default", "official", "strict", "matched")
+OPTIONS = {
+    "bitnet": (BitNetOptions, "mode, keep and the bits of attention"),
+    "rotation": (RotationOptions, "scale, rotate, group and the other switches of rotation"),
+}
+"""The class of the options that belong to one method, and what they are, by the method's name: fields of `QuantRecipe`."""
 SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
-_INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
-BITNET_MODES = tuple(_INPUT_BITS)
-"""Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
 
 
 @dataclass(frozen=True)
@@ -71,56 +81,17 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class BitNetOptions:
-    """Options of the method "bitnet", which ignores scheme, bits, clusters and weights of the recipe.
-
-    Attributes:
-        mode: one of BITNET_MODES; keep: share of o_in that TopK keeps, above 0 and up to 1.
-        kv_bits, bos_bits, q_bits: of keys and values, of the first token's, and of queries; 2 to 8, or 16 for not quantised.
-    """
-
-    mode: str = "a4.8"
-    keep: float = 0.5
-    kv_bits: int = 16
-    bos_bits: int = 4
-    q_bits: int = 16
-
-    def __post_init__(self) -> None:
-        require_choice("mode", self.mode, BITNET_MODES)
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise InputError(f"keep is {str(self.keep)[:40]!r}: use a share above 0 and up to 1.", code="E-PARAM-KEEP")
-        object.__setattr__(self, "keep", float(self.keep))
-        for name in ("kv_bits", "bos_bits", "q_bits"):
-            require_bits(name, getattr(self, name))
-
-    def describe(self) -> str:
-        """Describe the options shortly: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
-        parts = [self.mode if self.keep == 0.5 else f"{self.mode} (keeps {self.keep:g})"]
-        if self.kv_bits < FLOAT_BITS:
-            first = "" if self.bos_bits == self.kv_bits else f", first token {self.bos_bits}"
-            parts.append(f"KV {self.kv_bits} bits{first}")
-        if self.q_bits < FLOAT_BITS:
-            parts.append(f"Q {self.q_bits} bits")
-        return " · ".join(parts)
-
-    @property
-    def tensor_bits(self) -> Bits:
-        """Bits of every tensor as stored or multiplied; ternary weights take 2."""
-        attn_in, o_in, mlp_in, down_in = _INPUT_BITS[self.mode]
-        return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
-
-
-@dataclass(frozen=True)
 class QuantRecipe:
     """Everything that decides a quantised model. Equal recipes give equal models; `hash` names them.
 
     Attributes:
-        method: "rptq", "rtn" (round-to-nearest, the baseline) or "bitnet".
+        method: "rptq", "rotation", "rtn" (round-to-nearest, the baseline) or "bitnet".
         scheme: one of SCHEMES, or "custom" with `bits` given.
         variant: of RPTQ, "default" (better rules), "official" (the published code's rules) or "strict" (default rules with
-            the norm outputs at the scheme's activation bits). Of RTN, "default" (plain: one range per tensor) or "matched"
-            (everything as RPTQ's default but the reordering: groups of neighbours, clip search, first token in float).
-        bitnet: options of the method "bitnet", its defaults when left out; None for the other methods.
+            the norm outputs at the scheme's activation bits). Of rotation, "default" or "strict". Of RTN, "default" (plain: one
+            range per tensor) or "matched" (everything as RPTQ's default but the reordering: groups of neighbours, clip search,
+            first token in float).
+        bitnet, rotation: options of the method of that name, its defaults when left out; None for the other methods.
         segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
         overrides: bits and clusters of single layers; what equals those of all layers is left out.
     """
@@ -138,6 +109,7 @@ class QuantRecipe:
     bitnet: BitNetOptions | None = None
     segments: str = "exact"
     overrides: Overrides = field(default_factory=Overrides)
+    rotation: RotationOptions | None = None
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -155,11 +127,15 @@ class QuantRecipe:
         if self.variant == "matched" and self.method != "rtn":
             rule = f"Variant matched belongs to the method rtn, not to {self.method}: choose another variant, or rtn."
             raise InputError(rule, code="E-PARAM-VARIANT")
-        if self.method == "bitnet" and self.bitnet is None:
-            object.__setattr__(self, "bitnet", BitNetOptions())
-        if self.method != "bitnet" and self.bitnet is not None:
-            rule = f"mode, keep and the bits of attention belong to the method bitnet, not to {self.method}: leave them out."
-            raise InputError(rule, code="E-PARAM-BITNET")
+        if self.variant == "official" and self.method == "rotation":
+            rule = "Variant official is RPTQ's published code, not the method rotation: choose default or strict."
+            raise InputError(rule, code="E-PARAM-VARIANT")
+        for name, (kind, options) in OPTIONS.items():
+            if self.method == name and getattr(self, name) is None:
+                object.__setattr__(self, name, kind())
+            if self.method != name and getattr(self, name) is not None:
+                rule = f"{options} belong to the method {name}, not to {self.method}: leave them out."
+                raise InputError(rule, code=f"E-PARAM-{name.upper()}")
         self._check_overrides()
         object.__setattr__(self, "overrides", self.overrides.without(self.tensor_bits, self.clusters))
 
@@ -167,7 +143,7 @@ class QuantRecipe:
         grouped = self.method == "rptq" or self.variant == "matched"
         for layer, place, value in self.overrides.entries:
             if self.method == "bitnet" or (place in REORDERS and not grouped):
-                method = self.method if self.method == "bitnet" else "rtn in its plain variant"
+                method = "rtn in its plain variant" if self.method == "rtn" else self.method
                 rule = f"layers.{layer}.{place}={value} has no meaning for the method {method}: leave it out."
                 raise InputError(rule, code="E-PARAM-OVERRIDES")
 
@@ -212,10 +188,10 @@ class QuantRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse.
 
-        `bitnet`, `segments` and `overrides` are left out where they hold their default: recipes from before these fields keep
-        their hash.
+        `bitnet`, `rotation`, `segments` and `overrides` are left out where they hold their default: recipes from before these
+        fields keep their hash.
         """
-        later = {"bitnet": None, "segments": "exact", "overrides": {}}
+        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}}
         fields = asdict(self) | {"overrides": self.overrides.to_dict()}
         return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
@@ -232,7 +208,9 @@ class QuantRecipe:
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
         """Read what `to_dict` wrote. Raises: InputError for an unknown or badly typed field."""
         data = dict(require_keys("recipe", data, cls))
-        for name, part in (("bits", Bits), ("clusters", Clusters), ("calibration", Calibration), ("bitnet", BitNetOptions)):
+        own = {name: kind for name, (kind, _) in OPTIONS.items()}
+        parts = {"bits": Bits, "clusters": Clusters, "calibration": Calibration} | own
+        for name, part in parts.items():
             if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
                 data[name] = part(**require_keys(name, data[name], part))
         if "overrides" in data:
@@ -271,7 +249,7 @@ class QuantRecipe:
             "window": self.calibration.window,
             "seed": self.seed,
             "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
-            "bitnet": ",".join(f"{k}={v}" for k, v in asdict(self.bitnet).items()) if self.bitnet else "",
+            **{name: options_text(getattr(self, name)) for name in OPTIONS if getattr(self, name)},
             "set": self.overrides.to_text(),
         }
 
@@ -295,9 +273,11 @@ class QuantRecipe:
             changes["bits"] = None
         if "method" in given:
             changes.setdefault("segments", "exact")
-            changes.setdefault("variant", "default" if default.variant == "matched" else default.variant)
-        if "method" in given or "bitnet" in given:
-            changes["bitnet"] = parse_bitnet(given["bitnet"]) if "bitnet" in given else None
+            kept = ("default", "strict") if given["method"] == "rotation" else ("default", "official", "strict")
+            changes.setdefault("variant", default.variant if default.variant in kept else "default")
+        for name, (kind, _) in OPTIONS.items():
+            if "method" in given or name in given:
+                changes[name] = parse_options(name, given[name], kind) if name in given else None
         if {"model", "method", "scheme"} & given.keys():
             changes["overrides"] = Overrides()
         if "set" in given:
@@ -335,18 +315,14 @@ class QuantRecipe:
         """Name the recipe in one line for tables: method, bits with what stays wider, clusters, weight method, variant."""
         if self.method == "bitnet":
             return f"BITNET · {self.describe_bits()}"
-        parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments]]
-        if self.method == "rtn":
+        if self.method == "rotation":
+            parts = ["ROTATION", self.describe_bits(), self.rotation.describe()]
+        elif self.method == "rtn":
             calibrated = ", clip search, first token float" if any(b.quantizes_activations for b in self.all_bits) else ""
             matched = f"RTN matched ({self.clusters.describe()}{calibrated})"
             parts = [matched if self.variant == "matched" else "RTN plain", self.describe_bits()]
+        else:
+            parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments]]
         parts.append(self.weights.upper() if any(bits.quantizes_weights for bits in self.all_bits) else "float weights")
         return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])
 
-
-def parse_bitnet(text: str) -> BitNetOptions:
-    """Read "mode=a4.8,kv_bits=3": what is left out keeps its default. Raises InputError naming the part that does not fit."""
-    readers = {"mode": lambda name, value: value, "keep": parse_float}
-    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip()]
-    chosen = {key: readers.get(key, parse_int)(key[:20], "".join(value)) for key, *value in pairs}
-    return BitNetOptions(**require_keys("bitnet", chosen, BitNetOptions))

@@ -15,6 +15,7 @@ from kernels.backend import Backend, Choice
 from kernels.codes import Codes, code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
 from kernels.linear import select_linear_backend
 from kernels.packing import pack, packed_width, unpack
+from kernels.walsh import hadamard
 
 __version__ = "0.0.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "dequantize_rows",
     "fake_quantize",
     "gated_up",
+    "hadamard",
     "kv_append",
     "norm_quantize",
     "norm_quantize_dynamic",

@@ -22,7 +22,7 @@ BANNED = {
 }
 STAGES = (
     {"errors", "checks", "cache", "disk", "folders", "memory", "storage", "privacy", "progress", "provenance"},
-    {"bits", "overrides", "recipe"},
+    {"bits", "options", "overrides", "recipe"},
     {"report"},
     {"quant"},
     {"models"},

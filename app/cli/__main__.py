@@ -218,6 +218,12 @@ def _recipe(verb: Parser) -> None:
     verb.add_argument("--clusters", metavar="R1=32,R2=4", help="clusters per reordering, one number for all, or channel")
     verb.add_argument("--segments", help=f"{', '.join(SEGMENTS)}: how many accumulators integers take (default exact)")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")
+    verb.add_argument(
+        "--rotation",
+        metavar="scale=off,group=64",
+        help="options of the method rotation: scale, rotate, key_mean, dynamic, clip, halfway on or off; "
+        "block and group as numbers, 0 for all channels; kv=static or token",
+    )
     verb.add_argument("--mode", help=f"rules of bitnet: {', '.join(BITNET_MODES)} (default a4.8)")
     verb.add_argument("--keep", metavar="X", help="share of the output projection's input that bitnet's TopK keeps (default 0.5)")
     verb.add_argument("--kv-bits", metavar="B", help="bits of bitnet's keys and values (default 16)")

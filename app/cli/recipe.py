@@ -10,10 +10,15 @@ from typing import Any
 
 from core.checks import parse_int
 from core.errors import InputError
+from core.options import options_text
 from core.privacy import PASTED, PASTED_DIGEST
-from core.recipe import Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bitnet, parse_bits
+from core.recipe import OPTIONS, Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bits, parse_options
 
-FOREIGN = {"rtn": ("clusters", "segments"), "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights", "set")}
+FOREIGN = {
+    "rtn": ("clusters", "segments"),
+    "rotation": ("clusters", "segments"),
+    "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights", "set"),
+}
 """Options that each method ignores."""
 MAX_BYTES = 2**24
 PASTED_FILE = "my-text.txt"
@@ -27,8 +32,9 @@ def recipe_of(args: Namespace) -> QuantRecipe:
     given = {name: value for name in chosen if (value := getattr(args, name)) is not None}
     if "model" in given:
         base.pop("revision", None)
-    if given.get("method", "bitnet") != "bitnet":
-        base.pop("bitnet", None)
+    for name in OPTIONS:
+        if given.get("method", name) != name:
+            base.pop(name, None)
     if given.get("method") == "bitnet":
         base.pop("overrides", None)
     method = given.get("method") or base.get("method", "rptq")
@@ -45,8 +51,9 @@ def recipe_of(args: Namespace) -> QuantRecipe:
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")
     own = {name: value for name in options if (value := getattr(args, name)) is not None}
     if own:
-        text = ",".join(f"{name}={value}" for name, value in ((base.get("bitnet") or {}) | own).items())
-        given["bitnet"] = asdict(parse_bitnet(text))
+        given["bitnet"] = _changed("bitnet", base, ",".join(f"{name}={value}" for name, value in own.items()))
+    if args.rotation is not None:
+        given["rotation"] = _changed("rotation", base, args.rotation)
     if args.clusters is not None:
         base.pop("clusters", None)
     recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()
@@ -59,6 +66,12 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         recipe = replace(recipe, overrides=Overrides(recipe.overrides.entries + own.entries))
     seed = recipe.seed if args.seed is None else parse_int("seed", args.seed)
     return replace(recipe, calibration=calibration_of(args, recipe.calibration), seed=seed)
+
+
+def _changed(name: str, base: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return the fields of a method's options: those of the recipe `base`, with what a text changes."""
+    kind, _ = OPTIONS[name]
+    return asdict(parse_options(name, f"{options_text(kind(**(base.get(name) or {})))},{text}", kind))
 
 
 def command_of(recipe: QuantRecipe) -> str:
@@ -81,6 +94,8 @@ def command_of(recipe: QuantRecipe) -> str:
         options |= {"scheme": recipe.scheme, "weights": recipe.weights, "variant": recipe.variant}
         if recipe.bits is not None:
             options["bits"] = ",".join(f"{name}={value}" for name, value in asdict(recipe.bits).items())
+    if recipe.rotation is not None:
+        options |= {"rotation": options_text(recipe.rotation)}
     if recipe.method == "rptq" or recipe.variant == "matched":
         options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
     if recipe.method == "rptq":

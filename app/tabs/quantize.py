@@ -15,6 +15,7 @@ from app.tabs.cost import Cost
 from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, numbers_table, verdict, window_of
 from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
+from app.tabs.rotation import RotationFields
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
 from app.view import cards, plots_runs, tables, texts
 from app.view.chart import Chart, Table
@@ -45,21 +46,14 @@ class Quantize:
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 with gr.Column(scale=6, min_width=240) as self.grid, gr.Row():
                     self.variant = gr.Dropdown(
-                        variant_choices("rptq"),
-                        value="default",
-                        label=texts.VARIANT,
-                        min_width=220,
-                        filterable=False,
-                        elem_id="variant",
-                    )
+                        variant_choices("rptq"), value="default", label=texts.VARIANT,
+                        min_width=220, filterable=False, elem_id="variant",
+                    )  # fmt: skip
                     self.weights = gr.Dropdown(
                         [(label, name) for name, label in texts.WEIGHT_METHODS.items()],
-                        value="gptq",
-                        label=texts.WEIGHTS,
-                        min_width=200,
-                        filterable=False,
-                        elem_id="weights",
-                    )
+                        value="gptq", label=texts.WEIGHTS,
+                        min_width=200, filterable=False, elem_id="weights",
+                    )  # fmt: skip
                 with gr.Column(scale=6, min_width=240, visible=False) as self.ternary:
                     self._ternary_options()
                 self.tokens = gr.Slider(
@@ -137,6 +131,7 @@ class Quantize:
                     filterable=False,
                     elem_id="segments",
                 )
+            self.rotation = RotationFields()
             self.layers = LayerField(self.ctx)
 
     def _ternary_options(self) -> None:
@@ -162,7 +157,7 @@ class Quantize:
     @property
     def inputs(self) -> set:
         """All fields of the recipe on this tab."""
-        fields = (self.bits, self.clusters, self.attention)
+        fields = (self.bits, self.clusters, self.attention, self.rotation.fields)
         return {
             self.variant,
             self.weights,
@@ -207,6 +202,7 @@ class Quantize:
             seed,
             segments=values[self.segments] if values[side.method] == "rptq" else "exact",
             overrides=self.layers.read(values),
+            rotation=self.rotation.read(values) if values[side.method] == "rotation" else None,
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
@@ -215,6 +211,7 @@ class Quantize:
         return {
             self.keep: options.keep,
             **{field: getattr(options, name) for name, field in self.attention.items()},
+            **self.rotation.fill(recipe.rotation),
             **self.show(recipe.method, recipe.variant),
             self.variant: gr.update(choices=variant_choices(recipe.method), value=recipe.variant),
             self.weights: recipe.weights,
@@ -239,6 +236,7 @@ class Quantize:
             self.ternary: not grid,
             self.folds: grid,
             self.tokens: grid,
+            self.rotation.fold: method == "rotation",
             self.cluster_fold: method == "rptq" or (method == "rtn" and variant == "matched"),
         }
         return {part: gr.update(visible=visible) for part, visible in shown.items()}
@@ -297,6 +295,7 @@ class Quantize:
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
         *others, last = self.clusters.values()  # every g changes the last, after the others
         typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values()]
+        typed += self.rotation.fields.values()
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
         filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)
         self.cost.wire(self.recipe, inputs, self.tab.select, [*changes, filled])

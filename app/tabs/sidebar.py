@@ -161,4 +161,5 @@ def scheme_choices() -> list[tuple[str, str]]:
 def variant_choices(method: object) -> list[tuple[str, str]]:
     """List the variants of a method for the drop-down."""
     names = texts.VARIANTS | {"default": texts.RTN_PLAIN} if method == "rtn" else texts.VARIANTS
-    return [(label, name) for name, label in names.items() if method == "rtn" or name != "matched"]
+    hidden = {"rtn": (), "rotation": ("matched", "official")}.get(method, ("matched",))
+    return [(label, name) for name, label in names.items() if name not in hidden]

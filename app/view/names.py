@@ -31,6 +31,8 @@ def short_name(recipe: QuantRecipe, label: str) -> str:
     own = f", {recipe.overrides.describe(1)}" if recipe.overrides.entries else ""
     if recipe.method == "rtn":
         return (f"RTN matched {scheme} {_clusters(recipe.clusters)}" if recipe.variant == "matched" else f"RTN {scheme}") + own
+    if recipe.rotation is not None:
+        return f"Rotation {scheme} {recipe.rotation.describe()}{own}"
     return f"{scheme} {_clusters(recipe.clusters)}{own}"
 
 

@@ -48,7 +48,12 @@ PASTE_INFO = "Used for your session only, never stored or shared. At least 512 t
 TOKENS = "Tokens to observe"
 OBSERVE = "Observe ranges"
 METHOD = "Method"
-METHODS = {"rptq": "RPTQ: grouped channels", "rtn": "RTN: rounding, the baseline", "bitnet": "BitNet a4.8: ternary models"}
+METHODS = {
+    "rptq": "RPTQ: grouped channels",
+    "rotation": "Rotation: scaled and rotated channels",
+    "rtn": "RTN: rounding, the baseline",
+    "bitnet": "BitNet a4.8: ternary models",
+}
 SCHEME = "Bits"
 SCHEME_INFO = "W weights, A activations, KV only the cache. W4A4 keeps norm outputs and softmax at 8 bits."
 SCHEME_CUSTOM = "custom: see tab 3"

@@ -142,7 +142,7 @@ def recipe_bytes(shape: Shape, recipe: QuantRecipe) -> tuple[float, float]:
     float_parts = 4.0 * (shape.parameters - shape.decoder_weights)
     weights = sum(linear_bytes(shape, name, own) for own in layers for name in INPUT_SITE)
     grids = sum(_grid_bytes(shape, own) for own in layers)
-    return float_parts + weights + grids, float(sum(cache_bytes(shape, own.tensor_bits) for own in layers))
+    return float_parts + weights + grids, float(sum(cache_bytes(shape, own.tensor_bits, kv_scale_bytes(own)) for own in layers))
 
 
 def total_bytes(shape: Shape, recipe: QuantRecipe, context: int) -> int:
@@ -169,10 +169,19 @@ def linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
     return rows * (math.ceil(columns * bits / 8) + (scale + zero) * groups) + offsets
 
 
-def cache_bytes(shape: Shape, bits: Bits) -> float:
-    """Count the bytes of one token's keys and values in one layer: float32 where either of them is not quantised."""
-    cached = [32, 32] if FLOAT_BITS in (bits.k, bits.v) else [bits.k, bits.v]
-    return shape.kv_heads * sum(math.ceil(shape.head_dim * own / 8) for own in cached)
+def cache_bytes(shape: Shape, bits: Bits, scale_bytes: int = 0) -> float:
+    """Count the bytes of one token's keys and values in one layer: float32 where either of them is not quantised.
+
+    Args: scale_bytes: of each head's scale, where it is stored with the token (`kv_scale_bytes`).
+    """
+    if FLOAT_BITS in (bits.k, bits.v):
+        return shape.kv_heads * 2 * 4 * shape.head_dim
+    return shape.kv_heads * sum(math.ceil(shape.head_dim * own / 8) + scale_bytes for own in (bits.k, bits.v))
+
+
+def kv_scale_bytes(recipe: QuantRecipe) -> int:
+    """Return the bytes of the scale that each head of each token has: 0 where scales are known in advance."""
+    return 2 if recipe.rotation is not None and recipe.rotation.kv == "token" else 0
 
 
 def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -191,6 +200,10 @@ def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
     bits, groups = recipe.tensor_bits, _groups(shape, recipe)
     if recipe.method == "bitnet":
         return 0
+    if recipe.rotation is not None:
+        width, static = shape.kv_heads * shape.head_dim, recipe.rotation.kv == "static"
+        mean = 4 * width if recipe.rotation.key_mean and min(bits.q, bits.k) < FLOAT_BITS else 0
+        return mean + sum(12 * width + 4 for own in (bits.k, bits.v) if static and own < FLOAT_BITS)
     grids = sum(8 * groups[site] + 4 * (groups[site] + 1) for site in SITES if bits.site(site) < FLOAT_BITS)
     if recipe.method != "rptq":
         return grids
@@ -199,7 +212,10 @@ def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
 
 
 def _groups(shape: Shape, recipe: QuantRecipe) -> dict[str, int]:
-    """Count the clusters of each site."""
+    """Count the clusters of each site: those of the weights that read it."""
+    if recipe.rotation is not None:
+        columns = {site: linear_sizes(shape)[name][1] for name, site in INPUT_SITE.items()}
+        return {site: math.ceil(width / (recipe.rotation.group or width)) for site, width in columns.items()}
     if recipe.method != "rptq" and recipe.variant != "matched":
         return dict.fromkeys(SITES, 1)
     c = recipe.clusters

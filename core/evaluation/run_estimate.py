@@ -180,6 +180,9 @@ def added_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> 
     kept += solved * sum(width**2 for width in inputs)
     rounding = max(n * k * 5 if not solved else max(n * k * 5, n * k * 3 + k * k * 4) for n, k in sizes)
     states = (3 + calibrations) * count * length * shape.hidden
+    if own.uses_exact_inputs(recipe):  # sites and hidden states of the original beside the run, two matrices per site
+        states += count * length * (sum(inputs) + 2 * shape.hidden)
+        kept += 2 * sum(width**2 for width in inputs)
     floats = states + kept + layer + max(4 * batch * shape.ffn, rounding)
     return round(recipe_bytes(shape, recipe)[0] - _outside_bytes(shape)) + FLOAT_BYTES * floats
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from core.calibration.observe import BlockInputs
 from core.methods.fake import Fake, fake_site, fake_weight
 from core.models.architectures import BlockSpec
 from core.models.block import DecoderBlock
@@ -47,6 +48,19 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """What enters one layer, batch by batch: for methods that run the layer themselves.
+
+    Attributes:
+        inputs: hidden states [B, T, D] behind the quantised layers before this one, with the rotation of their tokens.
+        exact: per linear input site, its tensors [B, T, C] in the unquantised model; empty where no method asks for them.
+    """
+
+    inputs: list[BlockInputs]
+    exact: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """Everything that a method may use to plan a layer.
 
@@ -55,6 +69,7 @@ class LayerStatistics:
         calibrated: ranges for scales where a method calibrates apart from clustering; else the same object as `ranges`.
         hessians: Xᵀ X [K, K] per linear input site, original order; empty when not asked for.
         importance: per linear input site [C], mean square of the weight columns that read it.
+        streams: of the layer while a model is quantised; None where plans alone are made.
         made: what plans of these statistics were made of so far, by all that it depends on: see `once`.
     """
 
@@ -62,6 +77,7 @@ class LayerStatistics:
     calibrated: dict[str, ChannelRanges]
     hessians: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
+    streams: Streams | None = None
     made: dict[Hashable, object] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -103,6 +119,10 @@ class Method(ABC):
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
         """Say whether `apply_layer` reads Hessians, as GPTQ does: each costs a product of every input with itself."""
         return recipe.weights == "gptq" and recipe.tensor_bits.quantizes_weights
+
+    def uses_exact_inputs(self, recipe: QuantRecipe) -> bool:
+        """Say whether `apply_layer` reads `Streams.exact`, for which the unquantised model runs beside the quantised one."""
+        return False
 
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
         """Choose the `LayerPlan.orders` of one layer: no channel moves."""

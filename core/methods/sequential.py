@@ -4,7 +4,8 @@
         2  plan and apply
         3  run the quantised block on the same inputs: the next layer's inputs, and this layer's error
 
-One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
+A method that asks for it also gets the sites of the unquantised model, which then runs beside the quantised one. One float block
+and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from core.calibration.observe import BlockInputs, Recorder, embed
+from core.calibration.observe import LINEAR_SITES, BlockInputs, Recorder, embed
 from core.errors import NumericError
-from core.methods.base import LayerPlan, LayerStatistics, Method
+from core.methods.base import LayerPlan, LayerStatistics, Method, Streams
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.progress import Progress, silent
@@ -75,7 +76,7 @@ def quantize_layers(
     watch, outcomes, blocks = Stopwatch(), [], []
     watch.start()
     inputs = embed(model, windows)
-    hidden = [item.hidden for item in inputs]
+    hidden = exact = [item.hidden for item in inputs]
     for index, start in enumerate(model.blocks):
 
         def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {count}", done: int = index) -> None:
@@ -84,6 +85,11 @@ def quantize_layers(
         own = recipe.for_layer(index)
         block = start if start.is_float or method.keeps_ternary else start.dequantized()
         stats, outputs = _observe(block, hidden, inputs, method, own, tell)
+        sites: dict[str, list[Tensor]] = {}
+        if method.uses_exact_inputs(recipe):
+            exact = _watch_inputs(block, exact, inputs, sites)
+        entering = [BlockInputs(states, item.rotary) for states, item in zip(hidden, inputs, strict=True)]
+        stats = replace(stats, streams=Streams(entering, sites))
         watch.lap("observe")
         tell("clustering and scales", 0.4)
         plan = method.plan_layer(stats, own, block.spec)
@@ -149,6 +155,19 @@ def watch_layer(
             return run_layer(block, hidden, inputs, tell)
     finally:
         block.attention.softmax_bits = before
+
+
+def _watch_inputs(
+    block: DecoderBlock, hidden: list[Tensor], inputs: list[BlockInputs], kept: dict[str, list[Tensor]]
+) -> list[Tensor]:
+    """Run a float block and put what reaches its linear layers into `kept`. Returns: its outputs."""
+
+    def see(site: str, x: Tensor) -> None:
+        if site in LINEAR_SITES:
+            kept.setdefault(site, []).append(x)
+
+    with block.slots.watch(see):
+        return run_layer(block, hidden, inputs)
 
 
 def layer_statistics(block: DecoderBlock, clustered: Recorder, calibrated: Recorder) -> LayerStatistics:

@@ -18,10 +18,11 @@ from core.models.norm import ReorderNorm
 from core.models.slots import Slots
 from core.quant.attention import attend, window_mask
 from core.quant.kv_cache import FloatKVLayer, QuantizedKVLayer, new_layer
-from core.quant.kv_grid import KVGrid, StaticGrid, fake_per_row
+from core.quant.kv_grid import KVGrid, RowGrid, StaticGrid, fake_per_row
 from core.quant.linear.base import LinearLayer
+from core.quant.rotated import TokenQuantizer
 from core.quant.static import ActivationQuantizer, InputUse
-from kernels import Backend, Codes
+from kernels import Backend, Codes, hadamard
 from kernels.backend import triton_runs_on
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -39,7 +40,8 @@ class Attention(nn.Module):
         slots: what stands at the sites attn_in, q, k, v and o_in.
     Set by quantisation: `q_quantizer`, `k_quantizer`, `v_quantizer`, None where a site stays in float; `bits`, those of
     BitNet's rules; `softmax_bits`; `sink_tokens`, the first positions whose activations stay in float; `rope_order` [Hkv, E] (R2,
-    None keeps the order).
+    None keeps the order); `rotates_heads`, whether a Hadamard matrix rotates q and k after their rotation by position; `key_mean`
+    [Hkv, E], subtracted from the keys last: it changes all scores of a query by the same number, which softmax ignores.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Attention(nn.Module):
         self.register_buffer("k_norm", k_norm)
         self.register_buffer("rope_order", rope_order)
         self.attn_sub_norm, self.qkv, self.o = attn_sub_norm, qkv, o
-        self.q_quantizer: ActivationQuantizer | None = None
-        self.k_quantizer: ActivationQuantizer | None = None
-        self.v_quantizer: ActivationQuantizer | None = None
+        self.register_buffer("key_mean", None)
+        self.q_quantizer: ActivationQuantizer | TokenQuantizer | None = None
+        self.k_quantizer: ActivationQuantizer | TokenQuantizer | None = None
+        self.v_quantizer: ActivationQuantizer | TokenQuantizer | None = None
+        self.rotates_heads = False
         self.bits: AttentionBits | None = None
         self.softmax_bits, self.sink_tokens = 16, 0
 
@@ -70,7 +74,7 @@ class Attention(nn.Module):
         """Make the grids of keys and of values, None where they stay in float."""
         if self.bits is not None:
             return self.bits.kv_grid, self.bits.kv_grid
-        keys, values = (None if q is None else StaticGrid(q, self.sink_tokens) for q in (self.k_quantizer, self.v_quantizer))
+        keys, values = (None if q is None else _kv_grid(q, self.sink_tokens) for q in (self.k_quantizer, self.v_quantizer))
         return keys, values
 
     def new_cache(self) -> FloatKVLayer | QuantizedKVLayer:
@@ -99,15 +103,19 @@ class Attention(nn.Module):
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
             qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
-        if s.rope and use.owned and self._runs_kernels(qk.device):
+        plain = not self.rotates_heads and self.key_mean is None
+        if s.rope and use.owned and plain and self._runs_kernels(qk.device):
             return *self._rotate_and_store(qk, use, rotary), v.transpose(1, 2)
         if s.rope:
             cos, sin = rotary[0].unsqueeze(2), rotary[1].unsqueeze(2)
             qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
         if self.rope_order is not None:
             qk = self._store_r2(qk)
+        if self.rotates_heads:
+            qk = hadamard(qk)
         q, k = qk.split((s.heads, s.kv_heads), dim=2)
         q = q * s.head_dim**-0.5
+        k = k if self.key_mean is None else k - self.key_mean
         if not use.owned:
             q, k, v = (self._site(*site) for site in (("q", q), ("k", k), ("v", v)))
         return self._fake_query(q.transpose(1, 2), use), k.transpose(1, 2), v.transpose(1, 2)
@@ -155,6 +163,13 @@ class Attention(nn.Module):
     def _attends_packed(self, cache: FloatKVLayer | QuantizedKVLayer, q: Tensor) -> bool:
         """Decide whether the cache stays packed: where it can, unless the reference was asked for by name."""
         return self.qkv.requested is not Backend.REFERENCE and cache.attends(q, self.softmax_bits)
+
+
+def _kv_grid(quantizer: ActivationQuantizer | TokenQuantizer, sink_tokens: int) -> KVGrid:
+    """Make the grid of keys or values that a quantiser stands for; token by token the first one stays in float."""
+    if isinstance(quantizer, TokenQuantizer):
+        return RowGrid(quantizer.bits, FLOAT_BITS)
+    return StaticGrid(quantizer, sink_tokens)
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,7 @@ from itertools import accumulate, product
 
 from core.checks import FLOAT_BITS, require_float
 from core.errors import InputError
-from core.evaluation.memory import cache_bytes, linear_bytes, total_bytes
+from core.evaluation.memory import cache_bytes, kv_scale_bytes, linear_bytes, total_bytes
 from core.evaluation.shapes import Shape
 from core.overrides import Overrides
 from core.probe.knapsack import choose
@@ -190,7 +190,8 @@ def _groups(table: _Table, shape: Shape, context: int) -> tuple[list[list[float]
             options.append([{name: bits} for bits in BITS])
         if table.cache:
             k, v, pairs = *(cell_name(layer, site) for site in CACHE), list(product(BITS, BITS))
-            sizes.append([context * cache_bytes(shape, Bits(k=one, v=other)) for one, other in pairs])
+            scale = kv_scale_bytes(table.recipe)
+            sizes.append([context * cache_bytes(shape, Bits(k=one, v=other), scale) for one, other in pairs])
             costs.append([falling[k][one] + falling[v][other] for one, other in pairs])
             options.append([{k: one, v: other} for one, other in pairs])
     return sizes, costs, options

@@ -62,6 +62,11 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, grid: Grid, clip_zer
         scale = ((high - low) * 2.0**-bits).clamp_(1e-4, 1e4)
         zero = -0.5 * (high + low) / scale
         return QParams(scale, (zero.clamp_(-1e4, 1e4) if clip_zero_point else zero).round_())
+    return exact_qparams(low, high, bits=bits)
+
+
+def exact_qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:
+    """Compute the EXACT rule for finite float32 bounds low <= high [...], without looking at them: nothing waits for a device."""
     qmin, qmax = code_limits(bits)
     scale = high / (qmax - qmin) - low / (qmax - qmin)
     largest = torch.maximum(low.abs(), high.abs())

@@ -2,7 +2,8 @@
 
 GPTQ (Frantar et al., arXiv:2210.17323) rounds one input column after another and corrects the columns not yet rounded
 for its error, weighted by the inverse Hessian H = (2 / M) Xᵀ X. Scales and zero points come from the unmodified
-weight, per output row and input cluster (RPTQ's published code), so groups are not fitted again while rounding.
+weight, per output row and input cluster (RPTQ's published code); or, with `shrink`, of each cluster when its first column is
+reached, from the corrected columns, by a search whose errors count as GPTQ counts them: (w - ŵ)² / U[i, i]².
 
 The factor used is U with H⁻¹ = Uᵀ U, U upper triangular. With H = R Rᵀ, R upper triangular (the Cholesky factor of H with
 rows and columns reversed), U = R⁻¹: one factorisation and one triangular inverse. Columns are kept as contiguous rows
@@ -11,13 +12,14 @@ of Wᵀ, and updates are made in two levels (16 columns inside 128) so that most
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from core.errors import NumericError
-from core.quant.affine import Grid, choose_qparams, round_scale
+from core.quant.affine import Grid, QParams, choose_qparams, round_scale
 from core.quant.linear.quant import QuantizedWeight
 from kernels import code_limits, fake_quantize
 
@@ -56,7 +58,9 @@ class _Groups:
     qmax: int
 
 
-def round_to_nearest(weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> WeightResult:
+def round_to_nearest(
+    weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid, shrink: tuple[float, ...] = (1.0,)
+) -> WeightResult:
     """Quantise a weight to the nearest codes, without a Hessian.
 
     Args:
@@ -64,15 +68,18 @@ def round_to_nearest(weight: Tensor, offsets: Tensor, *, bits: int, grid: Grid) 
         offsets: [G + 1] int64.
         bits: 2 to 8.
         grid: the rule that makes scales and zero points of ranges.
+        shrink: factors of the range, of which each row and cluster takes that with the smallest squared error.
     """
-    groups = _choose_groups(weight.t().contiguous(), offsets, bits, grid)
+    groups = _choose_groups(weight.t().contiguous(), offsets, bits, grid, shrink)
     clusters = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=weight.device), offsets.diff())
     scale, zero = groups.scale[:, clusters], groups.zero_point[:, clusters]
     codes = torch.clamp((weight / scale).round_(), groups.qmin - zero, groups.qmax - zero).add_(zero)
     return WeightResult(_finish(codes, groups, bits, grid), "rtn")
 
 
-def fake_columns(columns: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> Tensor:
+def fake_columns(
+    columns: Tensor, offsets: Tensor, *, bits: int, grid: Grid, shrink: tuple[float, ...] = (1.0,)
+) -> Tensor:
     """Compute what `round_to_nearest` makes of a weight, dequantised, without forming codes.
 
     Args:
@@ -80,7 +87,7 @@ def fake_columns(columns: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> 
         Others: as `round_to_nearest`.
     Returns: Ŵᵀ [K, N], in the memory of `columns`.
     """
-    groups = _choose_groups(columns, offsets, bits, grid)
+    groups = _choose_groups(columns, offsets, bits, grid, shrink)
     scale, zero = groups.scale.t().contiguous(), groups.zero_point.t().contiguous()  # [G, N]
     for run, s, lower, upper in zip(
         columns.split(offsets.diff().tolist()), scale, groups.qmin - zero, groups.qmax - zero, strict=True
@@ -89,7 +96,15 @@ def fake_columns(columns: Tensor, offsets: Tensor, *, bits: int, grid: Grid) -> 
     return columns
 
 
-def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, bits: int, grid: Grid) -> WeightResult:
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor | None,
+    offsets: Tensor,
+    *,
+    bits: int,
+    grid: Grid,
+    shrink: tuple[float, ...] = (1.0,),
+) -> WeightResult:
     """Quantise a weight with GPTQ, or round to nearest when `hessian` is None or cannot be factorised.
 
     Args:
@@ -98,6 +113,7 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
         offsets: [G + 1] int64.
         bits: 2 to 8.
         grid: the rule that makes scales and zero points of ranges.
+        shrink: as in `round_to_nearest`; with more than one factor clusters are fitted while rounding.
     Returns: the weight; method "rtn" and a reason in `fallback` where the Hessian could not be factorised.
     Raises: NumericError if the weight holds NaN or infinity.
     """
@@ -108,15 +124,21 @@ def quantize_weight(weight: Tensor, hessian: Tensor | None, offsets: Tensor, *, 
             code="E-NUM-NAN",
         )
     if hessian is None:
-        return round_to_nearest(weight, offsets, bits=bits, grid=grid)
+        return round_to_nearest(weight, offsets, bits=bits, grid=grid, shrink=shrink)
     factor, problem = inverse_factor(hessian)
     if factor is None:
-        result = round_to_nearest(weight, offsets, bits=bits, grid=grid)
+        result = round_to_nearest(weight, offsets, bits=bits, grid=grid, shrink=shrink)
         return WeightResult(result.weight, "rtn", problem)
     columns = weight.t().contiguous()
     groups = _choose_groups(columns, offsets, bits, grid)
     columns[hessian.diagonal() <= 0] = 0  # inputs that never fire
-    codes = _gptq_columns(columns, factor, groups)
+    importance = factor.diagonal() ** -2
+
+    def fit(run: slice) -> _Groups:
+        whole = torch.tensor([0, run.stop - run.start])
+        return _choose_groups(columns[run], whole, bits, grid, shrink, importance[run])
+
+    codes = _gptq_columns(columns, factor, groups, fit if len(shrink) > 1 else None)
     return WeightResult(_finish(codes.t(), groups, bits, grid), "gptq")
 
 
@@ -169,25 +191,59 @@ def _inverse_upper(upper: Tensor) -> Tensor:
     return out
 
 
-def _choose_groups(columns: Tensor, offsets: Tensor, bits: int, grid: Grid) -> _Groups:
-    """Choose scales and zero points from the ranges of the unmodified weight, per output row and cluster."""
-    runs = columns.split(offsets.diff().tolist())  # [columns of a cluster, N] each
+def _choose_groups(
+    columns: Tensor,
+    offsets: Tensor,
+    bits: int,
+    grid: Grid,
+    shrink: tuple[float, ...] = (1.0,),
+    importance: Tensor | None = None,
+) -> _Groups:
+    """Choose scales and zero points from the ranges of the unmodified weight, per output row and cluster.
+
+    Args: importance: [K], factors of the columns' squared errors while `shrink` is searched; None for equal ones.
+    """
+    sizes = offsets.diff().tolist()
+    runs = columns.split(sizes)  # [columns of a cluster, N] each
     low, high = (torch.stack([reduce(run, 0) for run in runs], dim=1) for reduce in (torch.amin, torch.amax))
     if grid is Grid.EXACT:  # zero is a code, so zero points fit the width of a code
         low, high = low.clamp_max(0), high.clamp_min(0)
-    params = choose_qparams(low, high, bits=bits, grid=grid, clip_zero_point=False)
-    if grid is Grid.EXACT:
-        params = round_scale(params, low, torch.float16, bits=bits)
     qmin, qmax = code_limits(bits)
-    return _Groups(params.scale, params.zero_point, offsets, qmin, qmax)
+
+    def params_of(factor: float) -> QParams:
+        params = choose_qparams(low * factor, high * factor, bits=bits, grid=grid, clip_zero_point=False)
+        return round_scale(params, low * factor, torch.float16, bits=bits) if grid is Grid.EXACT else params
+
+    def error_of(params: QParams) -> Tensor:
+        weights = [None] * len(runs) if importance is None else importance[:, None].split(sizes)
+        scale, zero = params.scale.t(), params.zero_point.t()  # [G, N]
+        errors = []
+        for run, weight, s, z in zip(runs, weights, scale, zero, strict=True):
+            squared = fake_quantize(run, s, qmin - z, qmax - z).sub_(run).square_()
+            errors.append((squared if weight is None else squared.mul_(weight)).sum(0))
+        return torch.stack(errors, dim=1)
+
+    best = params_of(shrink[0])
+    least = error_of(best) if len(shrink) > 1 else None
+    for factor in shrink[1:]:
+        tried = params_of(factor)
+        error = error_of(tried)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, zero = torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero_point, best.zero_point)
+        best = QParams(scale, zero)
+    return _Groups(best.scale, best.zero_point, offsets, qmin, qmax)
 
 
-def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
+def _gptq_columns(
+    columns: Tensor, factor: Tensor, groups: _Groups, fit: Callable[[slice], _Groups] | None = None
+) -> Tensor:
     """Round the input columns one after another, each time correcting the columns that are not rounded yet.
 
     Args:
         columns: Wᵀ [K, N], so that an input column is a contiguous row; overwritten.
         factor: U [K, K] of `inverse_factor`.
+        groups: fitted again, in place, by `fit`, which is given a cluster's columns when the first of them is reached.
     Returns: signed codes [K, N] float.
     """
     width = len(columns)
@@ -196,15 +252,23 @@ def _gptq_columns(columns: Tensor, factor: Tensor, groups: _Groups) -> Tensor:
     channel_cluster = torch.repeat_interleave(clusters, groups.offsets.diff())
     zero = groups.zero_point.t().contiguous()  # [G, N]
     grids = list(zip(groups.scale.t().contiguous(), groups.qmin - zero, groups.qmax - zero, strict=True))
+    starts = {} if fit is None else {start: g for g, start in enumerate(groups.offsets.tolist()[:-1])}
+    ends = groups.offsets.tolist()[1:]
     factor = factor / factor.diagonal()[:, None]  # GPTQ divides the error by U[i, i]; with these rows it need not
     errors = torch.empty(min(BLOCK, width), columns.shape[1], device=columns.device)
-    rows = list(zip(columns, codes, (grids[c] for c in channel_cluster.tolist()), strict=True))
+    rows = list(zip(columns, codes, channel_cluster.tolist(), strict=True))
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         for inner in range(start, stop, INNER):
             end = min(inner + INNER, stop)
             for i in range(inner, end):  # round column i to x̂ = s clamp(round(x / s)), zero point added at the end
-                column, rounded, (scale, lower, upper) = rows[i]
+                column, rounded, cluster = rows[i]
+                if i in starts:
+                    own = fit(slice(i, ends[cluster]))
+                    groups.scale[:, cluster], groups.zero_point[:, cluster] = own.scale[:, 0], own.zero_point[:, 0]
+                    zero[cluster] = own.zero_point[:, 0]
+                    grids[cluster] = own.scale[:, 0].contiguous(), own.qmin - zero[cluster], own.qmax - zero[cluster]
+                scale, lower, upper = grids[cluster]
                 torch.div(column, scale, out=rounded).round_().clamp_(lower, upper)
                 error = torch.addcmul(column, rounded, scale, value=-1.0, out=errors[i - start])
                 if i + 1 < end:  # the inner block is rounded next: update it at once

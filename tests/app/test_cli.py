@@ -211,3 +211,24 @@ def test_quantize_by_bitnet_and_count_its_zeros(call):
     assert again["recipe"]["bitnet"] == made["recipe"]["bitnet"] | {"mode": "w1.58a8"}
     other = document(call, "quantize", "--recipe", "bitnet.json", "--method", "rtn", "--weights", "rtn", "--out", "other")
     assert "bitnet" not in other["recipe"]
+
+
+# rotation
+
+
+def test_quantize_by_rotation_with_single_switches(call):
+    options = ("--calibration", "text.txt", "--calibration-tokens", 64, "--window", 32)
+    own = ("--method", "rotation", "--variant", "strict", "--rotation", "group=16,key_mean=off")
+    made = document(call, "quantize", "--model", "base", *own, *options, "--out", "rotated")
+    assert made["recipe"]["rotation"]["group"] == 16 and made["recipe"]["rotation"]["key_mean"] is False
+    assert "ROTATION" in made["label"] and "g16, without key mean" in made["label"]
+    Path("rotation.json").write_text(json.dumps(made["recipe"]))
+    again = document(call, "quantize", "--recipe", "rotation.json", "--rotation", "kv=token", "--out", "again")
+    assert again["recipe"]["rotation"] == made["recipe"]["rotation"] | {"kv": "token"}
+    text = ("--text", "text.txt", "--tokens", 64, "--window", 32)
+    scored = document(call, "evaluate", "--model", "rotated", "--reference", "base", *text)
+    assert scored["kld_mean"] > 0 and scored["weight_parts"]["packed weights"] > 0
+    code, out, _ = call("generate", "--model", "rotated", "--prompt", "Once", "--max-new-tokens", 4)
+    assert code == 0 and out
+    other = document(call, "quantize", "--recipe", "rotation.json", "--method", "rptq", "--out", "other")
+    assert "rotation" not in other["recipe"]

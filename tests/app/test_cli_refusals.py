@@ -63,6 +63,8 @@ BAD = [
         "rtn",
     ),
     (["quantize", "--model", "base", "--method", "bitnet", "--scheme", "W4A4", "--out", "new"], "E-PARAM-METHOD", "--scheme"),
+    (["quantize", "--model", "base", "--rotation", "group=64", "--out", "new"], "E-PARAM-ROTATION", "rotation", "rptq"),
+    (["quantize", "--model", "base", "--method", "rotation", "--clusters", "8", "--out", "new"], "E-PARAM-METHOD", "--clusters"),
     (["quantize", "--model", "base", *CALIBRATION, "--out", "/proc/new"], "E-DISK", "new"),
     (["quantize", "--model", "base", "--weights", "awq", "--out", "new"], "E-PARAM-WEIGHT-METHOD", "awq"),
     (["quantize", "--model", "base", "--clusters", "R9=3", "--out", "new"], "E-PARAM-CLUSTERS", "R9=3"),

@@ -23,6 +23,7 @@ from core.recipe import (
     Clusters,
     Overrides,
     QuantRecipe,
+    RotationOptions,
 )
 
 
@@ -55,6 +56,8 @@ def plain(updates):
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
         QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
         QuantRecipe("fake", method="bitnet", calibration=Calibration("sotu", 1024, 256), seed=5),
+        QuantRecipe("fake", method="rotation", variant="strict"),
+        QuantRecipe("fake", method="rotation", rotation=RotationOptions(False, True, 64, False, False, "token", 0, False, False)),
         *(QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions(mode, 0.25, 3, 8, 4)) for mode in BITNET_MODES),
     ],
 )
@@ -80,23 +83,24 @@ def test_accumulators_belong_to_rptq(form):
 
 def test_only_the_controls_of_the_method_are_shown(form):
     side, tab, _ = form
-    for method in ("rptq", "rtn", "bitnet"):
+    for method in ("rptq", "rotation", "rtn", "bitnet"):
         shown = side.show(method) | tab.show(method)
         visible = {part for part, update in shown.items() if update["visible"]}
         grid = {side.grid, tab.grid, tab.folds, tab.tokens}
-        assert visible == {"bitnet": {side.ternary, tab.ternary}, "rtn": grid}.get(
+        own = {"bitnet": {side.ternary, tab.ternary}, "rtn": grid, "rotation": grid | {tab.rotation.fold}}
+        assert visible == own.get(
             method, grid | {side.clusters, tab.cluster_fold}
         )
     assert tab.show("rtn", "matched")[tab.cluster_fold]["visible"], "its groups are counted by the clusters"
 
 
-@pytest.mark.parametrize("method", ["rptq", "rtn"])
+@pytest.mark.parametrize("method", ["rptq", "rotation", "rtn"])
 def test_variants_offered_are_those_of_the_method(form, method):
     side, tab, values = form
     for _, variant in sidebar.variant_choices(method):
         assert tab.recipe(values | {side.method: method, tab.variant: variant}).variant == variant
     names = {name for _, name in sidebar.variant_choices(method)}
-    assert ("matched" in names) == (method == "rtn")
+    assert ("matched" in names) == (method == "rtn") and ("official" in names) == (method != "rotation")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InputError
+from core.options import BLOCKS, GROUPS, KV_RANGES
 from core.recipe import (
     METHODS,
     PER_CHANNEL,
@@ -27,6 +28,7 @@ from core.recipe import (
     Calibration,
     Clusters,
     QuantRecipe,
+    RotationOptions,
 )
 from tests.core.recipe_tools import BIT, CLUSTERS
 
@@ -40,6 +42,11 @@ def calibrations(draw) -> Calibration:
     return Calibration(draw(TEXT.filter(lambda t: not t.startswith("text:"))), draw(st.integers(window, 2**20)), window)
 
 
+FOREIGN = {"rtn": (), "rotation": ("matched", "official")}
+ON, BLOCK, GROUP = st.booleans(), st.sampled_from((0, *BLOCKS)), st.sampled_from((0, *GROUPS))
+ROTATIONS = st.builds(RotationOptions, ON, ON, BLOCK, ON, ON, st.sampled_from(KV_RANGES), GROUP, ON, ON)
+
+
 @st.composite
 def recipes(draw) -> QuantRecipe:
     bits, method = draw(st.none() | BITS), draw(st.sampled_from(list(METHODS)))
@@ -51,9 +58,10 @@ def recipes(draw) -> QuantRecipe:
         bits,
         draw(CLUSTERS),
         draw(st.sampled_from(WEIGHT_METHODS)),
-        draw(st.sampled_from([v for v in VARIANTS if v != "matched" or method == "rtn"])),
+        draw(st.sampled_from([v for v in VARIANTS if v not in FOREIGN.get(method, ("matched",))])),
         draw(calibrations()),
         draw(st.integers(0, 2**31 - 1)),
+        rotation=draw(st.none() | ROTATIONS) if method == "rotation" else None,
     )
 
 

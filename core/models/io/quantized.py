@@ -38,6 +38,7 @@ from core.progress import Progress, silent
 from core.quant.affine import QParams
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
+from core.quant.rotated import TokenQuantizer
 from core.quant.static import ActivationQuantizer
 from core.storage import atomic_dir, check_target, verify
 
@@ -147,7 +148,8 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
 
 def block_tensors(block: DecoderBlock) -> dict[str, Tensor]:
     """Collect the tensors of a block by their names in a saved folder, where attention and MLP are no level of their own."""
-    named = block.parts() | {f"{site}_quantizer": getattr(block.attention, f"{site}_quantizer") for site in _SITES}
+    own = {f"{site}_quantizer": getattr(block.attention, f"{site}_quantizer") for site in _SITES}
+    named = block.parts() | own | {"key_mean": block.attention.key_mean}
     found: dict[str, Tensor] = {}
     for name, part in named.items():
         if isinstance(part, nn.Module):
@@ -161,8 +163,9 @@ def _structure(block: DecoderBlock) -> dict[str, Any]:
     quantizers = {site: getattr(block.attention, f"{site}_quantizer") for site in _SITES}
     return {
         "linears": {name: _linear_facts(layer) for name, layer in block.linears().items()},
-        "sites": {site: None if q is None else q.bits for site, q in quantizers.items()},
+        "sites": {site: _quantizer_facts(q) for site, q in quantizers.items()},
         "softmax_bits": block.attention.softmax_bits,
+        "rotates_heads": block.attention.rotates_heads,
         "sink_tokens": block.attention.sink_tokens,
         "bitnet": None if block.rules is None else asdict(block.rules),
         "tensors": sorted(block_tensors(block)),
@@ -172,8 +175,14 @@ def _structure(block: DecoderBlock) -> dict[str, Any]:
 def _linear_facts(layer: QuantLinear | TernaryLinear) -> dict[str, Any]:
     if isinstance(layer, TernaryLinear):
         return {"in_features": layer.in_features, "kind": layer.kind, "keep": layer.keep}
-    bits = None if layer.quantizer is None else layer.quantizer.bits
-    return {"bits": layer.bits, "in_features": layer.in_features, "input_bits": bits}
+    return {"bits": layer.bits, "in_features": layer.in_features, "input_bits": _quantizer_facts(layer.quantizer)}
+
+
+def _quantizer_facts(quantizer: ActivationQuantizer | TokenQuantizer | None) -> int | dict[str, Any] | None:
+    """Return what a quantiser is made from beside its tensors: bits of a static one, all arguments of one by token."""
+    if quantizer is None:
+        return None
+    return quantizer.facts() if isinstance(quantizer, TokenQuantizer) else quantizer.bits
 
 
 def _build(
@@ -218,6 +227,7 @@ def _block(
     for site in _SITES:
         setattr(attention, f"{site}_quantizer", _quantizer(facts["sites"][site], f"{prefix}{site}_quantizer.", tensors))
     attention.softmax_bits, attention.sink_tokens = int(facts["softmax_bits"]), int(facts["sink_tokens"])
+    attention.rotates_heads, attention.key_mean = bool(facts.get("rotates_heads")), get("key_mean")  # earlier versions had none
     if sorted(block_tensors(block)) != facts["tensors"]:
         raise ValueError("the structure of a layer and its tensors differ")
     _check(block)
@@ -257,14 +267,19 @@ def _check(block: DecoderBlock) -> None:
         orders.append((attention.rope_order, (s.kv_heads, s.head_dim)))
     fits += [t.shape == shape and bool((t.sort(-1).values == torch.arange(shape[1])).all()) for t, shape in orders]
     quantizers = {site: getattr(attention, f"{site}_quantizer") for site in _SITES}
-    fits += [q is None or q.width == s.width(site) for site, q in quantizers.items()]
+    fits += [not isinstance(q, ActivationQuantizer) or q.width == s.width(site) for site, q in quantizers.items()]
+    fits += [attention.key_mean is None or attention.key_mean.shape == (s.kv_heads, s.head_dim)]
     if not all(fits) or attention.softmax_bits not in (*range(2, 9), FLOAT_BITS) or attention.sink_tokens < 0:
         raise ValueError("a tensor does not have the size of its layer")
 
 
-def _quantizer(bits: int | None, prefix: str, tensors: dict[str, Tensor]) -> ActivationQuantizer | None:
+def _quantizer(
+    bits: int | dict[str, Any] | None, prefix: str, tensors: dict[str, Tensor]
+) -> ActivationQuantizer | TokenQuantizer | None:
     if bits is None:
         return None
+    if isinstance(bits, dict):
+        return TokenQuantizer(**bits)
     scale, zero, offsets = (tensors[prefix + name] for name in _QUANTIZER)
     return ActivationQuantizer(bits, QParams(scale, zero), offsets)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from core.errors import BackendError
+from core.quant.rotated import TokenQuantizer
 from core.quant.static import PLAIN, ActivationQuantizer, InputUse
 from kernels import Backend, Choice, Codes
 
@@ -66,7 +67,7 @@ class LinearLayer(nn.Module, ABC):
         bits: bits of a stored weight; 16 for floats.
         in_features, out_features: K and N.
         bias: [N] float, or None.
-        quantizer: the static quantiser of the input, None where there is none.
+        quantizer: the quantiser of the input, None where there is none.
         requested: the backend that was asked for.
         choice: the backend that runs, and why.
         copies: the working copies that exist at this moment.
@@ -74,7 +75,14 @@ class LinearLayer(nn.Module, ABC):
 
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bits: int, quantizer: ActivationQuantizer | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        quantizer: ActivationQuantizer | TokenQuantizer | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.quantizer = quantizer

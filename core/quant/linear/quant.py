@@ -1,4 +1,4 @@
-"""Linear layer of a quantised model: packed weights and a static quantiser of its input."""
+"""Linear layer of a quantised model: packed weights, and a static or dynamic quantiser of its input."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.quant.linear.base import LinearLayer
+from core.quant.rotated import TokenQuantizer
 from core.quant.segments import expand
 from core.quant.static import PLAIN, ActivationQuantizer, InputUse
 from kernels import (
@@ -71,7 +72,8 @@ class QuantLinear(LinearLayer):
     """A linear layer y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
 
     Weight and input share their clusters; or the weight has one scale per row, and the input's scales are the largest one
-    divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator.
+    divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator. With a `TokenQuantizer`
+    the input has no clusters: it is rotated, and y[m] = s[m] (Σ q[m] Ŵᵀ - z[m] Σ Ŵᵀ) + b with the token's scale and zero point.
 
     Saved buffers: `packed` [N, packed_width(K, bits)] uint8, `weight_scale`, `weight_zero` [N, G], `offsets` [G + 1]
     int32, `bias` [N]; with 16-bit weights `weight` [N, K] replaces the first three. Working copies, by name in `copies`:
@@ -80,6 +82,7 @@ class QuantLinear(LinearLayer):
         few rows     INT4's operands
         float rows   INT8's operands without the input's scales, for tokens that keep a float input
         step         INT8 and TRITON with codes: the input's scales, and factors of its codes where clusters share a step
+        row sums     INT8 with a `TokenQuantizer`: Σ Ŵ over the columns, [N]
 
     Args:
         tensors: the saved buffers by name, without `bias`.
@@ -95,7 +98,7 @@ class QuantLinear(LinearLayer):
         bits: int,
         in_features: int,
         bias: Tensor | None,
-        quantizer: ActivationQuantizer | None,
+        quantizer: ActivationQuantizer | TokenQuantizer | None,
     ) -> None:
         rows = tensors["weight" if bits >= 16 else "packed"].shape[0]
         super().__init__(in_features, rows, bits=bits, quantizer=quantizer)
@@ -111,7 +114,7 @@ class QuantLinear(LinearLayer):
         cls,
         weight: QuantizedWeight | Tensor,
         bias: Tensor | None,
-        quantizer: ActivationQuantizer | None,
+        quantizer: ActivationQuantizer | TokenQuantizer | None,
         *,
         offsets: Tensor | None = None,
     ) -> QuantLinear:
@@ -128,7 +131,7 @@ class QuantLinear(LinearLayer):
         tensors = {"weight": weight, "offsets": offsets.to(torch.int32)}
         return cls(tensors, bits=16, in_features=weight.shape[1], bias=bias, quantizer=quantizer)
 
-    def _check(self, tensors: dict[str, Tensor], quantizer: ActivationQuantizer | None) -> None:
+    def _check(self, tensors: dict[str, Tensor], quantizer: ActivationQuantizer | TokenQuantizer | None) -> None:
         offsets, rows = tensors["offsets"].tolist(), self.out_features
         if offsets[0] != 0 or offsets[-1] != self.in_features or any(a >= b for a, b in zip(offsets, offsets[1:], strict=False)):
             raise ValueError(f"cluster offsets do not cover 0 … {self.in_features}")
@@ -140,7 +143,7 @@ class QuantLinear(LinearLayer):
             ].shape == tensors["weight_zero"].shape == (rows, len(offsets) - 1)
         if not fits:
             raise ValueError(f"the tensors of a {self.bits}-bit layer of {self.in_features} inputs do not fit each other")
-        if quantizer is not None and quantizer.offsets.tolist() != offsets:
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.offsets.tolist() != offsets:
             fits = quantizer.width == self.in_features and len(offsets) == 2 and quantizer.common_step() is not None
             if not fits:
                 raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
@@ -158,13 +161,18 @@ class QuantLinear(LinearLayer):
 
     @property
     def _activation_bits(self) -> int:
-        return 16 if self.quantizer is None else self.quantizer.bits
+        floats = self.quantizer is None or (self._by_token and self.offsets.device.type != "cpu")  # no kernel takes such codes
+        return 16 if floats else self.quantizer.bits
+
+    @property
+    def _by_token(self) -> bool:
+        return isinstance(self.quantizer, TokenQuantizer)
 
     @property
     def takes_codes(self) -> bool:
         """Whether the chosen backend multiplies integer codes of the input."""
         if self.choice.backend is Backend.TRITON:
-            return kernels_take_codes(self.bits, self._activation_bits, self._segments)
+            return not self._by_token and kernels_take_codes(self.bits, self._activation_bits, self._segments)
         return self.choice.backend is Backend.INT8
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
@@ -195,15 +203,29 @@ class QuantLinear(LinearLayer):
 
     def parts(self, x: Tensor | Codes, sizes: tuple[int, ...] | None, use: InputUse = PLAIN) -> Iterator[Tensor]:
         """Compute `LinearLayer.parts`; INT8 and REFERENCE compute a part when the iterator reaches it."""
+        if self._by_token:
+            x = self.quantizer.rotate(x) if self.takes_codes else self.quantizer.fake(x, use)
         if self.choice.backend is Backend.INT4 and x.numel() <= int4.MAX_ROWS * self.in_features:
             return self.copies.get("few rows", self._int4_operands).parts(x, sizes)
         operands = self.copies.get("product", self._operands)
         if not operands.takes_codes:
-            x = x if self.quantizer is None else self.quantizer.fake(x, use)
+            x = x if self.quantizer is None or self._by_token else self.quantizer.fake(x, use)
             return operands.parts(x, sizes)
+        if self._by_token:
+            found = self._token_parts(x, operands, sizes)
+            return self._with_float_tokens(found, x, sizes, use.float_tokens) if use.float_tokens else found
         codes = self._input_codes(x).reshape(-1, self.in_features)
         found = (y.view(*x.shape[:-1], y.shape[-1]) for y in operands.parts(codes, sizes))
         return self._with_float_tokens(found, x, sizes, use.float_tokens) if use.float_tokens else found
+
+    def _token_parts(self, x: Tensor, operands: Int8Operands, sizes: tuple[int, ...] | None) -> Iterator[Tensor]:
+        """Compute the parts for a rotated x [..., K] whose tokens have scales and zero points of their own."""
+        codes, grid = self.quantizer.codes(x.reshape(-1, self.in_features))
+        sums = self.copies.get("row sums", lambda: self.dequantized_weight().sum(1))
+        for y, outputs in zip(operands.parts(codes, sizes), output_parts(sizes), strict=True):
+            y.sub_(grid.zero_point * sums[outputs]).mul_(grid.scale)
+            y = y if self.bias is None else y.add_(self.bias[outputs])
+            yield y.view(*x.shape[:-1], y.shape[-1])
 
     def _with_float_tokens(
         self, found: Iterator[Tensor], x: Tensor, sizes: tuple[int, ...] | None, count: int
@@ -251,7 +273,7 @@ class QuantLinear(LinearLayer):
 
     def _int8_operands(self) -> Int8Operands:
         weight = self._quantized_weight()
-        output_scale, zero_rows, bias = self._folded(weight)
+        output_scale, zero_rows, bias = self._weight_scales() if self._by_token else self._folded(weight)
         codes = weight.shifted_codes()
         if codes is None:  # zero points do not fit the codes: they stay separate
             return Int8Operands(signed_codes(weight.codes, self.bits), output_scale, zero_rows, bias, self._segments)
@@ -259,9 +281,13 @@ class QuantLinear(LinearLayer):
 
     def _float_row_operands(self) -> Int8Operands:
         product: Int8Operands = self.copies.get("product", self._operands)
+        scale, zero, _ = self._weight_scales()
+        return replace(product, output_scale=scale, zero_rows=None if product.zero_rows is None else zero, bias=None)
+
+    def _weight_scales(self) -> tuple[Tensor, Tensor, None]:
+        """Return what `_folded` does for an input whose scales are applied to the product: sw [G, N], sw zw [G, N], no bias."""
         scale = self.weight_scale.to(torch.float32).t().contiguous()
-        zero = None if product.zero_rows is None else scale * self.weight_zero.to(torch.float32).t()
-        return replace(product, output_scale=scale, zero_rows=zero, bias=None)
+        return scale, scale * self.weight_zero.to(torch.float32).t(), None
 
     def _triton_operands(self) -> LinearOperands:
         from kernels.linear.cluster import ClusterOperands

@@ -14,7 +14,7 @@ from core.methods.sequential import _observe, run_layer
 from core.models.io.quantized import load_quantized, save_quantized
 from core.models.tiny import tiny_model
 from core.quant.linear.quant import QuantLinear
-from core.recipe import Bits, Clusters, Overrides, QuantRecipe
+from core.recipe import Bits, Clusters, Overrides, QuantRecipe, RotationOptions
 from core.stages import quantize
 from tests.core.tools import in_steps, quantised, relative, spec_of, tokens
 
@@ -94,10 +94,15 @@ def test_a_saved_model_with_layers_of_its_own_is_the_same(name, tmp_path):
     assert all(same(one, other) for one, other in zip(back.model.blocks, made.blocks, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rptq", "kv", "matched", "float", "official", "plain"])
+@pytest.mark.parametrize("name", ["rptq", "kv", "matched", "float", "official", "plain", "rotation", "kv token"])
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
 def test_the_formula_counts_the_tensors(architecture, name):
-    options = {"method": "rtn", "weights": "rtn"} if name == "plain" else RECIPES[name]
+    more = {
+        "plain": {"method": "rtn", "weights": "rtn"},
+        "rotation": {"method": "rotation", "variant": "strict"},
+        "kv token": {"method": "rotation", "rotation": RotationOptions(kv="token", group=64)},
+    }
+    options = (RECIPES | more)[name]
     """The bytes of the tensors, and never fewer: zero points of 8 bits and of the official rules may turn out smaller."""
     eight = "layers.1.weights=8,"
     own = Overrides.parse("layers.0.k=3,layers.2.weights.down=3,layers.2.v=16,layers.0.weights.o=16," + eight * (name != "kv"))

@@ -93,6 +93,22 @@ def test_error_on_the_inputs_is_below_round_to_nearest(bits, clusters):
     assert direct == pytest.approx(a, rel=1e-3), "the objective is the output error on the calibration inputs"
 
 
+@pytest.mark.parametrize("width", [128, 160, 320])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_clusters_fitted_while_rounding_have_smaller_errors(bits, width):
+    """Groups across the boundaries of both levels of columns; a factor that never wins changes nothing."""
+    weight, _, hessian = problem(width, rows=24)
+    offsets = torch.tensor([*range(0, width, 32), width])
+    errors = {}
+    for shrink in ((1.0,), (1.0, 0.9, 0.8, 0.7)):
+        made = quantize_weight(weight, hessian, offsets, bits=bits, grid=Grid.EXACT, shrink=shrink)
+        assert made.method == "gptq" and made.weight.scale.shape == (24, width // 32)
+        errors[shrink] = objective(weight, made.weight.dequantize(), hessian)
+    assert errors[(1.0, 0.9, 0.8, 0.7)] < errors[(1.0,)]
+    nearest = [round_to_nearest(weight, offsets, bits=bits, grid=Grid.EXACT, shrink=s).weight.dequantize() for s in errors]
+    assert (weight - nearest[1]).square().sum() < (weight - nearest[0]).square().sum()
+
+
 def test_a_diagonal_hessian_is_round_to_nearest():
     """Independent inputs have nothing to compensate."""
     weight, _, _ = problem(145)

@@ -1,0 +1,65 @@
+"""Q1, Q3, Q4: perplexity of the method rotation over float32 on WikiText-2 and C4, of saved models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.common import Result, absent, installed
+from benchmarks.quality_table import protocol_of, text_of
+from core import Calibration, QuantRecipe, Workbench
+from core.errors import InputError
+
+JOBS = (
+    ("Q1 W4A4 untrained", {"scheme": "W4A4", "variant": "strict"}, "≤ 1.50× at 5.12 weight bits, 5,760 KV bytes"),
+    ("Q3 W4A4KV", {"scheme": "W4A4KV"}, "≤ 1.10×"),
+    ("Q4 W3A3KV", {"scheme": "W3A3KV"}, "≤ 1.45×"),
+)
+"""Jobs, their recipes, and the targets, which are those of smollm2-135m."""
+C4 = "c4/c4_validation_2k.parquet"
+CALIBRATION_TOKENS = 8192
+
+
+def run(model: str, tokens: int) -> Iterator[Result]:
+    """Yield each recipe's results: quantised, saved, loaded, and measured on `tokens` tokens of each text."""
+    protocol = protocol_of(model)
+    texts = {protocol.text: text_of(protocol.evaluation, 0)}
+    if installed("pyarrow"):
+        texts["C4 validation"] = _c4()
+    calibration = Calibration(text_of(protocol.calibration, 1), CALIBRATION_TOKENS, protocol.window)
+    options = {"tokens": tokens, "window": protocol.window}
+    bench = Workbench()
+    plain = {name: bench.evaluate(model, text=text, **options) for name, text in texts.items()}
+    for job, fields, target in JOBS:
+        made = bench.quantize(QuantRecipe(model=model, method="rotation", calibration=calibration, **fields))
+        folder = bench.open_saved(folder=made.folder).key if made.folder else made.key
+        for name, text in texts.items():
+            found = bench.evaluate(folder, text=text, reference=model, **options)
+            note = (
+                f"perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}, float32 {plain[name].perplexity:.2f}, "
+                f"ln ratio ± {found.ln_ratio_stderr or 0:.4f}, KLD {found.kld_mean:.4f}, same top {found.same_top_token:.1%}; "
+                f"{found.tokens:,} tokens in windows of {found.window}"
+            )
+            yield Result(
+                job,
+                found.perplexity / plain[name].perplexity,
+                "float32",
+                target,
+                made.seconds,
+                note=note,
+                weight_bits=made.effective_weight_bits,
+                kv_bytes=found.kv_bytes_per_token,
+                text=name,
+            )
+        yield from absent(f"{job}, C4", "pyarrow")
+
+
+def _c4() -> str:
+    """Return the documents of C4's validation part, which a package for Parquet files has to read."""
+    import pandas
+
+    path = Path(os.environ.get("QUANTSCOPE_DATA", ".")) / C4
+    if not path.is_file():
+        raise InputError(f"The text {C4} is not here: set QUANTSCOPE_DATA to the folder that holds it.", code="E-PARAM-TEXT")
+    return "text:" + "\n\n".join(pandas.read_parquet(path, columns=["text"])["text"])

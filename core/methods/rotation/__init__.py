@@ -1,0 +1,1 @@
+"""The method "rotation": channels scaled and rotated by Hadamard matrices, grouped GPTQ weights."""

@@ -1,0 +1,137 @@
+"""Options that belong to one method alone: those of "bitnet" and those of "rotation"."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+from core.bits import Bits
+from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys
+from core.errors import InputError
+
+_INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
+BITNET_MODES = tuple(_INPUT_BITS)
+"""Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
+KV_RANGES = ("static", "token")
+"""Ranges of rotated keys and values: one per channel known in advance, or one per token and head stored with it."""
+GROUPS = (16, 32, 64, 128)
+"""Numbers of neighbouring columns that may share a weight's scale in the method "rotation"; 0 stands for a whole row."""
+BLOCKS = (16, 32, 64, 128, 256)
+"""Numbers of channels that a Hadamard matrix may rotate together in the method "rotation"; 0 stands for all of a site."""
+
+
+@dataclass(frozen=True)
+class BitNetOptions:
+    """Options of the method "bitnet", which ignores scheme, bits, clusters and weights of the recipe.
+
+    Attributes:
+        mode: one of BITNET_MODES; keep: share of o_in that TopK keeps, above 0 and up to 1.
+        kv_bits, bos_bits, q_bits: of keys and values, of the first token's, and of queries; 2 to 8, or 16 for not quantised.
+    """
+
+    mode: str = "a4.8"
+    keep: float = 0.5
+    kv_bits: int = 16
+    bos_bits: int = 4
+    q_bits: int = 16
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, BITNET_MODES)
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise InputError(f"keep is {str(self.keep)[:40]!r}: use a share above 0 and up to 1.", code="E-PARAM-KEEP")
+        object.__setattr__(self, "keep", float(self.keep))
+        for name in ("kv_bits", "bos_bits", "q_bits"):
+            require_bits(name, getattr(self, name))
+
+    def describe(self) -> str:
+        """Describe the options shortly: "a4.8 · KV 3 bits, first token 4 · Q 4 bits"."""
+        parts = [self.mode if self.keep == 0.5 else f"{self.mode} (keeps {self.keep:g})"]
+        if self.kv_bits < FLOAT_BITS:
+            first = "" if self.bos_bits == self.kv_bits else f", first token {self.bos_bits}"
+            parts.append(f"KV {self.kv_bits} bits{first}")
+        if self.q_bits < FLOAT_BITS:
+            parts.append(f"Q {self.q_bits} bits")
+        return " · ".join(parts)
+
+    @property
+    def tensor_bits(self) -> Bits:
+        """Bits of every tensor as stored or multiplied; ternary weights take 2."""
+        attn_in, o_in, mlp_in, down_in = _INPUT_BITS[self.mode]
+        return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
+
+
+@dataclass(frozen=True)
+class RotationOptions:
+    """Options of the method "rotation": each ingredient is a switch.
+
+    Attributes:
+        scale: divide each channel by √(its RMS / the RMS of the weights that read it), folded into norms and weights.
+        rotate: rotate channels by Hadamard matrices; block: how many together, one of BLOCKS, or 0 for all of a site.
+        key_mean: subtract from the keys their mean over the calibration tokens.
+        dynamic: a range for each token at inputs of linear layers and queries; off: one range for all tokens.
+        kv: one of KV_RANGES.
+        group: columns that share a weight's scale, one of GROUPS, or 0 for a whole row.
+        clip: search ratios that shrink the ranges of activations and of weight groups.
+        halfway: GPTQ aims half-way between the output of its own inputs and that of the unquantised model's.
+    """
+
+    scale: bool = True
+    rotate: bool = True
+    block: int = 0
+    key_mean: bool = True
+    dynamic: bool = True
+    kv: str = "static"
+    group: int = 32
+    clip: bool = True
+    halfway: bool = True
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(entry.default, bool) and not isinstance(value, bool):
+                raise InputError(f"{entry.name} is {str(value)[:40]!r}: use on or off.", code="E-PARAM-ROTATION")
+        require_choice("kv", self.kv, KV_RANGES)
+        for name, sizes, meaning in (("block", BLOCKS, "all channels"), ("group", GROUPS, "a whole row")):
+            rule = f"use 0 for {meaning}, or {', '.join(map(str, sizes))}"
+            value = require_int(name, getattr(self, name), 0, sizes[-1], rule)
+            if value not in (0, *sizes):
+                raise InputError(f"{name} is {value}: {rule}.", code="E-PARAM-ROTATION")
+            object.__setattr__(self, name, value)
+
+    def describe(self) -> str:
+        """Describe the options shortly, by what differs from the default: "g32", or "g64 without clip"."""
+        plain, own = asdict(RotationOptions()), asdict(self)
+        off = [name.replace("_", " ") for name, value in own.items() if value is False]
+        parts = [f"g{self.group}" if self.group else "a scale per row"]
+        parts += [f"blocks of {self.block}"] if self.block else []
+        parts += ["KV range per token"] if self.kv != plain["kv"] else []
+        return ", ".join(parts) + (f", without {', '.join(off)}" if off else "")
+
+
+Options = TypeVar("Options", BitNetOptions, RotationOptions)
+
+
+def parse_options(name: str, text: str, kind: type[Options]) -> Options:
+    """Read "mode=a4.8,kv_bits=3" or "scale=off,group=64" into options; what is left out keeps its default.
+
+    Args: name: what the options are called in an error.
+    Raises: InputError naming the part that does not fit.
+    """
+    readers = {bool: _parse_switch, int: parse_int, float: parse_float, str: lambda _, value: value}
+    read = {entry.name: readers[type(entry.default)] for entry in fields(kind)}
+    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip()]
+    chosen = {key: read.get(key, parse_int)(key[:20], "".join(value)) for key, *value in pairs}
+    return kind(**require_keys(name, chosen, kind))
+
+
+def options_text(options: BitNetOptions | RotationOptions) -> str:
+    """Write options as `parse_options` reads them: "mode=a4.8,keep=0.5,…"."""
+    return ",".join(f"{name}={value}" for name, value in asdict(options).items())
+
+
+def _parse_switch(name: str, text: str) -> bool:
+    """Read "on" or "off", or Python's words for them."""
+    known = {"on": True, "true": True, "off": False, "false": False}
+    if text.lower() not in known:
+        raise InputError(f"{name} is {text[:40]!r}: use on or off.", code="E-PARAM-ROTATION")
+    return known[text.lower()]
