@@ -46,6 +46,13 @@ def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
     return derived.get(report, ("curve", site, bits), lambda: compute(report, site, bits=bits))
 
 
+def channel_grid(name: str, detail: Any, ranges: dict[str, tuple[float, float]]) -> Any:
+    """Return the levels of a grid over the values of a channel (ChannelDetail)."""
+    from core.quant.levels import channel_grid as compute
+
+    return compute(name, detail.low, detail.high, detail.mean_size, ranges)
+
+
 def shape_of(name: str, *, allow_local: bool) -> Any:
     """Find the sizes of a model by name or numbers (`core.evaluation.shapes.model_shape`); recent ones are kept."""
     return _shape_of(name, allow_local, state_of(name) if allow_local else None)

@@ -114,6 +114,7 @@ class Page:
         side.share.wire(recipe, quantize.recipe, self.fill, self.fields, self.compare.runs)
         self.explore.wire()
         self.reorder.wire([side.clusters, *quantize.clusters.values()])
+        self._wire_fused()
         demo.load(None, None, None, js=START_JS, api_visibility="private")
         own = [ctx.key, ctx.timer, self.start_tab]
         outputs = list(dict.fromkeys([*own, *self.fill(default_recipe(ctx)), *self.range_outputs, *self.fields.values()]))
@@ -134,6 +135,13 @@ class Page:
             tab.tab.select(ctx.guard(self._chooser(name)), {ctx.key}, status, **LIGHT)
         targets = [*self.range_outputs, *self.fill(default_recipe(ctx)), *self.compare.keep.outputs]
         ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, targets)
+
+    def _wire_fused(self) -> None:
+        """Connect the diagram of the reorderings; the charts above it change with every layer, site, model and g."""
+        side, quantize, reorder = self.side, self.quantize, self.reorder
+        inputs = {*side.source, *side.recipe, *quantize.inputs}
+        triggers = [reorder.tab.select, reorder.scatter.change, side.method.input, side.scheme.input]
+        reorder.fused.wire(quantize.recipe, inputs, triggers, reorder.shown, reorder.outputs)
 
     def _wire_steps(self) -> None:
         """Connect the buttons that lead to the next tab."""

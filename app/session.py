@@ -148,7 +148,7 @@ class Session:
         pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" updates wait
             while there is no page.
         protocol: of the newest measurements, None before the first. recipe: quantised last.
-        tab: the open tab. preset: whether the page chose the method, to fit a BitNet model.
+        tab: the open tab. grid: drawn over the chosen channel. preset: whether the page chose the method, to fit a BitNet model.
         spent: the last allocation, `app.tabs.autopilot.Spent`. size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values.
         programs: whether it belongs to programs, and has no page.
@@ -172,6 +172,7 @@ class Session:
     protocol: Protocol | None = None
     recipe: QuantRecipe | None = None
     tab: str = "explore"
+    grid: str = "tensor"
     costs: Costs = field(default_factory=Costs)
     spent: Any = None
     size: str = "weight_bytes"

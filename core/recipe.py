@@ -176,6 +176,13 @@ class QuantRecipe:
         return replace(self, scheme="custom", bits=replace(self.tensor_bits, **bits), overrides=Overrides(kept))
 
     @property
+    def reorderings(self) -> tuple[str, ...]:
+        """Names of the reorderings that the method makes; R2 only serves quantised queries and keys."""
+        bits = self.tensor_bits
+        without = () if min(bits.q, bits.k) < FLOAT_BITS else ("R2",)
+        return tuple(name for name in REORDERS if name not in without) if self.method == "rptq" else ()
+
+    @property
     def all_bits(self) -> tuple[Bits, ...]:
         """Bits of every tensor, first of layers without overrides, then of each layer that has some."""
         return self.tensor_bits, *(self.for_layer(layer).tensor_bits for layer in self.overrides.layers)

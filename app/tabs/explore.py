@@ -10,6 +10,7 @@ import gradio as gr
 from app import engine
 from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
+from app.tabs.grids import GridChoice
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, Table, picked_row, sent, written
@@ -55,7 +56,8 @@ class Explore:
                     with gr.Column(elem_classes="qs-card"):
                         self.channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                         self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
-                        self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=140, elem_id="histogram")
+                        self.grid = GridChoice()
+                        self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=170, elem_id="histogram")
                         self.tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
                     self.outliers = Table(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
             self.forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
@@ -132,9 +134,10 @@ class Explore:
             return {self.facts: cards.hint(texts.CHANNEL_EMPTY), self.histogram: note(""), self.tokens: ""}
         if read is None:
             return {self.facts: channel_facts(session, number), self.histogram: note(""), self.tokens: cards.hint(unread)}
+        cluster = cluster_of(session, number)
         return {
-            self.facts: channel_facts(session, number, cluster_of(session, number)),
-            self.histogram: plots.channel_histogram(read),
+            self.facts: channel_facts(session, number, cluster),
+            self.histogram: self.grid.draw(session, read, site_of(session), cluster),
             self.tokens: cards.extremes(read),
         }
 
@@ -149,6 +152,7 @@ class Explore:
         self.layer.input(ctx.guard(self.moved), inputs, outputs, trigger_mode="always_last", **LIGHT)
         for control in (self.kind, self.linear, self.same_axes, self.averaged):
             control.input(ctx.guard(self.moved), inputs, outputs, **LIGHT)
+        self.grid.kind.input(ctx.guard(self.gridded), {ctx.key, self.grid.kind}, outputs, **LIGHT)
         ctx.on(self.tab.select, self.opened, {ctx.key}, outputs)
         ctx.on(self.layer.release, self.released, {ctx.key}, outputs)
         ctx.on(self.scatter.select, self.clicked_point, {ctx.key}, outputs)
@@ -165,6 +169,12 @@ class Explore:
             return self.render(session)
         kept = dict.fromkeys((self.layer, self.linear, self.same_axes, self.averaged), gr.skip())
         return {**self.shown(session), **kept}
+
+    def gridded(self, values: Updates) -> Updates:
+        """Draw another grid over the chosen channel."""
+        session = self.ctx.session(values)
+        self.grid.take(session, values[self.grid.kind])
+        return self.glance(session) if session.ranges is not None else {}
 
     async def opened(self, values: Updates) -> AsyncIterator[Updates]:
         """Draw what was observed or selected while another tab was open, and read the chosen channel."""

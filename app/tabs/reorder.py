@@ -8,6 +8,7 @@ from app import engine
 from app.context import LIGHT, Context, Updates
 from app.session import Session
 from app.tabs.explore import SITE_CHOICES, last_layer, layer_slider, no_ranges, revision, scatter, site_of
+from app.tabs.fused import Fused
 from app.view import cards, plots_clusters, tables, texts
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, written
@@ -58,6 +59,7 @@ class Reorder:
                     self.curve = Chart(None, label=texts.CURVE_LABEL, height=240, elem_id="curve")
                 with gr.Column(scale=7, min_width=320):
                     self.strips = Chart(None, label=texts.STRIPS_LABEL, height=582, turn=0, elem_id="strips")
+            self.fused = Fused(ctx)
             self.forward = gr.Button(texts.TO_QUANTIZE, elem_classes="qs-next", elem_id="to-quantize")
             with gr.Accordion(texts.CLUSTER_TABLE, open=False):
                 self.table = gr.HTML("", elem_id="clusters", apply_default_css=False)

@@ -32,13 +32,13 @@ FRAME = (
 
 _TABLE_JS = """
 const pick = (event) => {
-  const row = event.target.closest('tr[data-index]');
+  const row = event.target.closest('[data-index]');
   if (row) trigger('select', { index: Number(row.dataset.index) });
 };
 element.addEventListener('click', pick);
 element.addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' && event.key !== ' ') return;
-  if (!event.target.closest('tr[data-index]')) return;
+  if (!event.target.closest('[data-index]')) return;
   event.preventDefault();
   pick(event);
 });

@@ -240,8 +240,12 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def channel_histogram(detail: Any) -> Figure:
-    """Draw how often the channel has which value; counts on a logarithmic axis, so that rare extremes stay visible."""
+def channel_histogram(detail: Any, levels: Sequence[float] = (), caption: str = "") -> Figure:
+    """Draw how often the channel has which value; counts on a logarithmic axis, so that rare extremes stay visible.
+
+    Args:
+        levels: of a grid, in units of the values: a line for each that is near them.
+    """
     edges, counts = list(detail.edges), list(detail.counts)
     middle = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
     widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
@@ -265,14 +269,26 @@ def channel_histogram(detail: Any) -> Figure:
         }
         for v in (detail.low, detail.high)
     ]
+    top, room = max(counts, default=1), 0.04 * ((detail.high - detail.low) or 1.0)
+    shown = [level for level in levels if detail.low - room <= level <= detail.high + room]
+    grid = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [x for level in shown for x in (level, level, None)],
+        "y": [y for _ in shown for y in (0.7, max(top, 1), None)],
+        "line": {"color": "@run3", "width": 2},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
     return {
-        "data": [bars],
+        "data": [bars, grid] if shown else [bars],
         "layout": layout(
             uirevision=f"{detail.site}/{detail.channel}",
+            caption=caption,
             margin=(48, 10, 8, 40),
             bargap=0,
             shapes=lines,
-            xaxis={"title": {"text": "value"}},
+            xaxis={"title": {"text": "value"}, "range": [detail.low - room, detail.high + room]},
             yaxis={"title": {"text": "count"}, "type": "log", "dtick": 1},
         ),
     }

@@ -58,6 +58,7 @@ def channel_detail(
         float(flat.max()),
         float(flat.mean()),
         float(flat.std()),
+        float(flat.abs().mean()),
         [int(c) for c in counts],
         [float(e) for e in edges],
         [_extreme(loaded, windows, values, index) for index in picked],

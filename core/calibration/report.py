@@ -138,7 +138,11 @@ class TokenExtreme:
 
 @dataclass(frozen=True)
 class ChannelDetail:
-    """One channel over the calibration tokens: moments, a histogram, and the tokens at its extreme values."""
+    """One channel over the calibration tokens: moments, a histogram, and the tokens at its extreme values.
+
+    Attributes:
+        mean_size: mean of the absolute values.
+    """
 
     site: str
     channel: int
@@ -146,6 +150,7 @@ class ChannelDetail:
     high: float
     mean: float
     std: float
+    mean_size: float
     counts: list[int]
     edges: list[float]
     extremes: list[TokenExtreme]

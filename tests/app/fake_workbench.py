@@ -128,6 +128,7 @@ class FakeWorkbench(FakeProbe, FakeTernary):
             high,
             (low + high) / 2,
             (high - low) / 8,
+            (high - low) / 10,
             [int(c) for c in counts],
             [float(e) for e in edges],
             extremes,

@@ -92,7 +92,11 @@ def test_channel_histogram(bench):
 
     detail = bench.channel("fake", Calibration("sotu", 1024), "layers.1.v", 5, progress=quiet)
     figure = valid(plots.channel_histogram(detail))
-    assert figure["layout"]["yaxis"]["type"] == "log"
+    assert figure["layout"]["yaxis"]["type"] == "log" and len(figure["data"]) == 1
+    step = detail.high - detail.low
+    figure = valid(plots.channel_histogram(detail, [detail.low - step, detail.low, detail.high], "two levels"))
+    assert figure["data"][1]["x"] == [detail.low, detail.low, None, detail.high, detail.high, None]
+    assert figure["layout"]["title"]["text"] == "two levels"
 
 
 @pytest.mark.parametrize("kind", ["v", "down_in"])

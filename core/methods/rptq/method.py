@@ -160,7 +160,7 @@ class RPTQ(Method):
 
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
         """Choose the orders of one layer by clustering."""
-        clusters = {name: _clusters(name, stats, recipe, spec) for name in _reordered(recipe)}
+        clusters = {name: _clusters(name, stats, recipe, spec) for name in recipe.reorderings}
         return {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
 
     def weight_grid(self, recipe: QuantRecipe) -> Grid:
@@ -170,7 +170,7 @@ class RPTQ(Method):
     def site_key(self, site: str, recipe: QuantRecipe) -> SiteKey:
         """Collect what `plan_site` depends on beside the statistics."""
         name = REORDER_OF[site]
-        key = _cluster_key(name, recipe) if name in _reordered(recipe) else None
+        key = _cluster_key(name, recipe) if name in recipe.reorderings else None
         count = getattr(recipe.clusters, name) if key else 1
         return SiteKey(recipe.tensor_bits.site(site), count, (recipe.segments, rules_of(recipe), key and key[2:]))
 
@@ -197,12 +197,6 @@ def _local(order: Tensor, head_dim: int) -> Tensor:
     return order.view(-1, head_dim) % head_dim
 
 
-def _reordered(recipe: QuantRecipe) -> tuple[str, ...]:
-    """Return the reorderings that a recipe makes: R2 only serves quantised queries and keys."""
-    bits = recipe.tensor_bits
-    return tuple(name for name in REORDERS if name != "R2" or min(bits.q, bits.k) < FLOAT_BITS)
-
-
 def _cluster_key(name: str, recipe: QuantRecipe) -> tuple[Hashable, ...]:
     """Collect all of a recipe that `reorder_clusters` depends on."""
     kv_only = recipe.tensor_bits.q == recipe.tensor_bits.o_in == FLOAT_BITS
@@ -218,7 +212,7 @@ def _clusters(name: str, stats: LayerStatistics, recipe: QuantRecipe, spec: Bloc
 def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
     """Choose the grids of one site in the clusters of its reordering."""
     bits, name, found = recipe.tensor_bits.site(site), REORDER_OF[site], ChannelClusters.identity(spec.width(site))
-    if name in _reordered(recipe):
+    if name in recipe.reorderings:
         found = site_clusters(site, _clusters(name, stats, recipe, spec), groups=spec.groups, head_dim=spec.head_dim)
     order, offsets = found.order, found.offsets
     importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)

@@ -182,6 +182,7 @@ def test_a_constant_channel_has_a_histogram():
     loaded = tiny("llama")
     found = channel_detail(loaded, torch.full((2, 10), 65), "layers.0.attn_in", 3)
     assert sum(found.counts) == 20 and found.low == found.high and found.std == pytest.approx(0, abs=1e-6)
+    assert found.mean_size == pytest.approx(abs(found.mean), rel=1e-6) and found.mean_size > 0
 
 
 @pytest.mark.parametrize(
