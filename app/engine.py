@@ -120,6 +120,11 @@ def larger_model(model: str) -> str:
     return next((name for name in reversed(model_names()) if not is_embedded(name)), "") if is_embedded(model) else ""
 
 
+def download_bytes(model: str) -> int:
+    """Return the bytes of a catalogue model's download; 0 for any other."""
+    return next((entry.size_bytes for entry in catalogue() if entry.name == model), 0)
+
+
 def ternary_model() -> str:
     """Return the name of an embedded BitNet model, a4.8 if there is one; "" if there is none."""
     modes = {name: card.get("mode", "fp") for name, card in embedded_cards().items()}

@@ -16,55 +16,20 @@ from app.session import Session
 from app.tabs.bitnet import BitNet
 from app.tabs.compare import Compare
 from app.tabs.explore import Explore
+from app.tabs.guide import Guide
 from app.tabs.link import TABS, Fields, Linked, go_to
 from app.tabs.quantize import Quantize
 from app.tabs.reorder import Reorder
 from app.tabs.share import is_unknown_text
 from app.tabs.sidebar import DEFAULT_TOKENS, PASTE, Sidebar
+from app.tabs.start import Start
 from app.view import cards, texts
 from app.view.chart import serve_script
+from app.view.scripts import CLOSE_JS, OPEN_TAB_JS, REMEMBER_JS, REMEMBERED_JS, START_JS, TAB_JS, TOP_JS
 from core.errors import Cancelled, InputError, QuantscopeError
 from core.folders import state_of
 from core.recipe import BITNET_MODES, Calibration, Clusters, QuantRecipe
 
-CLOSE_JS = """
-  const side = document.querySelector('#side');
-  if (window.innerWidth < 768 && side?.classList.contains('open')) side.querySelector('.toggle-button')?.click();
-"""
-"""Script that hides the side after use on a phone, where it covers the page."""
-RESTART_MS = 4000
-"""Time to read that a visit has ended, before the page starts anew."""
-START_JS = f"""() => {{
-  const toggle = document.querySelector('#side .toggle-button');
-  toggle?.setAttribute('aria-label', '{texts.SIDE}');
-  toggle?.setAttribute('title', '{texts.SIDE}');
-  const watch = () => {{
-    const status = document.querySelector('#status');
-    if (!status) return setTimeout(watch, 200);
-    new MutationObserver(() => {{
-      if (!status.querySelector('[data-restart]')) return;
-      try {{ sessionStorage.removeItem('quantscope'); }} catch {{}}
-      setTimeout(() => location.reload(), {RESTART_MS});
-    }}).observe(status, {{ childList: true, subtree: true }});
-  }};
-  watch();
-  {CLOSE_JS}
-}}"""
-TAB_JS = """() => {
-  const tabs = [...document.querySelectorAll('#tabs button[role=tab]')];
-  tabs.find((tab) => tab.textContent.trim() === '%s' && tab.offsetParent)?.click();
-  window.scrollTo({ top: 0 });
-  %s
-}"""
-TOP_JS = "() => window.scrollTo({ top: 0 })"
-OPEN_TAB_JS = """(name) => {
-  const tabs = [...document.querySelectorAll('#tabs button[role=tab]')].filter((tab) => tab.offsetParent);
-  const place = %s.indexOf(name);
-  if (place > 0) tabs[place]?.click();
-}"""
-REMEMBERED_JS = "() => { try { return sessionStorage.getItem('quantscope'); } catch { return null; } }"
-REMEMBER_JS = "(key) => { try { sessionStorage.setItem('quantscope', key); } catch {} }"
-"""Script that keeps the session's key for a reload of its browser tab; where the browser stores nothing, a reload starts anew."""
 QUANTIZED = "E-MODEL-QUANTIZED"
 """Code of core's refusal to observe a quantised model."""
 FIRST_SECONDS = 0.5
@@ -93,7 +58,8 @@ class Page:
         with gr.Row(elem_id="status-row", equal_height=True):
             ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
             ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
-        self.intro = gr.HTML(cards.intro(None, ""), elem_id="intro", apply_default_css=False)
+        Guide()
+        self.start = Start()
         with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap") as self.tabs:
             self.explore = Explore(ctx)
             self.reorder = Reorder(ctx)
@@ -108,7 +74,7 @@ class Page:
         self._wire_steps()
         quantize.wire(self.open_for, self.after_run, [*self.range_outputs, *self.compare.keep.outputs])
         self.compare.wire()
-        self.bitnet.wire(self.open_ternary, self.range_outputs)
+        self.bitnet.wire(self.open_ternary, [self.start.ternary], self.range_outputs)
         self._wire_side()
         recipe = {*side.source, *side.recipe, *quantize.inputs}
         side.share.wire(recipe, quantize.recipe, self.fill, self.fields, self.compare.runs)
@@ -135,6 +101,7 @@ class Page:
             tab.tab.select(ctx.guard(self._chooser(name)), {ctx.key}, status, **LIGHT)
         targets = [*self.range_outputs, *self.fill(default_recipe(ctx)), *self.compare.keep.outputs]
         ctx.on(side.observe.click, self.observe_clicked, {ctx.key, *side.source}, targets)
+        ctx.on(self.start.larger.click, self.larger_opened, {ctx.key, *side.source}, targets)
 
     def _wire_fused(self) -> None:
         """Connect the diagram of the reorderings; the charts above it change with every layer, site, model and g."""
@@ -146,13 +113,15 @@ class Page:
     def _wire_steps(self) -> None:
         """Connect the buttons that lead to the next tab."""
         steps = {
-            self.explore.forward: texts.REORDER,
-            self.reorder.forward: texts.QUANTIZE_TAB,
-            self.quantize.forward: texts.COMPARE,
-            self.side.quantize: texts.QUANTIZE_TAB,
+            self.explore.forward: "reorder",
+            self.reorder.forward: "quantize",
+            self.quantize.forward: "compare",
+            self.side.quantize: "quantize",
+            self.start.ternary: "bitnet",
         }
-        for button, label in steps.items():
-            button.click(None, None, None, js=TAB_JS % (label, CLOSE_JS), show_progress="hidden", api_visibility="private")
+        for button, name in steps.items():
+            script = TAB_JS % (TABS.index(name), CLOSE_JS)
+            button.click(None, None, None, js=script, show_progress="hidden", api_visibility="private")
         cost, shown = self.quantize.cost, [self.tabs, self.ctx.status, self.ctx.stop]
         for part in (cost.map, cost.table):
             opened = part.select(self.ctx.guard(self.part_clicked), {self.ctx.key}, shown, **LIGHT)
@@ -185,7 +154,7 @@ class Page:
     def range_outputs(self) -> list:
         """Components that `show_ranges` updates."""
         side, quantize = self.side, self.quantize
-        method = [side.method, side.mode, *side.show("rptq"), *quantize.show("rptq"), side.model, self.intro]
+        method = [side.method, side.mode, *side.show("rptq"), *quantize.show("rptq"), side.model, *self.start.outputs]
         shown = [*self.explore.outputs, *self.reorder.outputs, self.compare.runs, *method, self.ctx.status, self.ctx.stop]
         return list(dict.fromkeys(shown))
 
@@ -198,7 +167,7 @@ class Page:
         return {
             **(tab.shown(session) if tab else {}),
             **self.compare.choices(session),
-            self.intro: cards.intro(session.info, engine.larger_model(session.info.name)),
+            **self.start.render(session),
             **self.ctx.rest(session),
         }
 
@@ -284,6 +253,15 @@ class Page:
         model, revision = self.side.chosen_model(values)
         async for updates in self.observe(self.ctx.session(values), model, revision, self.side.calibration(values)):
             yield updates
+
+    async def larger_opened(self, values: Updates) -> AsyncIterator[Updates]:
+        """Open the larger model of the catalogue on the text chosen at the side."""
+        session, calibration = self.ctx.session(values), self.side.calibration(values)
+        model = engine.larger_model(session.info.name) if session.info is not None else ""
+        if model:
+            yield {self.side.model: model}
+            async for updates in self.observe(session, model, None, calibration):
+                yield updates
 
     async def open_for(self, session: Session, recipe: QuantRecipe) -> AsyncIterator[Updates]:
         """Open the model to be quantised, unless the charts show it already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import gradio as gr
 
@@ -122,8 +122,13 @@ class BitNet:
             },
         }
 
-    def wire(self, open_ternary: Callable[[Session], AsyncIterator[Updates]], targets: list) -> None:
-        """Connect the tab's events. `open_ternary(session)`: updates of `targets` that open the embedded BitNet model."""
+    def wire(self, open_ternary: Callable[[Session], AsyncIterator[Updates]], buttons: Sequence[gr.Button], targets: list) -> None:
+        """Connect the tab's events.
+
+        Args:
+            open_ternary: open_ternary(session): updates of `targets` that open the embedded BitNet model.
+            buttons: of the page that open it too.
+        """
         self.open_ternary = open_ternary
         guard, on, status = self.ctx.guard, self.ctx.on, [self.ctx.status, self.ctx.stop]
         inputs, chosen = {self.ctx.key, *self.selectors}, [self.run, self.layer, *self.results, *status]
@@ -132,7 +137,8 @@ class BitNet:
         for control in (self.run, self.layer):
             changed = control.input(guard(self.opened), inputs, chosen, **LIGHT)
             on(changed.then, self.shown, inputs, [*self.results, *status])
-        on(self.example.click, self.example_opened, inputs, list(dict.fromkeys([*targets, *chosen])))
+        for button in (self.example, *buttons):
+            on(button.click, self.example_opened, inputs, list(dict.fromkeys([*targets, *chosen])))
         on(self.read.click, self.again, inputs, [*self.results, *status])
 
     def opened(self, values: Updates) -> Updates:

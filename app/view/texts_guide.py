@@ -41,3 +41,52 @@ OFF = "off"
 OFF_METHOD = "Off: the method {} reorders nothing."
 OFF_ONE = "Off: with one cluster there is nothing to reorder."
 OFF_FLOAT = "Off: this recipe does not quantise queries and keys."
+
+# the guide
+GUIDE = "Guide: what this page does, in five steps"
+GUIDE_OFFER = "New here? Five short steps show what this page does, on this model."
+GUIDE_START = "Start the guide"
+GUIDE_LATER = "Not now"
+GUIDE_AGAIN = "Guide in five steps"
+GUIDE_BACK = "Back"
+GUIDE_NEXT = "Next step"
+GUIDE_GO = "Go to the control"
+GUIDE_END = "End the guide"
+GUIDE_STEP = "Step {number} of {count}: {title}"
+GUIDE_DO = "Do:"
+GUIDE_SEE = "See:"
+GUIDE_STEPS = {
+    "scatter": (
+        "find a loud channel",
+        "Click a point far from the others. With the keyboard, the arrow keys walk from point to point and Enter chooses one.",
+        "The panel of the channel says how many times wider it is than the median channel, and which words of the text cause its "
+        "extreme values. The lines in its chart are the levels that four bits can represent.",
+    ),
+    "clusters": (
+        "group the channels",
+        "Move the slider g to 1, then up again.",
+        "With one cluster all channels share one scale. With more, only channels of similar range do: the strips show them sorted, "
+        "and the large figure says how much less rounding error that gives.",
+    ),
+    "quantize": (
+        "quantise the model",
+        "Press Quantise, and wait for the progress line to end.",
+        "A sentence says how much the perplexity rose, and a table how many bytes are left. The map above shows which layers the "
+        "cost comes from.",
+    ),
+    "write": (
+        "read both models",
+        "Press Write.",
+        "The original and the quantised model continue the same prompt, side by side. Below are the numbers that were measured.",
+    ),
+    "real": (
+        "take a real model",
+        "Open the larger model with the button above the tabs, or name any supported model of the Hub at the side.",
+        "The same charts for that model: its outliers are much farther out. “Share and save” at the side makes a link to what you "
+        "see.",
+    ),
+}
+"""Title, what to do, and what to see of every step."""
+
+# models that are one click away
+OPEN_LARGER = "Open {name}: a real model, {size} to download once"

@@ -1,0 +1,75 @@
+"""Every tab with its panels open against axe-core's rules, in both themes, wide and narrow."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.browser.page_tools import choose_model, open_tab, quantise, status
+
+pytestmark = pytest.mark.browser
+AXE = find_spec("axe_playwright_python")
+FOUND = """async () => {
+  const { violations } = await axe.run(document, { resultTypes: ['violations'] });
+  return violations.flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.target.join(' ')}: ${node.html.slice(0, 200)}`));
+}"""
+FOLDED = ".tabitem:visible button.label-wrap:not(.open):visible"
+
+
+def check(page, ready):
+    """Open every fold of the tab, do what fills its panels, and ask axe at both widths."""
+    while page.locator(FOLDED).count():
+        page.locator(FOLDED).first.click()
+        page.wait_for_timeout(150)
+    ready(page)
+    for width in (1440, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_timeout(600)  # charts are drawn anew, panels slide
+        found = page.evaluate(FOUND)
+        assert not found, f"{len(found)} at {width}:\n" + "\n".join(found)
+    page.set_viewport_size({"width": 1440, "height": 844})
+
+
+def spend(page):
+    page.wait_for_selector("#budget-marks label:nth-of-type(6)")
+    page.locator("#spend").click()
+    page.wait_for_selector("#spent-map tr:nth-child(2)")
+    page.locator("#layers-own textarea").fill("layers.1.down_in=8")
+    page.locator("#layers-own textarea").blur()
+    page.wait_for_function("() => document.querySelector('#layers-note').innerText.includes('Parts set')")
+
+
+def read(page):
+    page.locator("#read-tokens").click()
+    page.wait_for_selector("#reading .qs-reading .qs-flip")
+    page.locator("#write").click()
+    page.wait_for_selector("#speed tbody tr:nth-child(2)")
+    page.wait_for_selector("#pareto .qs-chart[data-drawn]")
+
+
+@pytest.mark.skipif(AXE is None, reason="axe-core comes with axe-playwright-python")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_rule_is_violated(visit, theme):
+    page = visit(f"?__theme={theme}")
+    page.evaluate((Path(AXE.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8"))
+    page.wait_for_selector("#tokens mark")
+    quantise(page)
+    page.locator("#side button.label-wrap").click()
+    check(page, spend)
+    page.locator("#side .toggle-button").click()  # open, it covers a phone's whole page
+    page.locator("#guide").get_by_text("Start the guide").click()
+    page.wait_for_selector("#scatter .qs-chart.qs-pointed")
+    check(page, lambda page: page.wait_for_selector("#histogram .qs-chart[data-drawn]"))
+    page.locator("#guide [data-go=end]:visible").click()
+    open_tab(page, "Reorder", "#strips")
+    check(page, lambda page: page.wait_for_selector("#fused .qs-lit"))
+    open_tab(page, "Compare", "#bars")
+    check(page, read)
+    page.locator("#side .toggle-button").click()
+    choose_model(page, "fake-ternary")
+    status(page, "trained a4.8")
+    page.locator("#side .toggle-button").click()
+    open_tab(page, "BitNet", "#input-down-in")
+    check(page, lambda page: None)
