@@ -55,10 +55,11 @@ class Page:
         ctx.timer = gr.Timer(FETCH_SECONDS, active=False)
         self.start_tab = gr.Textbox("", visible=False)
         self.side = Sidebar(ctx)
-        with gr.Row(elem_id="status-row", equal_height=True):
-            ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
-            ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
-        Guide()
+        with gr.Column(elem_id="head"):
+            with gr.Row(elem_id="status-row", equal_height=True):
+                ctx.status = gr.HTML(cards.starting(), elem_id="status", scale=10, apply_default_css=False)
+                ctx.stop = gr.Button(texts.STOP, visible=False, elem_id="stop", size="sm", scale=0, min_width=90)
+            Guide()
         self.start = Start()
         with gr.Tabs(selected="explore", elem_id="tabs", overflow_behavior="wrap") as self.tabs:
             self.explore = Explore(ctx)

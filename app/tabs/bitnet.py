@@ -122,7 +122,9 @@ class BitNet:
             },
         }
 
-    def wire(self, open_ternary: Callable[[Session], AsyncIterator[Updates]], buttons: Sequence[gr.Button], targets: list) -> None:
+    def wire(
+        self, open_ternary: Callable[[Session], AsyncIterator[Updates]], buttons: Sequence[gr.Button], targets: list
+    ) -> None:
         """Connect the tab's events.
 
         Args:

@@ -57,7 +57,7 @@ class Explore:
                         self.channel = gr.Number(None, label=texts.CHANNEL, precision=0, elem_id="channel")
                         self.facts = gr.HTML(cards.hint(texts.CHANNEL_EMPTY), elem_id="facts", apply_default_css=False)
                         self.grid = GridChoice()
-                        self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=170, elem_id="histogram")
+                        self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=200, elem_id="histogram")
                         self.tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
                     self.outliers = Table(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
             self.forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")

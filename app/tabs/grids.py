@@ -1,4 +1,4 @@
-"""The choice of a grid, INT4, FP4 or ternary, whose levels are drawn over the values of the chosen channel."""
+"""The choice of a grid whose levels are drawn over the values of the chosen channel."""
 
 from __future__ import annotations
 

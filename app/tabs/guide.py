@@ -1,4 +1,4 @@
-"""The guide of a first visit: five steps, each with the control to use and what to see; the browser remembers the last one."""
+"""The guide of a first visit: five steps, each with the control to use and what to see."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import gradio as gr
 
 from app import engine
 from app.context import Context
+from app.tabs.language import Language
 from app.tabs.reorder import MAX_CLUSTERS, slider_of
 from app.tabs.share import Share
 from app.view import cards, texts
@@ -31,6 +32,7 @@ class Sidebar:
         names = list(dict.fromkeys([model, *engine.model_names()]))
         with gr.Sidebar(width=300, elem_id="side"):
             gr.HTML(f'<div class="qs-brand"><b>{texts.TITLE}</b><span>{texts.TAGLINE}</span></div>')
+            Language()
             self.model = gr.Dropdown(
                 names,
                 value=model,

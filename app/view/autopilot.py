@@ -30,7 +30,7 @@ def card(found: Any, measured: Any, rival: Any) -> str:
     )
     facts += texts.SPENT_MEASURED.format(_with_error(measured)) if measured is not None else ""
     return (
-        f'<div class="qs-summary"><h4>{escape(texts.SPENT_TITLE)}</h4>'
+        f'<div class="qs-summary"><h2>{escape(texts.SPENT_TITLE)}</h2>'
         f'<p class="qs-verdict">{escape(compared(found, measured, rival))}</p>{cards.caution(facts)}</div>'
     )
 

@@ -77,7 +77,8 @@ def intro(info: Any, larger: str) -> str:
     """Write what the page shows and why it matters; under a small embedded model, how to open a larger one."""
     size = number(info.parameters / 1e6) if info is not None else ""
     toy = f" <span>{escape(texts.INTRO_TOY.format(size=size, other=larger))}</span>" if larger and info is not None else ""
-    return f'<div class="qs-intro"><h1>{escape(texts.INTRO_TITLE)}</h1><p>{texts.INTRO}{toy}</p></div>'
+    words = f'<span class="qs-rich">{texts.INTRO}</span>{toy}'
+    return f'<div class="qs-intro"><h1>{escape(texts.INTRO_TITLE)}</h1><p>{words}</p></div>'
 
 
 def footer(versions: str, report: Any = None) -> str:

@@ -45,6 +45,21 @@ function reader(theme) {
   };
 }
 
+// Write the texts of a figure in the language of the page.
+function worded({ data, layout }) {
+  const say = window.quantscopeSay;
+  if (!say) return;
+  const all = (value) => (typeof value === 'string' ? say(value) : Array.isArray(value) ? value.map(all) : value);
+  const titled = (part) => { if (part?.title?.text) part.title.text = say(part.title.text); };
+  for (const trace of data) {
+    for (const key of ['name', 'hovertemplate', 'text', 'x', 'y']) if (key in trace) trace[key] = all(trace[key]);
+    titled(trace.colorbar);
+    titled(trace.marker?.colorbar);
+  }
+  [layout, ...Object.values(layout)].forEach(titled);
+  for (const note of layout.annotations) note.text = say(note.text);
+}
+
 function template(theme, family) {
   const axis = { gridcolor: theme.grid, linecolor: theme.faint, zerolinecolor: theme.faint, zerolinewidth: 1, tickcolor: theme.faint,
                  ticks: '', automargin: true, title: { font: { size: 12, color: theme.muted }, standoff: 6 }, tickfont: { size: 11, color: theme.muted } };
@@ -161,6 +176,7 @@ async function drawNow() {
   const theme = isDark() ? THEMES.dark : THEMES.light;
   const family = getComputedStyle(element).fontFamily;
   const figure = JSON.parse(props.value, reader(theme));
+  worded(figure);
   Object.assign(figure.layout, { template: template(theme, family), autosize: true, height: host.clientHeight || 320, width: host.clientWidth });
   arrange(figure, family);
   await Plotly.react(host, figure.data, figure.layout, { ...CONFIG, displayModeBar: isNarrow() ? false : 'hover' });
@@ -254,6 +270,7 @@ if (!Plotly) {
 } else {
   watch('value', draw);
   new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ['class'] });
+  new MutationObserver(draw).observe(document.documentElement, { attributes: true, attributeFilter: ['lang'] });
   let width = 0;
   let height = 0;
   new ResizeObserver(() => {

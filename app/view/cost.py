@@ -49,7 +49,7 @@ def cost_card(label: str, costs: Any, verified: Any, size: tuple[float, float], 
     )
     notes = [facts, *remarks(prediction, measured), caution or ""]
     return (
-        f'<div class="qs-summary qs-cost"><h4>{escape(texts.COST)}: {escape(label)}</h4>{bars}'
+        f'<div class="qs-summary qs-cost"><h2>{escape(texts.COST)}: {escape(label)}</h2>{bars}'
         f"{''.join(map(cards.caution, notes))}</div>"
     )
 
@@ -75,7 +75,7 @@ def before_start(found: Any) -> str:
         texts.BEFORE_NOTE.format(seconds=cards.seconds_text(found.timing_seconds)),
     ]
     said = cards.figures(pairs) + "".join(map(cards.caution, notes))
-    return f'<div class="qs-summary"><h4>{escape(texts.BEFORE)}</h4>{said}</div>'
+    return f'<div class="qs-summary"><h2>{escape(texts.BEFORE)}</h2>{said}</div>'
 
 
 def _bar(kind: str, found: tuple[float, float | None] | None, floor: float, busy: str) -> str:

@@ -1,4 +1,4 @@
-"""Write the diagram of a decoder layer: its operations, and between them the reorderings R1 to R5 of a recipe."""
+"""Write the diagram of a decoder layer: its operations, and between them the reorderings."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def why_off(name: str, recipe: QuantRecipe) -> str:
 def _place(recipe: QuantRecipe, kind: str, site: Any, chosen: bool, off: Mapping[str, str]) -> str:
     """Write the button of one site: lit where its reordering is on, with its clusters, channels and bits."""
     name, width, block = REORDER_OF[kind], len(site.low), site.block
-    count = min(getattr(recipe.clusters, name), block)
-    pattern = words.FUSED_HEADS if block < width else words.FUSED_CLUSTERS
-    facts = words.OFF if name in off else pattern.format(count=count, channels=block, heads=width // block)
-    bits = words.FUSED_BITS.format(recipe.tensor_bits.site(kind))
+    clusters = words.FUSED_PER_HEAD if block < width else words.FUSED_CLUSTERS
+    facts = words.OFF if name in off else clusters.format(min(getattr(recipe.clusters, name), block))
+    pattern = words.FUSED_HEADS if block < width else words.FUSED_WIDTH
+    size = pattern.format(channels=block, heads=width // block, bits=recipe.tensor_bits.site(kind))
     lit = "" if name in off else " qs-lit"
     return (
         f'<button type="button" class="qs-place{lit}" data-index="{SITES.index(kind)}" aria-pressed="{str(chosen).lower()}">'
-        f"<b>{escape(texts.site_label(kind))}</b><span>{escape(facts)}</span><span>{escape(bits)}</span></button>"
+        f"<b>{escape(texts.site_label(kind))}</b><span>{escape(facts)}</span><span>{escape(size)}</span></button>"
     )

@@ -1,11 +1,13 @@
-// Show the guide one step at a time, mark the step's control, and remember in the browser how far the visitor came.
+// Show the guide one step at a time, mark the step's control, and remember how far the visitor came.
 const KEY = 'quantscope-guide';
+const USES = ['pointerdown', 'keydown'];
 const root = element.querySelector('.qs-guide');
 const steps = [...root.querySelectorAll('li')];
 const said = root.querySelector('.qs-said');
 let now = -1;
 let marked = null;
 let watching = null;
+let used = false;
 
 function kept(state) {
   try {
@@ -27,23 +29,30 @@ function whenVisible(list, use, step, tries = 40) {
 function unmark() {
   marked?.classList.remove('qs-pointed');
   marked?.removeAttribute('aria-describedby');
+  for (const event of USES) marked?.removeEventListener(event, note, true);
   marked = null;
+  used = false;
   watching?.disconnect();
+}
+
+function note(event) {
+  used ||= event.key !== 'Tab';
 }
 
 function mark(control) {
   marked = control;
   control.classList.add('qs-pointed');
   control.setAttribute('aria-describedby', `guide-do-${now}`);
+  for (const event of USES) control.addEventListener(event, note, true);
   const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
   control.scrollIntoView({ block: 'center', behavior: calm ? 'auto' : 'smooth' });
 }
 
-// The step is done when what is to be seen has changed.
+// The step is done when what is to be seen changes after the control was used; opening the tab changes it too.
 function follow(seen) {
   const before = seen.innerText;
   watching = new MutationObserver(() => {
-    if (seen.innerText === before || !seen.innerText.trim()) return;
+    if (!used || seen.innerText === before || !seen.innerText.trim()) return;
     watching.disconnect();
     steps[now].classList.add('qs-done');
     said.textContent = steps[now].querySelector('.qs-see').textContent;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from core.recipe import REORDER_OF, Bits
+from core import recipe
 
 TITLE = "Quantscope"
 TAGLINE = "See why activations are hard to quantise, and what each choice costs."
@@ -31,7 +31,7 @@ SITE_HELP = {
 
 def site_label(kind: str) -> str:
     """Return a site's name for people, with RPTQ's name of its reordering."""
-    return f"{SITE_LABELS[kind]} · {REORDER_OF[kind]}"
+    return f"{SITE_LABELS[kind]} · {recipe.REORDER_OF[kind]}"
 
 
 # sidebar
@@ -200,7 +200,7 @@ NOT_QUANTISED = "16: off"
 MEASURE = "Measure afterwards"
 BITS_PANEL = "Bits of every tensor"
 BITS_INFO = "2 to 8, or 16 for not quantised. Changing one makes the scheme your own."
-BIT_LABELS = {entry.name: SITE_LABELS.get(entry.name, entry.name) for entry in fields(Bits)}
+BIT_LABELS = {entry.name: SITE_LABELS.get(entry.name, entry.name) for entry in fields(recipe.Bits)}
 """Tensors of `Bits`: the sites by their labels, weights and softmax by their own names."""
 CLUSTER_PANEL = "Clusters of every reordering"
 CLUSTER_LABELS = {

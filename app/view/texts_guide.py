@@ -1,4 +1,4 @@
-"""Labels and explanations of what helps a newcomer: the guide, the diagram of the reorderings, grids over a channel."""
+"""Labels and explanations for newcomers: the guide, the diagram of reorderings, grids of a channel."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FUSED = "The five reorderings of this layer"
 FUSED_LABEL = "Diagram of a layer with its reorderings; a button on each shows its channels in the charts above"
 FUSED_SAID = "Layer {layer} of {model}, {recipe}: {count} of 5 reorderings are on. Click one to see its channels above."
 FUSED_NOTE = (
-    "No reordering is a step of its own: each is folded into what writes the channels and into the weights that read them, and the "
-    "stream between the layers keeps its order."
+    "No reordering is a step of its own: each is folded into what writes the channels and into the weights that read them, and "
+    "the stream between the layers keeps its order."
 )
 FUSED_FLOW = (
     ("norm", ("attn_in",), "q, k, v weights", ("q", "k", "v"), "attention", ("o_in",), "output weights", "back to the stream"),
@@ -34,9 +34,10 @@ FUSED_WHERE = {
     "R4": "The norm before the MLP writes its channels in the new order; the columns of the gate and up weights follow.",
     "R5": "The rows of the gate and up weights and the columns of the down weights.",
 }
-FUSED_CLUSTERS = "{count} clusters, {channels:,} channels"
-FUSED_HEADS = "{count} clusters, {channels:,} channels in each of {heads} heads"
-FUSED_BITS = "{} bits"
+FUSED_CLUSTERS = "{} clusters"
+FUSED_PER_HEAD = "{} clusters in each head"
+FUSED_WIDTH = "{channels:,} channels, {bits} bits"
+FUSED_HEADS = "{heads} heads of {channels} channels, {bits} bits"
 OFF = "off"
 OFF_METHOD = "Off: the method {} reorders nothing."
 OFF_ONE = "Off: with one cluster there is nothing to reorder."
@@ -65,8 +66,8 @@ GUIDE_STEPS = {
     "clusters": (
         "group the channels",
         "Move the slider g to 1, then up again.",
-        "With one cluster all channels share one scale. With more, only channels of similar range do: the strips show them sorted, "
-        "and the large figure says how much less rounding error that gives.",
+        "With one cluster all channels share one scale. With more, only channels of similar range do: the strips show them "
+        "sorted, and the large figure says how much less rounding error that gives.",
     ),
     "quantize": (
         "quantise the model",
@@ -82,11 +83,13 @@ GUIDE_STEPS = {
     "real": (
         "take a real model",
         "Open the larger model with the button above the tabs, or name any supported model of the Hub at the side.",
-        "The same charts for that model: its outliers are much farther out. “Share and save” at the side makes a link to what you "
-        "see.",
+        "The same charts for that model: its outliers are much farther out. The last panel at the side makes a link to what "
+        "you see.",
     ),
 }
 """Title, what to do, and what to see of every step."""
 
 # models that are one click away
 OPEN_LARGER = "Open {name}: a real model, {size} to download once"
+
+LANGUAGE = "Language"

@@ -19,7 +19,7 @@ def layer(ranges):
 
 
 def places(html):
-    """(lit, site, facts, bits) of every button."""
+    """(lit, clusters, size) of every button, by site."""
     found = re.findall(r'class="qs-place( qs-lit)?" data-index="(\d)"[^>]*><b>.*?</b><span>(.*?)</span><span>(.*?)</span>', html)
     return {SITES[int(index)]: (bool(lit), facts, bits) for lit, index, facts, bits in found}
 
@@ -28,10 +28,10 @@ def test_numbers_are_those_of_model_layer_and_recipe(layer):
     html = diagram(RECIPE, 2, layer, "k")
     shown = places(html)
     assert set(shown) == set(SITES) and all(lit for lit, _, _ in shown.values())
-    assert shown["down_in"] == (True, "32 clusters, 1,536 channels", "4 bits")
-    assert shown["attn_in"][2] == "8 bits"
-    assert shown["q"][1] == "4 clusters, 64 channels in each of 9 heads"
-    assert shown["v"][1] == "4 clusters, 64 channels in each of 3 heads"
+    assert shown["down_in"] == (True, "32 clusters", "1,536 channels, 4 bits")
+    assert shown["attn_in"][2] == "576 channels, 8 bits"
+    assert shown["q"] == (True, "4 clusters in each head", "9 heads of 64 channels, 4 bits")
+    assert shown["v"] == (True, "4 clusters in each head", "3 heads of 64 channels, 4 bits")
     assert "Layer 2 of fake, W4A4 g32: 5 of 5 reorderings are on" in html
     assert re.findall(r'data-index="(\d)" aria-pressed="true"', html) == [str(SITES.index("k"))]
 
@@ -59,4 +59,4 @@ def test_what_is_off_says_why(layer, recipe, off):
 
 def test_a_count_above_the_width_is_the_width(layer):
     shown = places(diagram(replace(RECIPE, clusters=Clusters(65536, 65536, 4, 4, 4)), 2, layer, "q"))
-    assert shown["attn_in"][1] == "576 clusters, 576 channels" and shown["k"][1].startswith("64 clusters, 64 channels")
+    assert shown["attn_in"][1] == "576 clusters" and shown["k"][1] == "64 clusters in each head"

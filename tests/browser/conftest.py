@@ -90,15 +90,17 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def visit(browser: object, address: str) -> Iterator[Callable]:
-    """Open the page as a new visitor: visit(query, width=, height=). Fails the test on a script error or a foreign request."""
+    """Open the page as a new visitor: visit(query, width=, height=, locale=). Script errors and foreign requests fail it."""
     contexts, faults = [], []
 
     def check(request: object) -> None:
         if not request.url.startswith((address, "data:", "blob:")):
             faults.append(f"request to {request.url}")
 
-    def visitor(query: str = "", *, width: int = 1440, height: int = 900, ready: bool = True) -> object:
-        context = browser.new_context(viewport={"width": width, "height": height})
+    def visitor(
+        query: str = "", *, width: int = 1440, height: int = 900, ready: bool = True, locale: str = "en-US"
+    ) -> object:
+        context = browser.new_context(viewport={"width": width, "height": height}, locale=locale)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)  # a busy machine is slow, not wrong

@@ -30,7 +30,7 @@ def test_a_budget_is_spent_and_its_recipe_is_quantised(visit, width):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator("#use-spent").click()
     status(page, "Quantise makes the packed model and verifies it.")
-    page.wait_for_function("() => document.querySelector('#cost h4').innerText.includes('layers.0.k=3')")
+    page.wait_for_function("() => document.querySelector('#cost h2').innerText.includes('layers.0.k=3')")
     page.get_by_text("One layer or site").click()
     assert "layers.1.down_in=8" in page.locator("#layers-own textarea").input_value()
     if width > 640:

@@ -18,8 +18,9 @@ FOUND = """async () => {
 FOLDED = ".tabitem:visible button.label-wrap:not(.open):visible"
 
 
-def check(page, ready):
+def violations(page, ready):
     """Open every fold of the tab, do what fills its panels, and ask axe at both widths."""
+    found = []
     while page.locator(FOLDED).count():
         page.locator(FOLDED).first.click()
         page.wait_for_timeout(150)
@@ -27,9 +28,9 @@ def check(page, ready):
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 844})
         page.wait_for_timeout(600)  # charts are drawn anew, panels slide
-        found = page.evaluate(FOUND)
-        assert not found, f"{len(found)} at {width}:\n" + "\n".join(found)
+        found += [f"{width}: {words}" for words in page.evaluate(FOUND)]
     page.set_viewport_size({"width": 1440, "height": 844})
+    return found
 
 
 def spend(page):
@@ -56,20 +57,25 @@ def test_no_rule_is_violated(visit, theme):
     page.evaluate((Path(AXE.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8"))
     page.wait_for_selector("#tokens mark")
     quantise(page)
+    page.locator("#side-g input[type=number]").fill("8")
+    page.locator("#side-g input[type=number]").press("Enter")
+    page.locator("#side-quantize").click()
+    page.wait_for_selector("#quick-numbers tbody tr:nth-child(3)")
     page.locator("#side button.label-wrap").click()
-    check(page, spend)
+    found = violations(page, spend)
     page.locator("#side .toggle-button").click()  # open, it covers a phone's whole page
     page.locator("#guide").get_by_text("Start the guide").click()
     page.wait_for_selector("#scatter .qs-chart.qs-pointed")
-    check(page, lambda page: page.wait_for_selector("#histogram .qs-chart[data-drawn]"))
+    found += violations(page, lambda page: page.wait_for_selector("#histogram .qs-chart[data-drawn]"))
     page.locator("#guide [data-go=end]:visible").click()
     open_tab(page, "Reorder", "#strips")
-    check(page, lambda page: page.wait_for_selector("#fused .qs-lit"))
+    found += violations(page, lambda page: page.wait_for_selector("#fused .qs-lit"))
     open_tab(page, "Compare", "#bars")
-    check(page, read)
+    found += violations(page, read)
     page.locator("#side .toggle-button").click()
     choose_model(page, "fake-ternary")
     status(page, "trained a4.8")
     page.locator("#side .toggle-button").click()
     open_tab(page, "BitNet", "#input-down-in")
-    check(page, lambda page: None)
+    found += violations(page, lambda page: None)
+    assert not found, "\n".join(found)

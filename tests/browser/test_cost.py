@@ -41,7 +41,7 @@ def test_the_cost_follows_every_control(visit):
     page.locator("#side-g input[type=range]").focus()
     page.keyboard.press("Home")
     page.wait_for_function(f"() => ({gauge})()[0] === '1.60 nats' && ({gauge})()[1].startsWith('3.20')")
-    assert "cost is large" in page.locator("#cost").inner_text() and "W4A4 g1" in page.locator("#cost h4").inner_text()
+    assert "cost is large" in page.locator("#cost").inner_text() and "W4A4 g1" in page.locator("#cost h2").inner_text()
     page.get_by_text("Bits of every tensor").click()
     page.locator("#bits-down_in input").click()
     page.get_by_role("option", name="8", exact=True).click()

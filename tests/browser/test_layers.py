@@ -30,7 +30,7 @@ def test_bits_of_one_layer_move_the_cost(visit, width):
     write(page, "layers.1.down_in=8, layers.0-2.weights=6")
     page.wait_for_function(f"() => {FIRST} === '0.0126 nats'")
     said(page, "Parts set: 13, in 3 of the layers.")
-    assert "layers.0-2.weights=6" in page.locator("#cost h4").inner_text()
+    assert "layers.0-2.weights=6" in page.locator("#cost h2").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     mistakes = {"layers.200.k=3": "the model has layers 0 to", "layers.1.k": "is not understood", "layers.1.k=9": "2 to 8"}
     for wrong, words in mistakes.items():
