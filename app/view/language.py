@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from app.view import texts, texts_divergence, texts_guide, texts_layers, texts_memory
+from app.view import texts, texts_divergence, texts_guide, texts_layers, texts_memory, texts_report, texts_rotation
 from app.view.zh import inline
 from app.view.zh import texts as zh_texts
 from app.view.zh import texts_divergence as zh_divergence
 from app.view.zh import texts_guide as zh_guide
 from app.view.zh import texts_layers as zh_layers
 from app.view.zh import texts_memory as zh_memory
+from app.view.zh import texts_report as zh_report
+from app.view.zh import texts_rotation as zh_rotation
 
 MODULES = (
     (texts, zh_texts),
@@ -25,6 +27,8 @@ MODULES = (
     (texts_guide, zh_guide),
     (texts_layers, zh_layers),
     (texts_memory, zh_memory),
+    (texts_report, zh_report),
+    (texts_rotation, zh_rotation),
 )
 PLACE = re.compile(r"\{([\w\[\]]*)([#@]?)(?::[^}]*)?\}")
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")

@@ -33,12 +33,18 @@ TEXT = "校准文本"
 TEXT_PASTE = "粘贴我自己的…"
 TEXT_NAMES = {"sotu": "国情咨文", "wikitext2": "WikiText-2"}
 YOUR_TEXT = "您的文本“{}…”"
+PRIVATE_TEXT = "一段私有文本"
 PASTE_LABEL = "您的文本"
 PASTE_INFO = "只用于您这次访问，不会保存或共享。至少 512 个词元，约 2,500 个字符。"
 TOKENS = "观察的词元数"
 OBSERVE = "观察取值范围"
 METHOD = "方法"
-METHODS = {"rptq": "RPTQ：通道分组", "rtn": "RTN：直接舍入，作为基线", "bitnet": "BitNet a4.8：三值模型"}
+METHODS = {
+    "rptq": "RPTQ：通道分组",
+    "rotation": "Rotation：缩放并旋转通道",
+    "rtn": "RTN：直接舍入，作为基线",
+    "bitnet": "BitNet a4.8：三值模型",
+}
 SCHEME = "比特"
 SCHEME_INFO = "W 权重，A 激活，KV 只量化缓存。W4A4 中归一化输出和 softmax 保留 8 比特。"
 SCHEME_CUSTOM = "自定义：见第 3 页"
@@ -61,12 +67,14 @@ LINK_COPIED = "已复制。"
 LINK_NOT_COPIED = "请从上面的框中复制。"
 LINK_PASTED = "链接不含您粘贴的文本：打开它的人也须粘贴该文本，或另选一个。"
 LINK_FOREIGN = "此链接指定的校准文本不在这里：作者粘贴了它，或它是一个文件。请在侧栏粘贴，或另选一个。现在的范围来自{}。"
+LINK_RUN = "链接中的结果 {} 不在这里：请设好它的配方并按“量化”。链接的其余部分都已显示。"
+PROGRAMS = "在程序中使用本页"
 OPEN_RECIPE = "打开配方（JSON）"
 RECIPE_TITLE = "配方已打开"
 RECIPE_OPENED = "各栏已按配方填好：按“量化”运行，或按“观察取值范围”查看其模型。"
 RECIPE_PASTED = "各栏已按配方填好。文件中没有它的校准文本：请在侧栏粘贴，或另选一个。"
 PAPERS = "论文："
-LINK_LABEL = "此模型与配方的链接"
+LINK_LABEL = "此视图的链接"
 SAVE_RECIPE = "配方（JSON）"
 SAVE_RANGES = "取值范围（CSV）"
 SAVE_REPORT = "报告（JSON）"
