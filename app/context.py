@@ -50,7 +50,8 @@ UNCHANGED = {"__type__": "update"}
 """Gradio's update that changes nothing, written out so that this module loads without Gradio."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Options of events that only redraw or start a job, so that none of them waits for a job."""
-LIGHT_METHODS = {"load", "observe", "channel", "probe", "predict", "measure", "swap", "allocate", "estimate"}
+LIGHT_METHODS = {"load", "observe", "channel", "probe", "predict", "measure", "swap"}
+LIGHT_METHODS |= {"allocate", "smallest_g", "curve", "calibrations", "estimate"}
 log = logging.getLogger("quantscope.page")
 
 

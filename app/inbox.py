@@ -1,4 +1,4 @@
-"""The updates that wait for one page of a session until its timer fetches them."""
+"""Hold the updates of one page of a session until the page fetches them."""
 
 from __future__ import annotations
 

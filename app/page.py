@@ -245,8 +245,14 @@ class Page:
         if session.jobs:
             del updates[self.ctx.status], updates[self.ctx.stop]
         yield updates
-        if session.tab == "explore":
-            async for updates in self.explore.read(session):
+        async for updates in self._look_closer(session):
+            yield updates
+
+    async def _look_closer(self, session: Session) -> AsyncIterator[Updates]:
+        """Read the chosen channel, or predict the chosen site's cost, if the open tab shows it."""
+        closer = {"explore": self.explore.read, "reorder": self.reorder.price}.get(session.tab)
+        if closer is not None:
+            async for updates in closer(session):
                 yield updates
 
     async def observe_clicked(self, values: Updates) -> AsyncIterator[Updates]:
@@ -312,9 +318,8 @@ class Page:
             yield self.show_ranges(session) if place else {}
         except QuantscopeError as error:
             refused = error
-        if session.tab == "explore":
-            async for updates in self.explore.read(session):
-                yield updates
+        async for updates in self._look_closer(session):
+            yield updates
         if refused:
             raise refused
 

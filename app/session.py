@@ -100,7 +100,7 @@ class Run:
 
 @dataclass
 class Selection:
-    """The place in the model that the visitor looks at, shared by the Explore and Reorder tabs."""
+    """The place in the model that the visitor looks at, shared by the Explore and Reorder tabs; `everywhere`: in all layers."""
 
     layer: int = 0
     kind: str = "down_in"
@@ -110,6 +110,7 @@ class Selection:
     linear: bool = False
     same_axes: bool = False
     averaged: bool = False
+    everywhere: bool = False
 
     @property
     def key(self) -> tuple:
@@ -149,7 +150,8 @@ class Session:
             while there is no page.
         protocol: of the newest measurements, None before the first. recipe: quantised last.
         tab: the open tab. grid: drawn over the chosen channel. preset: whether the page chose the method, to fit a BitNet model.
-        spent: the last allocation, `app.tabs.autopilot.Spent`. size: bytes that the Pareto chart compares, a field of EvalReport.
+        curve, compared, spent: the last results of `app.tabs.reorder`, `.calibrations` and `.autopilot`.
+        size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values.
         programs: whether it belongs to programs, and has no page.
         failed: whether the status line shows an error. owner: whether a worker did a job for it alone, and may keep its models.
@@ -174,6 +176,8 @@ class Session:
     tab: str = "explore"
     grid: str = "tensor"
     costs: Costs = field(default_factory=Costs)
+    curve: tuple[Any, Any] = (None, None)
+    compared: Any = None
     spent: Any = None
     size: str = "weight_bytes"
     preset: bool = False

@@ -54,7 +54,14 @@ METHODS = {
 }
 """Module of each quantisation method, by the method's name: `core.methods.method` imports it when it is used."""
 WEIGHT_METHODS = ("gptq", "rtn")
-VARIANTS = ("default", "official", "strict", "matched")
+VARIANTS = {
+    "default": tuple(METHODS),
+    "official": ("rptq", "rtn", "bitnet"),
+    "strict": tuple(METHODS),
+    "matched": ("rtn",),
+    "sorted": ("rptq",),
+}
+"""The variants, and the methods that have each."""
 OPTIONS = {
     "bitnet": (BitNetOptions, "mode, keep and the bits of attention"),
     "rotation": (RotationOptions, "scale, rotate, group and the other switches of rotation"),
@@ -87,8 +94,9 @@ class QuantRecipe:
     Attributes:
         method: "rptq", "rotation", "rtn" (round-to-nearest, the baseline) or "bitnet".
         scheme: one of SCHEMES, or "custom" with `bits` given.
-        variant: of RPTQ, "default" (better rules), "official" (the published code's rules) or "strict" (default rules with
-            the norm outputs at the scheme's activation bits). Of rotation, "default" or "strict". Of RTN, "default" (plain: one
+        variant: of RPTQ, "default" (better rules), "official" (the published code's rules), "strict" (default rules with
+            the norm outputs at the scheme's activation bits), or "sorted" (default rules with groups of equal size, of
+            channels sorted by range, in place of KMeans). Of rotation, "default" or "strict". Of RTN, "default" (plain: one
             range per tensor) or "matched" (everything as RPTQ's default but the reordering: groups of neighbours, clip search,
             first token in float).
         bitnet, rotation: options of the method of that name, its defaults when left out; None for the other methods.
@@ -115,7 +123,7 @@ class QuantRecipe:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
         require_choice("method", self.method, tuple(METHODS))
         require_choice("weight method", self.weights, WEIGHT_METHODS)
-        require_choice("variant", self.variant, VARIANTS)
+        require_choice("variant", self.variant, tuple(VARIANTS))
         require_choice("segments", self.segments, tuple(SEGMENTS) if self.method == "rptq" else ("exact",))
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
         if self.revision is not None:
@@ -124,11 +132,9 @@ class QuantRecipe:
         if (self.scheme == "custom") != (self.bits is not None):
             rule = "Own bits go with scheme custom, and scheme custom needs bits: give both or neither."
             raise InputError(rule, code="E-PARAM-BITS")
-        if self.variant == "matched" and self.method != "rtn":
-            rule = f"Variant matched belongs to the method rtn, not to {self.method}: choose another variant, or rtn."
-            raise InputError(rule, code="E-PARAM-VARIANT")
-        if self.variant == "official" and self.method == "rotation":
-            rule = "Variant official is RPTQ's published code, not the method rotation: choose default or strict."
+        if self.method not in VARIANTS[self.variant]:
+            owner = VARIANTS[self.variant][0]
+            rule = f"Variant {self.variant} belongs to the method {owner}, not to {self.method}: choose another, or {owner}."
             raise InputError(rule, code="E-PARAM-VARIANT")
         for name, (kind, options) in OPTIONS.items():
             if self.method == name and getattr(self, name) is None:
@@ -280,8 +286,8 @@ class QuantRecipe:
             changes["bits"] = None
         if "method" in given:
             changes.setdefault("segments", "exact")
-            kept = ("default", "strict") if given["method"] == "rotation" else ("default", "official", "strict")
-            changes.setdefault("variant", default.variant if default.variant in kept else "default")
+            kept = given["method"] in VARIANTS[default.variant]
+            changes.setdefault("variant", default.variant if kept else "default")
         for name, (kind, _) in OPTIONS.items():
             if "method" in given or name in given:
                 changes[name] = parse_options(name, given[name], kind) if name in given else None

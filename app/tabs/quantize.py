@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import fields, replace
-from typing import Any
 
 import gradio as gr
 
 from app.context import LIGHT, Context, Updates
 from app.session import Protocol, Run, Session
 from app.tabs.autopilot import Autopilot
+from app.tabs.calibrations import Calibrations
 from app.tabs.cost import Cost
-from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, numbers_table, verdict, window_of
+from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, details, numbers_table, verdict, window_of
 from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
 from app.tabs.rotation import RotationFields
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
-from app.view import cards, plots_runs, tables, texts
+from app.view import cards, plots_runs, texts
 from app.view.chart import Chart, Table
 from app.view.names import full_name
-from app.view.texts_report import FALLBACKS
 from app.worker.job import Step
 from core.errors import InputError
 from core.folders import state_of
@@ -73,6 +72,7 @@ class Quantize:
             self._folds()
             self.cost = Cost(ctx)
             self.autopilot = Autopilot(ctx)
+            self.calibrations = Calibrations(ctx)
             self.measure = gr.Checkbox(
                 True,
                 label=f"{texts.MEASURE}: the run and the original, on {QUICK_TOKENS:,} tokens",
@@ -299,8 +299,10 @@ class Quantize:
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
         filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)
         self.cost.wire(self.recipe, inputs, self.tab.select, [*changes, filled])
+        self.calibrations.wire(self.recipe, inputs)
         for button in (self.start, side.quantize):
-            self.ctx.on(button.click, self.run, inputs, [*self.results, *self.cost.outputs, *targets, *status])
+            shown = [*self.results, *self.cost.outputs, *self.autopilot.outputs, *targets]
+            self.ctx.on(button.click, self.run, inputs, [*shown, *status])
 
     def scheme_chosen(self, values: Updates) -> Updates:
         """Set every tensor's bits to the scheme's."""
@@ -334,7 +336,7 @@ class Quantize:
         async for updates in self.quantize(session, recipe, bool(values[self.measure])):
             yield updates
         known = self.cost.render(session) if session.costs.predicted is not None else {}
-        yield {**self.render(session), **known, **self.after(session), **self.ctx.rest(session)}
+        yield {**self.render(session), **known, **self.autopilot.render(session), **self.after(session), **self.ctx.rest(session)}
 
     async def quantize(self, session: Session, recipe: QuantRecipe, measure: bool) -> AsyncIterator[Updates]:
         """Follow one quantisation and its measurements; finished parts appear as they come.
@@ -386,14 +388,3 @@ class Quantize:
 
 def _whole(value: object) -> int:
     return require_int("bits", value, 2, 16, "use 2 to 8, or 16 for not quantised")
-
-
-def details(report: Any) -> str:
-    """Write stages, fallbacks and kernels of a run as small tables."""
-    parts = [cards.table(["stage", "time"], tables.stage_rows(report), caption="where the time went")]
-    if fallen := tables.fallback_rows(report):
-        parts.append(cards.table(["layer", "weight", "reason"], fallen, caption=FALLBACKS))
-    parts.append(
-        cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
-    )
-    return f'<div class="qs-columns">{"".join(parts)}</div>'

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import gradio as gr
 
 from app import engine
-from app.context import LIGHT, Context, Updates
+from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
 from app.tabs.explore import SITE_CHOICES, last_layer, layer_slider, no_ranges, revision, scatter, site_of
 from app.tabs.fused import Fused
-from app.view import cards, plots_clusters, tables, texts
+from app.view import cards, groups, plots_clusters, tables, texts, texts_groups
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, written
 from app.view.figure import note
+from app.worker.job import Step
 from core.checks import require_choice, require_int
-from core.recipe import PER_CHANNEL, REORDER_OF, REORDERS, SITES, Clusters
+from core.errors import QuantscopeError
+from core.recipe import PER_CHANNEL, REORDER_OF, REORDERS, SITES, Clusters, QuantRecipe
 
 MAX_CLUSTERS = 64
 
@@ -59,6 +63,14 @@ class Reorder:
                     self.curve = Chart(None, label=texts.CURVE_LABEL, height=240, elem_id="curve")
                 with gr.Column(scale=7, min_width=320):
                     self.strips = Chart(None, label=texts.STRIPS_LABEL, height=582, turn=0, elem_id="strips")
+            self.knee = gr.HTML("", elem_id="knee", apply_default_css=False)
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=5, min_width=300):
+                    self.nats = Chart(None, label=texts_groups.NATS_LABEL, height=300, elem_id="nats")
+                    self.everywhere = gr.Checkbox(False, label=texts_groups.EVERYWHERE, container=False, elem_id="everywhere")
+                    gr.Markdown(texts_groups.CURVE_NOTE, elem_classes="qs-caption")
+                with gr.Column(scale=7, min_width=320):
+                    self.errors = gr.HTML("", elem_id="errors", elem_classes="qs-card", apply_default_css=False)
             self.fused = Fused(ctx)
             self.forward = gr.Button(texts.TO_QUANTIZE, elem_classes="qs-next", elem_id="to-quantize")
             with gr.Accordion(texts.CLUSTER_TABLE, open=False):
@@ -74,12 +86,18 @@ class Reorder:
     @property
     def outputs(self) -> list:
         """Components that another model changes."""
-        return [self.layer, self.kind, self.clusters, self.bits, *self.charts]
+        return [self.layer, self.kind, self.clusters, self.bits, *self.charts, *self.costs]
+
+    @property
+    def costs(self) -> list:
+        """Components that show errors by cluster count, for any g."""
+        return [self.knee, self.nats, self.errors]
 
     def take(self, session: Session, values: Updates) -> None:
         """Store the chosen layer, site and bits in the session. Raises: InputError if the model has none such, or for bits."""
         chosen = session.selection
         chosen.bits = require_int("bits", values[self.bits], 2, 8, "use 2 to 8")
+        chosen.everywhere = bool(values[self.everywhere])
         top = last_layer(session)
         kind = require_choice("site", values[self.kind], SITES)
         layer = require_int("layer", values[self.layer], 0, top, f"use 0 to {top}")
@@ -125,7 +143,48 @@ class Reorder:
 
     def shown(self, session: Session) -> Updates:
         """Show everything of the tab."""
-        return {**self.controls(session), **self.render(session)} if session.ranges is not None else self.render(session)
+        if session.ranges is None:
+            return self.render(session)
+        return {**self.controls(session), **self.render(session), **self.priced(session)}
+
+    def priced(self, session: Session) -> Updates:
+        """Show squared error and, where it is known, predicted divergence by cluster count."""
+        site, bits = site_of(session), session.selection.bits
+        curve = engine.error_curve(session.ranges, site.site, bits=bits)
+        costs = session.curve[1] if session.curve[0] == self.place(session) else None
+        drawn = plots_clusters.cost_curve(costs, revision=revision(session, f"nats{bits}")) if costs else None
+        rows = groups.curve_rows(curve, costs)
+        return {
+            self.knee: f'<p class="qs-verdict">{groups.knee_words(curve, costs)}</p>',
+            self.nats: drawn or note(texts_groups.NATS_WAIT),
+            self.errors: cards.table(texts_groups.CURVE_HEADERS, rows, caption=texts_groups.CURVE_TABLE),
+        }
+
+    def place(self, session: Session) -> tuple:
+        """Return all that the cost of the selected site by cluster count depends on."""
+        ranges, chosen = session.ranges, session.selection
+        own = (site_of(session).kind, None if chosen.everywhere else chosen.layer, chosen.bits)
+        return (ranges.model, ranges.revision, session.calibration, *own)
+
+    async def price(self, session: Session) -> AsyncIterator[Updates]:
+        """Predict by a job what the selected site costs in nats, by cluster count. Nothing if it is known."""
+        place = self.place(session) if session.ranges is not None else None
+        if place in (None, session.curve[0]):
+            return
+        model, revision, calibration, site, layer, bits = place
+        recipe = QuantRecipe(model, revision, calibration=calibration).with_bits({site: bits})
+        step = Step("curve", {"recipe": recipe, "site": site, "layer": layer}, texts_groups.NATS_JOB, 2.0)
+        ranges = ranges_key(model, revision, calibration)
+        key = ("curve", ranges, site, layer, bits) if ranges else None
+        try:
+            async for job in self.ctx.follow(session, "curve", [step], key=key):
+                yield {} if job.finished else {self.nats: note(job.stage or texts_groups.NATS_JOB)}
+        except QuantscopeError:
+            yield {self.nats: note(texts_groups.NATS_WAIT)}
+            raise
+        session.curve = place, job.results[0]
+        if self.place(session) == place:
+            yield self.priced(session)
 
     def redrawn(self, session: Session) -> Updates:
         """Draw the charts after a change at the side or on another tab; a hidden tab is drawn when it is opened."""
@@ -137,8 +196,12 @@ class Reorder:
         self.side, *self.fields = mirrored
         drawn = [*self.charts, self.ctx.status, self.ctx.stop]
         dragged = {**LIGHT, "trigger_mode": "always_last"}
-        for control in (self.layer, self.kind, self.bits):
-            control.input(guard(self.redraw), {key, self.layer, self.kind, self.bits}, [self.kind, *drawn], **dragged)
+        chosen, priced = {key, self.layer, self.kind, self.bits, self.everywhere}, [*self.costs, self.ctx.status, self.ctx.stop]
+        for control in (self.layer, self.kind, self.bits, self.everywhere):
+            control.input(guard(self.redraw), chosen, [self.kind, *drawn, *self.costs], **dragged)
+        for event in (self.layer.release, self.kind.input, self.bits.input, self.everywhere.input):
+            self.ctx.on(event, self.rested, chosen, priced)
+        self.ctx.on(self.tab.select, self.looked, {key}, priced)
         every_g = [self.clusters, *mirrored]
         for slider, handler in ((self.clusters, self.moved), (self.side, self.moved_at_side)):
             slider.input(guard(handler), {key, slider}, [*drawn, *every_g], **dragged)
@@ -152,7 +215,19 @@ class Reorder:
         session = self.ctx.session(values)
         self.take(session, values)
         label = {self.kind: gr.update(label=site_title(session.selection.kind))}
-        return {**self.render(session), **label}
+        return {**self.render(session), **(self.priced(session) if session.ranges is not None else {}), **label}
+
+    async def rested(self, values: Updates) -> AsyncIterator[Updates]:
+        """Predict the cost of another layer, site or number of bits once its control rests."""
+        session = self.ctx.session(values)
+        self.take(session, values)
+        async for updates in self.price(session):
+            yield updates
+
+    async def looked(self, values: Updates) -> AsyncIterator[Updates]:
+        """Predict the cost of the selected site when the tab is opened."""
+        async for updates in self.price(self.ctx.session(values)):
+            yield updates
 
     def moved(self, values: Updates) -> Updates:
         """Set g from the slider of this tab; the side's slider and the fields follow."""

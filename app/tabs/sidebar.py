@@ -14,7 +14,7 @@ from app.tabs.share import Share
 from app.view import cards, texts
 from core.errors import InputError, TextError
 from core.privacy import PASTED
-from core.recipe import SCHEMES, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
+from core.recipe import SCHEMES, VARIANTS, BitNetOptions, Calibration, QuantRecipe, require_choice, require_int
 
 PASTE = "paste"
 MAX_TEXT = 2_000_000
@@ -41,8 +41,7 @@ class Sidebar:
                 elem_id="model",
                 info=texts.MODEL_INFO_SPACE if on_space else texts.MODEL_INFO,
             )
-            choices = [*[(label, name) for name, label in texts.TEXT_NAMES.items()], (texts.TEXT_PASTE, PASTE)]
-            self.text = gr.Dropdown(choices, value="sotu", label=texts.TEXT, elem_id="text", filterable=False)
+            self.text = gr.Dropdown(text_choices(), value="sotu", label=texts.TEXT, elem_id="text", filterable=False)
             self.pasted = gr.Textbox(
                 "",
                 label=texts.PASTE_LABEL,
@@ -97,16 +96,9 @@ class Sidebar:
         """Return (name, revision) of the model field. Raises: InputError if it is empty or far too long."""
         return parse_model(values[self.model])
 
-    def chosen_text(self, values: dict) -> str:
-        """Return the calibration text, a pasted one with its prefix. Raises: TextError if nothing was pasted or far too much."""
-        if values[self.text] != PASTE:
-            return require_choice("calibration text", values[self.text], tuple(texts.TEXT_NAMES))
-        return PASTED + require_pasted(values[self.pasted] or "")
-
     def calibration(self, values: dict) -> Calibration:
         """Return the text and tokens that ranges are observed on."""
-        tokens = require_int("calibration tokens", values[self.tokens], 512, MAX_TOKENS, f"use 512 to {MAX_TOKENS}")
-        return Calibration(self.chosen_text(values), tokens)
+        return calibration_of(values[self.text], values[self.pasted], values[self.tokens])
 
     def fill(self, recipe: QuantRecipe) -> dict[Any, Any]:
         """Set the widgets to a recipe."""
@@ -155,6 +147,22 @@ def require_pasted(text: str) -> str:
     return text
 
 
+def calibration_of(choice: object, pasted: object, tokens: object) -> Calibration:
+    """Return the calibration that three fields describe: a choice of text, a pasted text, and tokens.
+
+    Raises: TextError if nothing was pasted or far too much; InputError for another choice or number.
+    """
+    count = require_int("calibration tokens", tokens, 512, MAX_TOKENS, f"use 512 to {MAX_TOKENS}")
+    if choice != PASTE:
+        return Calibration(require_choice("calibration text", choice, tuple(texts.TEXT_NAMES)), count)
+    return Calibration(PASTED + require_pasted(pasted or ""), count)
+
+
+def text_choices() -> list[tuple[str, str]]:
+    """List the named texts, and the choice to paste one, for a drop-down."""
+    return [*((label, name) for name, label in texts.TEXT_NAMES.items()), (texts.TEXT_PASTE, PASTE)]
+
+
 def scheme_choices() -> list[tuple[str, str]]:
     """List the schemes by name; a line under the field says which tensors have more bits than the name."""
     return [*((name, name) for name in SCHEMES), (texts.SCHEME_CUSTOM, "custom")]
@@ -163,5 +171,4 @@ def scheme_choices() -> list[tuple[str, str]]:
 def variant_choices(method: object) -> list[tuple[str, str]]:
     """List the variants of a method for the drop-down."""
     names = texts.VARIANTS | {"default": texts.RTN_PLAIN} if method == "rtn" else texts.VARIANTS
-    hidden = {"rtn": (), "rotation": ("matched", "official")}.get(method, ("matched",))
-    return [(label, name) for name, label in names.items() if name not in hidden]
+    return [(label, name) for name, label in names.items() if method in VARIANTS[name]]

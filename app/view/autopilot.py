@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from app.view import cards
 from app.view import texts_layers as texts
 from app.view.figure import bytes_text, number
+from app.view.tables import with_error
 from app.view.texts_divergence import WHERE_ROWS
 
 FEWEST, MOST = 2, 8
 """Bits at the ends of the map's shades."""
 
 
-def card(found: Any, measured: Any, rival: Any) -> str:
+def card(found: Any, measured: Any, rival: Any, rank: str = "") -> str:
     """Write the card of an allocation.
 
     Args:
         found: `core.probe.autopilot.Allocation`. measured, rival: Measurements of it and of its uniform rival; None before.
+        rank: what `ranked` says.
     """
     limit = (
         texts.WITHIN_BYTES.format(bytes_text(found.budget))
@@ -31,7 +34,7 @@ def card(found: Any, measured: Any, rival: Any) -> str:
     facts += texts.SPENT_MEASURED.format(_with_error(measured)) if measured is not None else ""
     return (
         f'<div class="qs-summary"><h2>{escape(texts.SPENT_TITLE)}</h2>'
-        f'<p class="qs-verdict">{escape(compared(found, measured, rival))}</p>{cards.caution(facts)}</div>'
+        f'<p class="qs-verdict">{escape(compared(found, measured, rival))}</p>{cards.caution(rank)}{cards.caution(facts)}</div>'
     )
 
 
@@ -51,6 +54,35 @@ def compared(found: Any, measured: Any, rival: Any) -> str:
     if own >= other:
         return texts.UNIFORM_BETTER.format(**words)
     return texts.BETTER.format(**words, less=number(100 * (1 - own / other), 2))
+
+
+def smallest(found: Any) -> str:
+    """Write the smallest g that was found (GroupCount)."""
+    words = {"g": found.g, "within": number(100 * found.within), "own": number(found.predicted)}
+    return f'<p class="qs-verdict">{texts.SMALLEST_FOUND.format(other=number(found.per_channel), **words)}</p>'
+
+
+def ranked(own: Any, uniform: Sequence[tuple[str, Any]], context: int) -> str:
+    """Say how the verified run of an allocation stands among uniform runs; empty text where nothing can be compared.
+
+    Args:
+        own: EvalReport of the run, or None.
+        uniform: names and EvalReports of runs of the same model without bits of single layers.
+        context: tokens whose keys and values count.
+    """
+    same = [(name, report) for name, report in uniform if own is not None and report.windows_id == own.windows_id]
+    if not same or own.kld_mean is None:
+        return ""
+
+    def size(report: Any) -> float:
+        return report.weight_bytes + context * report.kv_bytes_per_token
+
+    place = 1 + sum(report.kld_mean < own.kld_mean for _, report in same)
+    better = [(report.kld_mean, name) for name, report in same if size(report) <= size(own) and report.kld_mean < own.kld_mean]
+    kld, rival = min(better, default=(0.0, ""))
+    best = texts.RANK_BEATEN.format(rival=rival, kld=number(kld)) if better else texts.RANK_BEST
+    words = {"own": with_error(own.kld_mean, own.kld_stderr), "bytes": bytes_text(size(own)), "best": best}
+    return texts.RANK.format(place=place, count=1 + len(same), **words)
 
 
 def _named(rival: Any) -> str:

@@ -210,14 +210,18 @@ function walks() {
   host.data.forEach((trace, curve) => {
     if (trace.hoverinfo === 'skip' || trace.visible === false) return;
     if (trace.type === 'heatmap') {
-      trace.z.forEach((row, y) => found.push({ curve, points: Array.from(row, (_, x) => ({ index: [y, x], key: x })) }));
+      trace.z.forEach((row, y) => {
+        const points = Array.from(row, (value, x) => ({ index: [y, x], key: x, empty: value == null })).filter((point) => !point.empty);
+        if (points.length) found.push({ curve, points });
+      });
       return;
     }
     const along = trace.orientation === 'h' ? trace.y : trace.x;
     const points = Array.from(along || [], (value, index) => ({ index, key: typeof value === 'number' ? value : index }));
     if (points.length) found.push({ curve, points: points.sort((a, b) => a.key - b.key) });
   });
-  if (host.data[0]?.type === 'heatmap' && host.layout.yaxis.autorange !== 'reversed') found.reverse();
+  const [bottom, top] = host.layout.yaxis?.range || [0, 1];
+  if (host.data[0]?.type === 'heatmap' && bottom < top) found.reverse();  // the first row to walk is the topmost one
   return found;
 }
 
@@ -239,10 +243,22 @@ function walk(along, across) {
   const x = !cell ? trace.x[index] : trace.x ? trace.x[index[1]] : trace.x0 + index[1] * trace.dx;
   const y = cell ? index[0] : trace.y[index];
   shown = { curveNumber, x, y, customdata: cell ? trace.customdata?.[index[0]]?.[index[1]] : trace.customdata?.[index] };
+  if (cell) frameCell(trace, x, y);
   // heat maps and WebGL are found by place only
   const point = cell || trace.type === 'scattergl' ? { curveNumber, xval: x, yval: y } : { curveNumber, pointNumber: index };
   Plotly.Fx.hover(host, [point], `${trace.xaxis || 'x'}${trace.yaxis || 'y'}`);
   setTimeout(say, 80);  // plotly shows a point within 50 ms of the one before
+}
+
+// Frame the cell of a heat map that the keys have reached: dark on light, so that it is seen on every colour; no trace: no frame.
+function frameCell(trace, x, row) {
+  const theme = isDark() ? THEMES.dark : THEMES.light;
+  const shapes = (host.layout.shapes || []).filter((shape) => shape.name !== 'cursor');
+  const half = trace && (trace.dx || 1) / 2;
+  for (const [color, width] of trace ? [[theme.panel, 5], [theme.ink, 2]] : []) {
+    shapes.push({ name: 'cursor', type: 'rect', x0: x - half, x1: x + half, y0: row - 0.5, y1: row + 0.5, line: { color, width } });
+  }
+  Plotly.relayout(host, { shapes });
 }
 
 function say() {
@@ -263,7 +279,11 @@ host.addEventListener('keydown', (event) => {
   else return;
   event.preventDefault();
 });
-host.addEventListener('blur', () => { if (host.data) Plotly.Fx.unhover(host); });
+host.addEventListener('blur', () => {
+  if (!host.data) return;
+  Plotly.Fx.unhover(host);
+  if ((host.layout.shapes || []).some((shape) => shape.name === 'cursor')) frameCell(null);
+});
 
 if (!Plotly) {
   host.textContent = 'The chart library could not be loaded. Reload the page.';

@@ -42,7 +42,7 @@ def cost_card(label: str, costs: Any, verified: Any, size: tuple[float, float], 
     }
     if verified is not None and verified.kld_mean is not None:
         figures["verified"] = (verified.kld_mean, verified.kld_stderr)
-    bars = "".join(_bar(kind, found, probe.noise_floor, busy) for kind, found in figures.items())
+    bars = "".join(gauge(kind, *texts.COST_ROWS[kind], found, probe.noise_floor, busy) for kind, found in figures.items())
     facts = (
         f"≈ {bytes_text(size[0])} and {bytes_text(size[1])} of KV cache per token, by formula · "
         f"{probe.tokens:,} tokens of {probe.text} · {texts.COST_FLOOR}, {number(probe.noise_floor)} nats"
@@ -78,8 +78,13 @@ def before_start(found: Any) -> str:
     return f'<div class="qs-summary"><h2>{escape(texts.BEFORE)}</h2>{said}</div>'
 
 
-def _bar(kind: str, found: tuple[float, float | None] | None, floor: float, busy: str) -> str:
-    name, how = texts.COST_ROWS[kind]
+def gauge(kind: str, name: str, how: str, found: tuple[float, float | None] | None, floor: float, busy: str = "") -> str:
+    """Write one bar of a divergence on the log scale, with the noise floor marked.
+
+    Args:
+        kind: "predicted", "measured" or "verified". name, how: its title, and how the figure was found.
+        found: nats and their standard error; None before they are known: `busy` then says what is being done.
+    """
     if found is None:
         return f'<div class="qs-gauge"><span>{escape(name)}</span><i></i><b>{escape(busy or "…")}</b></div>'
     kld, error = found

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from app.view import texts, texts_divergence, texts_guide, texts_layers, texts_memory, texts_report, texts_rotation
+from app.view import texts, texts_divergence, texts_groups, texts_guide, texts_layers, texts_memory, texts_report, texts_rotation
 from app.view.zh import inline
 from app.view.zh import texts as zh_texts
 from app.view.zh import texts_divergence as zh_divergence
+from app.view.zh import texts_groups as zh_groups
 from app.view.zh import texts_guide as zh_guide
 from app.view.zh import texts_layers as zh_layers
 from app.view.zh import texts_memory as zh_memory
@@ -24,6 +25,7 @@ from app.view.zh import texts_rotation as zh_rotation
 MODULES = (
     (texts, zh_texts),
     (texts_divergence, zh_divergence),
+    (texts_groups, zh_groups),
     (texts_guide, zh_guide),
     (texts_layers, zh_layers),
     (texts_memory, zh_memory),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+from app.view import texts_groups as texts
 from app.view.figure import Figure, Scale, cluster_colour, layout, pack
 
 STRIP_COLUMNS = 512
+CORNER = {"orientation": "v", "xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1}
+"""Place of a legend over the corner that a falling curve leaves empty."""
 
 
 def groups_of(view: Any) -> list[tuple[int, Any, list[int]]]:
@@ -114,51 +118,77 @@ def _strip(
 
 
 def error_curve(curve: Any, *, current: int, error: float, revision: str = "") -> Figure:
-    """Draw the rounding error relative to one scale for the whole tensor, by cluster count; a marker at the current count."""
-    line = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": list(curve.g),
-        "y": list(curve.relative_error),
-        "line": {"color": "@run1", "width": 2},
-        "marker": {"size": 6},
-        "name": "predicted",
-        "hovertemplate": "g = %{x}: %{y:.3~g} of the error<extra></extra>",
-    }
+    """Draw the squared error relative to one grid for the whole tensor, by cluster count; a marker at the current count."""
     here = {
         "type": "scatter",
         "mode": "markers",
         "x": [current],
         "y": [error],
-        "name": f"now, g = {current}",
+        "name": texts.HERE.format(current),
         "marker": {"size": 14, "symbol": "diamond", "color": "@alert", "line": {"color": "@panel", "width": 1.5}},
         "hovertemplate": "now: g = %{x}, %{y:.3~g}<extra></extra>",
     }
-    floor = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [curve.g[0], curve.g[-1]],
-        "y": [curve.per_channel] * 2,
-        "name": "one scale per channel",
-        "line": {"color": "@muted", "dash": "dot", "width": 1.5},
-        "hoverinfo": "skip",
-    }
-    counts = [g for g in curve.g if g in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)]
+    figure = _curves(curve, "of the error", texts.CURVE_CAPTION, "error, one grid = 1", revision)
+    figure["data"].append(here)
+    figure["layout"]["legend"] |= CORNER
+    for trace in figure["data"]:  # the corner has room for three
+        trace["showlegend"] = trace["name"] in (texts.KMEANS, texts.EQUAL, here["name"])
+    return figure
+
+
+def cost_curve(curve: Any, *, revision: str = "") -> Figure:
+    """Draw the predicted divergence by cluster count, between that of one grid for the tensor and that of one per channel."""
+    figure = _curves(curve, "nats", texts.NATS_CAPTION, "nats", revision)
+    figure["data"].insert(0, _level(curve, curve.per_tensor, texts.PER_TENSOR, "dash"))
+    return figure
+
+
+def _curves(curve: Any, unit: str, caption: str, title: str, revision: str) -> Figure:
+    """Draw the lines of both groupings, the level of one grid per channel, and the knee."""
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": list(curve.g),
+            "y": list(errors),
+            "line": {"color": colour, "width": 2, "dash": dash},
+            "marker": {"size": 6, "symbol": symbol},
+            "name": name,
+            "hovertemplate": f"{name}<br>g = %{{x}}: %{{y:.3~g}} {unit}<extra></extra>",
+        }
+        for name, errors, colour, dash, symbol in (
+            (texts.KMEANS, curve.kmeans, "@run1", "solid", "circle"),
+            (texts.EQUAL, curve.equal, "@run2", "dot", "square-open"),
+        )
+    ]
+    traces = [_level(curve, curve.per_channel, texts.PER_CHANNEL, "dot"), *lines]
+    if curve.knee is not None:
+        ring = {"size": 15, "symbol": "circle-open", "color": "@ink", "line": {"width": 2}}
+        at = {"x": [curve.knee], "y": [curve.kmeans[curve.g.index(curve.knee)]], "name": texts.KNEE.format(curve.knee)}
+        traces.append({"type": "scatter", "mode": "markers", "marker": ring, "hoverinfo": "skip"} | at)
+    values = [cost for cost in (*curve.kmeans, *curve.equal, curve.per_channel) if cost > 0]
+    decades = math.log10(max(values, default=1.0) / min(values, default=1.0))
     return {
-        "data": [floor, line, here],
+        "data": traces,
         "layout": layout(
             uirevision=revision,
-            caption="error by number of clusters",
+            caption=caption,
             margin=(60, 12, 34, 44),
             showlegend=True,
-            legend={"orientation": "v", "xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1},
             xaxis={
                 "type": "log",
                 "title": {"text": "clusters g"},
                 "tickmode": "array",
-                "tickvals": counts,
-                "ticktext": [str(c) for c in counts],
+                "tickvals": list(curve.g),
+                "ticktext": [str(g) for g in curve.g],
             },
-            yaxis={"type": "log", "title": {"text": "error, one scale = 1"}, "exponentformat": "power", "dtick": 1},
+            yaxis={"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1 if decades > 1.5 else "D2"},
         ),
     }
+
+
+def _level(curve: Any, value: float, name: str, dash: str) -> Figure:
+    """Draw a level that does not depend on the cluster count."""
+    line = {"color": "@muted", "dash": dash, "width": 1.5}
+    ends = {"x": [curve.g[0], curve.g[-1]], "y": [value] * 2}
+    return {"type": "scatter", "mode": "lines", "name": name, "line": line, "hoverinfo": "skip"} | ends

@@ -187,6 +187,7 @@ VARIANTS = {
     "official": "Official: as published code",
     "strict": "Strict: norm outputs low too",
     "matched": "Matched: as RPTQ, no reordering",
+    "sorted": "Sorted: groups of equal size",
 }
 RTN_PLAIN = "Plain: one range per tensor"
 WEIGHTS = "Weights"

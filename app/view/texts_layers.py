@@ -43,6 +43,18 @@ BY_MEASUREMENT = "measured on the probe"
 BETTER = "{less} % less divergence than {rival} everywhere ({bytes}): {own} against {other} nats, {how}."
 UNIFORM_BETTER = "{rival} everywhere ({bytes}) are better here: {other} against {own} nats, {how}. Keep the uniform recipe."
 SMALLER = "{less} % fewer bytes than {rival} everywhere ({bytes}): {own} against {other} nats, {how}."
+RANK = (
+    "Verified by a run: {own} nats, rank {place} of {count} among this run and the uniform ones on the same text. At {bytes} or "
+    "less, {best}."
+)
+RANK_BEST = "no uniform run is better"
+RANK_BEATEN = "the uniform run {rival} is better: {kld} nats"
+WITHIN = "At most so many % above one cluster per channel"
+SMALLEST = "Find the smallest g"
+SMALLEST_FOUND = (
+    "g = {g} is the smallest within {within} % of one cluster per channel: {own} against {other} nats, predicted for this "
+    "recipe. Set it at the side."
+)
 MAP_LABEL = "Bits of every part of every layer"
 MAP_CAPTION = "Bits of every part, layer by layer"
 LAYER = "layer"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from core.calibration.data import calibration_tokens
+from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.run_estimate import time_layer, timed_recipe
 from core.evaluation.run_report import RunEstimate
@@ -20,14 +21,27 @@ from core.models.io.saved import find_saved
 from core.models.loaded import LoadedModel
 from core.privacy import is_public_text, owner_tag, text_record
 from core.probe.autopilot import Predict, allocate, smallest_g
+from core.probe.calibrations import compare_plans
+from core.probe.curve import cost_curve
 from core.probe.measure import measure, swap
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
-from core.probe.report import CONTEXT, PROBE_TEXT, Allocation, GroupCount, Measurement, Prediction, ProbeInfo, ProbeText
+from core.probe.report import (
+    CONTEXT,
+    PROBE_TEXT,
+    Allocation,
+    CalibrationPair,
+    CostCurve,
+    GroupCount,
+    Measurement,
+    Prediction,
+    ProbeInfo,
+    ProbeText,
+)
 from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent
-from core.recipe import Calibration, QuantRecipe
+from core.recipe import Calibration, Overrides, QuantRecipe
 from core.stages import require_float, run_estimate
 
 PROBE_WINDOW = 256
@@ -37,12 +51,16 @@ BUILD_TIME = 0.6
 
 @dataclass(frozen=True)
 class Instrument:
-    """A probe with the model it was made from and the statistics that a recipe plans on."""
+    """A probe with the model it was made from and the statistics that a recipe plans on.
+
+    Attributes: read, seen: the texts that the probe and the statistics have read.
+    """
 
     probe: Probe
     model: CausalModel
     statistics: Statistics
-    source: str
+    read: Cut
+    seen: Cut
 
 
 class ProbeBench(ABC):
@@ -75,7 +93,7 @@ class ProbeBench(ABC):
         tool = self._instrument(recipe, text, owner, progress)
         probe, nbytes = tool.probe, tool.probe.nbytes + tool.statistics.nbytes
         size = (probe.tokens, probe.ids.shape[1], probe.draws)
-        return ProbeInfo(recipe.model, tool.source, *size, probe.noise_floor, probe.seconds, nbytes)
+        return ProbeInfo(recipe.model, tool.read.name, *size, probe.noise_floor, probe.seconds, nbytes)
 
     def predict(
         self,
@@ -172,6 +190,56 @@ class ProbeBench(ABC):
         look = self._predictor(recipe, text, owner, progress)
         return smallest_g(look, recipe, within=within, progress=progress)
 
+    def curve(
+        self,
+        recipe: QuantRecipe,
+        site: str,
+        layer: int | None = None,
+        *,
+        text: ProbeText = PROBE_TEXT,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> CostCurve:
+        """Predict what one site costs by its number of clusters, in one layer or in all (None); see `core.probe.curve`."""
+        recipe = replace(recipe, method="rptq", variant="default", segments="exact", overrides=Overrides(), bitnet=None)
+        tool = self._instrument(recipe, text, owner, progress)
+        layers = range(len(tool.model.blocks)) if layer is None else [layer]
+        return cost_curve(tool.probe, tool.model, tool.statistics, recipe, site, layers, progress=progress)
+
+    def calibrations(
+        self,
+        recipe: QuantRecipe,
+        other: Calibration,
+        *,
+        text: ProbeText = PROBE_TEXT,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> CalibrationPair:
+        """Compare the recipe's calibration (A) with another one (B): ranges, clusters, divergence on the probe's text.
+
+        Raises: InputError for the method bitnet, which observes no text.
+        """
+        if recipe.method == "bitnet":
+            raise InputError("The method bitnet needs no calibration text: choose rptq or rtn.", code="E-PARAM-METHOD")
+        tools, predicted, measured = [], [], []
+        for at, calibration in enumerate((recipe.calibration, other)):
+            made, tell = replace(recipe, calibration=calibration), part(progress, 0.45 * at, 0.45 * (at + 1))
+            tool = self._instrument(made, text, owner, part(tell, 0.0, 0.5))
+            given = (tool.probe, tool.model, tool.statistics, made)
+            predicted.append(predict(*given, progress=part(tell, 0.5, 0.8)))
+            measured.append(measure(*given, progress=part(tell, 0.8, 1.0)))
+            tools.append(tool)
+        a, b = tools
+        return CalibrationPair(
+            texts=(a.seen.name, b.seen.name),
+            tokens=(a.seen.windows.numel(), b.seen.windows.numel()),
+            judge=a.read.name,
+            judged=a.probe.tokens,
+            sites=compare_plans(a.model, (a.statistics, b.statistics), recipe, progress=part(progress, 0.9, 1.0)),
+            predicted=tuple(predicted),
+            measured=tuple(measured),
+        )
+
     def _predictor(self, recipe: QuantRecipe, text: ProbeText, owner: str | None, progress: Progress) -> Predict:
         """Return `predict` on the probe and the statistics of a recipe."""
         tool = self._instrument(recipe, text, owner, progress)
@@ -206,7 +274,7 @@ class ProbeBench(ABC):
             planner,
             lambda: collect_statistics(model, seen.windows, observed, progress=part(progress, BUILD_TIME, 1.0)),
         )
-        return Instrument(probe, model, statistics, read.name)
+        return Instrument(probe, model, statistics, read, seen)
 
     def _calibration(self, loaded: LoadedModel, recipe: QuantRecipe, planner: str | None) -> Cut:
         """Cut a recipe's calibration text into windows, or find them cut."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from core.errors import InputError
 from core.methods import method
 from core.methods.base import LayerStatistics, SiteKey
@@ -54,6 +56,10 @@ class Layer:
         recipe = recipe.for_layer(index)
         stats = statistics.layers[planner.sink_tokens(recipe)][index]
         return cls(block, own, stats, recipe, source if planner.keeps_ternary else block)
+
+    def own_site(self, site: str, x: Tensor) -> Tensor:
+        """Return what the model itself has at a site where its block computes x [B, T, C]."""
+        return self.own.sites[site](x) if site in self.own.sites else x
 
     def change(self, cell: str) -> Change:
         """Return what the recipe does to one cell, everything else staying as it is in the model."""

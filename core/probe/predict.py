@@ -21,13 +21,13 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from core.methods import method
-from core.methods.base import SiteKey
+from core.methods.base import Fake, SiteKey
 from core.models.decoder import CausalModel
 from core.probe.layers import see
 from core.probe.plans import CELLS, Layer, cell_key, cell_name
@@ -64,6 +64,7 @@ def predict(
     statistics: Statistics,
     recipe: QuantRecipe,
     *,
+    cells: Collection[str] | None = None,
     seconds: float = math.inf,
     progress: Progress = silent,
 ) -> Prediction:
@@ -71,10 +72,12 @@ def predict(
 
     Args:
         statistics: of the recipe's calibration (`collect_statistics`).
+        cells: names of the only cells to predict; None for all.
         seconds: begin no cell that would end after these; cells not known then are estimated from other bits and clusters.
     """
     start = time.perf_counter()
-    changed = list(_tables(probe, model, statistics, recipe))
+    every = _tables(probe, model, statistics, recipe)
+    changed = [entry for entry in every if cells is None or cell_name(*entry[:2]) in cells]
     missing: dict[int, list[str]] = {}
     for layer, cell, table, key in changed:
         if (key.bits, key.clusters) not in table:
@@ -95,21 +98,21 @@ def predict(
     for done, (layer, values) in enumerate(zip(missing, in_threads(compute, missing), strict=True)):
         found |= {(layer, cell): value for cell, value in values.items()}
         progress("Predicting", done / len(missing))
-    cells: dict[str, float] = {}
+    costs: dict[str, float] = {}
     estimated, unknown = [], []
     for layer, cell, table, key in changed:
         name, place = cell_name(layer, cell), (key.bits, key.clusters)
         if (layer, cell) in found:
             table[place] = found[layer, cell]
         if place in table:
-            cells[name] = table[place]
+            costs[name] = table[place]
         elif (guess := _neighbours(table, *place)) is not None:
-            cells[name] = guess
+            costs[name] = guess
             estimated.append(name)
         else:
             unknown.append(name)
-    total = math.fsum(cells.values())
-    return Prediction(cells, total, tuple(estimated), tuple(unknown), probe.noise_floor, time.perf_counter() - start)
+    total = math.fsum(costs.values())
+    return Prediction(costs, total, tuple(estimated), tuple(unknown), probe.noise_floor, time.perf_counter() - start)
 
 
 def _tables(
@@ -139,13 +142,18 @@ def _predict_cell(probe: Probe, layer: Layer, index: int, cell: str) -> float:
         start = "mlp_in" if cell == "up" else "attn_in"
         seen = see(layer.block, {start: kept.values[start].get()}, probe.rotary, change, AHEAD[cell])
         return math.fsum(fisher(kept.gradients[site], x - kept.values[site].get()) for site, x in seen.items())
-    site = INPUT_SITE.get(cell, cell)
-    x = kept.values[site].get()
-    own = layer.own.sites[site](x) if site in layer.own.sites else x
-    if cell == site:
-        return fisher(kept.gradients[site], (change.sites[site](x) if site in change.sites else x) - own)
+    if cell not in INPUT_SITE:
+        return site_cost(probe, layer, index, cell, change.sites.get(cell))
     error = change.weights[cell] - layer.block.linears()[cell].dequantized_weight()
-    return fisher(kept.gradients[cell], torch.nn.functional.linear(own, error))
+    x = kept.values[INPUT_SITE[cell]].get()
+    return fisher(kept.gradients[cell], torch.nn.functional.linear(layer.own_site(INPUT_SITE[cell], x), error))
+
+
+def site_cost(probe: Probe, layer: Layer, index: int, site: str, fake: Fake | None) -> float:
+    """Predict the divergence that rounding one site of layer `index` by `fake` causes, nats per token; None rounds nothing."""
+    kept = probe.layers[index]
+    x = kept.values[site].get()
+    return fisher(kept.gradients[site], (x if fake is None else fake(x)) - layer.own_site(site, x))
 
 
 def _neighbours(table: Table, bits: int, clusters: int) -> float | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.checks import require_int
-from core.report import Report
+from core.report import Report, jsonable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PROBE_TOKENS = 4096
 
@@ -110,6 +113,100 @@ class Measurement(Report):
     same_top: float
     noise_floor: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class CostCurve(Report):
+    """Predicted divergence of one site by its number of clusters, everything else in float, nats per token.
+
+    Attributes:
+        site: one of `core.recipe.SITES`; layers: in which it is quantised; bits: to how many.
+        g: clusters, per head for q, k, v, o_in.
+        kmeans, equal: with KMeans, and with equal groups of channels sorted by range, for each g.
+        per_tensor, per_channel: with one grid for the whole tensor, and with one for every channel.
+        knee: the g of `kmeans` beyond which more gain little (`core.methods.rptq.explore.knee`); None without one.
+        noise_floor: see `ProbeInfo`.
+    """
+
+    site: str
+    layers: tuple[int, ...]
+    bits: int
+    g: tuple[int, ...]
+    kmeans: tuple[float, ...]
+    equal: tuple[float, ...]
+    per_tensor: float
+    per_channel: float
+    knee: int | None
+    noise_floor: float
+
+
+WIDER = 1.1
+"""Ratio of two ranges from which one counts as wider."""
+
+
+@dataclass(frozen=True)
+class SiteShift(Report):
+    """How one site of one layer differs between calibration A and calibration B.
+
+    Attributes:
+        widths: [2, C] float32, the width of every channel's range with A and with B.
+        moved: channels that change cluster, clusters being matched such that these are as few as possible.
+        rand: adjusted Rand index of the two clusterings, 1 for equal ones and about 0 for unrelated ones; mean over the heads.
+    """
+
+    widths: np.ndarray
+    moved: int
+    rand: float
+
+    @property
+    def channels(self) -> int:
+        """C, the number of channels."""
+        return self.widths.shape[1]
+
+    @property
+    def wider(self) -> int:
+        """Channels whose range with B is more than `WIDER` times that with A."""
+        return int((self.widths[1] > WIDER * self.widths[0]).sum())
+
+    @property
+    def narrower(self) -> int:
+        """Channels whose range with A is more than `WIDER` times that with B."""
+        return int((self.widths[0] > WIDER * self.widths[1]).sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and the index; the widths of single channels are what `inspect` writes."""
+        return {name: getattr(self, name) for name in ("channels", "wider", "narrower", "moved", "rand")}
+
+
+@dataclass(frozen=True)
+class CalibrationPair(Report):
+    """What two calibrations, A and B, make of one recipe, judged on one text.
+
+    Attributes:
+        texts, tokens: names of the two calibration texts, and how much of each was observed.
+        judge: name of the text that the probe reads; judged: its tokens.
+        sites: by "layers.<i>.<site>".
+        predicted, measured: divergence of the recipe with A and with B on that text, nats per token.
+    """
+
+    texts: tuple[str, str]
+    tokens: tuple[int, int]
+    judge: str
+    judged: int
+    sites: dict[str, SiteShift]
+    predicted: tuple[Prediction, Prediction]
+    measured: tuple[Measurement, Measurement]
+
+    def share(self, name: str) -> float:
+        """Return the share of all sites' channels that are "wider", "narrower" or "moved"."""
+        sites = self.sites.values()
+        return sum(getattr(site, name) for site in sites) / sum(site.channels for site in sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        own = {name: getattr(self, name) for name in ("texts", "tokens", "judge", "judged")}
+        costs = {name: [found.to_dict() for found in getattr(self, name)] for name in ("predicted", "measured")}
+        return jsonable(own | {"sites": {name: site.to_dict() for name, site in self.sites.items()}} | costs)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from core.evaluation.run_report import RunEstimate
-from core.probe.report import Allocation, Measurement, Prediction, ProbeInfo, Uniform
-from core.recipe import Overrides, QuantRecipe
-from tests.app.fake_behaviour import Progress, misbehave
+from core.probe.report import (
+    Allocation,
+    CalibrationPair,
+    CostCurve,
+    GroupCount,
+    Measurement,
+    Prediction,
+    ProbeInfo,
+    ProbeText,
+    SiteShift,
+    Uniform,
+)
+from core.recipe import SITES, Calibration, Overrides, QuantRecipe
+from tests.app.fake_behaviour import Progress, check_text, misbehave
 
 
 class FakeProbe:
@@ -77,3 +90,36 @@ class FakeProbe:
         overrides = replace(recipe, overrides=Overrides.parse(own)).overrides.to_dict()
         rival, size = Uniform(4, 4, 240_000_000, 0.05), int(budget or 200_000_000)
         return Allocation(overrides, bits, 0.04, size, context, budget, bound, (rival,), rival)
+
+    def smallest_g(self, recipe: QuantRecipe, *, within: float, owner: str, progress: Progress) -> GroupCount:
+        """Eleven, whatever is asked."""
+        return GroupCount(11, 0.0525, 0.05, within)
+
+    def curve(
+        self, recipe: QuantRecipe, site: str, layer: int | None, *, owner: str | None = None, progress: Progress
+    ) -> CostCurve:
+        """A cost that halves with every doubling up to g = 8, six times as high in all layers; equal groups cost twice that."""
+        misbehave(recipe.model, progress)
+        layers, bits = (layer,) if layer is not None else tuple(range(6)), recipe.tensor_bits.site(site)
+        counts = tuple(2**i for i in range(7 if site in ("q", "k", "v", "o_in") else 9))
+        kmeans = tuple(len(layers) * 4.0 ** (4 - bits) * (0.08 / min(g, 8) + 0.001) for g in counts)
+        equal = tuple(2 * cost for cost in kmeans)
+        return CostCurve(site, layers, bits, counts, kmeans, equal, 2 * kmeans[0], kmeans[-1], 8, 0.0001)
+
+    def calibrations(
+        self, recipe: QuantRecipe, other: Calibration, *, text: ProbeText, owner: str, progress: Progress
+    ) -> CalibrationPair:
+        """Ranges twice as wide in one channel of eight, and a cost of half as much again; layer 2 differs most."""
+        check_text(other)
+        sites = {}
+        for layer in range(6):
+            for kind in SITES:
+                widths = np.random.default_rng(layer).lognormal(0, 1, (2, 64)).astype(np.float32)
+                widths[1] = widths[0] * np.where(np.arange(64) % 8 == 0, 2, 1)
+                sites[f"layers.{layer}.{kind}"] = SiteShift(widths, 32 if layer == 2 else 8, 0.2 if layer == 2 else 0.7)
+        a = self.predict(recipe, owner=owner, progress=progress)
+        b = Prediction(a.cells, 1.5 * a.total, (), (), 0.0001, 0.01)
+        measured = tuple(Measurement(2 * found.total, 0.001, 0.9, 0.0001, 0.1) for found in (a, b))
+        names = tuple("pasted text" if c.text.startswith("text:") else c.text for c in (recipe.calibration, other))
+        tokens = (recipe.calibration.tokens, other.tokens)
+        return CalibrationPair(names, tokens, text.text, text.tokens, sites, (a, b), measured)

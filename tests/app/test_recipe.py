@@ -101,6 +101,7 @@ def test_variants_offered_are_those_of_the_method(form, method):
         assert tab.recipe(values | {side.method: method, tab.variant: variant}).variant == variant
     names = {name for _, name in sidebar.variant_choices(method)}
     assert ("matched" in names) == (method == "rtn") and ("official" in names) == (method != "rotation")
+    assert ("sorted" in names) == (method == "rptq")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

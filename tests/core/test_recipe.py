@@ -58,7 +58,7 @@ def recipes(draw) -> QuantRecipe:
         bits,
         draw(CLUSTERS),
         draw(st.sampled_from(WEIGHT_METHODS)),
-        draw(st.sampled_from([v for v in VARIANTS if v not in FOREIGN.get(method, ("matched",))])),
+        draw(st.sampled_from([v for v, methods in VARIANTS.items() if method in methods])),
         draw(calibrations()),
         draw(st.integers(0, 2**31 - 1)),
         rotation=draw(st.none() | ROTATIONS) if method == "rotation" else None,
@@ -167,6 +167,7 @@ def test_recipes_are_frozen():
         ("W4A4", "strict", "W4A4 (softmax 8)", " · strict"),
         ("W4A4", "official", "W4A4 (norm outputs 8, softmax 8)", " · official"),
         ("W4A8", "default", "W4A8", ""),
+        ("W4A8", "sorted", "W4A8", " · sorted"),
         ("W4A16", "default", "W4A16 (activations and KV cache 16)", ""),
         ("W3A3KV", "default", "W3A3KV (only the KV cache below 16)", ""),
     ],
@@ -180,7 +181,7 @@ def test_labels_say_what_stays_wider(scheme, variant, words, ending):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_label_hides_a_wider_tensor(scheme, variant):
     """Every activation above the number after A must be mentioned, whatever the scheme."""
-    recipe = QuantRecipe("m", scheme=scheme, variant=variant, method="rtn" if variant == "matched" else "rptq")
+    recipe = QuantRecipe("m", scheme=scheme, variant=variant, method=VARIANTS[variant][0])
     bits, words = recipe.tensor_bits, recipe.describe_bits()
     claimed = int("".join(c for c in scheme.split("A")[1] if c.isdigit()))
     wider = {s: bits.site(s) for s in (*SITES, "softmax") if bits.site(s) > claimed}

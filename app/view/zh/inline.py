@@ -224,4 +224,7 @@ INLINE = {
     "{#} M tokens: {#}": "{} M 词元：{}",
     "{} (stopped)": "{}（已停止）",
     "The chart library could not be loaded. Reload the page.": "图表库无法加载。请重新加载页面。",
+    # two calibrations
+    "{#} change cluster, adjusted Rand index {#}": "{} 换簇，调整兰德指数 {}",
+    "{#} wider with B, {#} narrower": "用 B 时 {} 更宽，{} 更窄",
 }

@@ -154,6 +154,7 @@ VARIANTS = {
     "official": "官方：与公开代码一致",
     "strict": "严格：归一化输出也用低比特",
     "matched": "对等：同 RPTQ，但不重排",
+    "sorted": "排序：大小相同的组",
 }
 RTN_PLAIN = "普通：每个张量一个范围"
 WEIGHTS = "权重"

@@ -4,7 +4,7 @@ Points: (max, min) per channel for R1, R4, R5, R3; (q max, k max, q min, k min) 
 Over the whole width, scikit-learn's KMeans runs once and `improve` lowers the error of its answer; the many small problems of
 heads are solved together (`kmeans_batch`). Variant official repeats the published code: ten restarts of scikit-learn, one head
 after another. Clusters are sorted by the width of their centre, narrowest first (equal widths by place), and channels inside
-keep their order, so the result does not depend on the arbitrary labels of KMeans.
+keep their order, so the result does not depend on the arbitrary labels of KMeans. `equal_labels` is a rule without KMeans.
 Source: RPTQ (arXiv:2304.01089), `tensor_calc_reorder_index`.
 """
 
@@ -68,6 +68,7 @@ def cluster_channels(
     seed: int = 0,
     refine: bool = True,
     batched: bool = True,
+    equal: bool = False,
 ) -> ChannelClusters:
     """Cluster channels by their points, inside blocks of equal width.
 
@@ -77,17 +78,22 @@ def cluster_channels(
         block: width of a block (a head); None for the whole width. A channel never leaves its block.
         n_init, seed: of scikit-learn's KMeans.
         refine: `improve` its answer. batched: solve all blocks together; False calls scikit-learn for each block.
+        equal: cut channels sorted by range into clusters of equal size (`equal_labels`); no KMeans.
     Returns: ChannelClusters over all blocks, block after block.
     """
     width = len(points)
     block = block or width
     together = None
-    if batched and width > block > count and block * count <= LARGEST_BATCHED:
+    if not equal and batched and width > block > count and block * count <= LARGEST_BATCHED:
         together = kmeans_batch(points.reshape(-1, block, points.shape[1]), count, seed=seed)
     orders, counts = [], []
     for start in range(0, width, block):
         found = None if together is None else together[start // block]
-        labels = kmeans_labels(points[start : start + block], count, n_init=n_init, seed=seed, refine=refine, found=found)
+        part = points[start : start + block]
+        if equal:
+            labels = equal_labels(part, count)
+        else:
+            labels = kmeans_labels(part, count, n_init=n_init, seed=seed, refine=refine, found=found)
         orders.append(np.argsort(labels, kind="stable") + start)
         counts.append(np.bincount(labels))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
@@ -115,15 +121,26 @@ def kmeans_labels(
     else:
         fitted = KMeans(n_clusters=count, n_init=n_init, random_state=seed).fit(points)
         labels = improve(points, fitted.cluster_centers_) if refine else fitted.labels_
-    half = points.shape[1] // 2
-    widths = (points[:, :half] - points[:, half:]).sum(axis=1)
     present, labels = np.unique(labels, return_inverse=True)
     labels = labels.reshape(-1)
     sizes = np.bincount(labels)
-    width, place = (np.bincount(labels, weights=w) / sizes for w in (widths, points.sum(axis=1)))
+    width, place = (np.bincount(labels, weights=w) / sizes for w in (_widths(points), points.sum(axis=1)))
     rank = np.empty(len(present), dtype=np.int64)
     rank[np.lexsort((place, width))] = np.arange(len(present))
     return rank[labels]
+
+
+def equal_labels(points: np.ndarray, count: int) -> np.ndarray:
+    """Cut points [n, d] sorted by width into `count` groups, equal to within one point: labels [n], 0 = the narrowest."""
+    labels = np.empty(len(points), dtype=np.int64)
+    labels[np.argsort(_widths(points), kind="stable")] = np.arange(len(points)) * min(count, len(points)) // len(points)
+    return labels
+
+
+def _widths(points: np.ndarray) -> np.ndarray:
+    """Compute the width of each channel's range, summed over the tensors that its point [d] describes: maxima less minima."""
+    half = points.shape[1] // 2
+    return (points[:, :half] - points[:, half:]).sum(axis=1)
 
 
 def improve(points: np.ndarray, centres: np.ndarray) -> np.ndarray:

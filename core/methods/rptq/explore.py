@@ -10,7 +10,9 @@ rounding noise is step² / 12 wherever values spread over several codes.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,8 @@ from core.recipe import REORDER_OF, REORDERS, Clusters, QuantRecipe
 
 REFINED = 2**17
 """Points times clusters up to which KMeans' answer is improved: 4,096 channels in 32 clusters, 45 ms on one thread."""
+LARGEST_COUNT = 256
+"""Largest number of clusters of a curve, below one per channel."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,22 @@ class ClusterView:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Predicted relative error by number of clusters (per head for q, k, v, o_in), and `per_channel`, the least possible."""
+    """Predicted error by number of clusters, relative to one scale for the whole tensor.
+
+    Attributes:
+        g: clusters, per head for q, k, v, o_in.
+        kmeans, equal: with KMeans, and with equal groups of channels sorted by range (the variant "sorted").
+        per_channel: with one scale per channel, the least possible.
+        knee: of `kmeans`, see `knee`.
+    """
 
     site: str
     bits: int
     g: list[int]
-    relative_error: list[float]
+    kmeans: list[float]
+    equal: list[float]
     per_channel: float
+    knee: int | None
 
 
 def recluster(report: RangesReport, site: str, clusters: Clusters, *, bits: int = 4) -> ClusterView:
@@ -102,17 +115,38 @@ def recluster(report: RangesReport, site: str, clusters: Clusters, *, bits: int 
 
 
 def error_curve(report: RangesReport, site: str, *, bits: int = 4) -> ErrorCurve:
-    """Predict the relative error at g = 1, 2, 4, … up to the block's width, at most 256."""
+    """Predict the relative error at the cluster counts of `counts_within`."""
     entry = _entry(report, site)
-    counts = [1]
-    while counts[-1] * 2 <= min(entry.block, 256):
-        counts.append(counts[-1] * 2)
-    errors = []
-    for count in counts:
-        found = _clusters(report, entry, Clusters(count, count, count, count, count))
-        errors.append(_relative(entry, found.order.numpy(), found.offsets.numpy()))
-    width = len(entry.low)
-    return ErrorCurve(site, bits, counts, errors, _relative(entry, np.arange(width), np.arange(width + 1)))
+    counts, width = counts_within(entry.block), len(entry.low)
+
+    def errors(variant: str) -> list[float]:
+        found = (_clusters(report, entry, Clusters(*[count] * len(REORDERS)), variant) for count in counts)
+        return [_relative(entry, clusters.order.numpy(), clusters.offsets.numpy()) for clusters in found]
+
+    kmeans, per_channel = errors("default"), _relative(entry, np.arange(width), np.arange(width + 1))
+    return ErrorCurve(
+        site, bits, counts, kmeans, errors("sorted"), per_channel, knee([*counts, entry.block], [*kmeans, per_channel])
+    )
+
+
+def counts_within(block: int) -> list[int]:
+    """List the cluster counts of a curve: 1, 2, 4, … up to the block's width, at most `LARGEST_COUNT`."""
+    return [2**power for power in range(min(block, LARGEST_COUNT).bit_length())]
+
+
+def knee(counts: Sequence[int], costs: Sequence[float]) -> int | None:
+    """Find the cluster count beyond which more clusters gain little: the point farthest below the line between the ends.
+
+    x = log2 count and y = cost, both scaled to 0 … 1. None where no point lies below the line.
+    Source: the Kneedle rule (Satopää et al., 2011) for a falling curve.
+
+    Args: counts: rising, the last one per channel.
+    """
+    drop, spread = costs[0] - costs[-1], math.log2(counts[-1])
+    if drop <= 0 or spread == 0:
+        return None
+    below = [1 - math.log2(g) / spread - (cost - costs[-1]) / drop for g, cost in zip(counts, costs, strict=True)]
+    return counts[below.index(max(below))] if max(below) > 0 else None
 
 
 def _entry(report: RangesReport, site: str) -> SiteRanges:
@@ -123,11 +157,12 @@ def _entry(report: RangesReport, site: str) -> SiteRanges:
     return report.sites[site]
 
 
-def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters) -> ChannelClusters:
+def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters, variant: str = "default") -> ChannelClusters:
     """Cluster a site by the rules of the method itself."""
     name = REORDER_OF[entry.kind]
     ranges = {kind: _ranges(report.sites[f"layers.{entry.layer}.{kind}"]) for kind in REORDERS[name]}
-    recipe, heads = QuantRecipe(report.model, clusters=clusters), {"groups": report.groups, "head_dim": entry.block}
+    recipe = QuantRecipe(report.model, clusters=clusters, variant=variant)
+    heads = {"groups": report.groups, "head_dim": entry.block}
     return site_clusters(entry.kind, reorder_clusters(name, ranges, recipe, **heads, refine_up_to=REFINED), **heads)
 
 

@@ -2,7 +2,8 @@
 
 Variants. `official` repeats the published code's rules: 2**bits grid, moving-average ranges, unscaled q in R2, R3
 clustered on P·V, Hessians of unquantised inputs. `default` has the same scheme table and cluster counts, and the rules that
-measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits.
+measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits. `sorted` is
+`default` with clusters of equal size, of channels sorted by range.
 Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 """
 
@@ -48,6 +49,7 @@ class RPTQRules:
         scaled_query: cluster R2 on q as it is quantised (scaled by E**-0.5) rather than on the raw projection.
         own_value_stats: cluster R3 on v and o_in rather than on o_in alone; KV-only schemes cluster on k and v alone.
         sink_tokens: first positions left out of ranges and kept in float.
+        equal_sizes: cut channels sorted by range into clusters of equal size, without KMeans.
     """
 
     ranges: RangeRules
@@ -55,6 +57,7 @@ class RPTQRules:
     scaled_query: bool
     own_value_stats: bool
     sink_tokens: int
+    equal_sizes: bool = False
 
 
 OFFICIAL = RPTQRules(
@@ -72,10 +75,12 @@ BETTER = RPTQRules(
     sink_tokens=FLOAT_FIRST_TOKENS,
 )
 
+_RULES = {"official": OFFICIAL, "sorted": replace(BETTER, equal_sizes=True)}
+
 
 def rules_of(recipe: QuantRecipe) -> RPTQRules:
     """Return the rules of a recipe's variant."""
-    return OFFICIAL if recipe.variant == "official" else BETTER
+    return _RULES.get(recipe.variant, BETTER)
 
 
 def reorder_clusters(
@@ -99,9 +104,10 @@ def reorder_clusters(
         points, block = _head_points(name, ranges, recipe, groups, head_dim), head_dim
     else:
         points, block = _points(*(ranges[site] for site in REORDERS[name])), None
-    better = not rules_of(recipe).published_kmeans
-    refine, n_init = better and len(points) * count <= refine_up_to, 1 if better else 10
-    return cluster_channels(points, count, block=block, n_init=n_init, seed=recipe.seed, refine=refine, batched=better)
+    rules = rules_of(recipe)
+    better = not rules.published_kmeans
+    options = {"n_init": 1 if better else 10, "refine": better and len(points) * count <= refine_up_to, "batched": better}
+    return cluster_channels(points, count, block=block, seed=recipe.seed, equal=rules.equal_sizes, **options)
 
 
 def _points(*ranges: ChannelRanges) -> np.ndarray:

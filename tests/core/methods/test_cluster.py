@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from core.methods.rptq.cluster import ChannelClusters, cluster_channels, kmeans_batch, kmeans_labels
+from core.methods.rptq.cluster import ChannelClusters, cluster_channels, equal_labels, kmeans_batch, kmeans_labels
 from core.quant.affine import Grid, QParams, choose_qparams
 from kernels import code_limits, fake_quantize
 
@@ -54,6 +54,28 @@ def test_order_and_offsets_are_valid(count, block):
     check(found, 256, block)
     per_block = found.counts.new_tensor(np.bincount((found.order[found.offsets[:-1]] // (block or 256)).numpy()))
     assert (per_block == min(count, block or 256)).all()
+
+
+@pytest.mark.parametrize("count", (1, 2, 5, 32, 256, 65536))
+@pytest.mark.parametrize("block", (None, 64, 1))
+def test_equal_groups_are_valid_equal_and_sorted_by_width(count, block):
+    points = skewed()
+    found = cluster_channels(points, count, block=block, equal=True)
+    check(found, 256, block)
+    groups = min(count, block or 256)
+    for own in found.counts.view(-1, groups):
+        assert int(own.max() - own.min()) <= 1
+    width = torch.from_numpy(points[:, 0] - points[:, 1])[found.order]
+    ends = [(float(part.min()), float(part.max())) for part in width.split(found.counts.tolist())]
+    for at, ((_, high), (low, _)) in enumerate(itertools.pairwise(ends), start=1):
+        assert high <= low or at % groups == 0, "a group is no narrower than the one before it in its block"
+
+
+def test_equal_groups_by_hand():
+    """Two tensors share an order: widths 2 + 1, 1 + 1, 5 + 1, 1 + 8, and a channel without any."""
+    points = np.array([[1, 1, -1, 0], [1, 1, 0, 0], [5, 1, 0, 0], [1, 4, 0, -4], [0, 0, 0, 0]], dtype=float)
+    assert equal_labels(points, 2).tolist() == [0, 0, 1, 1, 0]
+    assert equal_labels(points, 9).tolist() == [2, 1, 3, 4, 0]
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.methods import method
 from core.methods.base import LayerStatistics
 from core.methods.rptq import cluster, explore
-from core.methods.rptq.explore import error_curve, recluster
+from core.methods.rptq.explore import error_curve, knee, recluster
 from core.methods.rptq.method import reorder_clusters
 from core.methods.rptq.reorder import head_channels, query_channels
 from core.quant.affine import Grid, choose_qparams
@@ -103,12 +103,39 @@ def test_the_curve_falls_from_one_to_per_channel(kind):
     curve = error_curve(report, f"layers.0.{kind}", bits=4)
     block = report.sites[f"layers.0.{kind}"].block
     assert curve.g[0] == 1 and all(b == 2 * a for a, b in itertools.pairwise(curve.g)) and curve.g[-1] <= block
-    assert len(curve.g) == len(curve.relative_error) and curve.relative_error[0] <= 1 + 1e-6
-    assert (curve.relative_error[0] == pytest.approx(1)) == (block == KINDS[kind]), "one per head is not one for the tensor"
-    assert all(b <= a * 1.1 for a, b in itertools.pairwise(curve.relative_error))
-    assert all(e >= curve.per_channel * (1 - 1e-6) for e in curve.relative_error)
+    assert len(curve.g) == len(curve.kmeans) == len(curve.equal) and curve.kmeans[0] == curve.equal[0] <= 1 + 1e-6
+    assert (curve.kmeans[0] == pytest.approx(1)) == (block == KINDS[kind]), "one per head is not one for the tensor"
+    assert all(b <= a * 1.1 for a, b in itertools.pairwise(curve.kmeans))
+    assert all(e >= curve.per_channel * (1 - 1e-6) for e in (*curve.kmeans, *curve.equal))
+    assert curve.knee == knee([*curve.g, block], [*curve.kmeans, curve.per_channel]) and curve.knee in curve.g
     last = recluster(report, f"layers.0.{kind}", Clusters.uniform(PER_CHANNEL))
     assert last.predicted_error == pytest.approx(curve.per_channel)
+
+
+def test_kmeans_is_no_worse_than_equal_groups_where_few_channels_are_wide():
+    """Groups of equal size put the outlier among its narrower neighbours; KMeans gives it a cluster of its own."""
+    high = np.array([1, 1, 1, 1, 1, 1, 1, 100], np.float32)
+    entry = SiteRanges("layers.0.attn_in", 0, "attn_in", np.zeros(8, np.float32), high, 8)
+    curve = error_curve(RangesReport("m", None, {}, "t", 1, 1, 0.0, "cpu", 1, {entry.site: entry}), entry.site)
+    assert curve.g == [1, 2, 4, 8]
+    assert curve.kmeans == pytest.approx([1, *[(1 + 7e-4) / 8] * 3], rel=1e-6) and curve.knee == 2
+    assert curve.equal == pytest.approx([1, (4 + 4e-4) / 8, (2 + 6e-4) / 8, (1 + 7e-4) / 8], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "costs", "found"),
+    [
+        ([1, 2, 4, 8, 16], [1.0, 0.2, 0.1, 0.05, 0.0], 2),
+        ([1, 2, 4, 8, 16], [1.0, 0.9, 0.2, 0.1, 0.0], 4),
+        ([1, 2, 4, 8, 16], [1.0, 0.75, 0.5, 0.25, 0.0], None),
+        ([1, 2, 4], [1.0, 0.9, 0.0], None),
+        ([1, 2, 4], [0.0, 0.0, 0.0], None),
+        ([1, 2, 4], [0.1, 0.0, 0.2], None),
+        ([1, 1], [1.0, 0.5], None),
+    ],
+)
+def test_the_knee_is_farthest_below_the_line_between_the_ends(counts, costs, found):
+    assert knee(counts, costs) == found
 
 
 def test_predicted_error_by_hand():

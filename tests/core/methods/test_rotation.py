@@ -77,7 +77,7 @@ def test_options_that_do_not_fit_are_named(text, word):
 def test_options_and_variants_belong_to_their_method():
     with pytest.raises(InputError, match="belong to the method rotation, not to rptq"):
         QuantRecipe("m", rotation=RotationOptions())
-    with pytest.raises(InputError, match="official is RPTQ"):
+    with pytest.raises(InputError, match="official belongs to the method rptq"):
         QuantRecipe("m", method="rotation", variant="official")
     link = QuantRecipe("m", method="rotation").to_query()
     assert QuantRecipe.from_query(link, default=QuantRecipe("m", variant="official")).variant == "default"

@@ -119,6 +119,14 @@ def test_matched_belongs_to_the_baseline(method):
     refused(QuantRecipe, "m", method=method, variant="matched", code="E-PARAM-VARIANT")
 
 
+@pytest.mark.parametrize("method", ("rtn", "bitnet"))
+def test_sorted_groups_belong_to_rptq(method):
+    refused(QuantRecipe, "m", method=method, variant="sorted", code="E-PARAM-VARIANT")
+    link = QuantRecipe("m", variant="sorted").to_query()
+    assert QuantRecipe.from_query(f"method={method}", default=QuantRecipe("m", variant="sorted")).variant == "default"
+    assert QuantRecipe.from_query(link, default=QuantRecipe("x")) == QuantRecipe("m", variant="sorted")
+
+
 def test_without_activations_nothing_is_kept_in_float():
     q = quantised("llama", layers=1, scheme="custom", bits=Bits(weights=4), clusters=FEW, weights="rtn", **MATCHED)
     assert all(block.attention.sink_tokens == 0 for block in q.blocks)

@@ -30,6 +30,7 @@ RECIPES = {
     "matched layers": {"method": "rtn", "variant": "matched", "overrides": Overrides.parse("layers.0-1.R1=2,layers.1.v=16")},
     "rptq pow2": {"segments": "pow2", "variant": "strict"},
     "rtn plain": {"method": "rtn"},
+    "rptq sorted": {"variant": "sorted"},
     "rtn matched": {"method": "rtn", "variant": "matched"},
     "bitnet": {"method": "bitnet", "bitnet": BitNetOptions("a4.8", kv_bits=3, q_bits=4)},
     "bitnet w1.58a8": {"method": "bitnet", "bitnet": BitNetOptions("w1.58a8")},

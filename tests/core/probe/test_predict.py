@@ -81,6 +81,15 @@ def test_cells_in_float_are_left_out():
     assert predict(probe, loaded.model, statistics_of(loaded.model, recipe), recipe_of(scheme="custom", bits=Bits())).cells == {}
 
 
+def test_only_the_cells_asked_for_are_predicted():
+    loaded, probe = probed("llama")
+    recipe, names = recipe_of(), {"layers.1.k", "layers.0.up"}
+    stats = statistics_of(loaded.model, recipe)
+    every = predict(probe, loaded.model, stats, recipe).cells
+    few = predict(probe, loaded.model, stats, recipe, cells=names)
+    assert few.cells == {name: every[name] for name in names} and few.total == pytest.approx(math.fsum(few.cells.values()))
+
+
 def test_beyond_half_a_nat_a_prediction_says_so():
     assert Prediction({}, SATURATED + 0.1, (), (), 0.0, 0.0).to_dict()["saturated"]
 
@@ -136,6 +145,7 @@ def test_what_is_kept_is_what_would_be_computed():
         recipe_of(scheme="W4A4KV"),
         recipe_of(method="rtn"),
         recipe_of(method="rtn", variant="matched"),
+        recipe_of(variant="sorted"),
         recipe_of(method="bitnet", bitnet=BitNetOptions(kv_bits=4, q_bits=5)),
         recipe_of(method="bitnet", bitnet=BitNetOptions("int4", kv_bits=4, bos_bits=8)),
         recipe_of(clusters=Clusters(5, 3, 3, 5, 4)),
