@@ -41,7 +41,7 @@ from core.probe.report import (
 from core.probe.statistics import Observed, Statistics, collect_statistics, digest_of
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent
-from core.recipe import Calibration, Overrides, QuantRecipe
+from core.recipe import OPTIONS, Calibration, Overrides, QuantRecipe
 from core.stages import require_float, run_estimate
 
 PROBE_WINDOW = 256
@@ -201,7 +201,8 @@ class ProbeBench(ABC):
         progress: Progress = silent,
     ) -> CostCurve:
         """Predict what one site costs by its number of clusters, in one layer or in all (None); see `core.probe.curve`."""
-        recipe = replace(recipe, method="rptq", variant="default", segments="exact", overrides=Overrides(), bitnet=None)
+        plain = {"variant": "default", "segments": "exact", "overrides": Overrides(), **dict.fromkeys(OPTIONS)}
+        recipe = replace(recipe, method="rptq", **plain)
         tool = self._instrument(recipe, text, owner, progress)
         layers = range(len(tool.model.blocks)) if layer is None else [layer]
         return cost_curve(tool.probe, tool.model, tool.statistics, recipe, site, layers, progress=progress)

@@ -15,7 +15,8 @@ FITS = "document.documentElement.scrollWidth <= innerWidth"
 @pytest.mark.parametrize("width, theme", [(1440, "light"), (390, "dark")])
 def test_a_site_is_priced_by_its_number_of_clusters(visit, width, theme):
     page = visit(f"?__theme={theme}", width=width, height=844)
-    open_tab(page, "Reorder", "#nats")
+    open_tab(page, "Reorder", "#strips")
+    page.wait_for_function(SAID, arg=["#knee", "Predicted divergence"])
     page.locator("#reorder-site").get_by_text("MLP hidden").click()
     page.wait_for_function("() => document.querySelectorAll('#errors tbody tr').length === 11")
     page.wait_for_function(SAID, arg=["#knee", "Predicted divergence: the knee is at g = 8, 0.0110 nats."])

@@ -42,7 +42,6 @@ def calibrations(draw) -> Calibration:
     return Calibration(draw(TEXT.filter(lambda t: not t.startswith("text:"))), draw(st.integers(window, 2**20)), window)
 
 
-FOREIGN = {"rtn": (), "rotation": ("matched", "official")}
 ON, BLOCK, GROUP = st.booleans(), st.sampled_from((0, *BLOCKS)), st.sampled_from((0, *GROUPS))
 ROTATIONS = st.builds(RotationOptions, ON, ON, BLOCK, ON, ON, st.sampled_from(KV_RANGES), GROUP, ON, ON)
 

@@ -83,6 +83,14 @@ def test_a_workbench_gives_what_each_recipe_gives_alone(tmp_path):
     assert pair.share("wider") == pytest.approx(sum(site.wider for site in pair.sites.values()) / channels)
 
 
+@pytest.mark.parametrize("method", ["rotation", "rtn", "bitnet"])
+def test_a_curve_is_that_of_rptq_whatever_the_method(method):
+    rptq = QuantRecipe("quantscope-llama-6m", calibration=Calibration("sotu", 256, 64))
+    bench, judge = Workbench(), ProbeText("sotu", 128)
+    made = bench.curve(replace(rptq, method=method), "k", 0, text=judge)
+    assert made.kmeans == bench.curve(rptq, "k", 0, text=judge).kmeans and made.bits == 4
+
+
 def test_bitnet_needs_no_calibration():
     with pytest.raises(InputError, match="no calibration"):
         Workbench().calibrations(QuantRecipe("quantscope-llama-6m", method="bitnet"), Calibration())
