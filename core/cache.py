@@ -67,15 +67,21 @@ def mark_used(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Lock a folder of the cache while the body reads it, so that `sweep` leaves it, and mark it used; ignore other folders."""
+def in_use(folder: Path) -> Iterator[bool]:
+    """Lock a folder of the cache while the body reads it, so that `sweep` leaves it, and mark it used; ignore other folders.
+
+    Yields: whether the folder is locked.
+    """
     mark_used(folder)
     with contextlib.ExitStack() as held:
+        locked = False
         with contextlib.suppress(OSError):  # gone, or a file system without locks: the body finds out what it can read
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, handle)  # closing releases the lock
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        yield
+            while not locked:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                held.callback(os.close, handle)  # closing releases the lock
+                fcntl.flock(handle, fcntl.LOCK_SH)
+                locked = os.path.samestat(os.fstat(handle), folder.stat())  # another may have replaced it meanwhile
+        yield locked
 
 
 def sweep(keep: Path) -> None:
