@@ -99,10 +99,10 @@ class RotationOptions:
             object.__setattr__(self, name, value)
 
     def describe(self) -> str:
-        """Describe the options shortly, by what differs from the default: "g32", or "g64 without clip"."""
+        """Describe the options shortly, by what differs from the default: "groups of 32", or "groups of 64, without clip"."""
         plain, own = asdict(RotationOptions()), asdict(self)
         off = [name.replace("_", " ") for name, value in own.items() if value is False]
-        parts = [f"g{self.group}" if self.group else "a scale per row"]
+        parts = [f"groups of {self.group}" if self.group else "a scale per row"]
         parts += [f"blocks of {self.block}"] if self.block else []
         parts += ["KV range per token"] if self.kv != plain["kv"] else []
         return ", ".join(parts) + (f", without {', '.join(off)}" if off else "")

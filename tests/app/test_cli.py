@@ -221,7 +221,7 @@ def test_quantize_by_rotation_with_single_switches(call):
     own = ("--method", "rotation", "--variant", "strict", "--rotation", "group=16,key_mean=off")
     made = document(call, "quantize", "--model", "base", *own, *options, "--out", "rotated")
     assert made["recipe"]["rotation"]["group"] == 16 and made["recipe"]["rotation"]["key_mean"] is False
-    assert "ROTATION" in made["label"] and "g16, without key mean" in made["label"]
+    assert "ROTATION" in made["label"] and "groups of 16, without key mean" in made["label"]
     Path("rotation.json").write_text(json.dumps(made["recipe"]))
     again = document(call, "quantize", "--recipe", "rotation.json", "--rotation", "kv=token", "--out", "again")
     assert again["recipe"]["rotation"] == made["recipe"]["rotation"] | {"kv": "token"}

@@ -18,7 +18,7 @@ def test_one_run_is_called_by_bits_and_clusters():
     assert names_of([BASE, run()]) == ["m", "W4A4 g32"]
     assert names_of([run(method="rtn", scheme="W4A8", weights="rtn")]) == ["RTN W4A8"]
     assert names_of([run(method="rtn", variant="matched", weights="gptq")]) == ["RTN matched W4A4 g32"]
-    assert names_of([run(method="rotation")]) == ["Rotation W4A4 g32"]
+    assert names_of([run(method="rotation")]) == ["Rotation W4A4 groups of 32"]
     assert names_of([run(clusters=Clusters(7, 4, 4, 32, 32))]) == ["W4A4 g7/4/4/32/32"]
     assert names_of([run(clusters=Clusters.parse("channel"))]) == ["W4A4 per channel"]
 
