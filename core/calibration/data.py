@@ -4,7 +4,7 @@
 |-------------|----------------------------------------------|---------------------------------------------|
 | `sotu`      | messages of the other years since 1946       | messages of years ending in 2 or 7          |
 | `wikitext2` | WikiText-2 raw, validation                   | WikiText-2 raw, test                        |
-| a file path | the whole file                               | the whole file                              |
+| a file path | the whole file; of data files the text field | the same                                    |
 | `text:…`    | the text after the colon                     | the same                                    |
 
 `sotu` is the package of that name: US State of the Union messages, in the public domain, newest first. Presidents repeat
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.calibration.documents import LINES, TABLES, read_documents
 from core.calibration.wikitext import FILES, wikitext_file
 from core.errors import InputError, TextError
 from core.models.io.foreign import tokenizer_errors
@@ -90,6 +91,8 @@ def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSo
 def read_text_file(path: str | Path) -> str:
     """Read a text file in UTF-8 of at most 10 MB; a byte-order mark is dropped, nothing else is changed.
 
+    Of a file of JSON lines or a Parquet file only the documents' text is taken (`core.calibration.documents`).
+
     Raises: TextError, as `resolve_text`.
     """
     name = repr(os.fspath(path)[:60])
@@ -100,6 +103,8 @@ def read_text_file(path: str | Path) -> str:
         if size > MAX_TEXT_BYTES:
             raise TextError(f"The file {name} is {size / 1e6:.1f} MB; the limit is {MAX_TEXT_BYTES // 10**6} MB: "
                             "give a part of it.", code="E-TEXT-SIZE")
+        if Path(path).suffix.lower() in LINES + TABLES:
+            return read_documents(Path(path), limit=MAX_TEXT_BYTES)
         raw = Path(path).read_bytes()
     except OSError as error:
         raise TextError(f"The file {name} cannot be read ({error.strerror}): make it readable, or give another.",

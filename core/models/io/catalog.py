@@ -1,8 +1,10 @@
 """List the models that can be named, and turn a name into a local folder.
 
-A name is, in this order: an embedded checkpoint, a catalogue name, a local folder or `.gguf` file (only where local
-files may be read), or a public Hub id `owner/name[@revision]`. Each is made a folder of safetensors, tokenizer
-and configuration; `load_model` opens nothing else.
+A name is, in this order: an embedded checkpoint, a catalogue name, a local folder or file (only where local files may be
+read), or a public Hub id `owner/name[@revision]`, which may be given as its page's address. Local names may also be a folder of
+the Hub's own cache (`models--owner--name`), a folder that holds one `.gguf` file, a GGUF file by any name (Ollama's blobs), and a
+safetensors file, which stands for its folder. Each is made a folder of safetensors, tokenizer and configuration; `load_model`
+opens nothing else.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ SILENT_S = 900.0
 """Seconds for which a Hub that did not answer is not asked again for the default model."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces)/)([^/?#]+/[^/?#]+)"
+                   r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)[^?#]*|/[a-z]*)?(?:[?#].*)?", re.IGNORECASE | re.DOTALL)
+"""Address of a model's page: repository and, where it shows one, revision."""
 _TOKEN = re.compile(r"^(?:hf|api_org)_|(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _USE = "Use owner/name of the Hub, for example HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -114,11 +119,11 @@ def read_config(name: str, *, allow_local: bool = True) -> dict[str, Any] | None
     name, revision = _split_revision(_check_name(name, None), None)
     if name in _embedded():
         return read_json(EMBEDDED / name, "config.json")
+    if allow_local and os.path.basename(name) == "config.json" and os.path.isfile(name):
+        name = os.path.dirname(name) or "."
     path = _local(name) if allow_local else None
     if path is not None and path.is_dir():
         return read_json(path, "config.json")
-    if allow_local and os.path.basename(name) == "config.json" and os.path.isfile(name):
-        return read_json(Path(name).parent, "config.json")
     return hub.fetch_config(name, revision) if hub.REPO_ID.fullmatch(name) else None
 
 
@@ -161,6 +166,8 @@ def _check_name(name: str, revision: str | None) -> str:
                          code="E-MODEL-NAME")
     if not name or len(name) > 1_000 or "\0" in name:
         raise ModelError(f"A model name is missing or unreadable. {_USE}.", code="E-MODEL-NAME")
+    if page := _PAGE.fullmatch(name):
+        name = f"{page[1]}@{page[2]}" if page[2] else page[1]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise ModelError(f"Addresses are not read. {_USE}.", code="E-MODEL-NAME")
     return name
@@ -216,15 +223,43 @@ def embedded_cards() -> dict[str, dict[str, Any]]:
 
 
 def _local(name: str) -> Path | None:
-    """Return the folder or `.gguf` file that `name` means on this machine, or None."""
+    """Return the folder or GGUF file that `name` means on this machine, or None."""
     try:
         path = Path(os.path.expanduser(name))
     except UnicodeEncodeError:  # a lone surrogate after ~
         return None
-    if os.path.isdir(path):
-        known = any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST))
-        return path if known or not hub.REPO_ID.fullmatch(name) else None
-    return path if name.lower().endswith(".gguf") and os.path.isfile(path) else None
+    if os.path.isfile(path):
+        if path.suffix.lower() == ".safetensors":
+            return path.parent
+        return path if path.suffix.lower() == ".gguf" or _starts_as_gguf(path) else None
+    if not os.path.isdir(path):
+        return None
+    if any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST)):
+        return path
+    return _inside(path) or (None if hub.REPO_ID.fullmatch(name) else path)
+
+
+def _inside(folder: Path) -> Path | None:
+    """Return what a folder without configuration holds: one GGUF file, or a snapshot of the Hub's own cache; else None."""
+    files = [path for path in folder.glob("*.gguf") if path.is_file()]
+    if len(files) == 1 and not list(folder.glob("*.safetensors")):
+        return files[0]
+    snapshots = folder / "snapshots"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        if re.fullmatch("[0-9a-f]{40}", commit) and (snapshots / commit).is_dir():
+            return snapshots / commit
+    found = [path for path in snapshots.glob("*") if path.is_dir()]
+    return found[0] if len(found) == 1 else None
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    """Say whether a file is GGUF by its first four bytes; programs that share blobs store it without the suffix."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _from_folder(path: Path, name: str, revision: str | None) -> ResolvedModel:

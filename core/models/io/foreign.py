@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 import struct
@@ -70,7 +71,32 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _require_readers(folder: Path) -> None:
+    """Check that a `tokenizer.model` without a `tokenizer.json` can be read here: SentencePiece's format, or tiktoken's lines."""
+    only = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not only.exists():
+        return
+    with open(only, "rb") as file:  # the first field of a SentencePiece message is its list of pieces: tag 1, type 2
+        needed = ("sentencepiece", "google.protobuf") if file.read(1) == b"\n" else ("tiktoken",)
+    if missing := [name for name in needed if not _is_installed(name)]:
+        packages = " ".join(name.removeprefix("google.") for name in missing)
+        raise ModelError(f"The folder has a tokenizer.model and no tokenizer.json, and reading it needs more packages: run "
+                         f"`pip install {packages}`, or add the tokenizer.json of the model.", code="E-MODEL-TOKENIZER")
+
+
+def _is_installed(module: str) -> bool:
+    """Say whether a module can be found; a missing parent package counts as not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a checked model folder. Raises: ModelError E-MODEL-TOKENIZER."""
+    """Load the fast tokenizer of a checked model folder.
+
+    Raises: ModelError E-MODEL-TOKENIZER; it names the packages if there is only a `tokenizer.model`, which needs more of them.
+    """
+    _require_readers(folder)
     with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)

@@ -26,8 +26,6 @@ CONVERTER = 2
 """Version of this conversion, part of a converted folder's name in the cache: version 1 dropped biases and rope scaling."""
 
 _FLOATS = {0: "<f4", 1: "<f2"}
-_WHOLE_NUMBERS = range(24, 29)
-"""Types of ggml for integers and float64, in which no weights are stored."""
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -102,22 +100,15 @@ def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float
     from core.models.io.gguf_tokenizer import tokenizer_of
     from core.models.io.skeleton import check_tensors
 
-    fields = fields_of(header)
-    names = _names(header)
-    tensors: dict[str, torch.Tensor] = {}
-    for index, (stored, name) in enumerate(names.items()):
-        values = _values(path, header, header.tensors[stored])
-        if name == _FACTORS:
-            fields["rope_parameters"] = rope_with_factors(
-                fields["rope_parameters"], values, fields["head_dim"], fields["max_position_embeddings"], header.file
-            )
-            continue
-        heads = {"q_proj": fields["num_attention_heads"], "k_proj": fields["num_key_value_heads"]}.get(name.split(".")[-2])
-        if heads and header.architecture == "llama":
-            values = _halves(values, heads, header.file)
-        tensors[name] = torch.from_numpy(values)
-        progress(0.9 * index / len(names))
-    fields |= _complete_biases(header.architecture, fields, tensors)
+    # everything that the header alone decides comes first: a file that is refused costs no unpacking and no disk
+    fields, tokenizer, names = fields_of(header), tokenizer_of(header), _names(header)
+    if names.pop(_FACTORS, None):
+        values = _values(path, header, header.tensors[_FACTORS])
+        rope, context = fields["rope_parameters"], fields["max_position_embeddings"]
+        fields["rope_parameters"] = rope_with_factors(rope, values, fields["head_dim"], context, header.file)
+    shapes = {name: header.tensors[stored].shape[::-1] for stored, name in names.items()}
+    switches, biases = _missing_biases(header.architecture, fields, shapes)
+    fields |= switches
     stops = stop_ids(header)
     with library_errors("This GGUF header describes no model that transformers can build. Choose another file."):
         config = AutoConfig.for_model(**fields, dtype=torch.float32)
@@ -127,8 +118,16 @@ def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float
             pad_token_id=fields["pad_token_id"],
             eos_token_id=stops if len(stops) > 1 else fields["eos_token_id"],
         ).save_pretrained(stage)
-    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    tokenizer_of(header).save_pretrained(stage)
+    check_tensors(config, shapes | {name: (rows,) for name, rows in biases.items()})
+    tokenizer.save_pretrained(stage)
+    tensors = {name: torch.zeros(rows) for name, rows in biases.items()}
+    for index, (stored, name) in enumerate(names.items()):
+        values = _values(path, header, header.tensors[stored])
+        heads = {"q_proj": fields["num_attention_heads"], "k_proj": fields["num_key_value_heads"]}.get(name.split(".")[-2])
+        if heads and header.architecture == "llama":
+            values = _halves(values, heads, header.file)
+        tensors[name] = torch.from_numpy(values)
+        progress(0.9 * index / len(names))
     save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -170,25 +169,12 @@ def _values(path: Path, header: GgufHeader, tensor: GgufTensor) -> Any:
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
-    if tensor.kind in _WHOLE_NUMBERS:
-        raise ModelError(
-            f"{header.file} stores {tensor.name[:60]} as integers or float64, without a scale: floating or "
-            "block types are read. Choose another file.",
-            code="E-MODEL-BAD",
-        )
     shape = tensor.shape[::-1]
     raw = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
     if tensor.kind in _FLOATS:
         return raw.view(_FLOATS[tensor.kind]).astype(np.float32).reshape(shape)
-    try:
-        rows = raw.reshape(*shape[:-1], -1)
-        return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(tensor.kind)), dtype=np.float32).reshape(shape)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelError(
-            f"{header.file} stores {tensor.name[:60]} in a block type that is not read (ggml type {tensor.kind}): "
-            "choose a file of another quantisation.",
-            code="E-MODEL-ARCH",
-        ) from error
+    rows = raw.reshape(*shape[:-1], -1)
+    return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(tensor.kind)), dtype=np.float32).reshape(shape)
 
 
 def _halves(values: Any, heads: int, file: str) -> Any:
@@ -203,18 +189,17 @@ def _halves(values: Any, heads: int, file: str) -> Any:
     return np.ascontiguousarray(values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)).reshape(values.shape)
 
 
-def _complete_biases(architecture: str, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, bool]:
-    """Add zeros for the biases that transformers expects beside stored ones, and return the fields that switch them on."""
-    import torch
-
+def _missing_biases(
+    architecture: str, fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, bool], dict[str, int]]:
+    """Find the biases that transformers expects beside stored ones: the fields that switch them on, and the rows of each."""
     switches = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
     if architecture == "qwen2":  # its configuration has no switch: q, k and v always have a bias
         switches = {"": _BIASED["qwen2"]}
-    found = {}
+    found, rows = {}, {}
     for switch, parts in switches.items():
         wanted = [f"model.layers.{index}.{part}" for index in range(fields["num_hidden_layers"]) for part in parts.values()]
-        if switch == "" or any(f"{name}.bias" in tensors for name in wanted):
+        if switch == "" or any(f"{name}.bias" in shapes for name in wanted):
             found[switch] = True
-            for name in wanted:
-                tensors.setdefault(f"{name}.bias", torch.zeros(len(tensors[f"{name}.weight"])))
-    return {switch: True for switch in found if switch}
+            rows |= {f"{name}.bias": shapes[f"{name}.weight"][0] for name in wanted if f"{name}.bias" not in shapes}
+    return {switch: True for switch in found if switch}, rows

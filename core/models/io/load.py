@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
     if packed is None:
-        source = _load_weights(resolved.path, dtype)
+        source = _load_weights(resolved.path, dtype, report.wrapper)
         require_finite(source.state_dict().items())
         model = CausalModel.from_transformers(source, adapter, consume=True).requires_grad_(False)
     else:
@@ -125,12 +126,13 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
     return config, adapter
 
 
-def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the float model of a folder whose tensors `check_tensors` has compared with its configuration."""
+def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str) -> PreTrainedModel:
+    """Load the float model of a folder whose tensors, without `wrapper`, `check_tensors` has compared with its configuration."""
+    unwrap = {f"^{re.escape(wrapper)}": ""} if wrapper else None
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="sdpa", output_loading_info=True)
+            attn_implementation="sdpa", output_loading_info=True, key_mapping=unwrap)
     for key, fault in (("missing_keys", "were not found by transformers"), ("unexpected_keys", "were not used by transformers"),
                        ("mismatched_keys", "were not accepted by transformers")):
         names = (entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())

@@ -36,6 +36,8 @@ DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2
 """Bytes per element of the accepted safetensors types."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
+WRAPPERS = ("module.", "_orig_mod.", "language_model.")
+"""Prefixes that data-parallel training, torch.compile and models of several parts put before the names of all tensors."""
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -60,10 +62,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files."""
+    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files.
+
+    `wrapper`: what the stored names begin with in addition to the names here (see `WRAPPERS`).
+    """
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    wrapper: str = ""
 
     @property
     def parameters(self) -> int:
@@ -83,9 +89,19 @@ def check_folder(folder: Path) -> FolderReport:
         anything the files contain.
     """
     report = check_files(folder)
-    refuse_quantized_tensors(report.tensors, ternary=bitnet_format(report.config) is not None)
+    ternary = bitnet_format(report.config) is not None
+    refuse_quantized_tensors(report.tensors, ternary=ternary)
+    report = report if ternary else _unwrapped(report)
     check_layers(report.config, report.tensors)
     return report
+
+
+def _unwrapped(report: FolderReport) -> FolderReport:
+    """Take the wrappers that all tensors share off their names."""
+    wrapper, tensors = "", report.tensors
+    while found := next((w for w in WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), None):
+        wrapper, tensors = wrapper + found, {name.removeprefix(found): tensor for name, tensor in tensors.items()}
+    return FolderReport(report.config, tensors, wrapper)
 
 
 def check_files(folder: Path) -> FolderReport:

@@ -26,12 +26,23 @@ MAX_ARRAY = 1_000_000
 MAX_ELEMENTS = 3_000_000
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_ALIGNMENT = 4_096
-BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
-          10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+          10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
           16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
-          23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
-          34: (256, 54), 35: (256, 66), 39: (32, 17)}
-"""ggml type number → (elements per block, bytes per block)."""
+          23: (256, 136), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36)}
+"""ggml type number → (elements per block, bytes per block), for the types that the `gguf` package can unpack."""
+UNREAD = {4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", **dict.fromkeys(range(24, 28), "integers"), 28: "float64",
+          31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "I2_S of bitnet.cpp", 37: "TL1 of bitnet.cpp",
+          38: "TL2 of bitnet.cpp", 41: "Q1_0"}
+"""ggml type number → name, for types without an unpacker. Forks reuse numbers: 36 to 38 were other types of llama.cpp once."""
+OTHER_KINDS = {"adapter": "a LoRA adapter, not a whole model: merge it into its base model first",
+               "mmproj": "the image or sound encoder beside a language model: choose the model's own file",
+               "imatrix": "an importance matrix for quantising, not a model: choose the model's own file",
+               "vocab": "a vocabulary without weights: choose the model's own file",
+               "dataset": "a data set, not a model: choose the model's own file"}
+"""What a file holds, and the remedy, by `general.type`."""
+_OLDER_SIGNS = {"clip": "mmproj", "adapter.type": "adapter", "imatrix.datasets": "imatrix"}
+"""Architectures or keys of such files that state no `general.type`."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -98,7 +109,10 @@ def read_gguf_header(path: Path) -> GgufHeader:
         walk = _Walk(data, path.name[:60])
         keys, tensors = walk.counts()
         values = walk.keys(keys)
+        _check_kind(values, walk)
         found = _placed([walk.tensor() for _ in range(tensors)], walk.position, values, size, walk)
+    if not found:
+        raise walk.bad("it holds no tensors")
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str) or not _NAME.fullmatch(architecture):
         raise walk.bad("it does not name its architecture")
@@ -149,7 +163,7 @@ class _Walk:
         if start[:4] != b"GGUF" or start[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
             raise self.bad("wrong magic or version; little-endian versions 2 and 3 are read")
         tensors, keys = self.scalar("<Q"), self.scalar("<Q")
-        if keys > MAX_KEYS or not 1 <= tensors <= MAX_TENSORS:
+        if keys > MAX_KEYS or tensors > MAX_TENSORS:
             raise self.bad(f"it states {tensors:,} tensors and {keys:,} keys")
         return keys, tensors
 
@@ -210,10 +224,21 @@ class _Walk:
             raise self.bad("a tensor has an unusable name or more than 4 dimensions")
         shape = tuple(self.scalar("<Q") for _ in range(dimensions))
         kind, offset = self.scalar("<I"), self.scalar("<Q")
-        if kind not in BLOCKS or min(shape) < 1 or shape[0] % BLOCKS[kind][0]:
-            raise self.bad(f"tensor {name[:60]} has an unknown type or an impossible shape")
+        if kind not in BLOCKS:
+            raise ModelError(f"{self.name} stores {name[:60]} as {UNREAD.get(kind, 'an unknown type')} (ggml type {kind}), which "
+                             "is not read: choose a file of another quantisation.", code="E-MODEL-ARCH")
+        if min(shape) < 1 or shape[0] % BLOCKS[kind][0]:
+            raise self.bad(f"tensor {name[:60]} has an impossible shape")
         elements, block_bytes = BLOCKS[kind]
         return GgufTensor(name, shape, kind, prod(shape) // elements * block_bytes, offset)
+
+
+def _check_kind(values: dict[str, Any], walk: _Walk) -> None:
+    """Refuse a whole file that holds something else than a model, naming what it is."""
+    signs = (*values, values.get("general.architecture"))
+    kind = values.get("general.type") or next((kind for sign, kind in _OLDER_SIGNS.items() if sign in signs), None)
+    if isinstance(kind, str) and kind in OTHER_KINDS:
+        raise ModelError(f"{walk.name} holds {OTHER_KINDS[kind]}.", code="E-MODEL-BAD")
 
 
 def uniform(value: Any) -> Any:

@@ -325,3 +325,55 @@ def test_the_real_default_model_reads_english(monkeypatch):
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax()) == " Paris"
     assert loaded.tokenizer.tokenize("  1998")[-4:] == ["1", "9", "9", "8"]
+
+
+PAGES = {
+    "https://huggingface.co/Owner/Name": ("Owner/Name", None),
+    "http://www.huggingface.co/Owner/Name/": ("Owner/Name", None),
+    "huggingface.co/Owner/Name/tree/main": ("Owner/Name", "main"),
+    "https://hf.co/Owner/Name/blob/refs-pr-1/config.json?download=true": ("Owner/Name", "refs-pr-1"),
+    "https://huggingface.co/Owner/Name?library=transformers#usage": ("Owner/Name", None),
+    "https://huggingface.co/Owner/Name/discussions": ("Owner/Name", None),
+}
+
+
+@pytest.mark.parametrize("address", PAGES)
+def test_the_address_of_a_models_page_is_its_id(address, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(catalog.hub, "fetch_model", lambda repo, revision, **_: (Path(repo), revision or "0" * 40))
+    found = resolve(address, allow_local=False)
+    assert (found.name, found.revision) == (PAGES[address][0], PAGES[address][1] or "0" * 40)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co.evil.example/a/b", "https://evil.example/huggingface.co/a/b", "https://huggingface.co/a",
+     "https://huggingface.co/datasets/a/b", "https://user@huggingface.co/a/b", "ftp://huggingface.co/a/b",
+     "https://huggingface.co/../b", "https://huggingface.co/a/b/../../c"],
+)
+def test_other_addresses_are_refused(address, monkeypatch):
+    monkeypatch.setattr(catalog.hub, "fetch_model", lambda *_, **__: pytest.fail("asked the Hub"))
+    refused(address, "NAME", allow_local=False)
+
+
+def test_a_folder_of_the_hubs_cache_is_its_snapshot(tmp_path):
+    home, commit = tmp_path / "models--owner--name", "a" * 40
+    folder = write_folder(home / "snapshots" / commit)
+    assert resolve(str(home)).path == folder, "the only one"
+    write_folder(home / "snapshots" / ("b" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    assert resolve(str(home)).path == folder
+
+
+def test_a_file_stands_for_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "_from_gguf", lambda path, name, revision, progress: path)
+    folder = write_folder(tmp_path / "model")
+    assert resolve(str(folder / "model.safetensors")).path == folder
+    (tmp_path / "only").mkdir()
+    for place in (tmp_path / "only" / "model.Q4_K.gguf", tmp_path / "sha256-0123"):
+        place.write_bytes(gguf_bytes())
+        assert resolve(str(place)) == place
+    assert resolve(str(tmp_path / "only")) == tmp_path / "only" / "model.Q4_K.gguf"
+    (tmp_path / "notes").write_bytes(b"text")
+    refused(str(tmp_path / "notes"), "NOTFOUND")

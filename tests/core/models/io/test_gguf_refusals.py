@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core.errors import ModelError, QuantscopeError
 from core.models.io.gguf import convert_gguf
+from core.models.io.gguf_config import ARCHITECTURES
 from core.models.io.load import load_model
 from tests.core.models.io.gguf_files import REMOVE, scaling, write_gguf
 from tests.core.tools import tiny_source
@@ -38,7 +39,14 @@ REFUSED = {
     "tokenizer.ggml.precompiled_charsmap": ("llama", {"tokenizer.ggml.precompiled_charsmap": [1, 2]}, {}),
     "tokenizer.ggml.remove_extra_whitespaces": ("llama", {"tokenizer.ggml.remove_extra_whitespaces": True}, {}),
     "general.quantization_version": ("llama", {"general.quantization_version": 1}, {}),
-    "general.type": ("llama", {"general.type": "adapter"}, {}),
+    "a LoRA adapter": ("llama", {"general.type": "adapter"}, {}),
+    "LoRA adapter, not": ("llama", {"adapter.type": "lora"}, {}),
+    "image or sound encoder": ("clip", {"general.type": "mmproj"}, {}),
+    "encoder beside": ("clip", {}, {}),
+    "importance matrix": ("llama", {"general.type": "imatrix", "general.architecture": REMOVE}, {}),
+    "quantising, not a model": ("llama", {"imatrix.datasets": ["a.txt"], "general.architecture": REMOVE}, {}),
+    "vocabulary without weights": ("llama", {"general.type": "vocab"}, {}),
+    "'qwen3moe'": ("qwen3moe", {"qwen3moe.expert_count": 8}, {}),
     "attention.layer_norm_rms_epsilon": ("llama", {"llama.attention.layer_norm_rms_epsilon": REMOVE}, {}),
     "context_length": ("llama", {"llama.context_length": REMOVE}, {}),
     "vocab_size": ("llama", {"llama.vocab_size": 300}, {}),
@@ -70,7 +78,7 @@ REFUSED = {
 @pytest.mark.parametrize("named", REFUSED)
 def test_what_is_not_read_is_named(named, tmp_path):
     architecture, keys, tensors = REFUSED[named]
-    made = tiny_source("llama" if architecture == "gemma3" else architecture, seed=3)
+    made = tiny_source(architecture if architecture in ARCHITECTURES else "llama", seed=3)
     path = write_gguf(tmp_path / "tiny.gguf", made, architecture=architecture, keys=keys, tensors=tensors)
     with pytest.raises(ModelError) as caught:
         load_model(str(path))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import ArtifactError, BackendError, InputError, ModelError, NumericError, QuantscopeError
+from core.models.io import foreign
 from core.models.io.foreign import library_errors, quiet, tokenizer_errors
 from core.models.io.load import load_model, require_finite
 from core.models.loaded import LoadedModel
@@ -257,3 +258,31 @@ def test_loading_connects_to_nothing(saved, monkeypatch):
         load_model(str(saved[architecture]))
     recording = False
     assert calls == []
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "language_model.", "module._orig_mod."])
+def test_names_behind_a_wrapper_are_found(copy, saved, wrapper):
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors[wrapper + name] = tensors.pop(name)
+
+    loaded, made = load_model(str(copy("llama", wrap))), load_model(str(saved["llama"]))
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded.model(ids).logits, made.model(ids).logits)
+
+
+def test_a_wrapper_around_some_tensors_is_refused(copy):
+    def wrap(tensors):
+        tensors["module.model.norm.weight"] = tensors.pop("model.norm.weight")
+
+    assert "model.norm.weight" in str(refused(copy("llama", wrap)))
+
+
+@pytest.mark.parametrize(("start", "package"), [(b"\n\x0e", "sentencepiece"), (b"IQ== 0", "tiktoken")])
+def test_a_tokenizer_that_needs_a_package_names_it(copy, monkeypatch, start, package):
+    monkeypatch.setattr(foreign, "_is_installed", lambda module: False)
+    folder = copy("llama")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(start)
+    error = refused(folder)
+    assert error.code == "E-MODEL-TOKENIZER" and f"pip install {package}" in str(error) and "damaged" not in str(error)
