@@ -144,7 +144,7 @@ def _model(verb: Parser, *, required: bool = True) -> None:
         "--model",
         required=required,
         metavar="M",
-        help="a catalogue name, a Hub id owner/name[@revision], a folder, or a .gguf file",
+        help="a catalogue name, a Hub id owner/name[@revision], the address of its page, a folder, or a .gguf file",
     )
     _device(verb)
 
@@ -154,14 +154,14 @@ def _device(verb: Parser) -> None:
 
 
 def _calibration(verb: Parser) -> None:
-    verb.add_argument("--calibration", metavar="FILE", help="a text file, sotu (default) or wikitext2")
+    verb.add_argument("--calibration", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
     verb.add_argument("--calibration-tokens", metavar="N", help="how many tokens to observe (default 8192)")
     verb.add_argument("--window", metavar="T", help="tokens per window (default 512)")
     verb.add_argument("--seed", metavar="S", help="chooses the windows (default 0)")
 
 
 def _scoring(verb: Parser) -> None:
-    verb.add_argument("--text", default="sotu", metavar="FILE", help="a text file, sotu (default) or wikitext2")
+    verb.add_argument("--text", default="sotu", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
     verb.add_argument("--window", default="512", metavar="T", help="tokens per window (default 512)")
     verb.add_argument("--tokens", default="4096", metavar="N", help="tokens to score, in whole windows (default 4096)")
     verb.add_argument("--html", metavar="FILE", help="also write a report with tables and charts as one HTML file")
@@ -293,7 +293,7 @@ def _memory(verb: Parser) -> None:
 
 def _sparsity(verb: Parser) -> None:
     _model(verb)
-    verb.add_argument("--text", default="sotu", metavar="FILE", help="a text file, sotu (default) or wikitext2")
+    verb.add_argument("--text", default="sotu", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
     verb.add_argument("--tokens", default="512", metavar="N", help="tokens to run, in whole windows of up to 256 (default 512)")
 
 

@@ -169,7 +169,7 @@ def _check_name(name: str, revision: str | None) -> str:
     if page := _PAGE.fullmatch(name):
         name = f"{page[1]}@{page[2]}" if page[2] else page[1]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
-        raise ModelError(f"Addresses are not read. {_USE}.", code="E-MODEL-NAME")
+        raise ModelError(f"Of addresses only pages of models on huggingface.co are read. {_USE}.", code="E-MODEL-NAME")
     return name
 
 
