@@ -26,7 +26,7 @@ _EXPORTS = {
     "quantize": "core.stages",
     "evaluate": "core.stages",
     "estimate": "core.stages",
-    "run": "core.workbench",
+    "run": "core.run",
     "load_model": "core.models.io.load",
     "LoadedModel": "core.models.io.load",
     "catalogue": "core.models.io.catalog",

@@ -1,7 +1,8 @@
 """The order of the stages, in one place: load, observe, quantise, evaluate, generate.
 
-The page's worker, the command line and `run` call it. A `Workbench` keeps models in memory, the least recently used go first, and
-returns reports of plain numbers. Quantised models are also saved in the cache, so that a worker started anew finds them again.
+The page's worker, the command line and `core.run` call it. A `Workbench` keeps models in memory, the least recently used go
+first, and returns reports of plain numbers. Quantised models are also saved in the cache, so that a worker started anew finds
+them again.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ from core.models.loaded import LoadedModel, prefix_ids
 from core.privacy import is_public_text, owner_tag
 from core.probe.bench import ProbeBench
 from core.progress import Progress, part, silent
-from core.provenance import provenance
 from core.recipe import Calibration, QuantRecipe
-from core.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, Row, SpeedLimit
+from core.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, SpeedLimit
 from core.stages import evaluate, observe, quantize, require_float
 from core.storage import MANIFEST
 
@@ -382,18 +382,6 @@ class Workbench(ProbeBench):
         while sum(t.nbytes for states in self._references.values() for t in states) > REFERENCE_SHARE * self.max_bytes:
             self._references.popitem(last=False)
         return hidden
-
-
-def run(recipe: QuantRecipe, *, text: str = "sotu", tokens: int = 4096, window: int = 512, progress: Progress = silent) -> Row:
-    """Quantise by recipe, evaluate against the float model, and return one row with its provenance.
-
-    It is a function of its arguments that can be pickled, for pools and other machines.
-    """
-    bench = Workbench()
-    quantized = bench.quantize(recipe, progress=progress)
-    against = {"reference": recipe.model, "reference_revision": recipe.revision}
-    report = bench.evaluate(quantized.key, text=text, tokens=tokens, window=window, progress=progress, **against)
-    return Row(recipe.to_record(), recipe.hash, report.to_dict(), quantized.to_dict(), provenance())
 
 
 def _held_bytes(loaded: LoadedModel) -> int:

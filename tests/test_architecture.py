@@ -33,6 +33,8 @@ STAGES = (
     {"stages"},
     {"probe"},
     {"workbench"},
+    {"run"},
+    {"sweep"},
 )
 """Parts of core from bottom to top: a part imports from its own row and the rows before it."""
 

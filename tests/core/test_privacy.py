@@ -17,8 +17,9 @@ from core.models.io import saved
 from core.models.io.quantized import read_description
 from core.privacy import is_public_text, owner_tag, text_record
 from core.recipe import Calibration, QuantRecipe
+from core.run import run
 from core.storage import atomic_dir
-from core.workbench import Workbench, run
+from core.workbench import Workbench
 
 LETTER = "Dear Wilhelmine, " + " ".join(f"number {i} comes after number {i - 1}." for i in range(1, 200))
 SECRET = b"Wilhelmine"

@@ -13,8 +13,9 @@ from core.errors import BackendError, InputError, QuantscopeError
 from core.evaluation.windows import evaluation_windows
 from core.models.io.load import load_model
 from core.models.tiny import save_tiny
+from core.run import run
 from core.stages import evaluate, quantize
-from core.workbench import Workbench, run
+from core.workbench import Workbench
 from tests.core.workbench_tools import SEEN, TEXT, plain, recipe_of
 
 

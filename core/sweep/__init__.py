@@ -1,0 +1,1 @@
+"""Sweeps: many recipes by several processes, one row each, resumable."""
