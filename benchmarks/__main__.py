@@ -30,10 +30,11 @@ JOBS = {
     "autopilot": "P6, predict",
     "estimate": "E1",
     "quality": "Q1, Q3, Q4",
+    "sweep": "S3",
 }
 """Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of quality `run(model, tokens=…)`; their
 numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3 or Q4"
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3, Q4 or S3"
 
 
 def main() -> int:
