@@ -115,3 +115,24 @@ def test_paths_in_backticks_exist(page):
 def test_tabs_are_named_as_in_the_page():
     for label in (texts.EXPLORE, texts.REORDER, texts.QUANTIZE_TAB, texts.COMPARE):
         assert f"**{label.split('·')[1].strip()}**" in TEXT
+
+
+NAMED_ELSEWHERE = {
+    "app/worker/server": ("app/worker/client", "import wire"),  # another process: both speak this module's messages
+    "core/workbench": ("app/settings", "core.workbench"),
+    "core/methods/rptq/method": ("core/recipe", "core.methods.rptq.method"),  # the table of methods
+    "core/methods/apply": ("core/methods/rptq/method", "core.methods.apply"),  # plan, then apply: both are called from one place
+}
+"""Files that the one above them does not import by name: where they are named instead, and how."""
+
+
+def test_the_way_of_a_value_is_short_and_each_hop_is_a_call():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    way = re.findall(r"^\| \d+ \| `([a-z0-9_/]+)\.py` \|", text, flags=re.MULTILINE)
+    assert 10 <= len(way) <= 14 and all((ROOT / f"{place}.py").is_file() for place in way)
+    for above, below in zip(way, way[1:], strict=False):
+        package, _, module = below.replace("/", ".").rpartition(".")
+        place, words = NAMED_ELSEWHERE.get(below, (above, f"{package}.{module}"))
+        source = (ROOT / f"{place}.py").read_text(encoding="utf-8")
+        found = (words, f"from {package} import {module}", f"from {package} import (")
+        assert any(form in source for form in found), (above, below)
