@@ -351,6 +351,34 @@ class InputHistogram(Report):
 
 
 @dataclass(frozen=True)
+class TaskScore(Report):
+    """One accuracy of a model on one task.
+
+    Attributes:
+        metric: "accuracy", or "accuracy per character" where likelihoods are divided by the lengths of the answers.
+        value: share of right answers, 0 to 1. stderr: its standard error, None where there is none.
+        questions: how many were asked. source: where the task's data comes from.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    questions: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ScoreReport(Report):
+    """Accuracies of a model on tasks. `limit`: questions of each task, None for all."""
+
+    key: str
+    label: str
+    scores: list[TaskScore]
+    limit: int | None
+
+
+@dataclass(frozen=True)
 class Row(Report):
     """One complete run: recipe, quantisation and evaluation, and where it was measured."""
 

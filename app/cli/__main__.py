@@ -7,7 +7,7 @@
     curve         cost by number of clusters  memory     project memory by formula
     calibrations  two texts side by side      doctor     versions, tested ranges, backends
     sparsity      zeros of a BitNet model     recipe     a recipe as JSON, link, command
-    sweep         many recipes, a row each
+    sweep         many recipes, a row each    scores     accuracies on standard tasks
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -34,6 +34,7 @@ from app.cli.allocate import allocate
 from app.cli.memory import memory
 from app.cli.output import Console, complain
 from app.cli.probe import calibrations, curve
+from app.cli.scores import scores
 from app.cli.sweep import sweep
 from app.cli.train import train, train_options
 from core.errors import InputError, QuantscopeError, ResourceError
@@ -281,6 +282,14 @@ def _compare(verb: Parser) -> None:
     _writing(verb)
 
 
+def _scores(verb: Parser) -> None:
+    verb.add_argument("--models", required=True, nargs="+", metavar="M", help="one or more; any verb's models")
+    verb.add_argument("--tasks", required=True, metavar="T,T", help="names of lm-evaluation-harness: arc_easy,piqa,hellaswag,…")
+    verb.add_argument("--limit", metavar="N", help="questions of each task (default all)")
+    _backend(verb)
+    _device(verb)
+
+
 def _sweep(verb: Parser) -> None:
     verb.add_argument("grid", metavar="GRID.yaml", help="fields of recipes, each with one value or a list; see docs/sweeps.md")
     verb.add_argument("--out", required=True, metavar="DIR", help="folder of the rows; run again with it to go on")
@@ -323,6 +332,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "sparsity": (verbs.sparsity, _sparsity, "Count the zeros a BitNet model multiplies with, and its active parameters"),
     "memory": (memory, _memory, "Project memory by formula; nothing is loaded"),
     "sweep": (sweep, _sweep, "Run many recipes by several processes, one row each, resumable"),
+    "scores": (scores, _scores, "Score models on standard tasks, by lm-evaluation-harness (pip install lm-eval)"),
     "doctor": (verbs.doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }
