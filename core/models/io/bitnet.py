@@ -8,7 +8,8 @@
 
 A packed byte of row r holds rows r, r + N/4, r + 2N/4, r + 3N/4 in bits 0-1, 2-3, 4-5, 6-7 as t + 1: packed along the rows,
 where our own layout packs along the columns. "quantscope" in config.json names the mode the model was trained for ("w1.58a8"
-when absent) and TopK's share. The names `BitLinear` and `AutoBitLinear` are transformers'; its code tells which of them divides.
+when absent), TopK's share, and with "trained": false that it runs by this mode without having been trained for it. The names
+`BitLinear` and `AutoBitLinear` are transformers'; its code tells which of them divides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,13 +32,21 @@ from core.models.decoder import CausalModel
 from core.models.io.foreign import library_errors
 from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
 from core.models.io.preflight.folder import FolderReport, TensorInfo
+from core.models.io.write import write_model
 from core.models.norm import ReorderNorm
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
-from core.storage import atomic_dir, check_target
+from core.storage import check_target
 
 SHARD_BYTES = 8_500_000
-"""Tensors are gathered into files of at most this many bytes; a single larger tensor has a file of its own."""
+"""Largest file of a trained model: small ones are part of the installation."""
+PACKED = {
+    "quant_method": "bitnet",
+    "linear_class": "autobitlinear",
+    "quantization_mode": "offline",
+    "modules_to_not_convert": ["lm_head"],
+}
+"""`quantization_config` of the packed format that is written."""
 _CARD_KEYS = ("title", "description", "licence")
 
 
@@ -98,7 +106,7 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     """
     stated = report.config.get("quantscope") or {}
     mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
-    rules = BitNetRules(mode, keep, trained=mode, trained_keep=keep)
+    rules = BitNetRules(mode, keep, trained=mode if stated.get("trained", True) else None, trained_keep=keep)
     fmt, adapter = bitnet_format(report.config), adapter_for(config)
     for name in ("quantization_config", "quantscope"):
         if hasattr(config, name):
@@ -215,22 +223,10 @@ def save_bitnet(
     adapter = adapter_for(model.config)
     tensors = dict(_stored(model, adapter, packed=mode != "fp"))
     own = {"architectures": [type(model).__name__], "dtype": "float32", "quantscope": {"mode": mode, "keep": keep}}
-    config = model.config.to_dict() | own
-    if mode != "fp":
-        config["quantization_config"] = {
-            "quant_method": "bitnet",
-            "linear_class": "autobitlinear",
-            "quantization_mode": "offline",
-            "modules_to_not_convert": ["lm_head"],
-        }
-    with atomic_dir(folder) as stage:
-        _write_shards(stage, tensors)
-        (stage / "config.json").write_text(json.dumps(config, indent=1))
-        (stage / "generation_config.json").write_text(model.generation_config.to_json_string())
-        tokenizer.save_pretrained(stage)
-        (stage / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False))
-        if readme is not None:
-            (stage / "README.md").write_text(readme, encoding="utf-8")
+    config = model.config.to_dict() | own | ({"quantization_config": PACKED} if mode != "fp" else {})
+    files = {"card.json": json.dumps(card, indent=1, ensure_ascii=False)}
+    files |= {} if readme is None else {"README.md": readme}
+    write_model(folder, tensors, config, model.generation_config, tokenizer, files=files, shard_bytes=SHARD_BYTES)
 
 
 def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
@@ -250,26 +246,3 @@ def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> I
             raise InputError(f"{name} has {len(codes)} rows: choose sizes that four divides.", code="E-PARAM-MODEL")
         yield name, pack_rows(codes)
         yield f"{name}_scale", scale.reshape(1)
-
-
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if size > room and shards[-1]:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= size
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    facts = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(facts, indent=1))

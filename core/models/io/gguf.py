@@ -49,6 +49,7 @@ _BIASED = {
 """Linear layers that may have a bias in the transformers model of an architecture."""
 
 _FACTORS = "rope_freqs.weight"
+_STORED = {part: stored for table in (_NORMS, _HEAD_NORMS, _ATTENTION, _MLP) for stored, part in table.items()}
 _IN_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 
 
@@ -162,6 +163,16 @@ def _names(header: GgufHeader) -> dict[str, str]:
             code="E-MODEL-MISSING",
         )
     return names
+
+
+def stored_name(name: str) -> str:
+    """Return the name in a GGUF file of a tensor that transformers calls `name`, a weight or a bias."""
+    outside = next((stored for stored, known in _OUTSIDE.items() if known == name), None)
+    if outside is not None:
+        return outside
+    index, _, part = name.removeprefix("model.layers.").partition(".")
+    module, _, leaf = part.rpartition(".")
+    return f"blk.{index}.{_STORED[module]}.{leaf}"
 
 
 def _values(path: Path, header: GgufHeader, tensor: GgufTensor) -> Any:

@@ -95,6 +95,14 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> Tokenizer:
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
         )
     )
+    cut_by(backend, name)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def cut_by(backend: Tokenizer, name: str) -> None:
+    """Set how a tokenizer cuts text into words: the rule that `tokenizer.ggml.pre` calls `name`, a key of `_SPLITS`."""
+    rule = _SPLITS[name]
     if rule in (_GPT2, _DIGITS):
         cuts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         if rule == _DIGITS:
@@ -107,8 +115,6 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> Tokenizer:
     backend.pre_tokenizer = cuts[0] if len(cuts) == 1 else pre_tokenizers.Sequence(cuts)
     if rule == _QWEN2:
         backend.normalizer = normalizers.NFC()
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _joins_whole_words(rule: str) -> bool:

@@ -190,7 +190,7 @@ class QuantLinear(LinearLayer):
 
     def dequantized_weight(self) -> Tensor:
         """Return Ŵ [N, K] float32, columns in cluster order."""
-        return self.weight.to(torch.float32) if self.bits >= 16 else self._quantized_weight().dequantize()
+        return self.weight.to(torch.float32) if self.bits >= 16 else self.quantized_weight().dequantize()
 
     def norm_codes(self, x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Codes] | None:
         """Add, normalise and quantise in one kernel: see `LinearLayer.norm_codes`."""
@@ -256,7 +256,8 @@ class QuantLinear(LinearLayer):
         y = float_rows(x.reshape(-1, self.in_features), operands).view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
-    def _quantized_weight(self) -> QuantizedWeight:
+    def quantized_weight(self) -> QuantizedWeight:
+        """Unpack the codes of a weight below 16 bits, columns in cluster order."""
         codes = unpack(self.packed, self.bits, self.in_features)
         return QuantizedWeight(codes, self.weight_scale, self.weight_zero, self.offsets.to(torch.int64), self.bits)
 
@@ -272,7 +273,7 @@ class QuantLinear(LinearLayer):
         )
 
     def _int8_operands(self) -> Int8Operands:
-        weight = self._quantized_weight()
+        weight = self.quantized_weight()
         output_scale, zero_rows, bias = self._weight_scales() if self._by_token else self._folded(weight)
         codes = weight.shifted_codes()
         if codes is None:  # zero points do not fit the codes: they stay separate
@@ -295,7 +296,7 @@ class QuantLinear(LinearLayer):
 
         backend = Backend.TRITON if self.requested is Backend.TRITON else Backend.AUTO
         if self.takes_codes:
-            return ClusterOperands(self.packed, *self._folded(self._quantized_weight()), self._segments, backend)
+            return ClusterOperands(self.packed, *self._folded(self.quantized_weight()), self._segments, backend)
         scales = self.weight_scale, self.weight_zero
         return WeightOnlyOperands(self.packed, *scales, self.bias, self.bits, self._segments, backend)
 

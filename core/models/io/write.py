@@ -1,0 +1,74 @@
+"""Write a model folder that transformers and other programs read: weights in shards, configuration, tokenizer, side files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from core.storage import atomic_dir
+
+SHARD_BYTES = 5 * 10**9
+"""Tensors are gathered into files of at most this many bytes; a single larger tensor has a file of its own."""
+
+
+def write_model(
+    folder: Path | str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    generation: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    files: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder in one step, whole or not at all.
+
+    Args:
+        folder: new, empty, or an earlier folder of Quantscope, which is replaced.
+        tensors: by their names in the checkpoint.
+        config: content of `config.json`.
+        files: text of other files by name.
+    Raises: InputError E-PARAM-OUT, ResourceError E-DISK, as `atomic_dir`.
+    """
+    with atomic_dir(folder) as stage:
+        _write_shards(stage, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, shard_bytes)
+        (stage / "config.json").write_text(json.dumps(config, indent=1, default=_plain))
+        (stage / "generation_config.json").write_text(generation.to_json_string())
+        tokenizer.save_pretrained(stage)
+        for name, text in files.items():
+            (stage / name).write_text(text, encoding="utf-8")
+
+
+def _plain(value: object) -> str:
+    """Write torch's types as transformers does: "float32"."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"{type(value).__name__} is no JSON type")
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], limit: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    facts = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(facts, indent=1))
