@@ -133,6 +133,7 @@ class QuantizeReport(Report):
         unsaved: why it could not be saved, a sentence; None otherwise.
         base: label of the float model (`ModelInfo.label`) that was really quantised.
         caution: a warning to show where weight bits are compared; None where none is needed.
+        loads: whether an export loads in another program, and why not, by its name; None for a run of an earlier version.
     """
 
     key: str
@@ -151,6 +152,7 @@ class QuantizeReport(Report):
     unsaved: str | None = None
     base: str = ""
     caution: str | None = None
+    loads: dict[str, str] | None = None
 
     @property
     def fallbacks(self) -> list[str]:

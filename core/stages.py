@@ -29,6 +29,7 @@ from core.evaluation.run_report import RunEstimate
 from core.evaluation.shapes import shape_of_loaded
 from core.methods import method
 from core.methods.sequential import quantize_layers
+from core.models.export.fit import loads_in
 from core.models.io.quantized import already_quantized, modules_of
 from core.models.loaded import LoadedModel, context_of
 from core.privacy import text_record
@@ -127,6 +128,7 @@ def quantize(
         folder="",
         base=label_of(base),
         caution=caution_of(loaded),
+        loads=loads_in(loaded),
     )
     return loaded, report
 

@@ -8,6 +8,7 @@
     calibrations  two texts side by side      doctor     versions, tested ranges, backends
     sparsity      zeros of a BitNet model     recipe     a recipe as JSON, link, command
     sweep         many recipes, a row each    scores     accuracies on standard tasks
+    export        a folder for other programs
 
 Results go to stdout, as a table; `--json FILE` also writes one object (`-`: to stdout instead of the table). Exit code
 0; 2 when something given cannot be used, with one line on stderr: its code, the value, the rule and what to do; 130
@@ -31,6 +32,7 @@ from typing import Any, NoReturn
 
 from app.cli import verbs
 from app.cli.allocate import allocate
+from app.cli.export import export, export_options
 from app.cli.memory import memory
 from app.cli.output import Console, complain
 from app.cli.probe import calibrations, curve
@@ -326,6 +328,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),
     "curve": (curve, _curve, "Predict what one site costs by its number of clusters"),
     "calibrations": (calibrations, _calibrations, "Compare two calibration texts: ranges, clusters, divergence"),
+    "export": (export, export_options, "Write a quantised model in the format of another program"),
     "evaluate": (verbs.evaluate, _evaluate, "Measure perplexity, divergence from a reference, bytes and speed"),
     "generate": (verbs.generate, _generate, "Continue a prompt, streamed to stdout"),
     "compare": (verbs.compare, _compare, "Measure several models on the same text, the first being the reference"),

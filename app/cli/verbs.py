@@ -365,6 +365,7 @@ def _quantize_text(report: Any) -> str:
             ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
             ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
             *_caution(report),
+            *(report.loads or {}).items(),
         ]
     )
     text += "\nSignal to quantisation noise, dB\n"

@@ -80,7 +80,7 @@ class Keep:
         return {
             self.run: gr.update(choices=[(session.title(r), r.key) for r in runs], value=run.key if run else None),
             self.name: run.name if run else "",
-            self.command: cards.command(command_of(run.recipe)) if run is not None and run.recipe is not None else "",
+            self.command: _told(run) if run is not None else "",
             self.file: gr.update(visible=False),
         }
 
@@ -152,6 +152,12 @@ class Keep:
         report = job.results[0]
         run = session.add_run(Run(report.key, report.label, QuantRecipe.from_dict(report.recipe), report))
         yield {**self.render(session, run.key), **self.shown(session), **self.ctx.rest(session)}
+
+
+def _told(run: Run) -> str:
+    """Write the command that repeats a run, and the programs that load it."""
+    command = cards.command(command_of(run.recipe)) if run.recipe is not None else ""
+    return command + (cards.loads(run.quantize.loads) if run.quantize is not None else "")
 
 
 def packed_file(folder: str, name: str, limit: int) -> tuple[Path, int]:

@@ -107,6 +107,14 @@ def command(line: str) -> str:
     return f'<p class="qs-protocol">{escape(texts.KEEP_COMMAND)}</p><pre class="qs-command" tabindex="0">{escape(line)}</pre>'
 
 
+def loads(answers: dict[str, str] | None) -> str:
+    """Write which other programs load a run and why not; nothing for a run of an earlier version (`core.models.export.fit`)."""
+    if not answers:
+        return ""
+    rows = "".join(f"<p><b>{escape(program)}</b> <span>{escape(answer)}</span></p>" for program, answer in answers.items())
+    return f'<div class="qs-protocol"><p>{escape(texts.LOADS)}</p>{rows}</div>'
+
+
 def error_card(error: QuantscopeError) -> str:
     """Write an error in one sentence, with its code; a stop by the user is not shown as an error.
 
@@ -261,7 +269,7 @@ def run_summary(report: Any, title: str, place: int, verdict: str = "") -> str:
     ]
     exact = all(drawable(entry.output_sqnr_db) is None for entry in report.layers)
     notes = caution(texts.EXACT if exact else "") + caution(report.unsaved or "") + caution(report.caution or "")
-    return headed(title, place, verdict + figures(pairs) + notes)
+    return headed(title, place, verdict + figures(pairs) + notes + loads(report.loads))
 
 
 def headed(title: str, place: int, content: str) -> str:

@@ -273,6 +273,7 @@ KEEP_NO_FOLDER = (
     "The command below writes a folder."
 )
 KEEP_COMMAND = "The command that repeats this run:"
+LOADS = "Other programs that load it, by the verb export of the command line:"
 OPEN_PATH = "Quantised folder on this machine"
 OPEN_SAVED = "Open the folder"
 OPEN_ZIP = "Open a zip file (up to {})"

@@ -174,6 +174,7 @@ class FakeWorkbench(FakeProbe, FakeTernary):
             layers,
             [BackendUse("reference", "no CUDA device", 42)],
             str(Path(new_folder()) / recipe.hash),
+            loads={"vLLM": "no, because it is made up", "transformers": "yes, as transformers"},
         )
         with atomic_dir(report.folder) as stage:
             (stage / "weights.bin").write_bytes(bytes(100_000))

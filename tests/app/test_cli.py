@@ -55,7 +55,7 @@ def test_quantize_says_what_it_made(place):
     made = json.loads((place / "made.json").read_text())
     assert made["recipe"]["scheme"] == "W4A4" and made["recipe"]["clusters"]["R2"] == 2 and made["out"] == "made"
     assert made["weight_bytes"] < made["float_bytes"] and len(made["layers"]) == 2 and len(made["key"]) == 16
-    assert {p.name for p in (place / "made").iterdir()} >= {"quantscope.json", "model.safetensors", "manifest.json"}
+    assert {p.name for p in (place / "made").iterdir()} >= {"quantscope.json", "quantscope.safetensors", "manifest.json"}
 
 
 def test_evaluate_has_the_keys_of_the_contract(call):
@@ -143,7 +143,7 @@ def test_a_recipe_file_makes_the_same_model(call, place):
     for source in ("recipe.json", "made.json"):
         again = document(call, "quantize", "--recipe", source, "--out", "again")
         assert again["key"] == made["key"]
-    one, two = ((place / name / "model.safetensors").read_bytes() for name in ("made", "again"))
+    one, two = ((place / name / "quantscope.safetensors").read_bytes() for name in ("made", "again"))
     assert one == two
     other = document(
         call, "quantize", "--recipe", "recipe.json", "--method", "rtn", "--weights", "rtn", "--seed", 3, "--out", "again"

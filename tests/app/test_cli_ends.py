@@ -49,14 +49,14 @@ def test_an_interrupted_save_leaves_nothing(call, place, monkeypatch, fault, sta
 
 def test_an_interrupted_replacement_keeps_the_old_model(call, place, monkeypatch):
     module = importlib.import_module("core.models.io.quantized")
-    old = (place / "made" / "model.safetensors").read_bytes()
+    old = (place / "made" / "quantscope.safetensors").read_bytes()
 
     def torn(tensors, path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "save_file", torn)
     assert call("quantize", "--model", "base", *CALIBRATION, "--out", "made")[0] == 130
-    assert (place / "made" / "model.safetensors").read_bytes() == old
+    assert (place / "made" / "quantscope.safetensors").read_bytes() == old
 
 
 def test_a_fault_of_ours_is_named_by_an_id(call, monkeypatch):

@@ -138,7 +138,7 @@ def traps(place):
     (place / "foreign" / "notes.txt").write_text("mine")
     (place / "broken").mkdir()
     for path in (place / "made").iterdir():
-        if path.name != "model.safetensors":
+        if path.name != "quantscope.safetensors":
             (place / "broken" / path.name).write_bytes(path.read_bytes())
 
 

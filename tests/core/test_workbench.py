@@ -86,7 +86,7 @@ def test_a_damaged_saved_model_is_made_again(bench, cache, folder, damage):
     """The cache may be deleted or damaged at any time: quantising must not be stuck on it."""
     recipe = recipe_of(folder)
     report = bench.quantize(recipe)
-    weights, facts = Path(report.folder) / "model.safetensors", Path(report.folder) / "quantscope.json"
+    weights, facts = Path(report.folder) / "quantscope.safetensors", Path(report.folder) / "quantscope.json"
     if damage == "a byte":
         content = bytearray(weights.read_bytes())
         content[-10] ^= 255

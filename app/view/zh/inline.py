@@ -45,6 +45,9 @@ INLINE = {
     # names that Gradio makes of a slider's label, for screen readers
     "number input for {}": "{}的数字框",
     "range slider for {}": "{}的滑块",
+    # programs that load a run
+    "yes, as {}": "能，作为 {}",
+    "no, because {}": "不能，因为 {}",
     # facts of a channel and of clusters
     "Layer {#}": "第 {} 层",
     "channel {#}": "通道 {}",

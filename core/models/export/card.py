@@ -12,8 +12,8 @@ from core.models.io.catalog import catalogue
 from core.models.loaded import LoadedModel
 
 _LOADING = {
-    "compressed-tensors": "`pip install compressed-tensors`, then `AutoModelForCausalLM.from_pretrained(FOLDER)`. vLLM takes the folder "
-    "with `--dtype half`, if its kernels serve it (below).",
+    "compressed-tensors": "`pip install compressed-tensors`, then `AutoModelForCausalLM.from_pretrained(FOLDER)`. vLLM takes the "
+    "folder with `--dtype half`, if its kernels serve it (below).",
     "gguf": "`llama-cli -m model.gguf`, or any program built on llama.cpp.",
     "bitnet": "`AutoModelForCausalLM.from_pretrained(FOLDER)` of transformers.",
     "transformers": "`AutoModelForCausalLM.from_pretrained(FOLDER)`: plain float32 weights.",

@@ -7,7 +7,8 @@
 
 A word of 32 bits holds neighbouring codes of b bits, the first one in the lowest bits, as unsigned numbers; zero points are
 packed along the rows. Ŵ = scale * (code - zero point), as here; scales are stored in float32: products are then exact in it.
-Source: compressed-tensors 0.20 (compressors/pack_quantized, compressors/naive_quantized).
+transformers expects packed zero points unpacked unless `quantization_config` says "dequantize", and then reads all layers by one
+scheme. Source: compressed-tensors 0.20 (compressors/pack_quantized, compressors/naive_quantized), transformers 5.24.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from core.models.decoder import CausalModel
 from core.models.export.fit import schemes
-from core.models.export.scheme import INPUT_BITS, Scheme, static_input
+from core.models.export.scheme import INPUT_BITS, Scheme, packs_zero_points, static_input
 from core.models.export.unfold import other_tensors, projections
 from core.quant.linear.quant import QuantizedWeight
 from kernels import code_offset
@@ -44,7 +45,7 @@ def compressed_tensors(model: CausalModel) -> tuple[dict[str, Tensor], dict[str,
         parts = _weight_tensors(projection.weight, scheme)
         if scheme.inputs == "static":
             grid = static_input(model.blocks[index].linears()[fused])
-            parts |= {"input_scale": grid.scale, "input_zero_point": grid.zero_point.to(torch.int8)}
+            parts |= {"input_scale": grid.scale.clone(), "input_zero_point": grid.zero_point.to(torch.int8)}
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in parts.items()}
     return tensors, _config(named, floats)
 
@@ -54,7 +55,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     codes = nn.functional.pad(codes, (0, -codes.shape[1] % (32 // bits)))
     if bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    return codes.contiguous().view(torch.int32)
+    return codes.flatten().view(torch.int32).view(len(codes), -1)
 
 
 def _weight_tensors(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -102,6 +103,7 @@ def _config(named: dict[Scheme, list[str]], floats: list[str]) -> dict[str, Any]
     mixed = len({_format(scheme) for scheme in named}) > 1
     return {
         "quant_method": "compressed-tensors",
+        "dequantize": one and any(packs_zero_points(scheme) for scheme in named),
         "format": "mixed-precision" if mixed else "pack-quantized" if packed else "int-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,

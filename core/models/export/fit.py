@@ -14,9 +14,10 @@ from core.checks import FLOAT_BITS, require_choice
 from core.errors import InputError
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
-from core.models.export.gguf_tokenizer import pre_rule
-from core.models.export.scheme import Scheme, Unfit, input_kind, integer_range, scheme_of
+from core.models.export import FORMATS
+from core.models.export.scheme import Scheme, Unfit, input_kind, integer_range, packs_zero_points, scheme_of
 from core.models.export.unfold import column_order
+from core.models.io.gguf_tokenizer import rule_of
 from core.models.loaded import LoadedModel
 from core.quant.linear.base import LinearLayer
 from core.quant.linear.quant import QuantLinear
@@ -24,7 +25,6 @@ from core.quant.linear.ternary import TernaryLinear
 from core.quant.rotated import TokenQuantizer
 from core.quant.static import ActivationQuantizer
 
-FORMATS = ("compressed-tensors", "gguf", "bitnet", "transformers")
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """`general.architecture` by transformers' `model_type`: those that `core.models.io.gguf` reads back."""
 GGUF_BLOCK = 32
@@ -48,8 +48,8 @@ def require_fit(loaded: LoadedModel, fmt: str) -> list[str]:
 
 def differences(loaded: LoadedModel, fmt: str) -> list[str]:
     """List what differs in the exported model. Raises: Unfit where the format cannot hold it."""
-    if fmt == "gguf":
-        pre_rule(loaded.tokenizer)
+    if fmt == "gguf" and rule_of(loaded.tokenizer) is None:
+        raise Unfit("its tokenizer is no byte-level BPE that cuts text by a rule known here")
     return {"compressed-tensors": _compressed, "gguf": _gguf, "bitnet": _bitnet, "transformers": _transformers}[fmt](loaded.model)
 
 
@@ -91,8 +91,8 @@ def _answer(loaded: LoadedModel, program: str, formats: tuple[str, ...]) -> str:
     for fmt in formats:
         try:
             said = differences(loaded, fmt)
-            if program == "vLLM":
-                _vllm(loaded.model)
+            if fmt == "compressed-tensors":
+                _READERS[program](loaded.model)
         except Unfit as reason:
             reasons.append(str(reason))
             continue
@@ -122,6 +122,17 @@ def _vllm(model: CausalModel) -> None:
             raise Unfit(f"{where}: vLLM takes one scale per row beside 8-bit inputs, not groups of {scheme.group}")
         if scheme.group not in _MARLIN_GROUPS:
             raise Unfit(f"{where}: vLLM takes groups of 32, 64 or 128 columns, not of {scheme.group}")
+
+
+def _one_scheme(model: CausalModel) -> None:
+    """Refuse what transformers 5.24 reads by the scheme of the first layers alone (`core.models.export.compressed`)."""
+    found = set(filter(None, schemes(model).values()))
+    if len(found) > 1 and any(map(packs_zero_points, found)):
+        raise Unfit("its layers have several schemes with zero points, and transformers reads one")
+
+
+_READERS = {"vLLM": _vllm, "transformers": _one_scheme}
+"""Checks of what a program reads of compressed-tensors."""
 
 
 def _gguf(model: CausalModel) -> list[str]:

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from core.models.export.scheme import Unfit
-from core.models.io.gguf_tokenizer import cut_by
-
-RULES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")
-"""Names of `tokenizer.ggml.pre`, one for each known way to cut text into words."""
-
-
-def pre_rule(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the name of the rule by which a tokenizer cuts text. Raises: Unfit for another kind of tokenizer or rule."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    own = {} if backend is None else json.loads(backend.to_str())
-    kind = own.get("model") or {}
-    if kind.get("type") != "BPE" or kind.get("byte_fallback"):
-        raise Unfit("its tokenizer is not byte-level BPE")
-    for name in RULES:
-        other = Tokenizer(models.BPE())
-        cut_by(other, name)
-        known = json.loads(other.to_str())
-        if all(_core(own[part]) == _core(known[part]) for part in ("pre_tokenizer", "normalizer")):
-            return name
-    raise Unfit("its tokenizer cuts text by a rule that GGUF has no name for here")
+from core.models.io.gguf_tokenizer import rule_of
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Add the keys of a tokenizer.
+    """Add the keys of a tokenizer whose rule has a name (`rule_of`).
 
     Args: size: rows of the model's embedding; rows without a token get names of their own.
     """
@@ -42,7 +20,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: 
     added = {entry["id"]: TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED for entry in document["added_tokens"]}
     kinds = [added.get(index, TokenType.NORMAL if index in tokens else TokenType.UNUSED) for index in range(size)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_rule(tokenizer))
+    writer.add_tokenizer_pre(rule_of(tokenizer))
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(size)])
     writer.add_token_types(kinds)
     merges = document["model"]["merges"]
@@ -62,10 +40,3 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: 
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def _core(value: Any) -> Any:
-    """Return a part of a tokenizer's description without what changes offsets alone, or is off."""
-    if isinstance(value, dict):
-        return {name: _core(part) for name, part in value.items() if name != "trim_offsets"}
-    return [_core(part) for part in value] if isinstance(value, list) else value

@@ -43,6 +43,11 @@ class Scheme:
     inputs: str
 
 
+def packs_zero_points(scheme: Scheme) -> bool:
+    """Say whether a scheme stores zero points beside packed codes."""
+    return scheme.inputs == "float" and not scheme.symmetric
+
+
 def scheme_of(linear: LinearLayer, *, reordered: bool, sinks: int) -> Scheme | None:
     """Describe a layer; None where weight and input are float.
 

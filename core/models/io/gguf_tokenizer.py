@@ -9,10 +9,11 @@ wrong. Source of names and rules: github.com/ggml-org/llama.cpp, src/llama-vocab
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from core.errors import ModelError
 from core.models.io.foreign import tokenizer_errors
@@ -95,14 +96,36 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> Tokenizer:
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
         )
     )
-    cut_by(backend, name)
+    _cut_by(backend, rule)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def cut_by(backend: Tokenizer, name: str) -> None:
-    """Set how a tokenizer cuts text into words: the rule that `tokenizer.ggml.pre` calls `name`, a key of `_SPLITS`."""
-    rule = _SPLITS[name]
+def rule_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Find the name, of `tokenizer.ggml.pre`, of the rule by which a byte-level tokenizer cuts text; None where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = {} if backend is None else json.loads(backend.to_str())
+    kind = own.get("model") or {}
+    if kind.get("type") != "BPE" or kind.get("byte_fallback"):
+        return None
+    for name, rule in _SPLITS.items():
+        other = Tokenizer(models.BPE())
+        _cut_by(other, rule)
+        known = json.loads(other.to_str())
+        if all(_without_offsets(own[part]) == _without_offsets(known[part]) for part in ("pre_tokenizer", "normalizer")):
+            return name
+    return None
+
+
+def _without_offsets(value: Any) -> Any:
+    """Return a part of a tokenizer's description without what changes offsets alone."""
+    if isinstance(value, dict):
+        return {name: _without_offsets(part) for name, part in value.items() if name != "trim_offsets"}
+    return [_without_offsets(part) for part in value] if isinstance(value, list) else value
+
+
+def _cut_by(backend: Tokenizer, rule: str) -> None:
+    """Set how a tokenizer cuts text into words: a value of `_SPLITS`."""
     if rule in (_GPT2, _DIGITS):
         cuts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         if rule == _DIGITS:

@@ -1,10 +1,12 @@
 """Save and load a quantised model: one folder with everything, readable without the float model.
 
-    quantscope.json       format, recipe, report, and the structure of every layer (bits, clusters, shapes)
-    model.safetensors     tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>
+    quantscope.json         format, recipe, report, and the structure of every layer (bits, clusters, shapes)
+    quantscope.safetensors  tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>
     config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
-Tensor names are looked up in the structure, never used as attribute paths; every file is compared with its checksum.
+Tensor names are looked up in the structure, never used as attribute paths; every file is compared with its checksum. Other
+programs must not take such a folder for float weights and fill what they miss at random: `quantization_config` names a method
+that they do not know, and the weights do not have the name that transformers opens (earlier versions: `model.safetensors`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
 from core.models.io.origin import Origin
-from core.models.io.preflight.folder import check_files
+from core.models.io.preflight.folder import SAVED_WEIGHTS, WEIGHTS, check_files
+from core.models.io.preflight.other_tools import METHOD
 from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
@@ -96,8 +99,10 @@ def save_quantized(
         "layers": structure,
     }
     with atomic_dir(folder, replace=replace, private=private) as stage:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / "model.safetensors")
-        loaded.model.config.save_pretrained(stage)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / SAVED_WEIGHTS)
+        config = json.loads(loaded.model.config.to_json_string())
+        config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
+        (stage / "config.json").write_text(json.dumps(config, indent=1))
         (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
         loaded.tokenizer.save_pretrained(stage)
         (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
@@ -130,8 +135,10 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
     try:
         check_memory(check_files(path).nbytes, bytes_per_parameter=1)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):  # the layers hold these facts
+            del config.quantization_config
         adapter = adapter_for(config)
-        tensors = load_file(path / "model.safetensors")
+        tensors = load_file(next(path / name for name in WEIGHTS if (path / name).is_file()))
         model = _build(config, adapter, facts["layers"], tensors)
         model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
         tokenizer = load_tokenizer(path)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -39,18 +38,11 @@ def write_model(
     """
     with atomic_dir(folder) as stage:
         _write_shards(stage, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, shard_bytes)
-        (stage / "config.json").write_text(json.dumps(config, indent=1, default=_plain))
+        (stage / "config.json").write_text(json.dumps(config, indent=1))
         (stage / "generation_config.json").write_text(generation.to_json_string())
         tokenizer.save_pretrained(stage)
         for name, text in files.items():
             (stage / name).write_text(text, encoding="utf-8")
-
-
-def _plain(value: object) -> str:
-    """Write torch's types as transformers does: "float32"."""
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    raise TypeError(f"{type(value).__name__} is no JSON type")
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor], limit: int) -> None:

@@ -35,6 +35,9 @@ DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2
                "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 """Bytes per element of the accepted safetensors types."""
 
+SAVED_WEIGHTS = "quantscope.safetensors"
+WEIGHTS = ("model.safetensors", SAVED_WEIGHTS)
+"""Names of a single file of weights; the second is that of folders that Quantscope saves."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 """Prefixes that data-parallel training, torch.compile and models of several parts put before the names of all tensors."""
@@ -121,12 +124,13 @@ def check_files(folder: Path) -> FolderReport:
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
-    """Read the tensors of `model.safetensors`, or of the shards that its index names, by tensor name.
+    """Read the tensors of the single file of weights, or of the shards that an index names, by tensor name.
 
     Raises: ModelError: no safetensors (PICKLE or MISSING), or as `read_safetensors_header`.
     """
-    if (folder / "model.safetensors").exists():
-        return read_safetensors_header(regular_file(folder, "model.safetensors"))
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return read_safetensors_header(regular_file(folder, name))
     if not (folder / "model.safetensors.index.json").exists():
         raise _no_weights(sorted(path.name for path in folder.iterdir()))
     shards = _read_index(folder)

@@ -42,6 +42,8 @@ _TITLES = {
 }
 """Name for people by `quant_method`."""
 
+METHOD = "quantscope"
+"""`quant_method` of the folders that Quantscope saves."""
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SUFFIXES = (
     (r"\.g_idx", "gptq"),
@@ -66,6 +68,8 @@ def refuse_quantized_config(config: Mapping[str, Any]) -> None:
         if not stated:
             continue
         method = stated.get("quant_method") or stated.get("quant_algo") if isinstance(stated, Mapping) else None
+        if method == METHOD:
+            continue
         if method is None and isinstance(stated, Mapping) and {"group_size", "bits"} <= stated.keys():
             method = "mlx" if "quant_method" not in stated and key == "quantization" or "quantization" in config else None
         if method is None:

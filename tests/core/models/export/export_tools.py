@@ -7,6 +7,7 @@ from typing import Any
 
 from core.models.tiny import tiny_model
 from core.options import RotationOptions
+from core.overrides import Overrides
 from core.recipe import Bits, Clusters
 from tests.core.tools import Quantised, quantised
 
@@ -29,6 +30,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scheme": "custom",
         "bits": Bits(weights=4, **INPUTS),
         "rotation": RotationOptions(**PLAIN, group=0),
+    },
+    "mixed": {
+        **ROUNDED,
+        "scheme": "custom",
+        "bits": Bits(weights=3),
+        "overrides": Overrides.parse("layers.1.weights.down=6,layers.0.weights.up=16"),
     },
     "clusters": {"method": "rptq", "scheme": "W4A16"},
     "rotated": {"method": "rotation", "scheme": "W4A16"},

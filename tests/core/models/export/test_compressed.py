@@ -14,32 +14,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.models.export.export import export_model
+from core.models.export.fit import loads_in
 from core.models.export.unfold import projections
 from tests.core.models.export.export_tools import made
 from tests.core.tools import ARCHITECTURES, relative, tokens
 
-EXACT = ["W4A16", "W3A16", "W2A16", "W6A16", "W8A16", "groups", "one cluster", "official"]
+EXACT = ["W4A16", "W3A16", "W2A16", "W6A16", "W8A16", "groups", "one cluster", "official", "mixed"]
 INTEGER = ["W8A8 static", "W4A8 static", "W4A8 by token"]
 
 
-def scheme_by_name(folder: Path) -> tuple[QuantizationScheme, set[str]]:
-    """The only scheme that a folder states, and the layers that it leaves out."""
+def schemes_of(folder: Path) -> tuple[dict[str, QuantizationScheme], set[str]]:
+    """The schemes that a folder states by their targets, and the layers that it leaves out."""
     stated = json.loads((folder / "config.json").read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate({k: v for k, v in stated.items()})
-    (scheme,) = config.config_groups.values()
-    return scheme, set(config.ignore)
+    config = QuantizationConfig.model_validate({key: value for key, value in stated.items() if key != "dequantize"})
+    return {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}, set(config.ignore)
 
 
 def decompressed(folder: Path) -> dict[str, Tensor]:
     """Every quantised weight as compressed-tensors' own code unpacks it."""
-    scheme, _ = scheme_by_name(folder)
+    schemes, _ = schemes_of(folder)
     stored = load_file(folder / "model.safetensors")
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
     names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
     found = {}
     for name in names:
         own = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
-        found[name] = compressor.decompress(own, scheme)["weight"]
+        scheme = schemes.get(name) or schemes["Linear"]
+        found[name] = BaseCompressor.get_value_from_registry(scheme.format).decompress(own, scheme)["weight"]
     return found
 
 
@@ -64,8 +64,8 @@ def test_its_own_dequantiser_gives_our_weights(recipe, tmp_path):
 ])
 def test_the_scheme_says_what_is_stored(recipe, bits, symmetric, group, form, tmp_path):
     export_model(tmp_path / "out", made(recipe).loaded, "compressed-tensors")
-    scheme, ignored = scheme_by_name(tmp_path / "out")
-    weights = scheme.weights
+    schemes, ignored = schemes_of(tmp_path / "out")
+    scheme, weights = schemes["Linear"], schemes["Linear"].weights
     assert (weights.num_bits, weights.symmetric, weights.group_size, scheme.format) == (bits, symmetric, group, form)
     assert ignored == {"lm_head"}
 
@@ -79,13 +79,23 @@ def run(folder: Path, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("architecture", "recipe"), [
     *((architecture, "W4A16") for architecture in ARCHITECTURES),
-    *(("llama", recipe) for recipe in EXACT[1:] + INTEGER[:2]),
+    *(("llama", recipe) for recipe in (*EXACT[1:6], *INTEGER[:2], "mixed")),
 ])
 def test_transformers_gives_our_logits(architecture, recipe, tmp_path):
     q, ids = made(recipe, architecture), tokens(2, 21, seed=3)
     export_model(tmp_path / "out", q.loaded, "compressed-tensors")
     assert relative(run(tmp_path / "out", ids), q.model(ids).logits) <= 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == q.loaded.tokenizer("ab").input_ids
+
+
+def test_what_transformers_reads_by_one_scheme_ends_loudly(tmp_path):
+    """Whole rows, and groups of a head's 16 columns: zero points of two shapes."""
+    q = made("one cluster")
+    export_model(tmp_path / "out", q.loaded, "compressed-tensors")
+    assert len(schemes_of(tmp_path / "out")[0]) == 14
+    assert loads_in(q.loaded)["transformers"].startswith("yes, as transformers")
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_ranges_of_tokens_are_those_of_compressed_tensors(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from core.errors import ArtifactError, ModelError, QuantscopeError
 from core.evaluation.perplexity import Reference, hidden_windows, score
@@ -109,12 +109,12 @@ def test_mixed_layer_types_survive(tmp_path):
 def test_the_folder_needs_nothing_of_the_float_model(saved, made):
     assert {p.name for p in saved.iterdir()} >= {
         "quantscope.json",
-        "model.safetensors",
+        "quantscope.safetensors",
         "config.json",
         "manifest.json",
         "tokenizer.json",
     }
-    tensors = load_file(saved / "model.safetensors")
+    tensors = load_file(saved / "quantscope.safetensors")
     hidden = made.base.model.config.hidden_size
     floats = [k for k, t in tensors.items() if t.is_floating_point() and t.dim() == 2 and min(t.shape) >= hidden]
     assert all(k.startswith("shell.") for k in floats), "no float copy of a decoder weight"
@@ -165,13 +165,13 @@ def test_a_float_model_is_not_saved(tmp_path):
     assert caught.value.code == "E-CKPT-KIND" and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ("quantscope.json", "model.safetensors", "config.json", "manifest.json", "tokenizer.json"))
+@pytest.mark.parametrize("name", ("quantscope.json", "quantscope.safetensors", "config.json", "manifest.json", "tokenizer.json"))
 def test_a_missing_file_is_refused(saved, name):
     (saved / name).unlink()
     refused(saved)
 
 
-@pytest.mark.parametrize("name", ("quantscope.json", "model.safetensors", "config.json", "manifest.json"))
+@pytest.mark.parametrize("name", ("quantscope.json", "quantscope.safetensors", "config.json", "manifest.json"))
 @pytest.mark.parametrize("damage", ("cut", "empty", "longer"))
 def test_a_file_of_another_size_is_refused(saved, name, damage):
     content = (saved / name).read_bytes()
@@ -179,7 +179,7 @@ def test_a_file_of_another_size_is_refused(saved, name, damage):
     refused(saved)
 
 
-@pytest.mark.parametrize("name", ("quantscope.json", "model.safetensors", "config.json"))
+@pytest.mark.parametrize("name", ("quantscope.json", "quantscope.safetensors", "config.json"))
 def test_changed_bytes_of_equal_length_are_refused(saved, name):
     content = bytearray((saved / name).read_bytes())
     content[-30] ^= 1
@@ -198,9 +198,9 @@ def edit_json(name: str, change):
 
 def edit_tensors(change):
     def apply(stage: Path) -> None:
-        tensors = load_file(stage / "model.safetensors")
+        tensors = load_file(stage / "quantscope.safetensors")
         change(tensors)
-        save_file(tensors, stage / "model.safetensors")
+        save_file(tensors, stage / "quantscope.safetensors")
 
     return apply
 
@@ -339,3 +339,23 @@ def test_a_head_of_its_own_beside_a_flag_that_says_tied(source, tmp_path):
     reference = Reference("before", made.model.decoder.head, hidden_windows(made.model, windows))
     scored = score(back.model, windows, reference=reference)
     assert scored.kld_mean <= 1e-6 and torch.equal(back.model.decoder.head.weight, theirs.lm_head.weight)
+
+
+def test_other_programs_do_not_take_the_folder_for_float(saved):
+    """They would fill what they do not find at random."""
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    stated = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert stated["quant_method"] == "quantscope"
+
+
+def test_a_folder_of_an_earlier_version_is_read(made, saved):
+    def older(stage: Path) -> None:
+        (stage / "quantscope.safetensors").rename(stage / "model.safetensors")
+        config = json.loads((stage / "config.json").read_text())
+        del config["quantization_config"]
+        (stage / "config.json").write_text(json.dumps(config))
+
+    reseal(saved, older)
+    ids = tokens(2, 21, seed=1)
+    assert torch.equal(load_quantized(saved).model(ids).logits, made.model(ids).logits)

@@ -1,0 +1,35 @@
+"""The verb `export`: write a quantised model in the format of another program, or say why it does not fit."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from app.cli.output import Console, facts
+from app.view.figure import bytes_text
+from core.checks import require_choice
+from core.models.export import FORMATS
+
+
+def export_options(verb: ArgumentParser) -> None:
+    """Add the options of `export`."""
+    verb.add_argument("--model", required=True, metavar="RUN", help="a folder that quantize made, or a ternary model")
+    verb.add_argument("--format", required=True, metavar="F", help=", ".join(FORMATS))
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    verb.add_argument("--numbers", metavar="FILE", help="what evaluate --json measured on this model, for the card README.md")
+
+
+def export(args: Namespace, console: Console) -> None:
+    """Write a model as a folder in a format; what does not fit is refused with the reason."""
+    require_choice("format", args.format, FORMATS)
+    from core.models.export.card import read_numbers
+    from core.models.export.export import check_empty, export_model
+    from core.models.io.load import load_model
+
+    check_empty(args.out)
+    loaded = load_model(args.model, progress=console.progress)
+    numbers = None if args.numbers is None else read_numbers(args.numbers, loaded.label)
+    console.progress("Writing the exported model", None)
+    report = export_model(args.out, loaded, args.format, numbers=numbers)
+    lines = [("exported", f"{report.label} as {report.format}"), ("folder", f"{report.folder} ({bytes_text(report.nbytes)})")]
+    lines += [("differs", difference) for difference in report.differences or ["in nothing"]]
+    console.finish(report.to_dict(), facts([*lines, *report.loads.items()]))
