@@ -52,7 +52,7 @@ def write_gguf(path: Path, loaded: LoadedModel) -> None:
     ):
         add(value)
     _add_rope(writer, loaded)
-    add_tokenizer(writer, loaded.tokenizer, config.vocab_size)
+    add_tokenizer(writer, loaded.tokenizer, config.vocab_size, model.generation_config.eos_token_id)
     heads = {"q_proj": spec.heads, "k_proj": spec.kv_heads} if architecture == "llama" else {}
     for name, tensor in other_tensors(model).items():
         writer.add_tensor(stored_name(name), tensor.float().numpy())

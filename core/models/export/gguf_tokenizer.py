@@ -10,10 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from core.models.io.gguf_tokenizer import rule_of
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, stops: int | list[int] | None = None
+) -> None:
     """Add the keys of a tokenizer whose rule has a name (`rule_of`).
 
-    Args: size: rows of the model's embedding; rows without a token get names of their own.
+    Args:
+        size: rows of the model's embedding; rows without a token get names of their own.
+        stops: ids of the tokens that end a text; two are stated beside the tokenizer's own.
     """
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -35,6 +39,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: 
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             add(number)
+    others = [number for number in (stops if isinstance(stops, list) else []) if number != tokenizer.eos_token_id]
+    for number, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(number)
     ids = tokenizer("a").input_ids
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)

@@ -82,6 +82,9 @@ def input_kind(linear: LinearLayer, sinks: int) -> str:
         raise Unfit(f"its inputs have static ranges in {len(quantizer.scale)} clusters, and formats have one for all channels")
     if sinks:
         raise Unfit("static ranges leave out the first token, which stays in float here and would be clipped there")
+    zero, (qmin, qmax) = static_input(linear).zero_point, code_limits(INPUT_BITS)
+    if not qmin <= int(zero) <= qmax:
+        raise Unfit(f"the zero point of its inputs, {int(zero)}, lies off the grid of {INPUT_BITS} bits")
     return "static"
 
 

@@ -25,6 +25,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one cluster": {"method": "rptq", "scheme": "W4A16", "clusters": ONE},
     "W8A8 static": {**ROUNDED, "scheme": "custom", "bits": Bits(weights=8, **INPUTS)},
     "W4A8 static": {**ROUNDED, "scheme": "custom", "bits": Bits(weights=4, **INPUTS)},
+    "reordered static": {
+        "method": "rptq",
+        "variant": "official",
+        "segments": "aligned",
+        "scheme": "custom",
+        "bits": Bits(weights=4, **INPUTS),
+    },
     "W4A8 by token": {
         "method": "rotation",
         "scheme": "custom",
@@ -42,7 +49,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rotated W4A4": {"method": "rotation", "scheme": "W4A4"},
     "keys": {**ROUNDED, "scheme": "W3A3KV"},
     "4-bit inputs": {**ROUNDED, "scheme": "custom", "bits": Bits(weights=4, attn_in=4)},
-    "static clusters": {"method": "rptq", "scheme": "custom", "bits": Bits(weights=4, down_in=8)},
+    "static clusters": {
+        "method": "rptq",
+        "scheme": "custom",
+        "bits": Bits(weights=4, down_in=8),
+        "clusters": Clusters(1, 1, 1, 1, 32),
+    },
     "official": {"method": "rptq", "variant": "official", "scheme": "W4A16", "clusters": ONE},
     "ternary": {"method": "bitnet"},
 }

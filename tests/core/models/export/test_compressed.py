@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from core.models.export.export import export_model
 from core.models.export.fit import loads_in
@@ -20,7 +21,7 @@ from tests.core.models.export.export_tools import made
 from tests.core.tools import ARCHITECTURES, relative, tokens
 
 EXACT = ["W4A16", "W3A16", "W2A16", "W6A16", "W8A16", "groups", "one cluster", "official", "mixed"]
-INTEGER = ["W8A8 static", "W4A8 static", "W4A8 by token"]
+INTEGER = ["W8A8 static", "W4A8 static", "reordered static", "W4A8 by token"]
 
 
 def schemes_of(folder: Path) -> tuple[dict[str, QuantizationScheme], set[str]]:
@@ -49,8 +50,11 @@ def test_its_own_dequantiser_gives_our_weights(recipe, tmp_path):
     export_model(tmp_path / "out", q.loaded, "compressed-tensors")
     theirs = decompressed(tmp_path / "out")
     ours = {p.name: p.weight for p in projections(q.model, floats=True)}
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    floats = {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"} if recipe == "mixed" else set()
+    assert theirs.keys() == ours.keys() - floats
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert all(torch.equal(stored[f"{name}.weight"], ours[name]) for name in floats)
 
 
 @pytest.mark.parametrize(("recipe", "bits", "symmetric", "group", "form"), [
@@ -71,6 +75,9 @@ def test_the_scheme_says_what_is_stored(recipe, bits, symmetric, group, form, tm
 
 
 def run(folder: Path, ids: Tensor) -> Tensor:
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if stated["dequantize"] and "dequantize" not in inspect.signature(CompressedTensorsConfig.__init__).parameters:
+        pytest.skip("this version of transformers does not read packed zero points")
     theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.inference_mode():
@@ -79,13 +86,19 @@ def run(folder: Path, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("architecture", "recipe"), [
     *((architecture, "W4A16") for architecture in ARCHITECTURES),
-    *(("llama", recipe) for recipe in (*EXACT[1:6], *INTEGER[:2], "mixed")),
+    *(("llama", recipe) for recipe in (*EXACT[1:6], *INTEGER[:3], "mixed")),
 ])
 def test_transformers_gives_our_logits(architecture, recipe, tmp_path):
     q, ids = made(recipe, architecture), tokens(2, 21, seed=3)
     export_model(tmp_path / "out", q.loaded, "compressed-tensors")
     assert relative(run(tmp_path / "out", ids), q.model(ids).logits) <= 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == q.loaded.tokenizer("ab").input_ids
+
+
+def test_the_tests_above_undo_an_order_of_columns():
+    """One scale per row does not depend on the order in which RPTQ stores the columns."""
+    order = made("reordered static").blocks[0].norm1.order
+    assert not torch.equal(order, order.sort().values)
 
 
 def test_what_transformers_reads_by_one_scheme_ends_loudly(tmp_path):
@@ -111,4 +124,4 @@ def test_ranges_of_tokens_are_those_of_compressed_tensors(tmp_path):
     finally:
         for block, count in zip(q.blocks, sinks, strict=True):
             block.attention.sink_tokens = count
-    assert relative(run(tmp_path / "out", ids), expected) <= 5e-3
+    assert relative(run(tmp_path / "out", ids), expected) <= 1e-4

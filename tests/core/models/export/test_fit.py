@@ -38,6 +38,7 @@ REFUSED = [
     ("gguf", "clusters", "reordered columns"),
     ("gguf", "keys", "inside attention"),
     ("bitnet", "W4A16", "its weights are not ternary"),
+    ("bitnet", "clusters", "its weights are not ternary"),
 ]
 
 
@@ -52,6 +53,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(fmt, recipe, reason, tmp_p
 
 @pytest.mark.parametrize(("architecture", "overrides", "reason"), [
     ("opt", {}, "the architecture opt is not written"),
+    ("bitnet", {}, "SiLU in place of its squared ReLU"),
     ("mistral", {"sliding_window": 8}, "limited to a window"),
     ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary positions (dynamic)"),
     ("llama", {"intermediate_size": 80}, "layers.0.down: 80 columns are no multiple"),
@@ -138,9 +140,12 @@ def test_bitnet_folders_say_what_they_leave_out(tmp_path):
 
 def test_a_folder_with_files_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty: choose a new or empty one") as caught:
+    with pytest.raises(InputError, match=r"notes.txt\): choose a new or empty folder") as caught:
         export_model(tmp_path, made("W4A16").loaded, "gguf")
     assert caught.value.code == "E-PARAM-OUT" and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    export_model(tmp_path / "out", made("W4A16").loaded, "gguf")
+    with pytest.raises(InputError, match="'out' is not empty: choose a new or empty one"):
+        export_model(tmp_path / "out", made("W3A16").loaded, "gguf")
 
 
 @pytest.mark.parametrize("fmt", ["compressed-tensors", "gguf", "transformers"])

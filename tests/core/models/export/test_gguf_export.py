@@ -98,6 +98,13 @@ def test_rotary_positions_are_carried_over(rope, tmp_path):
     assert relative(read_back(tmp_path / "out").model(IDS).logits, q.model(IDS).logits) <= 1e-5
 
 
+def test_every_token_that_ends_a_text_is_carried_over(tmp_path):
+    base = tiny_model("llama")
+    base.model.generation_config.eos_token_id = [257, 258]
+    export_model(tmp_path / "out", quantised("llama", base=base, method="rtn", weights="rtn", scheme="W4A16").loaded, "gguf")
+    assert read_back(tmp_path / "out").model.generation_config.eos_token_id == [257, 258]
+
+
 def test_an_embedded_tokenizer_is_carried_over(tmp_path):
     """The embedding has three rows more than the tokenizer has tokens."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "quantscope-llama-6m")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from core.errors import ArtifactError, ModelError, QuantscopeError
 from core.evaluation.perplexity import Reference, hidden_windows, score
@@ -339,23 +339,3 @@ def test_a_head_of_its_own_beside_a_flag_that_says_tied(source, tmp_path):
     reference = Reference("before", made.model.decoder.head, hidden_windows(made.model, windows))
     scored = score(back.model, windows, reference=reference)
     assert scored.kld_mean <= 1e-6 and torch.equal(back.model.decoder.head.weight, theirs.lm_head.weight)
-
-
-def test_other_programs_do_not_take_the_folder_for_float(saved):
-    """They would fill what they do not find at random."""
-    with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(saved)
-    stated = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert stated["quant_method"] == "quantscope"
-
-
-def test_a_folder_of_an_earlier_version_is_read(made, saved):
-    def older(stage: Path) -> None:
-        (stage / "quantscope.safetensors").rename(stage / "model.safetensors")
-        config = json.loads((stage / "config.json").read_text())
-        del config["quantization_config"]
-        (stage / "config.json").write_text(json.dumps(config))
-
-    reseal(saved, older)
-    ids = tokens(2, 21, seed=1)
-    assert torch.equal(load_quantized(saved).model(ids).logits, made.model(ids).logits)
