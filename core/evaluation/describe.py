@@ -128,4 +128,6 @@ def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
         sites = {k: SiteError(**v) for k, v in entry["sites"].items()}
         weights = {k: WeightError(**{**v, "sqnr_db": decibels(v["sqnr_db"])}) for k, v in entry["weights"].items()}
         layers.append(LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights))
-    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]]})
+    loads = data.get("loads")  # of a folder that anybody may have written: texts to show, or nothing
+    loads = {str(k)[:40]: str(v)[:400] for k, v in loads.items()} if isinstance(loads, dict) else None
+    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]], "loads": loads})

@@ -1,4 +1,4 @@
-"""Write the model card of an exported folder: what it was made from and how, what was measured, how to load it."""
+"""Write the model card of an exported folder: origin, recipe, numbers, how to load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a quantised model as a folder in the format of another program; what does not fit is refused before."""
+"""Write a quantised model as a folder in the format of another program, or refuse it first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide which format a model fits, and say why where it does not: one place for the command line, the page and reports.
+"""Decide which format a model fits, or say why none: one place for command line, page and reports.
 
     compressed-tensors   weights of equal groups of neighbours or whole rows; inputs float, or 8 bits by tensor or token
     gguf                 such weights in float16 scales and groups of 32, or ternary ones; inputs float (llama.cpp rounds its own)
@@ -48,9 +48,11 @@ def require_fit(loaded: LoadedModel, fmt: str) -> list[str]:
 
 def differences(loaded: LoadedModel, fmt: str) -> list[str]:
     """List what differs in the exported model. Raises: Unfit where the format cannot hold it."""
+    checks = {"compressed-tensors": _compressed, "gguf": _gguf, "bitnet": _bitnet, "transformers": _transformers}
+    found = checks[fmt](loaded.model)
     if fmt == "gguf" and rule_of(loaded.tokenizer) is None:
         raise Unfit("its tokenizer is no byte-level BPE that cuts text by a rule known here")
-    return {"compressed-tensors": _compressed, "gguf": _gguf, "bitnet": _bitnet, "transformers": _transformers}[fmt](loaded.model)
+    return found
 
 
 def loads_in(loaded: LoadedModel) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Write a byte-level BPE tokenizer into the header of a GGUF file, as `core.models.io.gguf_tokenizer` reads it."""
+"""Write a byte-level BPE tokenizer into the header of a GGUF file, as `core/models/io` reads it."""
 
 from __future__ import annotations
 

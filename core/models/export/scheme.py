@@ -1,4 +1,4 @@
-"""Describe one quantised linear layer in the terms that deployment formats share, or say why none of them can.
+"""Describe one quantised linear layer in the terms that other formats share, or say why none of them can.
 
 A weight of b bits with zero point z has the integers c - z of its codes c: where they fit 4 or 8 signed bits it is symmetric
 there, and nothing is rounded. So 2 and 3 bits are stored in 4, and weights beside quantised inputs in 8.

@@ -1,4 +1,4 @@
-"""Write a model folder that transformers and other programs read: weights in shards, configuration, tokenizer, side files."""
+"""Write a model folder that other programs read: weights in shards, configuration, tokenizer."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import InputError, ResourceError
+from core.evaluation.describe import report_from_dict
 from core.models.export.card import model_card, read_numbers
 from core.models.export.export import export_model
 from core.models.export.fit import loads_in, require_fit
@@ -187,3 +188,11 @@ def test_the_card_of_an_embedded_model_has_its_licence():
     loaded = load_model(EMBEDDED.joinpath("quantscope-bitnet-b1.58-6m").name)
     card = model_card(loaded, "bitnet", facts={}, differences=[], loads={}, numbers=None)
     assert "Apache-2.0" in card and "Measured\n\nNothing" in card and "trained w1.58a8" in card
+
+
+@pytest.mark.parametrize(("stored", "read"), [({"vLLM": "no"}, {"vLLM": "no"}), (["vLLM"], None), (None, None)])
+def test_what_a_folder_says_of_programs_is_text_or_nothing(stored, read):
+    fields = {"key": "k", "recipe": {}, "label": "", "bits_description": "", "seconds": 0.0, "stages": {}, "calibration": ""}
+    sizes = {"effective_weight_bits": 4.0, "weight_bytes": 1, "float_bytes": 2, "layers": [], "backends": [], "folder": ""}
+    assert report_from_dict(fields | sizes | {"loads": stored}).loads == read
+    assert report_from_dict(fields | sizes).loads is None
