@@ -7,8 +7,9 @@
 
 A word of 32 bits holds neighbouring codes of b bits, the first one in the lowest bits, as unsigned numbers; zero points are
 packed along the rows. Ŵ = scale * (code - zero point), as here; scales are stored in float32: products are then exact in it.
-transformers expects packed zero points unpacked unless `quantization_config` says "dequantize", and then reads all layers by one
-scheme. Source: compressed-tensors 0.20 (compressors/pack_quantized, compressors/naive_quantized), transformers 5.24.
+transformers 5.24 expects packed zero points unpacked unless `quantization_config` says "dequantize", and then reads all layers by
+one scheme (5.14 reads them packed). Sources: compressed-tensors 0.20 (compressors/pack_quantized, compressors/naive_quantized),
+transformers 5.24.
 """
 
 from __future__ import annotations
