@@ -108,6 +108,16 @@ class RotationOptions:
         return ", ".join(parts) + (f", without {', '.join(off)}" if off else "")
 
 
+BASES = {
+    "original": RotationOptions(scale=False, rotate=False, key_mean=False),
+    "scaled": RotationOptions(rotate=False, key_mean=False),
+    "rotated": RotationOptions(),
+}
+"""Bases in which channels are observed, as the method "rotation" makes them: of keys, "rotated" takes the mean away too."""
+
+MASSIVE = 10.0
+"""Size of a token from which it is called massive at a site, as a multiple of the median token's."""
+
 Options = TypeVar("Options", BitNetOptions, RotationOptions)
 
 

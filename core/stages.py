@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from core.calibration.data import TextSource, calibration_tokens, fit_window
 from core.calibration.observe import observe_layers
-from core.calibration.report import RangesReport, SiteRanges
+from core.calibration.report import RangesReport, SiteRanges, TokenPeaks
 from core.calibration.states import KeptStates
 from core.errors import ModelError
 from core.evaluation.describe import (
@@ -28,14 +29,16 @@ from core.evaluation.run_estimate import Timing, estimate_run, time_layer
 from core.evaluation.run_report import RunEstimate
 from core.evaluation.shapes import shape_of_loaded
 from core.methods import method
+from core.methods.rotation.bases import observe_bases, token_peaks
 from core.methods.sequential import quantize_layers
 from core.models.export.fit import loads_in
 from core.models.io.quantized import already_quantized, modules_of
 from core.models.loaded import LoadedModel, context_of
+from core.options import BASES
 from core.privacy import text_record
 from core.progress import Progress, silent
-from core.quant.ranges import channel_ema
-from core.recipe import Calibration, QuantRecipe
+from core.quant.ranges import ChannelRanges, channel_ema
+from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import EvalReport, QuantizeReport
 
 
@@ -57,14 +60,54 @@ def observe(
     require_float(loaded, "inspect")
     start = time.perf_counter()
     tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
-    spec = loaded.adapter.spec(loaded.model.config)
-    sites = {}
+    sites: dict[str, SiteRanges] = {}
     for layer, ranges in enumerate(observe_layers(loaded.model, tokens, states=states, progress=progress)):
-        for kind, found in ranges.items():
-            block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
-            name = f"layers.{layer}.{kind}"
-            averages = [bound.numpy() for bound in channel_ema(found)]
-            sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
+        sites |= _site_ranges(loaded, layer, ranges)
+    return _ranges_report(loaded, calibration, tokens, source, sites, time.perf_counter() - start)
+
+
+def observe_in_bases(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    allow_local: bool = True,
+    progress: Progress = silent,
+) -> dict[str, RangesReport]:
+    """Measure ranges as `observe` does, and the size of tokens, in every basis of `core.options.BASES`. Raises: as `observe`."""
+    require_float(loaded, "inspect")
+    start = time.perf_counter()
+    tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
+    sites: dict[str, dict[str, SiteRanges]] = {name: {} for name in BASES}
+    peaks: dict[str, dict[str, TokenPeaks]] = {name: {} for name in BASES}
+    for layer, recorders in enumerate(observe_bases(loaded.model, tokens, progress=progress)):
+        for name, seen in recorders.items():
+            sites[name] |= _site_ranges(loaded, layer, seen.recorder.ranges())
+            peaks[name] |= {f"layers.{layer}.{kind}": token_peaks(loaded, tokens, seen, kind) for kind in SITES}
+    seconds = time.perf_counter() - start
+    plain = {name: _ranges_report(loaded, calibration, tokens, source, found, seconds) for name, found in sites.items()}
+    return {name: replace(report, basis=name, peaks=peaks[name]) for name, report in plain.items()}
+
+
+def _site_ranges(loaded: LoadedModel, layer: int, ranges: Mapping[str, ChannelRanges]) -> dict[str, SiteRanges]:
+    """Return the ranges of a layer's sites by name, without the sampled rows, which are large."""
+    spec, sites = loaded.adapter.spec(loaded.model.config), {}
+    for kind, found in ranges.items():
+        block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
+        name = f"layers.{layer}.{kind}"
+        averages = [bound.numpy() for bound in channel_ema(found)]
+        sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
+    return sites
+
+
+def _ranges_report(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    tokens: Tensor,
+    source: TextSource,
+    sites: dict[str, SiteRanges],
+    seconds: float,
+) -> RangesReport:
     return RangesReport(
         loaded.name,
         loaded.revision,
@@ -72,9 +115,9 @@ def observe(
         source.name,
         tokens.numel(),
         tokens.shape[1],
-        time.perf_counter() - start,
+        seconds,
         str(loaded.model.device),
-        spec.groups,
+        loaded.adapter.spec(loaded.model.config).groups,
         sites,
     )
 

@@ -35,6 +35,7 @@ from core.evaluation.token_report import TokensReport
 from core.evaluation.tokens import token_divergences
 from core.evaluation.windows import MAX_TOKENS, evaluation_windows
 from core.folders import state_of
+from core.methods.rotation.bases import basis_change
 from core.models.io import saved
 from core.models.io.load import load_model
 from core.models.io.quantized import load_quantized, read_description, save_quantized, weights_id
@@ -115,16 +116,18 @@ class Workbench(ProbeBench):
         site: str,
         channel: int,
         *,
+        basis: str = "original",
         revision: str | None = None,
         seed: int = 0,
         owner: str | None = None,
         progress: Progress = silent,
     ) -> ChannelDetail:
-        """Measure the histogram of one channel, and find the tokens at its extreme values."""
+        """Measure the histogram of one channel in a basis of `BASES`, and find the tokens at its extreme values."""
         loaded = self._get(model, revision, owner, progress)
         require_float(loaded, "inspect")
         tokens, _ = calibration_tokens(loaded, calibration, seed, self.allow_local)
-        return channel_detail(loaded, tokens, site, channel, states=self._kept_states(calibration.text), progress=progress)
+        states, change = self._kept_states(calibration.text), basis_change(basis)
+        return channel_detail(loaded, tokens, site, channel, change=change, states=states, progress=progress)
 
     def quantize(self, recipe: QuantRecipe, *, owner: str | None = None, progress: Progress = silent) -> QuantizeReport:
         """Quantise by recipe, keep the result in memory and in the cache, and describe it; a saved result is only loaded.
@@ -216,9 +219,7 @@ class Workbench(ProbeBench):
         """Compare a model with `reference` (another key) token by token on the start of a text."""
         other = self._get(reference, reference_revision, owner, progress)
         loaded = self._get(key, None, owner, progress)
-        return token_divergences(
-            loaded, other, text, tokens=tokens, key=key, allow_local=self.allow_local, progress=progress
-        )
+        return token_divergences(loaded, other, text, tokens=tokens, key=key, allow_local=self.allow_local, progress=progress)
 
     def generate(
         self,
@@ -280,8 +281,7 @@ class Workbench(ProbeBench):
 
     def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress = silent) -> SpeedLimit:
         """Measure the memory's bandwidth beside the bytes that a token reads: call it after `generate`."""
-        loaded = self._get(key, None, owner, progress)
-        return speed_limit(loaded.model, key)
+        return speed_limit(self._get(key, None, owner, progress).model, key)
 
     def model(
         self, key: str, *, revision: str | None = None, owner: str | None = None, progress: Progress = silent

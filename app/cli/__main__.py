@@ -43,6 +43,7 @@ from core.errors import InputError, QuantscopeError, ResourceError
 from core.evaluation.memory import PROJECTED
 from core.evaluation.roofline import GPUS
 from core.memory import is_out_of_memory
+from core.options import BASES
 from core.probe.report import CONTEXT
 from core.recipe import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 
@@ -191,6 +192,11 @@ def _inspect(verb: Parser) -> None:
     _calibration(verb)
 
 
+def _ranges(verb: Parser) -> None:
+    _inspect(verb)
+    verb.add_argument("--basis", metavar="B", help=f"{', '.join(BASES)}; lists the largest tokens too (default: original, without)")
+
+
 def _quantize(verb: Parser) -> None:
     verb.add_argument("--out", required=True, metavar="DIR", help="folder to write; any verb takes it as --model")
     verb.add_argument("--dry-run", action="store_true", help="only estimate what the run takes: seconds, memory, bytes")
@@ -322,7 +328,7 @@ def _sparsity(verb: Parser) -> None:
 
 VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[Parser], None], str]] = {
     "models": (verbs.models, _no_options, "List the models that can be named"),
-    "inspect": (verbs.inspect, _inspect, "Observe the range of every channel of every activation"),
+    "inspect": (verbs.inspect, _ranges, "Observe the range of every channel of every activation"),
     "recipe": (verbs.recipe, _recipe, "Write a recipe as JSON, link and command; nothing is loaded"),
     "quantize": (verbs.quantize, _quantize, "Quantise a model into a folder"),
     "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),

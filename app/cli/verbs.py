@@ -12,10 +12,13 @@ from typing import Any
 from app.cli.html import write_html
 from app.cli.output import Console, check_target, facts, table
 from app.cli.recipe import calibration_of, command_of, recipe_of
+from app.view import bases
+from app.view import texts_bases as words
 from app.view.figure import bytes_text, number, seconds_text
 from app.view.tables import quantile, share, with_error
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError, ResourceError
+from core.options import BASES
 from core.recipe import SITES, Calibration, QuantRecipe
 
 BACKENDS = ("auto", "reference", "int8", "int4", "triton")
@@ -73,13 +76,16 @@ def inspect(args: Namespace, console: Console) -> None:
     seed = parse_int("seed", args.seed or "0")
     QuantRecipe(args.model, seed=seed)  # its rules for seed and name
     _require_text(calibration.text, "calibration")
-    from core import load_model, observe
+    basis = args.basis and require_choice("basis", args.basis, tuple(BASES))
+    from core import load_model, observe, observe_in_bases
     from core.evaluation.describe import model_info
     from core.provenance import provenance
 
     loaded = load_model(args.model, device=args.device, progress=console.progress)
     info = model_info(loaded, 0.0)
-    report = observe(loaded, calibration, seed=seed, progress=console.progress)
+    observed = observe_in_bases if basis else observe
+    report = observed(loaded, calibration, seed=seed, progress=console.progress)
+    report = report[basis] if basis else report
     rows = []
     for kind in SITES:
         sites = [s for s in report.sites.values() if s.kind == kind]
@@ -95,12 +101,15 @@ def inspect(args: Namespace, console: Console) -> None:
                 f"{report.tokens:,} tokens of {report.text_name} in windows of "
                 f"{report.window}, {number(report.seconds)} s on {report.device}",
             ),
+            ("basis", report.basis),
             *_caution(info),
         ]
     )
     text += "\n" + table(["site", "layers", "channels", "smallest", "largest"], rows)
     text += "\nWidest channels, relative to their site's median width\n"
     text += table(["site", "channel", "min", "max", "× median"], widest)
+    if report.peaks:
+        text += f"\n{words.TOKENS}\n" + table(words.TOKEN_HEADERS, bases.token_rows(report.massive_tokens(OUTLIERS_SHOWN)))
     origin = {name: getattr(info, name) for name in ("label", "source", "precision", "lossy_source", "caution")}
     console.finish(report.to_dict() | origin | {"provenance": provenance()}, text)
 

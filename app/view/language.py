@@ -11,9 +11,20 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from app.view import texts, texts_divergence, texts_groups, texts_guide, texts_layers, texts_memory, texts_report, texts_rotation
+from app.view import (
+    texts,
+    texts_bases,
+    texts_divergence,
+    texts_groups,
+    texts_guide,
+    texts_layers,
+    texts_memory,
+    texts_report,
+    texts_rotation,
+)
 from app.view.zh import inline
 from app.view.zh import texts as zh_texts
+from app.view.zh import texts_bases as zh_bases
 from app.view.zh import texts_divergence as zh_divergence
 from app.view.zh import texts_groups as zh_groups
 from app.view.zh import texts_guide as zh_guide
@@ -24,6 +35,7 @@ from app.view.zh import texts_rotation as zh_rotation
 
 MODULES = (
     (texts, zh_texts),
+    (texts_bases, zh_bases),
     (texts_divergence, zh_divergence),
     (texts_groups, zh_groups),
     (texts_guide, zh_guide),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from core.calibration.observe import embed
+from core.calibration.observe import BlockInputs, embed
 from core.calibration.report import ChannelDetail, TokenExtreme
 from core.calibration.states import KeptStates, Pass
 from core.errors import InputError
+from core.models.block import DecoderBlock
 from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.recipe import SITES
+
+Change = Callable[[DecoderBlock, list[Tensor], list[BlockInputs], str], Callable[[Tensor], Tensor]]
+"""Is given a block, the hidden states that enter it, and one of its sites; returns a change of basis of that site."""
 
 EXTREMES = 5
 CONTEXT = 12
@@ -32,6 +37,7 @@ def channel_detail(
     site: str,
     channel: int,
     *,
+    change: Change | None = None,
     states: KeptStates | None = None,
     progress: Progress = silent,
 ) -> ChannelDetail:
@@ -40,13 +46,14 @@ def channel_detail(
     Args:
         site: "layers.<i>.<kind>".
         channel: index in the original order.
+        change: makes the function from the site's values [B, T, C] to those in the basis that the channel is one of.
         states: hidden states of earlier passes, from which this one starts where it can; those computed here are added. The
             result is the same, bit for bit.
     Raises: InputError for a site or channel that does not exist.
     """
     layer, kind = _parse(loaded, site, channel)
     passed = (states or KeptStates(1)).of(loaded.model, windows, len(loaded.model.blocks))
-    values = _values(loaded, windows, passed, layer, kind, channel, progress)  # [S, T]
+    values = _values(loaded, windows, passed, layer, kind, channel, change, progress)  # [S, T]
     flat = values.flatten()
     counts, edges = torch.histogram(flat, bins=BINS)
     order = flat.argsort()
@@ -61,7 +68,7 @@ def channel_detail(
         float(flat.abs().mean()),
         [int(c) for c in counts],
         [float(e) for e in edges],
-        [_extreme(loaded, windows, values, index) for index in picked],
+        [token_at(loaded, windows, index, float(flat[index])) for index in picked],
     )
 
 
@@ -79,7 +86,14 @@ def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
 
 
 def _values(
-    loaded: LoadedModel, windows: Tensor, passed: Pass, layer: int, kind: str, channel: int, progress: Progress
+    loaded: LoadedModel,
+    windows: Tensor,
+    passed: Pass,
+    layer: int,
+    kind: str,
+    channel: int,
+    change: Change | None,
+    progress: Progress,
 ) -> Tensor:
     """Return the channel's values [S, T] on the CPU, where histograms are made."""
     blocks, inputs = loaded.model.blocks, embed(loaded.model, windows)
@@ -89,9 +103,10 @@ def _values(
         hidden = [blocks[index](h, item.rotary) for h, item in zip(hidden, inputs, strict=True)]
         passed.keep(index + 1, hidden)
     seen: list[Tensor] = []
+    changed = None if change is None else change(blocks[layer], hidden, inputs, kind)
 
     def look(x: Tensor) -> None:
-        seen.append(x[..., channel].clone())
+        seen.append((x if changed is None else changed(x))[..., channel].clone())
         raise _Found
 
     for h, item in zip(hidden, inputs, strict=True):
@@ -100,12 +115,13 @@ def _values(
     return torch.cat(seen).cpu()
 
 
-def _extreme(loaded: LoadedModel, windows: Tensor, values: Tensor, index: int) -> TokenExtreme:
+def token_at(loaded: LoadedModel, windows: Tensor, index: int, value: float) -> TokenExtreme:
+    """Describe the token at place `index` of windows [S, T], counted through all of them, with a value that it has."""
     row, position = divmod(index, windows.shape[1])
     ids = windows[row].tolist()
     decode = loaded.tokenizer.decode
     return TokenExtreme(
-        float(values[row, position]),
+        value,
         decode(ids[position : position + 1]),
         decode(ids[max(0, position - CONTEXT) : position]),
         decode(ids[position + 1 : position + 1 + CONTEXT]),

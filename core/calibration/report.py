@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ class SiteRanges:
         """Whether `low` and `high` are the moving averages, as in what `averaged` returns."""
         return self.ema_low is not None and self.low is self.ema_low
 
+    @property
+    def outlier_ratio(self) -> float:
+        """The site's largest absolute value over the width of its median channel."""
+        largest = max(abs(float(self.low.min())), abs(float(self.high.max())))
+        return largest / max(float(np.median(self.high - self.low)), 1e-12)
+
     def to_dict(self) -> dict[str, list[float]]:
         """Return the ranges as JSON types, one number per channel."""
         arrays = {"min": self.low, "max": self.high, "ema_min": self.ema_low, "ema_max": self.ema_high}
@@ -59,6 +65,39 @@ class Outlier:
 
 
 @dataclass(frozen=True)
+class TokenExtreme:
+    """A token at which a channel is extreme, or all channels of a site together, with the text around it."""
+
+    value: float
+    token_text: str
+    context_before: str
+    context_after: str
+    position: int
+
+
+@dataclass(frozen=True)
+class TokenPeaks:
+    """The size of tokens at one site: a token's peak is the largest absolute value of its channels.
+
+    Attributes:
+        tokens: their number. median: of their peaks.
+        power: mean square of the values of a token, the median over all tokens.
+        massive: number of tokens whose peak is more than `MASSIVE` times the median.
+        largest: the tokens of the largest peaks, the largest first; `value` is the peak.
+    """
+
+    tokens: int
+    median: float
+    power: float
+    massive: int
+    largest: list[TokenExtreme]
+
+    def ratio(self, token: TokenExtreme) -> float:
+        """Return the peak of a token over that of the median token."""
+        return token.value / max(self.median, 1e-12)
+
+
+@dataclass(frozen=True)
 class RangesReport:
     """Ranges of every site on one text.
 
@@ -66,6 +105,7 @@ class RangesReport:
         calibration: the Calibration as a dict; text_name, tokens, window: what was really observed.
         sites: by name, in layer order.
         groups: query heads per key/value head, needed to cluster R2 and R3.
+        basis: of the channels, a name of `core.options.BASES`. peaks: of the tokens by site, empty where they were not observed.
     """
 
     model: str
@@ -78,6 +118,8 @@ class RangesReport:
     device: str
     groups: int
     sites: dict[str, SiteRanges]
+    basis: str = "original"
+    peaks: dict[str, TokenPeaks] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -104,6 +146,11 @@ class RangesReport:
                 )
         return sorted(found, key=lambda o: -o.ratio)[:n]
 
+    def massive_tokens(self, n: int = 20) -> list[tuple[SiteRanges, TokenExtreme, float]]:
+        """List the `n` tokens with the largest peak relative to their site's median token: (site, token, ratio)."""
+        found = [(self.sites[name], t, entry.ratio(t)) for name, entry in self.peaks.items() for t in entry.largest]
+        return sorted(found, key=lambda row: -row[2])[:n]
+
     def heatmap(self, kind: str) -> np.ndarray:
         """Return log10 of each channel's largest absolute value, [L, C] float32."""
         rows = [np.maximum(np.abs(e.low), np.abs(e.high)) for e in self.sites.values() if e.kind == kind]
@@ -120,20 +167,11 @@ class RangesReport:
             "window": self.window,
             "seconds": self.seconds,
             "device": self.device,
+            "basis": self.basis,
             "site_kinds": list(SITES),
             "sites": {name: entry.to_dict() for name, entry in self.sites.items()},
+            "tokens_at": {name: asdict(entry) for name, entry in self.peaks.items()},
         }
-
-
-@dataclass(frozen=True)
-class TokenExtreme:
-    """A token at which a channel is extreme, with the text around it."""
-
-    value: float
-    token_text: str
-    context_before: str
-    context_after: str
-    position: int
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def watch_layer(
     block: DecoderBlock,
     hidden: list[Tensor],
     inputs: list[BlockInputs],
-    recorders: Sequence[Recorder],
+    recorders: Sequence[Callable[[str, Tensor], None]],
     tell: Callable[[float], None] = lambda part: None,
     *,
     softmax_bits: int = FLOAT_BITS,

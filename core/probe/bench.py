@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from core.calibration.data import calibration_tokens
+from core.calibration.report import RangesReport
 from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.run_estimate import time_layer, timed_recipe
@@ -42,7 +43,7 @@ from core.probe.statistics import Observed, Statistics, collect_statistics, dige
 from core.probe.store import Cut, ProbeStore
 from core.progress import Progress, part, silent
 from core.recipe import OPTIONS, Calibration, Overrides, QuantRecipe
-from core.stages import require_float, run_estimate
+from core.stages import observe_in_bases, require_float, run_estimate
 
 PROBE_WINDOW = 256
 BUILD_TIME = 0.6
@@ -64,7 +65,7 @@ class Instrument:
 
 
 class ProbeBench(ABC):
-    """The methods of a workbench that predict and measure on a probe. All take the same options:
+    """The methods of a workbench that predict and measure on a probe, and `bases`. Those on a probe take the same options:
 
     Args:
         recipe: what to predict or measure; its model is the one probed, its calibration the one that plans are made on.
@@ -80,6 +81,20 @@ class ProbeBench(ABC):
     @abstractmethod
     def _get(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> LoadedModel:
         """Return the loaded model of a key that `owner` may use."""
+
+    def bases(
+        self,
+        model: str,
+        calibration: Calibration,
+        *,
+        revision: str | None = None,
+        seed: int = 0,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> dict[str, RangesReport]:
+        """Measure ranges and the size of tokens in every basis; see `core.stages.observe_in_bases`."""
+        loaded = self._get(model, revision, owner, progress)
+        return observe_in_bases(loaded, calibration, seed=seed, allow_local=self.allow_local, progress=progress)
 
     def probe(
         self,

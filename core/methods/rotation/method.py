@@ -237,11 +237,8 @@ def half_way(weight: Tensor, hessian: Tensor, shift: Tensor) -> Tensor:
 def _plan_site(stats: LayerStatistics, site: str, key: SiteKey, spec: BlockSpec) -> RotatedPlan:
     options, changes = key.rest
     rows, width = stats.calibrated[site].rows, spec.width(site)
-    basis = _basis(stats, site, options, spec) if changes else Basis()
+    basis = site_basis(stats, site, options, spec) if changes else Basis()
     rows = basis.to(rows)
-    if site == "k" and changes and options.key_mean:
-        basis = Basis(basis.scale, basis.block, rows.mean(0))
-        rows = rows - basis.mean
     own = {"basis": basis, "folded": site in PER_HEAD or (site == "o_in" and not spec.sub_norms)}
     whole, step = torch.tensor([0, width]), options.group or width
     groups = torch.tensor([*range(0, width, step), width])
@@ -285,8 +282,15 @@ def _rounding(plan: RotatedPlan, site: str, spec: BlockSpec) -> Fake:
     return lambda x: rounded(x.unflatten(-1, (-1, spec.head_dim))).flatten(-2)
 
 
-def _basis(stats: LayerStatistics, site: str, options: RotationOptions, spec: BlockSpec) -> Basis:
-    """Choose scale and rotation of one site."""
+def site_basis(stats: LayerStatistics, site: str, options: RotationOptions, spec: BlockSpec) -> Basis:
+    """Choose scale and rotation of one site, and the mean that is subtracted from keys."""
+    basis = _scale_and_rotation(stats, site, options, spec)
+    if site != "k" or not options.key_mean:
+        return basis
+    return replace(basis, mean=basis.to(stats.calibrated[site].rows).mean(0))
+
+
+def _scale_and_rotation(stats: LayerStatistics, site: str, options: RotationOptions, spec: BlockSpec) -> Basis:
     scale = _scale(stats, site, spec) if options.scale else None
     if not options.rotate or (site == "v" and spec.sub_norms):
         return Basis(scale)

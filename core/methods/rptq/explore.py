@@ -68,6 +68,15 @@ class ClusterView:
 
 
 @dataclass(frozen=True)
+class GridNoise:
+    """Rounding noise of one site over the power of its median token: with one grid, with clusters, with a grid per channel."""
+
+    tensor: float
+    clusters: float
+    channels: float
+
+
+@dataclass(frozen=True)
 class ErrorCurve:
     """Predicted error by number of clusters, relative to one scale for the whole tensor.
 
@@ -112,6 +121,17 @@ def recluster(report: RangesReport, site: str, clusters: Clusters, *, bits: int 
         _relative(entry, order, offsets),
         time.perf_counter() - start,
     )
+
+
+def grid_noise(report: RangesReport, view: ClusterView) -> GridNoise:
+    """Predict the rounding noise of a clustering, step² / 12, in a report that has `peaks`.
+
+    The power of the median token is what a rotation keeps, and what massive tokens do not change.
+    """
+    entry, width = _entry(report, view.site), len(view.low)
+    (step,), _ = _scales(view.low.min(keepdims=True), view.high.max(keepdims=True), view.bits)
+    one = float(step) ** 2 / 12 / max(report.peaks[view.site].power, 1e-24)
+    return GridNoise(one, one * view.predicted_error, one * _relative(entry, np.arange(width), np.arange(width + 1)))
 
 
 def error_curve(report: RangesReport, site: str, *, bits: int = 4) -> ErrorCurve:
