@@ -51,7 +51,7 @@ UNCHANGED = {"__type__": "update"}
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Options of events that only redraw or start a job, so that none of them waits for a job."""
 LIGHT_METHODS = {"load", "observe", "channel", "probe", "predict", "measure", "swap"}
-LIGHT_METHODS |= {"allocate", "smallest_g", "curve", "calibrations", "estimate"}
+LIGHT_METHODS |= {"allocate", "smallest_g", "curve", "calibrations", "estimate", "bases"}
 log = logging.getLogger("quantscope.page")
 
 

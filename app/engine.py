@@ -46,6 +46,13 @@ def error_curve(report: Any, site: str, *, bits: int = 4) -> Any:
     return derived.get(report, ("curve", site, bits), lambda: compute(report, site, bits=bits))
 
 
+def grid_noise(report: Any, view: Any) -> Any:
+    """Predict the rounding noise of a clustering beside the power of the median token."""
+    from core import grid_noise as compute
+
+    return compute(report, view)
+
+
 def channel_grid(name: str, detail: Any, ranges: dict[str, tuple[float, float]]) -> Any:
     """Return the levels of a grid over the values of a channel (ChannelDetail)."""
     from core.quant.levels import channel_grid as compute

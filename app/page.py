@@ -361,7 +361,7 @@ class Page:
         session.info, session.ranges = results
         model = session.info.name
         session.models[model] = session.info
-        session.calibration, session.channel = calibration, None
+        session.calibration, session.channel, session.bases = calibration, None, None
         session.base_run(model, state_of(model))
         widest = session.ranges.outliers(1)[0]
         chosen = session.selection

@@ -100,7 +100,8 @@ class Run:
 
 @dataclass
 class Selection:
-    """The place in the model that the visitor looks at, shared by the Explore and Reorder tabs; `everywhere`: in all layers."""
+    """The place in the model that the visitor looks at, shared by the Explore and Reorder tabs; `everywhere`: in all layers;
+    `basis`: a name of `app.view.texts_bases.VIEWS`."""
 
     layer: int = 0
     kind: str = "down_in"
@@ -110,6 +111,7 @@ class Selection:
     linear: bool = False
     same_axes: bool = False
     averaged: bool = False
+    basis: str = "original"
     everywhere: bool = False
 
     @property
@@ -144,6 +146,7 @@ class Session:
     Attributes:
         browser, address: whose session it is, see `app.door.visitor`.
         models: facts of every model opened or quantised, by name; `info` are those of the current one.
+        bases: `ranges` in every basis (RangesReport by name), None until a visitor asks for them.
         jobs: the task that follows the running job of each kind.
         handlers: tasks of this session that may still post updates; those of `jobs` are among them.
         pages: the pages that show this session, by Gradio's name for them (`request.session_hash`); under "" updates wait
@@ -164,6 +167,7 @@ class Session:
     info: Any = None
     models: dict[str, Any] = field(default_factory=dict)
     ranges: Any = None
+    bases: Any = None
     calibration: Calibration | None = None
     channel: Any = None
     selection: Selection = field(default_factory=Selection)
@@ -232,7 +236,8 @@ class Session:
     @property
     def bytes(self) -> int:
         """Bytes of the session's observed ranges, which are nearly all that it keeps."""
-        sites = getattr(self.ranges, "sites", {}).values()
+        reports = (self.ranges, *(self.bases or {}).values())
+        sites = [site for report in reports for site in getattr(report, "sites", {}).values()]
         return sum(getattr(value, "nbytes", 0) for site in sites for value in vars(site).values())
 
     @property

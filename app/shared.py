@@ -16,9 +16,9 @@ from typing import Any
 
 from app.worker.job import JobView
 
-CAPACITY = {"ranges": 24}
+CAPACITY = {"ranges": 24, "bases": 8}
 OTHERS = 512
-"""Reports kept of each other kind; ranges of a large model take some 10 MB, any other report a few kilobytes."""
+"""Reports kept of each other kind; ranges of a large model take some 10 MB in each basis, any other report a few kilobytes."""
 
 DERIVED_BYTES = 48 * 1024**2
 OBJECT_BYTES = 32 * 1024

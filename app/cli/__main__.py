@@ -194,7 +194,8 @@ def _inspect(verb: Parser) -> None:
 
 def _ranges(verb: Parser) -> None:
     _inspect(verb)
-    verb.add_argument("--basis", metavar="B", help=f"{', '.join(BASES)}; lists the largest tokens too (default: original, without)")
+    told = f"one of {', '.join(BASES)}: lists the largest tokens too (default: original, without)"
+    verb.add_argument("--basis", metavar="B", help=told)
 
 
 def _quantize(verb: Parser) -> None:

@@ -10,8 +10,9 @@ import gradio as gr
 from app import engine
 from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
+from app.tabs.bases import Bases, basis_of, channel_at, heatmaps_of, is_waiting, panels_of, shown_ranges
 from app.tabs.grids import GridChoice
-from app.view import cards, plots_clusters, tables, texts
+from app.view import cards, plots_bases, plots_clusters, tables, texts, texts_bases
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, Table, picked_row, sent, written
 from app.view.figure import note
@@ -48,6 +49,8 @@ class Explore:
                     self.linear = gr.Checkbox(False, label=texts.LINEAR, container=False, elem_id="linear")
                     self.same_axes = gr.Checkbox(False, label=texts.SAME_AXES, container=False, elem_id="same-axes")
                     self.averaged = gr.Checkbox(False, label=texts.AVERAGED, container=False, elem_id="averaged")
+            with gr.Row(elem_classes="qs-controls qs-card"):
+                self.bases = Bases(ctx, "explore")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=300):
                     self.scatter = Chart(note(texts.STARTING), label=texts.SCATTER_LABEL, height=400, elem_id="scatter")
@@ -60,9 +63,12 @@ class Explore:
                         self.histogram = Chart(None, label=texts.HISTOGRAM_LABEL, height=200, elem_id="histogram")
                         self.tokens = gr.HTML("", elem_id="tokens", apply_default_css=False)
                     self.outliers = Table(label=texts.OUTLIERS, elem_id="outliers", elem_classes="qs-card")
+            self.bases.card.render()
             self.forward = gr.Button(texts.TO_REORDER, elem_classes="qs-next", elem_id="to-reorder")
             with gr.Accordion(texts.LEARN_EXPLORE_TITLE, open=False):
                 gr.Markdown(texts.LEARN_EXPLORE)
+            with gr.Accordion(texts_bases.LEARN_TITLE, open=False):
+                gr.Markdown(texts_bases.LEARN)
 
     @property
     def selectors(self) -> set:
@@ -73,7 +79,8 @@ class Explore:
     def outputs(self) -> list:
         """Components that a new selection changes."""
         charts = [self.scatter, self.heatmap, self.histogram]
-        return [*self.selectors, *charts, self.outliers, self.channel, self.facts, self.tokens]
+        read = [self.outliers, self.channel, self.facts, self.tokens]
+        return [*self.selectors, *charts, *read, *self.bases.outputs]
 
     def take(self, session: Session, values: Updates) -> None:
         """Store the selectors' values in the session. Raises: InputError if one is out of range."""
@@ -93,26 +100,40 @@ class Explore:
         report, chosen = session.ranges, session.selection
         if report is None:
             return {self.scatter: no_ranges(session), self.heatmap: note(""), self.outliers: ""}
-        site_of(session)
+        shown = {**self.controls(session), **self.bases.render(session, site_of(session).site)}
+        if is_waiting(session):
+            return {**shown, self.scatter: note(texts_bases.WAIT), self.heatmap: note(""), self.outliers: ""}
         return {
-            **self.controls(session),
+            **shown,
             **engine.derived.get(report, (self._draw, chosen.key), lambda: written(self._draw(session))),
         }
 
     def _draw(self, session: Session) -> Updates:
         """Draw the charts and the list; everybody with the same ranges and selection sees the same."""
-        report, chosen = session.ranges, session.selection
-        outliers = tables.outlier_rows(report.outliers(LISTED))
+        report, chosen = shown_ranges(session), session.selection
+        maps, named = heatmaps_of(session), f"{report.model}/{chosen.kind}/{chosen.basis}"
+        outliers = cards.table(
+            texts.OUTLIER_HEADERS, tables.outlier_rows(report.outliers(LISTED)), pick=True, caption=texts.OUTLIERS
+        )
+        if chosen.basis == "all":
+            panels = panels_of(session, site_of(session).site)
+            return {
+                self.scatter: plots_bases.scatters(panels, linear=chosen.linear, revision=revision(session, "scatter")),
+                self.heatmap: plots_bases.heatmaps(maps, layer=chosen.layer, revision=named),
+                self.outliers: outliers,
+            }
+        reordered = chosen.basis == "reordered"
+        view = engine.recluster(report, site_of(session).site, chosen.clusters, bits=chosen.bits) if reordered else None
         return {
-            self.scatter: scatter(session),
+            self.scatter: scatter(session, view),
             self.heatmap: plots.heatmap(
-                report.heatmap(chosen.kind),
+                maps[chosen.basis],
                 kind_label=texts.SITE_LABELS[chosen.kind],
                 layer=chosen.layer,
-                channel=chosen.channel,
-                revision=f"{report.model}/{chosen.kind}",
+                channel=None if reordered else chosen.channel,
+                revision=named,
             ),
-            self.outliers: cards.table(texts.OUTLIER_HEADERS, outliers, pick=True, caption=texts.OUTLIERS),
+            self.outliers: outliers,
         }
 
     def controls(self, session: Session) -> Updates:
@@ -160,6 +181,7 @@ class Explore:
         ctx.on(self.outliers.select, self.clicked_row, {ctx.key}, outputs)
         for event in (self.channel.submit, self.channel.blur):
             ctx.on(event, self.typed, {ctx.key, self.channel}, outputs)
+        ctx.on(self.bases.view.input, self.switched, {ctx.key, self.bases.view}, outputs)
 
     def moved(self, values: Updates) -> Updates:
         """Draw another layer, site or kind of axes. The sliders are not set, as one of them may be moving."""
@@ -189,11 +211,21 @@ class Explore:
         async for updates in self.read(self.ctx.session(values)):
             yield updates
 
+    async def switched(self, values: Updates) -> AsyncIterator[Updates]:
+        """Show the channels in another basis."""
+        session = self.ctx.session(values)
+        self.bases.take(session, values[self.bases.view])
+        if session.ranges is not None:
+            yield await asyncio.to_thread(self.shown, session)
+            async for updates in self.read(session):
+                yield updates
+
     async def clicked_point(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Read the channel whose point was clicked."""
-        custom = sent(event, "custom")
+        session, custom = self.ctx.session(values), sent(event, "custom")
         if isinstance(custom, list) and custom:
-            async for updates in self.show_channel(self.ctx.session(values), custom[0]):
+            self.bases.choose(session, custom[-1])
+            async for updates in self.show_channel(session, custom[0]):
                 yield updates
 
     async def clicked_cell(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
@@ -202,13 +234,14 @@ class Explore:
         layer = require_int("layer", sent(event, "y"), 0, last_layer(session), "click inside the map")
         column = require_float("channel", sent(event, "x"), -0.5, PER_CHANNEL, "click inside the map")
         session.selection.layer = layer
-        async for updates in self.show_channel(session, round(column)):
+        self.bases.choose(session, sent(event, "curve"))
+        async for updates in self.show_channel(session, channel_at(session, round(column))):
             yield updates
 
     async def clicked_row(self, values: Updates, event: gr.EventData) -> AsyncIterator[Updates]:
         """Show the channel of a row of the outliers."""
         session = self.ctx.session(values)
-        found = session.ranges.outliers(LISTED) if session.ranges is not None else []
+        found = shown_ranges(session).outliers(LISTED) if session.ranges is not None else []
         row = picked_row(event)
         if 0 <= row < len(found):
             session.selection.layer, session.selection.kind = found[row].layer, found[row].kind
@@ -235,21 +268,26 @@ class Explore:
             yield updates
 
     async def read(self, session: Session) -> AsyncIterator[Updates]:
-        """Read the chosen channel by a job: its histogram and the tokens behind its extremes. Nothing if they are known."""
-        number = session.selection.channel
+        """Read the chosen channel by a job: its histogram and the tokens behind its extremes. Nothing if they are known.
+
+        If the chosen view needs the ranges of other bases, they are observed before.
+        """
+        async for updates in self.bases.observe(session, self.shown):
+            yield updates
+        number, basis = session.selection.channel, basis_of(session)
         if session.ranges is None or number is None or read_channel(session) is not None:
             return
         site = site_of(session).site
         ranges = ranges_key(session.ranges.model, session.ranges.revision, session.calibration)
-        key = ("channel", ranges, site, number) if ranges else None
+        key = ("channel", ranges, site, number, basis) if ranges else None
         yield {self.tokens: cards.hint(texts.CHANNEL_WAIT)}
         try:
-            async for job in self.ctx.follow(session, "channel", channel_steps(session, site, number), key=key):
+            async for job in self.ctx.follow(session, "channel", channel_steps(session, site, number, basis), key=key):
                 yield {} if job.finished else {self.tokens: cards.progress(job, texts.CHANNEL_JOB)}
         except QuantscopeError:
             yield {self.tokens: cards.hint(texts.CHANNEL_LATER)}
             raise
-        if session.selection.channel == number and site_of(session).site == site:
+        if (session.selection.channel, site_of(session).site, basis_of(session)) == (number, site, basis):
             (session.channel,) = job.results
             yield await asyncio.to_thread(self.glance, session)
 
@@ -267,7 +305,7 @@ def median_width(site: object) -> float:
 
 def site_of(session: Session) -> object:
     """Return the selected site's ranges; if it does not exist, select the first site."""
-    sites, chosen = session.ranges.sites, session.selection
+    sites, chosen = shown_ranges(session).sites, session.selection
     name = f"layers.{chosen.layer}.{chosen.kind}"
     if name not in sites:
         first = next(iter(sites.values()))
@@ -312,21 +350,21 @@ def read_channel(session: Session) -> object | None:
 
 def cluster_of(session: Session, channel: int) -> object:
     """Find the cluster of a channel of the chosen site."""
-    view = engine.recluster(session.ranges, site_of(session).site, session.selection.clusters)
+    view = engine.recluster(shown_ranges(session), site_of(session).site, session.selection.clusters)
     return next(cluster for _, cluster, members in plots_clusters.groups_of(view) if channel in members)
 
 
 def peers(session: Session) -> list:
     """List the sites that share the axes: all layers of this kind, or this layer alone."""
     site = site_of(session)
-    return [s for s in session.ranges.sites.values() if s.kind == site.kind] if session.selection.same_axes else [site]
+    return [s for s in shown_ranges(session).sites.values() if s.kind == site.kind] if session.selection.same_axes else [site]
 
 
 def revision(session: Session, name: str) -> str:
     """Return a text that is the same as long as zoom is to be kept: across layers only if they share axes."""
     chosen = session.selection
     layer = "all" if chosen.same_axes else chosen.layer
-    return f"{name}/{session.ranges.model}/{session.ranges.tokens}/{chosen.kind}/{layer}/{chosen.linear}"
+    return f"{name}/{session.ranges.model}/{session.ranges.tokens}/{chosen.kind}/{layer}/{chosen.linear}/{chosen.basis}"
 
 
 def scatter(session: Session, view: object = None) -> dict:
@@ -334,7 +372,7 @@ def scatter(session: Session, view: object = None) -> dict:
     site, shared = site_of(session), peers(session)
     if session.selection.averaged and view is None:
         site, shared = shown_site(session), [peer.averaged() for peer in shared]
-    marked = [o.channel for o in session.ranges.outliers(MARKED) if o.site == site.site] if view is None else []
+    marked = [o.channel for o in shown_ranges(session).outliers(MARKED) if o.site == site.site] if view is None else []
     return plots.range_scatter(
         site,
         scale=plots.scale_of(shared, linear=session.selection.linear),
@@ -346,8 +384,8 @@ def scatter(session: Session, view: object = None) -> dict:
     )
 
 
-def channel_steps(session: Session, site: str, channel: int) -> list[Step]:
+def channel_steps(session: Session, site: str, channel: int, basis: str) -> list[Step]:
     """Return the job that reads one channel's values and tokens."""
     ranges = session.ranges
-    where = {"model": ranges.model, "calibration": session.calibration, "site": site, "channel": channel}
+    where = {"model": ranges.model, "calibration": session.calibration, "site": site, "channel": channel, "basis": basis}
     return [Step("channel", {**where, "revision": ranges.revision}, texts.CHANNEL_JOB)]

@@ -16,6 +16,7 @@ import gradio as gr
 from app.context import Updates
 from app.session import MAX_RUNS, Session
 from app.tabs.explore import last_layer
+from app.view.texts_bases import VIEWS
 from app.view.texts_divergence import PARETO_SIZES
 from core.checks import parse_float, parse_int, require_choice, require_float, require_int
 from core.errors import InputError, QuantscopeError
@@ -25,7 +26,7 @@ from core.recipe import SITES, QuantRecipe
 TABS = ("explore", "reorder", "quantize", "compare", "bitnet")
 SWITCHES = ("linear", "same_axes", "averaged")
 """Ways to draw the channels: fields of `Selection`."""
-PLACE = ("tab", "layer", "site", "channel", "preview", "size", "runs", *SWITCHES)
+PLACE = ("tab", "layer", "site", "channel", "preview", "basis", "size", "runs", *SWITCHES)
 HASH = re.compile(r"[0-9a-f]{16}")
 MOST_NUMBER = 2**31 - 1
 Fields = Mapping[str, Any]
@@ -50,6 +51,7 @@ def place_of(session: Session, ticked: object = ()) -> dict[str, object]:
             place["channel"] = chosen.channel
     place |= {name: 1 for name in SWITCHES if getattr(chosen, name)}
     place |= {"preview": chosen.bits} if chosen.bits != 4 else {}
+    place |= {"basis": chosen.basis} if chosen.basis != "original" else {}
     place |= {"size": session.size} if session.size != next(iter(PARETO_SIZES)) else {}
     wanted = ticked if isinstance(ticked, list) else []
     runs = [run for run in session.runs if run.key in wanted and run.recipe is not None and run.key == run.recipe.hash]
@@ -121,6 +123,8 @@ def go_to(session: Session, query: Mapping[str, str]) -> None:
             setattr(chosen, name, require_choice(name, query[name], ("0", "1")) == "1")
     if "preview" in query:
         chosen.bits = require_int("preview", parse_int("preview", query["preview"]), 2, 8, "use 2 to 8")
+    if "basis" in query:
+        chosen.basis = require_choice("basis", query["basis"], tuple(VIEWS))
     if "size" in query:
         session.size = require_choice("size", query["size"], tuple(PARETO_SIZES))
     if session.ranges is None or not {"layer", "site", "channel"} & set(query):

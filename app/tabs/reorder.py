@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import gradio as gr
 
 from app import engine
 from app.context import LIGHT, Context, Updates, ranges_key
 from app.session import Session
+from app.tabs.bases import Bases, basis_of, is_waiting, noise_of, panels_of, shown_ranges
 from app.tabs.explore import SITE_CHOICES, last_layer, layer_slider, no_ranges, revision, scatter, site_of
 from app.tabs.fused import Fused
-from app.view import cards, groups, plots_clusters, tables, texts, texts_groups
+from app.view import cards, groups, plots_bases, plots_clusters, tables, texts, texts_bases, texts_groups
 from app.view import plots_ranges as plots
 from app.view.chart import Chart, written
 from app.view.figure import note
@@ -57,12 +60,15 @@ class Reorder:
                 )
                 with gr.Column(scale=6, min_width=280, elem_classes="qs-tight"):
                     self.headline = gr.HTML("", elem_id="headline", apply_default_css=False)
+            with gr.Row(elem_classes="qs-controls qs-card"):
+                self.bases = Bases(ctx, "reorder")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=300):
                     self.scatter = Chart(None, label=texts.CLUSTER_SCATTER_LABEL, height=330, elem_id="cluster-scatter")
                     self.curve = Chart(None, label=texts.CURVE_LABEL, height=240, elem_id="curve")
                 with gr.Column(scale=7, min_width=320):
                     self.strips = Chart(None, label=texts.STRIPS_LABEL, height=582, turn=0, elem_id="strips")
+            self.bases.card.render()
             self.knee = gr.HTML("", elem_id="knee", apply_default_css=False)
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=300):
@@ -81,7 +87,7 @@ class Reorder:
     @property
     def charts(self) -> list:
         """Components that follow the slider."""
-        return [self.scatter, self.curve, self.strips, self.headline, self.table]
+        return [self.scatter, self.curve, self.strips, self.headline, self.table, *self.bases.outputs]
 
     @property
     def outputs(self) -> list:
@@ -119,16 +125,27 @@ class Reorder:
         """Show the charts that follow the slider; they are drawn once for all sessions with the same ranges and selection."""
         if session.ranges is None:
             return {self.scatter: no_ranges(session), self.strips: note(""), self.curve: note("")}
-        site_of(session)
-        return engine.derived.get(session.ranges, (self._draw, session.selection.key), lambda: written(self._draw(session)))
+        shown = self.bases.render(session, site_of(session).site)
+        if is_waiting(session):
+            empty = dict.fromkeys((self.strips, self.curve), note(""))
+            return {**shown, **empty, self.scatter: note(texts_bases.WAIT), self.headline: "", self.table: ""}
+        drawn = engine.derived.get(session.ranges, (self._draw, session.selection.key), lambda: written(self._draw(session)))
+        return {**shown, **drawn}
 
     def _draw(self, session: Session) -> Updates:
         """Draw the charts: all but the curve's line cost a few milliseconds per thousand channels."""
-        site, chosen, bits = site_of(session), session.selection, session.selection.bits
-        view = engine.recluster(session.ranges, site.site, chosen.clusters, bits=bits)
+        site, chosen, bits, report = site_of(session), session.selection, session.selection.bits, shown_ranges(session)
+        view = engine.recluster(report, site.site, chosen.clusters, bits=bits)
+        told = {
+            self.headline: cards.cluster_figures(view, len(site.low) // site.block),
+            self.table: cards.table(texts.CLUSTER_HEADERS, tables.cluster_rows(view)),
+        }
+        if chosen.basis == "all":
+            return {**told, **self._draw_all(session, site)}
         scale = plots.scale_of([site], linear=chosen.linear)
-        curve = engine.error_curve(session.ranges, site.site, bits=bits)
+        curve = engine.error_curve(report, site.site, bits=bits)
         return {
+            **told,
             self.scatter: scatter(session, view),
             self.strips: plots_clusters.reorder_strips(view, scale=scale, revision=revision(session, "strips")),
             self.curve: plots_clusters.error_curve(
@@ -137,8 +154,18 @@ class Reorder:
                 error=view.predicted_error,
                 revision=revision(session, f"curve{bits}"),
             ),
-            self.headline: cards.cluster_figures(view, len(site.low) // site.block),
-            self.table: cards.table(texts.CLUSTER_HEADERS, tables.cluster_rows(view)),
+        }
+
+    def _draw_all(self, session: Session, site: Any) -> Updates:
+        """Draw the charts of all bases."""
+        chosen, panels = session.selection, panels_of(session, site.site)
+        curves = {name: engine.error_curve(report, site.site, bits=chosen.bits) for name, report in session.bases.items()}
+        axes = {"linear": chosen.linear, "revision": revision(session, "all")}
+        current = per_group(site.kind, chosen.clusters)
+        return {
+            self.scatter: plots_bases.scatters(panels, **axes),
+            self.strips: plots_bases.strips(panels, **axes),
+            self.curve: plots_bases.noise_curves(curves, noise_of(session, site.site), current=current),
         }
 
     def shown(self, session: Session) -> Updates:
@@ -150,13 +177,16 @@ class Reorder:
     def priced(self, session: Session) -> Updates:
         """Show squared error and, where it is known, predicted divergence by cluster count."""
         site, bits = site_of(session), session.selection.bits
-        curve = engine.error_curve(session.ranges, site.site, bits=bits)
-        costs = session.curve[1] if session.curve[0] == self.place(session) else None
+        if is_waiting(session):
+            return {}
+        curve = engine.error_curve(shown_ranges(session), site.site, bits=bits)
+        other = basis_of(session) != "original"
+        costs = session.curve[1] if session.curve[0] == self.place(session) and not other else None
         drawn = plots_clusters.cost_curve(costs, revision=revision(session, f"nats{bits}")) if costs else None
         rows = groups.curve_rows(curve, costs)
         return {
             self.knee: f'<p class="qs-verdict">{groups.knee_words(curve, costs)}</p>',
-            self.nats: drawn or note(texts_groups.NATS_WAIT),
+            self.nats: drawn or note(texts_bases.NATS_ORIGINAL if other else texts_groups.NATS_WAIT),
             self.errors: cards.table(texts_groups.CURVE_HEADERS, rows, caption=texts_groups.CURVE_TABLE),
         }
 
@@ -167,8 +197,13 @@ class Reorder:
         return (ranges.model, ranges.revision, session.calibration, *own)
 
     async def price(self, session: Session) -> AsyncIterator[Updates]:
-        """Predict by a job what the selected site costs in nats, by cluster count. Nothing if it is known."""
-        place = self.place(session) if session.ranges is not None else None
+        """Predict by a job what the selected site costs in nats, by cluster count. Nothing if it is known.
+
+        If the chosen view needs the ranges of other bases, they are observed before.
+        """
+        async for updates in self.bases.observe(session, self.shown):
+            yield updates
+        place = self.place(session) if session.ranges is not None and basis_of(session) == "original" else None
         if place in (None, session.curve[0]):
             return
         model, revision, calibration, site, layer, bits = place
@@ -201,7 +236,8 @@ class Reorder:
             control.input(guard(self.redraw), chosen, [self.kind, *drawn, *self.costs], **dragged)
         for event in (self.layer.release, self.kind.input, self.bits.input, self.everywhere.input):
             self.ctx.on(event, self.rested, chosen, priced)
-        self.ctx.on(self.tab.select, self.looked, {key}, priced)
+        self.ctx.on(self.tab.select, self.looked, {key}, [*self.outputs, *priced])
+        self.ctx.on(self.bases.view.input, self.switched, {key, self.bases.view}, [*self.outputs, *priced])
         every_g = [self.clusters, *mirrored]
         for slider, handler in ((self.clusters, self.moved), (self.side, self.moved_at_side)):
             slider.input(guard(handler), {key, slider}, [*drawn, *every_g], **dragged)
@@ -223,6 +259,15 @@ class Reorder:
         self.take(session, values)
         async for updates in self.price(session):
             yield updates
+
+    async def switched(self, values: Updates) -> AsyncIterator[Updates]:
+        """Show the channels in another basis."""
+        session = self.ctx.session(values)
+        self.bases.take(session, values[self.bases.view])
+        if session.ranges is not None:
+            yield await asyncio.to_thread(self.shown, session)
+            async for updates in self.price(session):
+                yield updates
 
     async def looked(self, values: Updates) -> AsyncIterator[Updates]:
         """Predict the cost of the selected site when the tab is opened."""

@@ -106,7 +106,10 @@ function arrange(figure, family) {
     }
   }
   ruler.font = `11px ${family}`;
-  thin(layout.xaxis, width - margin.l - margin.r);
+  for (const [name, axis] of Object.entries(layout)) {
+    const [from, to] = axis?.domain ?? [0, 1];
+    if (name.startsWith('xaxis')) thin(axis, (width - margin.l - margin.r) * (to - from));
+  }
   let top = 0;
   if (layout.title) {
     const rows = lines(layout.title.text, layout.title.font.size, family, width - 20);
@@ -256,7 +259,8 @@ function frameCell(trace, x, row) {
   const shapes = (host.layout.shapes || []).filter((shape) => shape.name !== 'cursor');
   const half = trace && (trace.dx || 1) / 2;
   for (const [color, width] of trace ? [[theme.panel, 5], [theme.ink, 2]] : []) {
-    shapes.push({ name: 'cursor', type: 'rect', x0: x - half, x1: x + half, y0: row - 0.5, y1: row + 0.5, line: { color, width } });
+    const refs = { xref: trace.xaxis || 'x', yref: trace.yaxis || 'y' };
+    shapes.push({ name: 'cursor', type: 'rect', ...refs, x0: x - half, x1: x + half, y0: row - 0.5, y1: row + 0.5, line: { color, width } });
   }
   Plotly.relayout(host, { shapes });
 }

@@ -33,8 +33,8 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
     """
     low, high, labels, count = view.low.tolist(), view.high.tolist(), view.labels.tolist(), label_count(view)
     order, width = view.order.tolist(), len(view.low)
-    before = _strip(range(width), low, high, labels, count, scale, axis="y2")
-    after = _strip(order, low, high, labels, count, scale, axis="y")
+    before = strip(range(width), low, high, labels, count, scale, axis="y2")
+    after = strip(order, low, high, labels, count, scale, axis="y")
     offsets = view.offsets.tolist()
     xs, tops, bottoms = [], [], []
     for cluster, start, end in zip(view.clusters, offsets, offsets[1:], strict=False):
@@ -55,22 +55,8 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
     ]
     y = scale.axis(float(view.low.min()), float(view.high.max()), title="")
     captions = [
-        {
-            "name": "caption",
-            "text": text,
-            "xref": "paper",
-            "yref": "paper",
-            "x": 0,
-            "xanchor": "left",
-            "y": place,
-            "yanchor": "bottom",
-            "showarrow": False,
-            "font": {"size": 12, "color": "@muted"},
-        }
-        for text, place in (
-            ("before: in the model's order", 1.0),
-            ("after: sorted by cluster; the line is a cluster's one range", 0.46),
-        )
+        caption("before: in the model's order", 0, 1.0),
+        caption("after: sorted by cluster; the line is a cluster's one range", 0, 0.46),
     ]
     frame = layout(
         uirevision=revision,
@@ -85,7 +71,13 @@ def reorder_strips(view: Any, *, scale: Scale, revision: str = "") -> Figure:
     return {"data": [before, after, *outline], "layout": frame}
 
 
-def _strip(
+def caption(text: str, x: float, y: float) -> Figure:
+    """Write a line above one of several plots of a chart. Args: x, y: its lower left corner, 0 to 1 over all plots."""
+    place = {"xref": "paper", "yref": "paper", "x": x, "xanchor": "left", "y": y, "yanchor": "bottom"}
+    return {"name": "caption", "text": text, "showarrow": False, "font": {"size": 12, "color": "@muted"}} | place
+
+
+def strip(
     order: Iterable[int], low: list[float], high: list[float], labels: list[int], count: int, scale: Scale, *, axis: str
 ) -> Figure:
     """Draw the bars of one strip; where channels outnumber pixels, neighbours share a bar, coloured by the widest."""

@@ -164,10 +164,10 @@ def heatmap(matrix: Any, *, kind_label: str, layer: int | None = None, channel: 
     Args:
         matrix: [L, C] float32, log10 of the absolute maximum.
     """
-    rows, width, step = _binned(matrix)
+    rows, width, step = binned(matrix)
     flat = [v for row in rows for v in row]
     columns = len(rows[0])
-    floor, top = _percentile(flat, 0.02), max(flat)
+    floor, top = percentile(flat, 0.02), max(flat)
     ticks = list(range(math.floor(floor), math.ceil(top) + 1))
     trace = {
         "type": "heatmap",
@@ -227,16 +227,17 @@ def heatmap(matrix: Any, *, kind_label: str, layer: int | None = None, channel: 
     }
 
 
-def _binned(matrix: Any) -> tuple[list[list[float]], int, int]:
-    width = matrix.shape[1]
-    step = -(-width // HEAT_COLUMNS)
-    rows = matrix.tolist()
+def binned(matrix: Any, most: int = HEAT_COLUMNS) -> tuple[list[list[float]], int, int]:
+    """Replace neighbouring columns of [L, C] by their maximum, so that `most` are left. Returns: (rows, C, columns in one)."""
+    width, rows = matrix.shape[1], matrix.tolist()
+    step = -(-width // most)
     if step > 1:
         rows = [[max(row[i : i + step]) for i in range(0, width, step)] for row in rows]
     return rows, width, step
 
 
-def _percentile(values: list[float], share: float) -> float:
+def percentile(values: list[float], share: float) -> float:
+    """Return the value that a share of all values, 0 to 1, lies below."""
     return sorted(values)[int(share * (len(values) - 1))]
 
 

@@ -26,8 +26,8 @@ NOISE = (
 )
 STAY = (
     "Massive tokens: after the rotation, {count} of {tokens} tokens are more than {limit} times as large as the median token; "
-    "the largest is {times} times as large. A rotation spreads a token over all channels but does not shorten it: only a range for "
-    "each token, or a token left in float, helps."
+    "the largest is {times} times as large. A rotation spreads a token over all channels but does not shorten it: only a range "
+    "for each token, or a token left in float, helps."
 )
 GONE = (
     "After the rotation no token of {tokens} is more than {limit} times as large as the median token; the largest is {times} "

@@ -28,6 +28,7 @@ from core.memory import give_back, is_out_of_memory
 METHODS = {
     "load",
     "observe",
+    "bases",
     "channel",
     "estimate",
     "quantize",

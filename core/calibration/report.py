@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -151,9 +152,10 @@ class RangesReport:
         found = [(self.sites[name], t, entry.ratio(t)) for name, entry in self.peaks.items() for t in entry.largest]
         return sorted(found, key=lambda row: -row[2])[:n]
 
-    def heatmap(self, kind: str) -> np.ndarray:
-        """Return log10 of each channel's largest absolute value, [L, C] float32."""
+    def heatmap(self, kind: str, orders: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Return log10 of each channel's largest absolute value, [L, C] float32; with `orders` new = old[order] in each layer."""
         rows = [np.maximum(np.abs(e.low), np.abs(e.high)) for e in self.sites.values() if e.kind == kind]
+        rows = rows if orders is None else [row[order] for row, order in zip(rows, orders, strict=True)]
         return np.log10(np.maximum(np.stack(rows), 1e-12)).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from core.calibration.report import RangesReport, SiteRanges, TokenExtreme, TokenPeaks
 from core.evaluation.run_report import RunEstimate
 from core.probe.report import (
     Allocation,
@@ -26,6 +27,28 @@ from tests.app.fake_behaviour import Progress, check_text, misbehave
 
 class FakeProbe:
     """Answers what bits and clusters cost."""
+
+    def bases(
+        self, model: str, calibration: Calibration, *, revision: str | None = None, owner: str | None = None, progress: Progress
+    ) -> dict[str, RangesReport]:
+        """Scaled: half the decades between channels; rotated: none. In MLP hidden of layer 1 the first token stays massive."""
+        plain = self.observe(model, calibration, revision=revision, progress=progress)
+        found = {}
+        for name, power in (("original", 1.0), ("scaled", 0.5), ("rotated", 0.05)):
+            sites = {
+                key: replace(site, **{end: (np.sign(x) * np.abs(x) ** power).astype(np.float32) for end, x in vars(site).items()
+                                      if end in ("low", "high", "ema_low", "ema_high")})
+                for key, site in plain.sites.items()
+            }  # fmt: skip
+            peaks = {key: self.peaks(site, calibration.tokens, key == "layers.1.down_in") for key, site in sites.items()}
+            found[name] = replace(plain, sites=sites, basis=name, peaks=peaks)
+        return found
+
+    def peaks(self, site: SiteRanges, tokens: int, massive: bool) -> TokenPeaks:
+        """Five tokens, the first of them 300 times as large as the median one where it is massive, else twice."""
+        sizes = [300.0 if massive else 2.0, *(1.5 - 0.1 * i for i in range(4))]
+        shown = [TokenExtreme(size, f" <b>{i}", "the state", " of it", 7 * i) for i, size in enumerate(sizes)]
+        return TokenPeaks(tokens, 1.0, 0.1, int(massive), shown)
 
     def probe(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> ProbeInfo:
         """Made-up facts."""

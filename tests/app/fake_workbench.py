@@ -106,13 +106,14 @@ class FakeWorkbench(FakeProbe, FakeTernary):
         site: str,
         channel: int,
         *,
+        basis: str = "original",
         revision: str | None = None,
         owner: str | None = None,
         progress: Progress,
     ) -> ChannelDetail:
         """A bell-shaped histogram and five tokens per side."""
         progress("Looking for the tokens behind the extremes", 0.5)
-        ranges = self.observe(model, calibration, progress=lambda *_: None).sites[site]
+        ranges = self.bases(model, calibration, progress=lambda *_: None)[basis].sites[site]
         low, high = float(ranges.low[channel]), float(ranges.high[channel])
         edges = np.linspace(low, high, 41)
         middle = (edges[:-1] + edges[1:]) / 2
