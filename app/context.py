@@ -184,10 +184,10 @@ class Context:
 
     def calmed(self, updates: Updates, session: Session | None) -> Updates:
         """Return the updates of a successful event, without the card of an earlier error; a running job keeps its status line."""
-        if session is None or not session.failed:
-            return updates
-        session.failed = False
         told = updates.get(self.status, UNCHANGED) != UNCHANGED
+        if session is None or not session.failed or (session.held and not told):
+            return updates
+        session.failed = session.held = False
         return updates if session.jobs or told else {**updates, **self.rest(session)}
 
     def failed(self, error: BaseException, session: Session | None = None) -> Updates:

@@ -136,7 +136,9 @@ class Page:
     def _chooser(self, name: str) -> Any:
         def chosen(values: Updates) -> Updates:
             """Record the open tab for links and reloads; remove the error card, which belongs to the tab before."""
-            self.ctx.session(values).tab = name
+            session = self.ctx.session(values)
+            session.held &= session.tab == name  # the page's script chooses the tab of a link
+            session.tab = name
             return {}
 
         return chosen
@@ -222,7 +224,7 @@ class Page:
         recipe = linked.recipe
         text = recipe.calibration.text if recipe.calibration.text in texts.TEXT_NAMES else self.ctx.settings.text
         calibration = Calibration(text, self.ctx.settings.first_tokens)
-        preset = "method" not in query
+        preset, session.held = "method" not in query, True
         async for updates in self.observe(session, recipe.model, recipe.revision, calibration, preset=preset, place=query):
             yield updates
         for key in linked.runs:
@@ -235,6 +237,7 @@ class Page:
                 linked.refused = linked.refused or InputError(texts.LINK_RUN.format(key), code="E-PARAM-RUNS")
         if linked.refused:
             raise linked.refused
+        session.held = False
         if is_unknown_text(recipe.calibration.text):
             said = texts.LINK_FOREIGN.format(texts.TEXT_NAMES[text])
             yield {self.ctx.status: cards.note(session.info.name, said)}

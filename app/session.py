@@ -155,9 +155,9 @@ class Session:
         tab: the open tab. grid: drawn over the chosen channel. preset: whether the page chose the method, to fit a BitNet model.
         curve, compared, spent: the last results of `app.tabs.reorder`, `.calibrations` and `.autopilot`.
         size: bytes that the Pareto chart compares, a field of EvalReport.
-        link: what the address of its page says, as keys and values.
-        programs: whether it belongs to programs, and has no page.
-        failed: whether the status line shows an error. owner: whether a worker did a job for it alone, and may keep its models.
+        link: what the address of its page says, as keys and values. programs: whether it belongs to programs, and has no page.
+        failed: whether the status line shows an error. held: whether it stays, as a link's, until another tab is chosen.
+        owner: whether a worker did a job for it alone, and may keep its models.
     """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -188,6 +188,7 @@ class Session:
     link: dict[str, str] = field(default_factory=dict)
     programs: bool = False
     failed: bool = False
+    held: bool = False
     owner: bool = False
 
     def add_run(self, run: Run) -> Run:

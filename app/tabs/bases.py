@@ -13,7 +13,7 @@ from app.context import Context, Updates, ranges_key
 from app.session import Session
 from app.view import bases, cards
 from app.view import texts_bases as words
-from app.view.plots_bases import Panel
+from app.view.plots_bases import PANELS, Panel
 from app.worker.job import Step
 from core.checks import require_choice, require_int
 from core.errors import QuantscopeError
@@ -47,7 +47,7 @@ class Bases:
     def choose(self, session: Session, place: object) -> None:
         """Show the basis of a clicked plot alone, if several are shown. Args: place: of the plot among `PANELS`."""
         if session.selection.basis == "all":
-            self.take(session, tuple(words.PANELS)[require_int("panel", place, 0, len(words.PANELS) - 1, "click a plot")])
+            self.take(session, PANELS[require_int("panel", place, 0, len(PANELS) - 1, "click a plot")])
 
     def render(self, session: Session, site: str) -> Updates:
         """Set the switch, and say below the charts what the bases do to a site."""
@@ -107,8 +107,8 @@ def views_of(session: Session, site: str) -> dict[str, Any]:
 def panels_of(session: Session, site: str) -> list[Panel]:
     """Return the four plots of a site beside each other."""
     views = views_of(session, site)
-    shown = {"original": "original", "reordered": "original", "scaled": "scaled", "rotated": "rotated"}
-    return [Panel(name, session.bases[basis].sites[site], views[basis]) for name, basis in shown.items()]
+    shown = [(name, name if name in BASES else "original") for name in PANELS]
+    return [Panel(name, session.bases[basis].sites[site], views[basis]) for name, basis in shown]
 
 
 def channel_at(session: Session, column: int) -> int:
@@ -132,7 +132,7 @@ def heatmaps_of(session: Session) -> dict[str, Any]:
     if chosen.basis == "reordered":
         return reordered
     known = {name: found.heatmap(chosen.kind) for name, found in session.bases.items()}
-    return {name: (known | reordered)[name] for name in words.PANELS}
+    return {name: (known | reordered)[name] for name in PANELS}
 
 
 def noise_of(session: Session, site: str) -> dict[str, Any]:

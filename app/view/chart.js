@@ -106,9 +106,12 @@ function arrange(figure, family) {
     }
   }
   ruler.font = `11px ${family}`;
+  const wide = width - margin.l - margin.r;
+  const high = (host.clientHeight || 320) - margin.t - margin.b;
   for (const [name, axis] of Object.entries(layout)) {
     const [from, to] = axis?.domain ?? [0, 1];
-    if (name.startsWith('xaxis')) thin(axis, (width - margin.l - margin.r) * (to - from));
+    if (name.startsWith('xaxis')) thin(axis, wide * (to - from), (text) => ruler.measureText(text).width + 8);
+    if (name.startsWith('yaxis')) thin(axis, high * (to - from), () => 11);
   }
   let top = 0;
   if (layout.title) {
@@ -134,13 +137,12 @@ function arrange(figure, family) {
 }
 
 // Place named marks on an axis, leaving out those that would touch the one before.
-function thin(axis, pixels) {
+function thin(axis, pixels, size) {
   if (!axis || !axis.tickvals || !axis.range) return;
   const unit = pixels / Math.abs(axis.range[1] - axis.range[0]);
   let last = -Infinity;
   const kept = axis.tickvals.map((value, i) => i).filter((i) => {
-    const wide = ruler.measureText(axis.ticktext[i]).width + 8;
-    const far = (axis.tickvals[i] - last) * unit >= wide;
+    const far = (axis.tickvals[i] - last) * unit >= size(axis.ticktext[i]);
     if (far) last = axis.tickvals[i];
     return far;
   });

@@ -13,6 +13,8 @@ from app.view.figure import Figure, Scale, cluster_colour, layout, number, pack
 from app.view.plots_clusters import caption, label_count, strip
 from app.view.plots_ranges import HOVER, WEBGL_FROM, binned, limits_of, percentile
 
+PANELS = ("original", "reordered", "scaled", "rotated")
+"""Plots of one chart, by names of `texts_bases.VIEWS`."""
 COLUMNS = 256
 """Columns of one heat map among several."""
 LEFT, RIGHT = [0, 0.47], [0.53, 1]
@@ -23,7 +25,7 @@ COLOURS = ("@run1", "@run2", "@run3")
 
 @dataclass(frozen=True)
 class Panel:
-    """One of several plots: `name` of `texts_bases.PANELS`, SiteRanges, and the ClusterView of the site in this basis."""
+    """One of several plots: `name`: one of `PANELS`, SiteRanges, and the ClusterView of the site in this basis."""
 
     name: str
     site: Any
@@ -45,7 +47,7 @@ def _quarters(x: Figure, y: Figure) -> Figure:
 
 
 def _captions(names: Sequence[str]) -> list[Figure]:
-    return [caption(words.PANELS[n], across[0], up[1]) for n, (across, up) in zip(names, QUARTERS, strict=True)]
+    return [caption(words.VIEWS[n], across[0], up[1]) for n, (across, up) in zip(names, QUARTERS, strict=True)]
 
 
 def _axes_of(index: int) -> Figure:
@@ -146,7 +148,7 @@ def strips(panels: Sequence[Panel], *, linear: bool, revision: str = "") -> Figu
         traces.append(strip(order, lows, highs, labels, label_count(view), scale, axis=f"y{own}"))
         bottom = (len(panels) - 1 - index) * part
         axes[f"yaxis{own}"] = y | {"domain": [bottom, bottom + 0.8 * part]} | ({"matches": "y", "anchor": "x"} if index else {})
-        notes.append(caption(words.PANELS[panel.name], 0, bottom + 0.8 * part))
+        notes.append(caption(words.VIEWS[panel.name], 0, bottom + 0.8 * part))
     x = {"title": {"text": "position of the channel"}, "range": [-0.5, width - 0.5], "showgrid": False}
     x |= {"anchor": f"y{len(panels)}"}
     frame = layout(
@@ -176,6 +178,8 @@ def noise_curves(curves: Mapping[str, Any], noise: Mapping[str, Any], *, current
     here = {"type": "line", "x0": current, "x1": current, "y0": 0, "y1": 1, "yref": "paper"}
     x = {"type": "log", "title": {"text": "clusters g"}, "tickmode": "array"}
     counts = list(next(iter(curves.values())).g)
+    values = [cost for trace in traces for cost in trace["y"] if cost > 0]
+    decades = math.log10(max(values, default=1.0) / min(values, default=1.0))
     return {
         "data": traces,
         "layout": layout(
@@ -185,6 +189,11 @@ def noise_curves(curves: Mapping[str, Any], noise: Mapping[str, Any], *, current
             showlegend=True,
             shapes=[here | {"line": {"color": "@alert", "width": 1, "dash": "dot"}}],
             xaxis=x | {"tickvals": counts, "ticktext": [str(g) for g in counts]},
-            yaxis={"type": "log", "title": {"text": words.NOISE_TITLE}, "exponentformat": "power"},
+            yaxis={
+                "type": "log",
+                "title": {"text": words.NOISE_TITLE},
+                "exponentformat": "power",
+                "dtick": 1 if decades > 1.5 else "D2",
+            },
         ),
     }

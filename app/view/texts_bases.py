@@ -52,12 +52,6 @@ NOISE_TITLE = "noise, median token = 1"
 NATS_ORIGINAL = "The cost in nats is predicted for channels as they are."
 SCATTERS = "a point is a channel: its smallest value (across) and its largest (up); the axes are the same"
 HEATMAPS = "largest value of every channel (across) by layer (up); the colours are the same"
-PANELS = {
-    "original": "as they are",
-    "reordered": "reordered: coloured by cluster",
-    "scaled": "scaled",
-    "rotated": "scaled and rotated",
-}
 LEARN_TITLE = "Learn: scaling, rotating, massive tokens"
 LEARN = """
 **Three ways to deal with an outlier channel.** *Reordering* leaves values as they are and gives similar channels a grid of
