@@ -10,7 +10,7 @@ pytestmark = pytest.mark.browser
 
 SAID = "([id, words]) => document.querySelector(id)?.textContent.includes(words)"
 FITS = "document.documentElement.scrollWidth <= innerWidth"
-PLACE = "layer=1&site=down_in"
+PLACE = "layer=1&site=down_in&channel=5"
 
 
 @pytest.mark.parametrize("width, theme", [(1440, "light"), (390, "dark")])
@@ -20,8 +20,8 @@ def test_outlier_channels_vanish_and_massive_tokens_are_listed(visit, width, the
     assert not page.locator("#explore-bases").is_visible()
     page.locator("#explore-basis").get_by_text("side by side").click()
     page.wait_for_function(SAID, arg=["#explore-bases", "Massive tokens: after the rotation, 1 of 1,024 tokens"])
-    page.wait_for_function("() => document.querySelectorAll('#scatter .scatterlayer').length === 4")
-    names = [text.strip() for text in page.locator("#scatter .annotation").all_inner_texts()]
+    page.wait_for_function("() => document.querySelectorAll('#scatter .annotation').length === 4")
+    names = [text.strip() for text in page.locator("#scatter .annotation").all_text_contents()]
     assert names == ["as they are", "reordered", "scaled", "rotated"] and page.evaluate(FITS)
     rows = page.locator("#explore-bases tbody tr").all_inner_texts()
     assert rows[2].startswith("rotated") and rows[3].split()[:3] == ["1", "MLP", "hidden"] and "<b>0" in rows[3]
@@ -39,7 +39,7 @@ def test_outlier_channels_vanish_and_massive_tokens_are_listed(visit, width, the
     page.locator("#reorder-basis input").nth(3).focus()
     page.keyboard.press("ArrowRight")
     redrawn(page, "#strips", before)
-    page.wait_for_function("() => document.querySelectorAll('#strips .barlayer').length === 4")
+    page.wait_for_function("() => document.querySelectorAll('#strips .annotation').length === 4")
     page.wait_for_function(SAID, arg=["#curve .legend", "rotated"])
     assert page.evaluate(FITS)
 
