@@ -51,6 +51,19 @@ def test_inspect_gives_every_channel_of_every_site(call):
     assert code == 0 and "down_in" in out and "× median" in out
 
 
+def test_inspect_shows_another_basis_and_the_largest_tokens(call):
+    plain = document(call, "inspect", "--model", "base", *CALIBRATION)
+    made = document(call, "inspect", "--model", "base", "--basis", "rotated", *CALIBRATION)
+    assert (plain["basis"], made["basis"]) == ("original", "rotated") and not plain["tokens_at"]
+    assert made["sites"].keys() == plain["sites"].keys() == made["tokens_at"].keys()
+    assert made["sites"]["layers.0.down_in"]["max"] != plain["sites"]["layers.0.down_in"]["max"]
+    assert made["tokens_at"]["layers.1.k"]["largest"][0]["token_text"]
+    code, out, _ = call("inspect", "--model", "base", "--basis", "scaled", *CALIBRATION)
+    assert code == 0 and "Largest tokens of the whole model" in out and "scaled" in out
+    code, _, error = call("inspect", "--model", "base", "--basis", "turned", *CALIBRATION)
+    assert code == 2 and "basis is 'turned'" in error and "rotated" in error
+
+
 def test_quantize_says_what_it_made(place):
     made = json.loads((place / "made.json").read_text())
     assert made["recipe"]["scheme"] == "W4A4" and made["recipe"]["clusters"]["R2"] == 2 and made["out"] == "made"
