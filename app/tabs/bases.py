@@ -1,4 +1,4 @@
-"""The switch of bases on the tabs Explore and Reorder: channels as they are, reordered, scaled, rotated, or side by side."""
+"""The switch of bases on the tabs Explore and Reorder: reordered, scaled, rotated channels."""
 
 from __future__ import annotations
 

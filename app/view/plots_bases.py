@@ -1,4 +1,4 @@
-"""Charts of several bases beside each other, with the same axes: scatters, heat maps, strips, and noise by cluster count."""
+"""Charts of several bases beside each other: scatters, heat maps, strips, noise by cluster count."""
 
 from __future__ import annotations
 

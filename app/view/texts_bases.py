@@ -1,4 +1,4 @@
-"""Words of the switch of bases on the tabs Explore and Reorder: original, reordered, scaled, rotated channels, and all four."""
+"""Words of the switch of bases on the tabs Explore and Reorder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observe the sites of a float model in the bases of the method rotation, and the tokens that stay large in them.
+"""Observe a float model in the bases of the method rotation, and the tokens that stay large.
 
     original   x        scaled   x / s        rotated   (x / s) R, of keys without their mean      s, R of `site_basis`
 
