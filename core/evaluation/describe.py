@@ -6,7 +6,6 @@ from typing import Any
 
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
-from core.evaluation.shapes import position_rows
 from core.methods.sequential import LayerOutcome
 from core.models.decoder import CausalModel
 from core.models.io.origin import Origin
@@ -18,7 +17,7 @@ from kernels import Backend
 
 def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
     """Describe a loaded model; `seconds`: how long loading took."""
-    config, spec = loaded.model.config, loaded.adapter.spec(loaded.model.config)
+    config, spec, positions = loaded.model.config, loaded.adapter.spec(loaded.model.config), loaded.model.decoder.positions
     table, head = loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight
     return ModelInfo(
         name=loaded.name,
@@ -40,7 +39,7 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         fidelity=fidelity_of(loaded.model),
         gated=spec.gated,
         tied=table.data_ptr() == head.data_ptr(),
-        positions=position_rows(spec, config.max_position_embeddings),
+        positions=0 if positions is None else positions.num_embeddings,
         label=label_of(loaded),
         precision="" if loaded.origin is None else loaded.origin.precision,
         lossy_source=loaded.origin is not None and loaded.origin.lossy,

@@ -91,6 +91,8 @@ def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | N
     window = min((w for block in blocks if (w := block.attention.window) is not None), default=None)
     if window is not None and length + room >= window:
         return f"{length + room} tokens leave the window of {window}"
+    if any(block.spec.softcap is not None for block in blocks):
+        return "attention scores are capped"
     if any(block.attention.qkv.requested is Backend.REFERENCE for block in blocks):
         return "the reference was asked for by name"
     reasons = (layer.unsupported_reason(block.attention.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import InputError, ModelError
 
 if TYPE_CHECKING:  # commands and pages that only project do not load torch
-    from core.models.architectures import BlockSpec
+    from core.models.adapter import BlockSpec
     from core.report import ModelInfo
 
 MAX_SIZE = 2**24
@@ -156,11 +156,6 @@ def shape_of_loaded(info: ModelInfo) -> Shape:
     return Shape(
         info.layers, *size, info.vocab, ffn_matrices=3 if info.gated else 2, positions=info.positions, tied=info.tied
     )
-
-
-def position_rows(spec: BlockSpec, context: int) -> int:
-    """Count the rows of a learned position embedding; 0 where positions are rotary."""
-    return 0 if spec.rope else context + OPT_POSITION_OFFSET
 
 
 def model_shape(name: str, *, allow_local: bool = True) -> Shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.calibration.observe import BlockInputs
 from core.methods.fake import Fake, fake_site, fake_weight
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.linear.base import LinearLayer

@@ -22,7 +22,7 @@ from torch import Tensor
 from core.checks import FLOAT_BITS
 from core.methods.base import LayerPlan, LayerStatistics, Method, SiteKey
 from core.methods.fake import Fake
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
 from core.quant.dynamic import MODES, quantize_input

@@ -25,7 +25,7 @@ from core.methods.base import (
     SiteKey,
     channel_importance,
 )
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, SitePlan, plan_site

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.checks import FLOAT_BITS
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.bitnet import AttentionBits
 from core.models.norm import ReorderNorm
 from core.models.slots import Slots
@@ -25,8 +25,8 @@ from core.quant.static import ActivationQuantizer, InputUse
 from kernels import Backend, Codes, hadamard
 from kernels.backend import triton_runs_on
 
-Rotary = tuple[Tensor, Tensor] | None
-"""Cosines and sines of the tokens' positions, [1, T, E] each; None with learned positions."""
+Rotary = tuple[Tensor, ...] | None
+"""Cosines and sines of the tokens' positions, [1, T, E] each, of every rotation of the model; None with learned positions."""
 
 
 class Attention(nn.Module):
@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
     Args:
         qkv: attn_in to [q; k; v], N = (H + 2 Hkv) E. o: o_in to D.
-        q_norm, k_norm: gains [E] of norms per head, None where there are none.
+        q_norm, k_norm: gains [E] of norms per head, or [H E] and [Hkv E] of norms over all heads; None where there are none.
         attn_sub_norm: BitNet's norm before o, None elsewhere.
     Attributes:
         slots: what stands at the sites attn_in, q, k, v and o_in.
@@ -102,12 +102,14 @@ class Attention(nn.Module):
         qk, v = heads.split((s.heads + s.kv_heads, s.kv_heads), dim=2)
         if s.qk_norm:
             q, k = qk.split((s.heads, s.kv_heads), dim=2)
-            qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2)
+            if s.wide_qk_norm:
+                q, k = q.flatten(2), k.flatten(2)
+            qk = torch.cat([_rms(q, self.q_norm, s.eps), _rms(k, self.k_norm, s.eps)], dim=2).view(qk.shape)
         plain = not self.rotates_heads and self.key_mean is None
         if s.rope and use.owned and plain and self._runs_kernels(qk.device):
             return *self._rotate_and_store(qk, use, rotary), v.transpose(1, 2)
         if s.rope:
-            cos, sin = rotary[0].unsqueeze(2), rotary[1].unsqueeze(2)
+            cos, sin = (t.unsqueeze(2) for t in self._rotation(rotary))
             qk = (qk * cos).add_(_rotate_half(qk).mul_(sin))
         if self.rope_order is not None:
             qk = self._store_r2(qk)
@@ -119,6 +121,10 @@ class Attention(nn.Module):
         if not use.owned:
             q, k, v = (self._site(*site) for site in (("q", q), ("k", k), ("v", v)))
         return self._fake_query(q.transpose(1, 2), use), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _rotation(self, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the cosines and sines of this layer's rotation."""
+        return rotary[2 * self.spec.rotary : 2 * self.spec.rotary + 2]
 
     def _site(self, site: str, heads: Tensor) -> Tensor:
         """Pass heads [B, T, H, E] through their slot."""
@@ -132,6 +138,7 @@ class Attention(nn.Module):
         q, k = (t.transpose(1, 2) for t in qk.split((s.heads, s.kv_heads), dim=2))
         if self.q_quantizer is not None and not use.float_tokens:
             grid = HeadGrid(self.q_quantizer.bits, *self.q_quantizer.head_grid(s.heads))
+        rotary = self._rotation(rotary)
         q = rope_store(q, *rotary, order=self.rope_order, scaling=s.head_dim**-0.5, grid=grid)
         return q if grid is not None else self._fake_query(q, use), rope_store(k, *rotary, order=self.rope_order)
 
@@ -158,11 +165,11 @@ class Attention(nn.Module):
             return cache.attend(q, k, v, self.softmax_bits)
         else:
             k, v = cache.update(k, v)
-        return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits)
+        return attend(q, k, v, mask, scaling=1.0, softmax_bits=self.softmax_bits, softcap=self.spec.softcap)
 
     def _attends_packed(self, cache: FloatKVLayer | QuantizedKVLayer, q: Tensor) -> bool:
-        """Decide whether the cache stays packed: where it can, unless the reference was asked for by name."""
-        return self.qkv.requested is not Backend.REFERENCE and cache.attends(q, self.softmax_bits)
+        """Decide whether the cache stays packed: where it can, with plain scores, unless the reference was asked for by name."""
+        return self.spec.softcap is None and self.qkv.requested is not Backend.REFERENCE and cache.attends(q, self.softmax_bits)
 
 
 def _kv_grid(quantizer: ActivationQuantizer | TokenQuantizer, sink_tokens: int) -> KVGrid:

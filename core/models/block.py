@@ -2,19 +2,22 @@
 
     h = x + attention(norm1(x)[R1])        y = h + mlp(norm2(h)[R4])
 
-BitNet's layers normalise once more before o and before down (`attn_sub_norm`, `ffn_sub_norm`): o_in and down_in are what these
-norms put out. R1 and R4 are stored by the norms, R2 by the rotation, R3 and R5 by the rows of the producing weights: no
-permutation is left to run. `slots` holds what looks at the seven sites. Shapes: B batch, T tokens, D hidden.
+Where a layer normalises what attention and MLP put out, or the sums h and y, `post_norm1` and `post_norm2` do that: behind o and
+down, whose rows no method permutes. A parallel layer's MLP reads norm2(x). BitNet's layers normalise once more before o and
+before down (`attn_sub_norm`, `ffn_sub_norm`): o_in and down_in are what these norms put out.
+
+R1 and R4 are stored by the norms, R2 by the rotation, R3 and R5 by the rows of the producing weights: no permutation is left to
+run. `slots` holds what looks at the seven sites. Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from core.models.architectures import BlockSpec, ModelAdapter
+from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.attention import Attention, Rotary
 from core.models.bitnet import BitNetRules
+from core.models.convert import block_parts
 from core.models.mlp import MLP
 from core.models.norm import ReorderNorm
 from core.models.slots import Slots
@@ -24,11 +27,12 @@ from core.quant.static import InputUse
 
 
 class DecoderBlock(nn.Module):
-    """Compute a pre-norm decoder layer.
+    """Compute a decoder layer.
 
     Args:
         window: positions that a token sees, itself included; None for all before it.
-        norm1, norm2: before attention and MLP.
+        norm1, norm2: before attention and MLP; of kind "none" where those read the residual stream itself.
+        post_norm1, post_norm2: after them, at the place that `spec.post_norms` says; None without.
         rules: how a block with ternary weights runs, None for others. Other parts: see `Attention` and `MLP`.
     Attributes:
         slots: what stands at the seven sites, empty outside of a `with`.
@@ -46,6 +50,8 @@ class DecoderBlock(nn.Module):
         o: LinearLayer,
         up: LinearLayer,
         down: LinearLayer,
+        post_norm1: ReorderNorm | None = None,
+        post_norm2: ReorderNorm | None = None,
         attn_sub_norm: ReorderNorm | None = None,
         ffn_sub_norm: ReorderNorm | None = None,
         q_norm: Tensor | None = None,
@@ -55,7 +61,7 @@ class DecoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.layer_index = spec, layer_index
-        self.norm1, self.norm2 = norm1, norm2
+        self.norm1, self.norm2, self.post_norm1, self.post_norm2 = norm1, norm2, post_norm1, post_norm2
         self.attention = Attention(
             spec, qkv, o, window=window, q_norm=q_norm, k_norm=k_norm, rope_order=rope_order, attn_sub_norm=attn_sub_norm
         )
@@ -68,28 +74,9 @@ class DecoderBlock(nn.Module):
     @classmethod
     def from_layer(cls, model: nn.Module, adapter: ModelAdapter, index: int) -> DecoderBlock:
         """Make the float block that computes what layer `index` of a transformers model computes. Weights are copied."""
-        layer, spec = adapter.decoder_layers(model)[index], adapter.spec(model.config)
-
-        def copied(path: str, name: str = "weight") -> Tensor | None:
-            tensor = getattr(layer.get_submodule(path), name, None)
-            return None if tensor is None else tensor.detach().clone()
-
-        def linear(*paths: str) -> FloatLinear:
-            weight, bias = ([getattr(layer.get_submodule(p), name) for p in paths] for name in ("weight", "bias"))
-            return FloatLinear(torch.cat(weight).detach(), None if bias[0] is None else torch.cat(bias).detach())
-
-        norms = {name: getattr(adapter, name) for name in ("norm1", "norm2", "attn_sub_norm", "ffn_sub_norm")}
-        return cls(
-            spec,
-            index,
-            adapter.windows(model.config)[index],
-            **{n: ReorderNorm(spec.norm, copied(p), copied(p, "bias"), spec.eps) for n, p in norms.items() if p},
-            **{name: copied(getattr(adapter, name)) for name in ("q_norm", "k_norm") if spec.qk_norm},
-            qkv=linear(adapter.q, adapter.k, adapter.v),
-            o=linear(adapter.o),
-            up=linear(*adapter.mlp_in),
-            down=linear(adapter.down),
-        )
+        config = model.config
+        layer, spec = adapter.decoder_layers(model)[index], adapter.spec(config, index)
+        return cls(spec, index, adapter.windows(config)[index], **block_parts(layer, adapter, config, spec))
 
     def with_parts(self, **parts: nn.Module | Tensor | BitNetRules | None) -> DecoderBlock:
         """Make a block of the given parts, by their names in `__init__`, and of this one's for the rest, but its rules; its
@@ -104,6 +91,7 @@ class DecoderBlock(nn.Module):
         """Return the parts by their names in `__init__`; saved folders have the same names and order."""
         a, m = self.attention, self.mlp
         own = {"q_norm": a.q_norm, "k_norm": a.k_norm, "rope_order": a.rope_order, "norm1": self.norm1, "norm2": self.norm2}
+        own |= {"post_norm1": self.post_norm1, "post_norm2": self.post_norm2}
         return {**own, "attn_sub_norm": a.attn_sub_norm, "ffn_sub_norm": m.ffn_sub_norm, **self.linears()}
 
     def linears(self) -> dict[str, LinearLayer]:
@@ -128,7 +116,19 @@ class DecoderBlock(nn.Module):
         past = 0 if cache is None else cache.length
         sinks = min(max(0, attention.sink_tokens - past), x.shape[1])
         use = InputUse(sinks, owned=not (self.slots or x.requires_grad))  # owned: no slot is filled, so none is asked
+        placed = self.spec.post_norms
         _, normed = self.norm1.before(attention.qkv, x, use)
-        h, normed = self.norm2.before(mlp.up, x, use, attention(normed, use, rotary, cache))
+        mixed = attention(normed, use, rotary, cache)
+        if placed == "output":
+            mixed = self.post_norm1(mixed)
+        if self.spec.parallel:
+            (_, normed), h = self.norm2.before(mlp.up, x, use), x + mixed
+        elif placed == "sum":
+            h, normed = self.norm2.before(mlp.up, self.post_norm1(x + mixed), use)
+        else:
+            h, normed = self.norm2.before(mlp.up, x, use, mixed)
         out = mlp(normed, use)
-        return out + h if out.requires_grad else out.add_(h)
+        if placed == "output":
+            out = self.post_norm2(out)
+        out = out + h if out.requires_grad else out.add_(h)
+        return self.post_norm2(out) if placed == "sum" else out

@@ -1,6 +1,6 @@
 """The causal model as a loop over our own blocks; transformers gives tensors, config, tokenizer.
 
-    h = embed(ids) [+ positions]        for block in blocks: h = block(h)        logits = head(norm(h))
+    h = c embed(ids) [+ positions]        for block in blocks: h = block(h)        logits = head(norm(h))
 
 Float, ternary and quantised models are the same `Decoder` with other linear layers in its blocks. `run` starts at any block with
 given hidden states: calibration uses it to go layer by layer. `CausalModel` is the decoder as a transformers model, for programs
@@ -16,14 +16,35 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from core.errors import InputError, ModelError
-from core.models.architectures import HEAD, POSITION_OFFSET, ModelAdapter
+from core.models.adapter import HEAD, ModelAdapter
 from core.models.attention import Rotary
 from core.models.block import DecoderBlock
+from core.models.convert import outside_tensors, whole_rotation
 from core.models.norm import ReorderNorm
 from core.quant.kv_cache import KVCache
+
+
+class Head(nn.Linear):
+    """The output layer [D] to [V], without bias; its weight is shared. Logits: c tanh(z / c), or z without a softcap c."""
+
+    def __init__(self, weight: Tensor, softcap: float | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight, self.softcap = nn.Parameter(weight.detach(), requires_grad=False), softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits [..., V] of x [..., D]."""
+        return self.capped(super().forward(x))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """Compute logits of z [..., V] = x Wᵀ."""
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """Compute d logits / d z where the logits [..., V] are known."""
+        return torch.ones_like(logits) if self.softcap is None else 1 - (logits / self.softcap).square()
 
 
 class Decoder(nn.Module):
@@ -46,15 +67,16 @@ class Decoder(nn.Module):
         parts = _sorted_out(config, adapter, tensors)
         self.embed = nn.Embedding.from_pretrained(parts["embed.weight"])
         self.positions = nn.Embedding.from_pretrained(parts["positions.weight"]) if "positions.weight" in parts else None
-        # one class serves every supported architecture with rotary positions: their transformers code is the same
-        self.rotary = LlamaRotaryEmbedding(config) if self.positions is None else None
+        # one class serves every supported architecture with rotary positions: their transformers code is the same or does less
+        self.rotaries = nn.ModuleList(map(Phi3RotaryEmbedding, adapter.rotations(config)))
+        spec, factors = adapter.spec(config), adapter.factors_of(config)
+        self.head_dim, self.embed_scale, self._switch = spec.head_dim, factors.embed, _switch_of(config)
         self.project_in, self.project_out = (_linear(parts.get(f"project_{side}.weight")) for side in ("in", "out"))
         self.blocks = nn.ModuleList(blocks)
         self.norm: ReorderNorm | None = None
-        if not getattr(config, "_remove_final_layer_norm", False):
-            eps = adapter.spec(config).eps
-            self.norm = ReorderNorm(adapter.norm, parts.get("norm.weight"), parts.get("norm.bias"), eps)
-        self.head = _linear(parts.get("head.weight", parts["embed.weight"]))
+        if adapter.has_final_norm(config):
+            self.norm = ReorderNorm(adapter.norm, parts.get("norm.weight"), parts.get("norm.bias"), spec.eps)
+        self.head = Head(parts.get("head.weight", parts["embed.weight"]), factors.logit_softcap)
         if self.head.weight.data_ptr() == self.embed.weight.data_ptr():
             self.head.weight = self.embed.weight
 
@@ -73,14 +95,14 @@ class Decoder(nn.Module):
 
         Args:
             ids: [B, T] int64. places: their positions, [1, T] int64. Both on the model's device.
-        Returns: hidden states [B, T, D]; cosines and sines [1, T, E], None with learned positions.
+        Returns: hidden states [B, T, D]; cosines and sines [1, T, E] of every rotation, None with learned positions.
         """
-        h = self.embed(ids)
+        h = self.embed(ids) if self.embed_scale == 1.0 else self.embed(ids) * self.embed_scale
         if self.project_in is not None:
             h = self.project_in(h)
         if self.positions is None:
-            return h, self.rotary(h, places)
-        return h + self.positions(places + POSITION_OFFSET), None
+            return h, tuple(t for rotary in self.rotaries for t in whole_rotation(*rotary(h, places), self.head_dim))
+        return h + self.positions(places + self.adapter.position_offset), None
 
     def run(self, h: Tensor, rotary: Rotary, cache: KVCache | None = None, *, first: int = 0, last: int | None = None) -> Tensor:
         """Run blocks `first` to `last` - 1 (None: all that remain) on hidden states [B, T, D], the input of block `first`."""
@@ -96,10 +118,16 @@ class Decoder(nn.Module):
             cache: of `new_cache`; the tokens follow those that it holds and are stored in it.
             places: positions of the tokens, [1, T] int64 on the model's device; None: those after the tokens in the cache.
         Returns: [B, T, D]; `head` turns them into logits [B, T, V].
+        Raises: InputError E-PARAM-INPUT where the rotation of the tokens in the cache would have to change (longrope).
         """
-        device = self.embed.weight.device
+        device, past = self.embed.weight.device, 0 if cache is None else cache.get_seq_length()
+        if self._switch and 0 < past <= self._switch < past + ids.shape[1]:
+            raise InputError(
+                f"This model rotates otherwise beyond {self._switch:,} positions, and its cache holds {past:,}: ask for fewer "
+                "new tokens, or begin with the whole text.",
+                code="E-PARAM-INPUT",
+            )
         if places is None:
-            past = 0 if cache is None else cache.get_seq_length()
             places = torch.arange(past, past + ids.shape[1], device=device)[None]
         return self.leave(self.run(*self.enter(ids.to(device), places), cache))
 
@@ -128,6 +156,14 @@ def _sorted_out(config: PreTrainedConfig, adapter: ModelAdapter, tensors: Mappin
                 code="E-MODEL-BAD",
             )
     return {place: tensors[name] for place, (name, _) in places.items() if name in tensors}
+
+
+def _switch_of(config: PreTrainedConfig) -> int | None:
+    """Return the position beyond which the rotation "longrope" takes its other factors; None without such a place."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return None
+    return rope["original_max_position_embeddings"]
 
 
 def _linear(weight: Tensor | None) -> nn.Linear | None:
@@ -172,8 +208,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
             blocks.append(DecoderBlock.from_layer(source, adapter, index))
             if consume:
                 layers[index] = nn.Identity()
-        outside = {name: t for name, t in source.state_dict().items() if not name.startswith(f"{adapter.layers}.")}
-        made = cls(source.config, adapter, blocks, outside)
+        made = cls(source.config, adapter, blocks, outside_tensors(source, adapter))
         made.generation_config = source.generation_config
         return made
 

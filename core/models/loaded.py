@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from core.models.architectures import ModelAdapter
+from core.models.adapter import ModelAdapter
 from core.models.decoder import CausalModel
 from core.models.io.origin import Origin
 

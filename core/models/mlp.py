@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.norm import ReorderNorm
 from core.models.slots import Slots
 from core.quant.linear.base import LinearLayer

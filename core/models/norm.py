@@ -14,7 +14,8 @@ from kernels.backend import triton_runs_on
 class ReorderNorm(nn.Module):
     """LayerNorm or RMSNorm that stores its output in the order `order` [D]; None keeps the original order.
 
-    y[j] = norm(x)[order[j]]. Mean and variance do not depend on the order, so reordering is part of writing the output.
+    y[j] = norm(x)[order[j]]. Mean and variance do not depend on the order, so reordering is part of writing the output. The kind
+    "none" stores x itself, times gains where a method has put any: for attention and MLP that read the residual stream.
     """
 
     def __init__(self, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -39,7 +40,7 @@ class ReorderNorm(nn.Module):
         self, reader: LinearLayer, x: Tensor, use: InputUse, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | Codes]:
         """Compute x + residual, and its norm as `reader` takes it: floats, or codes where one kernel makes them, on CUDA."""
-        if use.owned and not use.float_tokens and triton_runs_on(x.device):
+        if use.owned and not use.float_tokens and self.kind != "none" and triton_runs_on(x.device):
             from kernels.norm_quant import Norm
 
             norm = Norm(self.kind, self.eps, self.weight, self.bias, self.order)
@@ -54,12 +55,16 @@ class ReorderNorm(nn.Module):
         if self.kind == "layer":
             variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
             factor, shift = torch.rsqrt(variance + self.eps), mean
+        elif self.kind == "none":
+            factor = shift = None
         else:
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass over x, no temporary
             factor, shift = torch.rsqrt(norm.square().div_(x.shape[-1]).add_(self.eps)), None
         if self.order is not None:
             x = x.flatten(0, -2).index_select(1, self.order).view(x.shape)  # rows: far faster than [B, T, D]
-        if shift is not None:
+        if factor is None:
+            y = x.clone() if self.order is None else x  # the gather made a copy; readers may overwrite y, but not x
+        elif shift is not None:
             y = (x - shift).mul_(factor)
         else:
             y = x * factor if self.order is None else x.mul_(factor)  # the gather made a copy

@@ -2,7 +2,7 @@
 
 They are for tests, and have what is hard in large models: norm gains far from one with a few outlier channels (so that
 activations are skewed as in trained models), non-zero biases where the architecture has them, grouped-query attention
-with 4 query heads per key/value head (OPT has no groups), and, for `smollm`, tied embeddings. Nothing is downloaded.
+with 4 query heads per key/value head where there are groups, and, for `smollm`, tied embeddings. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from core.errors import InputError
 from core.models.architectures import adapter_for
@@ -40,11 +41,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4,
             "max_position_embeddings": 1024, "dropout": 0.0, "attention_dropout": 0.0, "do_layer_norm_before": True,
             "activation_function": "relu", "tie_word_embeddings": True},
+    "phi3": _LLAMA_LIKE | {"hidden_size": 128},
+    "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 1024},
+    "gemma": _LLAMA_LIKE | {"tie_word_embeddings": True},
+    "gemma2": _LLAMA_LIKE | {"sliding_window": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+    "gemma3_text": _LLAMA_LIKE | {"sliding_window": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True,
+                                  "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": _LLAMA_LIKE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
+                              "attention_multiplier": 0.1},
+    "olmo2": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE | {"no_rope_layers": [1, 0]},
+    "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
+    "ministral": _LLAMA_LIKE | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
 def tiny_architectures() -> list[str]:
-    """List the names that `tiny_model` knows: llama, mistral, qwen2, qwen3, bitnet, smollm (llama with tied embeddings), opt."""
+    """List the names that `tiny_model` knows: every supported `model_type`, and smollm (llama with tied embeddings)."""
     return list(_CONFIGS)
 
 
@@ -78,7 +92,7 @@ def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **ov
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomize(model, torch.Generator().manual_seed(seed))
     return model.eval().requires_grad_(False)
 
@@ -114,17 +128,19 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
-                scale = 1.0 if "embed" in name and not tied else parameter.shape[-1] ** -0.5
+                inputs = parameter.shape[0 if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else -1]
+                scale = 1.0 if "embed" in name and not tied else inputs**-0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif _is_gain(model, name):
-                parameter.copy_(_gains(parameter, generator, outliers=".layers." in name))
+                gains = _gains(parameter, generator, outliers=name.startswith(f"{adapter_for(model.config).layers}."))
+                parameter.copy_(gains - 1 if adapter_for(model.config).unit_offset else gains)
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def _is_gain(model: PreTrainedModel, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
-    return leaf == "weight" and not isinstance(model.get_submodule(owner), nn.Linear)
+    return leaf == "weight" and not isinstance(model.get_submodule(owner), (nn.Linear, Conv1D))
 
 
 def _gains(parameter: nn.Parameter, generator: torch.Generator, *, outliers: bool) -> torch.Tensor:

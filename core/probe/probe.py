@@ -173,17 +173,19 @@ def head_logits(model: CausalModel, h: Tensor) -> Iterator[Tensor]:
 def _labels(model: CausalModel, h: Tensor, draws: int, seed: int) -> tuple[Tensor | None, Tensor]:
     """Draw labels from the softmax of hidden states [B, T, D] that leave the last block.
 
-    With z the logits, d log p(y) / d z = onehot(y) - p; so the gradient at the head's input is W[y] - pᵀ W.
+    With z the logits, d log p(y) / d z = onehot(y) - p; so the gradient at the head's input is W[y] - pᵀ W, both terms times
+    the slope of capped logits.
     Returns: (log p [N, V] or None where it is too large, gradients [S, B, T, D] at `h`).
     """
-    generator, weight = torch.Generator().manual_seed(seed), model.decoder.head.weight
+    generator, head = torch.Generator().manual_seed(seed), model.decoder.head
     kept, gradients = [], []
     for z in head_logits(model, h.flatten(0, 1)):
         log_p = z.log_softmax(-1)
         p = log_p.exp()
         labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).to(p.device)  # [n, S]
+        slope = head.slope(z)
         with coarse_products():
-            gradients.append(weight[labels.t()] - p @ weight)
+            gradients.append(head.weight[labels.t()] * slope.gather(1, labels).t().unsqueeze(-1) - (p * slope) @ head.weight)
         kept.append(log_p)
     read = torch.cat(gradients, dim=1).unflatten(1, h.shape[:2])
     with torch.enable_grad():
@@ -203,9 +205,11 @@ def _in_bfloat16(model: CausalModel, probe: Probe) -> Iterator[Tensor]:
         twin, own = float_twin(block)
         narrow = {site: (lambda x, fake=fake: fake(x.float()).to(dtype)) for site, fake in own.sites.items()}
         h = run(copy.deepcopy(twin).to(dtype), h, rotary, Change(narrow))
-    weight = model.decoder.head.weight.to(dtype)
+    head = model.decoder.head
+    weight = head.weight.to(dtype)
     for rows in h.flatten(0, 1).split(HEAD_ROWS):
-        yield torch.nn.functional.linear(model.decoder.leave(rows[None].float())[0].to(dtype), weight).float()
+        z = torch.nn.functional.linear(model.decoder.leave(rows[None].float())[0].to(dtype), weight)
+        yield head.capped(z.float())
 
 
 def _affordable(model: CausalModel, tokens: int, draws: int) -> int:

@@ -15,17 +15,19 @@ from torch.nn import functional
 QUERY_BLOCK = 64
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, softmax_bits: int = 16) -> Tensor:
-    """Compute softmax(q kᵀ scaling + mask) v, the softmax output quantised when `softmax_bits` < 16.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, softmax_bits: int = 16, softcap: float | None = None
+) -> Tensor:
+    """Compute softmax(s + mask) v of scores s = q kᵀ scaling, the softmax output quantised when `softmax_bits` < 16.
 
     Args:
         q: [B, H, T, E]; k, v: [B, Hkv, S, E] float, H a multiple of Hkv, S >= T.
         mask: None for causal, or [B or 1, 1, T, S]: bool (True = visible) or float (added).
-        scaling: multiplies the scores.
+        scaling: multiplies the scores. softcap: c, where softcap · tanh(s / softcap) takes the place of s (Gemma 2).
     Returns: [B, T, H * E].
     """
     batch, heads, tokens, dim = q.shape
-    if softmax_bits >= 16:
+    if softmax_bits >= 16 and softcap is None:
         causal = mask is None and tokens > 1
         if causal and k.shape[2] != tokens:
             mask, causal = _causal(tokens, k.shape[2], q.device), False
@@ -35,7 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: flo
             q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=k.shape[1] != heads
         )
         return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
-    return _quantized_softmax(q if scaling == 1.0 else q * scaling, k, v, mask, 2**softmax_bits - 1)
+    steps = None if softmax_bits >= 16 else 2**softmax_bits - 1
+    return _explicit(q if scaling == 1.0 else q * scaling, k, v, mask, steps, softcap)
 
 
 @lru_cache(maxsize=8)
@@ -57,24 +60,29 @@ def _per_query_head(states: Tensor, heads: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def _quantized_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int | None, softcap: float | None) -> Tensor:
+    """Compute `attend` by its scores: with a softmax output of `steps` steps above 0, None for float, and capped scores."""
     batch, heads, tokens, dim = q.shape
     kv_heads, past = k.shape[1], k.shape[2] - tokens
     lead = (batch, kv_heads, heads // kv_heads)
     q = q.unflatten(1, lead[1:]).flatten(0, 1)  # [B Hkv, G, T, E]
-    k, v = k.flatten(0, 1).transpose(1, 2), (v / steps).flatten(0, 1)  # 1 / steps of p̂ is applied to v
+    v = v if steps is None else v / steps
+    k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # 1 / steps of p̂ is applied to v
     out = q.new_empty(batch, tokens, *lead[1:], dim)
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)
         seen = past + stop if mask is None else k.shape[2]
         scores = torch.bmm(q[:, :, start:stop].flatten(1, 2), k[:, :, :seen])  # [B Hkv, G t, S]
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         if mask is None:
             later = _future(stop - start, scores.dtype, scores.device)
             scores.view(-1, stop - start, seen)[:, :, past + start :].add_(later)
         else:
             additive = _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B or 1, 1, 1, t, S]
             scores.view(*lead, stop - start, seen).add_(additive)
-        p = torch.softmax(scores, dim=-1).mul_(steps).round_()
+        p = torch.softmax(scores, dim=-1)
+        p = p if steps is None else p.mul_(steps).round_()
         part = torch.bmm(p, v[:, :seen]).view(*lead, stop - start, dim)
         out[:, start:stop] = part.permute(0, 3, 1, 2, 4)
     return out.view(batch, tokens, heads * dim)

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from core.calibration.observe import BlockInputs
 from core.methods import method
 from core.methods.sequential import LayerOutcome, quantize_layers
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.attention import Rotary
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.loaded import LoadedModel
-from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
+from core.models.tiny import tiny_model, tiny_transformers
 from core.quant.kv_cache import KVCache
 from core.recipe import Calibration, QuantRecipe
 
-ARCHITECTURES = tiny_architectures()
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "bitnet", "smollm", "opt")
+"""What most tests run on; `tests/core/models/variants.py` has every architecture and its variants."""
 
 
 @contextlib.contextmanager

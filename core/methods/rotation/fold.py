@@ -9,8 +9,9 @@
     v, o_in    rotated per head   rows of Wv                                          columns of Wo
 
 A norm between producer and consumer (BitNet's, before o and before down) takes the scale of o_in or down_in in its gain instead.
-Not legal, because the function would change: other scales for the two channels that a rotation by position mixes; scales of k
-before a norm per head; v scaled or rotated in front of a norm; down_in scaled behind an activation f with f(x / s) ≠ f(x) / s.
+Not legal, because the function would change: other scales for the two channels that a rotation by position mixes; scales of k that
+differ between heads before a norm per head; v scaled or rotated in front of a norm; down_in scaled behind an activation f with
+f(x / s) ≠ f(x) / s.
 Source: SmoothQuant (arXiv:2211.10438) for scales in norms, QuaRot (arXiv:2404.00456) for rotated values.
 """
 
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.norm import ReorderNorm
 from core.quant.linear.base import FloatLinear
@@ -102,8 +103,8 @@ def fold_scales(block: DecoderBlock, scales: Mapping[str, Tensor], *, rotate_val
         "down": _scaled(mlp.down, None, down_scale),
     }
     if spec.qk_norm and "k" in scales:
-        gain = key[0].to(attention.q_norm)
-        parts |= {"q_norm": attention.q_norm * gain, "k_norm": attention.k_norm / gain}
+        query, own = (_query(key, spec), key.flatten()) if spec.wide_qk_norm else (key[0], key[0])
+        parts |= {"q_norm": attention.q_norm * query.to(attention.q_norm), "k_norm": attention.k_norm / own.to(attention.k_norm)}
     if spec.sub_norms:
         parts["attn_sub_norm"] = _divided(attention.attn_sub_norm, scales.get("o_in"))
         parts["ffn_sub_norm"] = _divided(mlp.ffn_sub_norm, down_scale)
@@ -120,7 +121,7 @@ def _require_legal(spec: BlockSpec, scales: Mapping[str, Tensor], rotate_values:
     key, half = scales.get("k"), spec.head_dim // 2
     if key is not None and spec.rope and not torch.equal(key[:, :half], key[:, half:]):
         raise ValueError("the rotation by position mixes channels e and e + E / 2: their scales must be equal")
-    if key is not None and spec.qk_norm and not torch.equal(key, key[:1].expand_as(key)):
+    if key is not None and spec.qk_norm and not spec.wide_qk_norm and not torch.equal(key, key[:1].expand_as(key)):
         raise ValueError("all heads share the gain of the norm of keys: their scales must be equal")
     if spec.sub_norms and ("v" in scales or rotate_values):
         raise ValueError("a norm stands between v and o: values can be neither scaled nor rotated")

@@ -37,7 +37,7 @@ from core.methods.base import (
 )
 from core.methods.fake import Fake
 from core.methods.rotation.fold import Basis, fold_scales, scales_down_in
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.gptq import fake_columns, quantize_weight
@@ -309,7 +309,7 @@ def _scale(stats: LayerStatistics, site: str, spec: BlockSpec) -> Tensor | None:
         query = square("q").view(spec.kv_heads, spec.groups, spec.head_dim).mean(1)
         if spec.rope:  # the two channels that the rotation by position mixes share their scale
             key, query = (t.unflatten(1, (2, -1)).mean(1).repeat(1, 2) for t in (key, query))
-        if spec.qk_norm:  # heads share the norms' gains
+        if spec.qk_norm and not spec.wide_qk_norm:  # heads share the norms' gains
             key, query = (t.mean(0, keepdim=True).expand(spec.kv_heads, -1) for t in (key, query))
         scale = _balance(key, query)
         return scale.flatten() if site == "k" else 1 / scale.repeat_interleave(spec.groups, dim=0).flatten()

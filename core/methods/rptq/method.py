@@ -30,7 +30,7 @@ from core.methods.base import (
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import Orders, query_channels, reorder_block
 from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
 from core.quant.observer import RangeRules, SitePlan, plan_site

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.linear.base import FloatLinear
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import InputError, ModelError
-from core.models.architectures import BlockSpec, ModelAdapter, adapter_for
+from core.models.adapter import BlockSpec, ModelAdapter
+from core.models.architectures import adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
@@ -139,7 +140,7 @@ def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, 
         norm2=norm(adapter.norm2, spec.hidden),
         attn_sub_norm=norm(adapter.attn_sub_norm, spec.width("o_in")) if spec.sub_norms else None,
         ffn_sub_norm=norm(adapter.ffn_sub_norm, spec.ffn) if spec.sub_norms else None,
-        qkv=linear("attn_in", tuple((getattr(adapter, s), spec.width(s)) for s in ("q", "k", "v"))),
+        qkv=linear("attn_in", tuple(zip(adapter.qkv, map(spec.width, ("q", "k", "v")), strict=True))),
         o=linear("o_in", ((adapter.o, spec.hidden),)),
         up=linear("mlp_in", tuple((path, spec.ffn) for path in adapter.mlp_in)),
         down=linear("down_in", ((adapter.down, spec.hidden),)),
@@ -231,7 +232,7 @@ def save_bitnet(
 
 def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor as stored, packed uint8 or float32, each storage once (a tied head is left out)."""
-    linears = {f".{path}.weight" for path in (adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down)}
+    linears = {f".{path}.weight" for path in (*adapter.qkv, adapter.o, *adapter.mlp_in, adapter.down)}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen:

@@ -24,7 +24,8 @@ from transformers.activations import ACT2FN
 
 from core.cache import in_use
 from core.errors import BackendError, InputError, ModelError, NumericError
-from core.models.architectures import ModelAdapter, adapter_for
+from core.models.adapter import ModelAdapter
+from core.models.architectures import adapter_for
 from core.models.decoder import CausalModel
 from core.models.io.bitnet import load_bitnet
 from core.models.io.catalog import ResolvedModel, resolve
@@ -132,7 +133,7 @@ def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str) -> PreTrainedM
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="sdpa", output_loading_info=True, key_mapping=unwrap)
+            attn_implementation="eager", output_loading_info=True, key_mapping=unwrap)  # their attention never runs
     for key, fault in (("missing_keys", "were not found by transformers"), ("unexpected_keys", "were not used by transformers"),
                        ("mismatched_keys", "were not accepted by transformers")):
         names = (entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())

@@ -25,7 +25,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
-from core.models.architectures import ModelAdapter, adapter_for
+from core.models.adapter import ModelAdapter
+from core.models.architectures import adapter_for
 from core.models.attention import Attention
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
@@ -210,17 +211,19 @@ def _build(
 def _block(
     config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
 ) -> DecoderBlock:
-    spec, prefix = adapter.spec(config), f"blocks.{index}."
+    spec, prefix = adapter.spec(config, index), f"blocks.{index}."
 
     def get(name: str) -> Tensor | None:
         return tensors.get(prefix + name)
 
     def norm(name: str) -> ReorderNorm:
-        made = ReorderNorm(spec.norm, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
+        kind = spec.norm if spec.pre_norms or name not in ("norm1", "norm2") else "none"
+        made = ReorderNorm(kind, get(f"{name}.weight"), get(f"{name}.bias"), spec.eps)
         made.order = get(f"{name}.order")
         return made
 
     rules, norms = facts.get("bitnet"), ("norm1", "norm2", *(("attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ()))
+    norms += ("post_norm1", "post_norm2") if spec.post_norms else ()
     block = DecoderBlock(
         spec,
         index,
@@ -263,10 +266,12 @@ def _check(block: DecoderBlock) -> None:
     }
     fits = [(x.in_features, x.out_features) == sizes[name] for name, x in block.linears().items()]
     vectors = [(x.bias, x.out_features) for x in block.linears().values()]
-    vectors += [(t, s.hidden) for norm in (block.norm1, block.norm2) for t in (norm.weight, norm.bias)]
+    norms = filter(None, (block.norm1, block.norm2, block.post_norm1, block.post_norm2))
+    vectors += [(t, s.hidden) for norm in norms for t in (norm.weight, norm.bias)]
     if s.sub_norms:
         vectors += [(attention.attn_sub_norm.weight, s.width("o_in")), (block.mlp.ffn_sub_norm.weight, s.ffn)]
-    vectors += [(attention.q_norm, s.head_dim), (attention.k_norm, s.head_dim)]
+    widths = (s.width("q"), s.width("k")) if s.wide_qk_norm else (s.head_dim, s.head_dim)
+    vectors += zip((attention.q_norm, attention.k_norm), widths, strict=True)
     fits += [t is None or t.shape == (width,) for t, width in vectors]
     fits += [(t is not None) == s.qk_norm for t in (attention.q_norm, attention.k_norm)]
     orders = [(norm.order[None], (1, s.hidden)) for norm in (block.norm1, block.norm2) if norm.order is not None]

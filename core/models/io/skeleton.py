@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from core.errors import ModelError
 from core.models.io.foreign import library_errors, quiet
 
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$")
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
 """Buffers that old checkpoints store and current code computes itself."""
+OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
+"""Names of published checkpoints (GPT-NeoX) that transformers renames while it loads them."""
 
 
 def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], *, inside: str | None = None) -> None:
@@ -36,7 +38,7 @@ def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]
     prefix = f"{model.base_model_prefix}."
     found = {}
     for name, shape in stored.items():
-        spelled = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in expected), name)
+        spelled = next((n for n in (name, prefix + name, name.removeprefix(prefix), OLD_NAMES.get(name)) if n in expected), name)
         if not HARMLESS.search(name) and not (inside and name.startswith(inside)):
             found[spelled] = shape
     wanted = {name for name in expected if not (inside and name.startswith(inside))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from core.methods.rptq.reorder import Orders
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from tests.core.tools import ARCHITECTURES, tokens
 
 LEGAL = 1e-5

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.methods.base import LayerPlan
 from core.methods.rptq.reorder import head_channels, query_channels
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.quant.ranges import ChannelRanges
 from tests.core.tools import Quantised, block_inputs, float_blocks, quantised, tiny, tokens, watched
 

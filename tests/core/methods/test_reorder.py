@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.methods.rptq.reorder import head_channels, qkv_rows, query_channels, reorder_block
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model
 from tests.core.methods.reorder_tools import IDS, ILLEGAL, LEGAL, NAMES, ROTARY, random_orders

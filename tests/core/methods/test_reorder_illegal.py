@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.methods.rptq.reorder import Orders, head_channels, qkv_rows, reorder_block
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.models.loaded import LoadedModel
 from core.models.tiny import tiny_model
@@ -206,7 +206,7 @@ def shared_order(spec: BlockSpec, *, pairs: bool) -> Tensor:
 
 def permuted_tables(model: nn.Module, order: Tensor):
     """Make the model's rotary tables come out with their columns in `order`."""
-    rotary = model.decoder.rotary
+    rotary = model.decoder.rotaries[0]
     plain = rotary.forward
     rotary.forward = lambda *args, **kwargs: tuple(t[..., order] for t in plain(*args, **kwargs))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import core.methods.apply as build
 from core.methods.base import LayerPlan
 from core.methods.rptq.reorder import Orders, qkv_rows, reorder_block
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.models.attention import Rotary
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid, QParams, choose_qparams, round_scale

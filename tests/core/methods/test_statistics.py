@@ -8,7 +8,7 @@ import torch
 
 from core.methods.base import LayerStatistics, channel_importance
 from core.methods.rptq import method
-from core.models.architectures import BlockSpec
+from core.models.adapter import BlockSpec
 from core.quant.ranges import ChannelRanges
 from core.recipe import QuantRecipe
 

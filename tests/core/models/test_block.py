@@ -42,11 +42,11 @@ def test_observed_sites_are_what_they_say(architecture):
     def keep(name: str, output: bool):
         return lambda module, args, out: hooked.update({name: out if output else args[0]})
 
-    paths = {"attn_in": adapter.q, "o_in": adapter.o, "mlp_in": adapter.mlp_in[0], "down_in": adapter.down}
+    paths = {"attn_in": adapter.qkv[0], "o_in": adapter.o, "mlp_in": adapter.mlp_in[0], "down_in": adapter.down}
     handles = [layer.get_submodule(p).register_forward_hook(keep(site, False)) for site, p in paths.items()]
     handles += [
         layer.get_submodule(p).register_forward_hook(keep(n, True))
-        for n, p in zip("qkv", (adapter.q, adapter.k, adapter.v), strict=True)
+        for n, p in zip("qkv", adapter.qkv, strict=True)
     ]
     inputs = block_inputs(loaded.model, tokens(2, 14))
     source(tokens(2, 14))

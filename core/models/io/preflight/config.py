@@ -42,11 +42,22 @@ _FACTORS = frozenset((
     "embedding_multiplier", "logit_scale", "logits_scaling", "partial_rotary_factor", "residual_multiplier",
     "rotary_emb_fraction", "rotary_pct", "scale_emb"))
 _FOREIGN_MATHS = _FACTORS | frozenset((
-    "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
-    "n_routed_experts", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn", "qk_layernorm",
-    "query_pre_attn_scalar", "rotary_dim", "scale_depth", "use_alibi", "use_parallel_residual", "use_qk_norm"))
-"""Fields that change what a model computes in other architectures, factors among them. The architectures read here would
-ignore them without a message."""
+    "add_cross_attention", "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    "llama_4_scaling_beta", "n_routed_experts", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn",
+    "qk_layernorm", "query_pre_attn_scalar", "rotary_dim", "scale_attn_by_inverse_layer_idx", "scale_depth", "use_alibi",
+    "use_bidirectional_attention", "use_parallel_residual", "use_qk_norm"))
+"""Fields that change what a model computes, factors among them. An architecture that does not read one would ignore it without a
+message."""
+_READ = {
+    "phi3": {"partial_rotary_factor"},
+    "smollm3": {"no_rope_layers"},
+    "granite": {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
+    "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
+    "gemma3_text": {"final_logit_softcapping", "query_pre_attn_scalar"},
+    "stablelm": {"partial_rotary_factor", "use_parallel_residual"},
+    "gpt_neox": {"partial_rotary_factor", "rotary_pct", "use_parallel_residual"},
+}
+"""Those of these fields that an architecture reads."""
 
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
@@ -165,13 +176,15 @@ def check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
-    """Refuse a field that changes what a model computes and that none of the supported architectures has.
+    """Refuse a field that changes what a model computes and that its architecture does not read.
 
     Raises: ModelError E-MODEL-ARCH naming the first such field with a value that is not neutral.
     """
     rope = [config[key] for key in ("rope_parameters", "rope_scaling") if isinstance(config.get(key), Mapping)]
+    rope += [own for table in rope for own in table.values() if isinstance(own, Mapping)]  # one of each layer type
+    read = _READ.get(str(config.get("model_type")), set())
     for table in (config, *rope):
-        for key in sorted(_FOREIGN_MATHS & table.keys()):
+        for key in sorted(_FOREIGN_MATHS & table.keys() - read):
             value = table[key]
             if value and not (key in _FACTORS and type(value) in (int, float) and value == 1):
                 raise ModelError(f"config.json says {key} = {str(value)[:30]}: this part of a model is not supported, and "
