@@ -45,15 +45,15 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 1024},
     "gemma": _LLAMA_LIKE | {"tie_word_embeddings": True},
     "gemma2": _LLAMA_LIKE | {"sliding_window": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
-    "gemma3_text": _LLAMA_LIKE | {"sliding_window": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True,
-                                  "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": _LLAMA_LIKE | {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24,
+                                  "tie_word_embeddings": True},
     "granite": _LLAMA_LIKE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                               "attention_multiplier": 0.1},
     "olmo2": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE | {"no_rope_layers": [1, 0]},
+    "smollm3": _LLAMA_LIKE | {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
-    "ministral": _LLAMA_LIKE | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral": _LLAMA_LIKE | {"sliding_window": 16},
 }
 
 

@@ -9,9 +9,9 @@
     v, o_in    rotated per head   rows of Wv                                          columns of Wo
 
 A norm between producer and consumer (BitNet's, before o and before down) takes the scale of o_in or down_in in its gain instead.
-Not legal, because the function would change: other scales for the two channels that a rotation by position mixes; scales of k that
-differ between heads before a norm per head; v scaled or rotated in front of a norm; down_in scaled behind an activation f with
-f(x / s) ≠ f(x) / s.
+Not legal, because the function would change: other scales for the two channels that a rotation by position mixes; scales of k
+that differ between heads, before a norm per head; v scaled or rotated in front of a norm; down_in scaled behind an activation f
+with f(x / s) ≠ f(x) / s.
 Source: SmoothQuant (arXiv:2211.10438) for scales in norms, QuaRot (arXiv:2404.00456) for rotated values.
 """
 

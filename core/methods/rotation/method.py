@@ -3,8 +3,9 @@
     s = √(rms x / rms w) per channel      x̃ = (x / s) R      w̃ = (w s) R      x wᵀ = x̃ w̃ᵀ      R of `kernels.hadamard`
 
 Scales are folded (`core.methods.rotation.fold`); R is folded for v and o_in, inside heads, and runs with the layer or after the
-rotation by position elsewhere. From the keys their mean over calibration tokens is subtracted, which softmax does not see. A site
-changes its basis where it is quantised, or the weight that reads it.
+rotation by position elsewhere. From the keys their mean over calibration tokens is subtracted, which softmax does not see, unless
+scores are capped (Gemma 2): those models keep the mean. A site changes its basis where it is quantised, or the weight that reads
+it.
 
 Weights are quantised in groups of neighbouring columns of w̃ with H = Σ_t x̂ x̂ᵀ of the quantised inputs x̂ and, where it is chosen,
 the target W' in place of W, so that W' x̂ lies half-way between W x̂ and W x:
@@ -285,7 +286,7 @@ def _rounding(plan: RotatedPlan, site: str, spec: BlockSpec) -> Fake:
 def site_basis(stats: LayerStatistics, site: str, options: RotationOptions, spec: BlockSpec) -> Basis:
     """Choose scale and rotation of one site, and the mean that is subtracted from keys."""
     basis = _scale_and_rotation(stats, site, options, spec)
-    if site != "k" or not options.key_mean:
+    if site != "k" or not options.key_mean or spec.softcap is not None:  # a cap makes softmax see the mean
         return basis
     return replace(basis, mean=basis.to(stats.calibrated[site].rows).mean(0))
 

@@ -42,10 +42,11 @@ _FACTORS = frozenset((
     "embedding_multiplier", "logit_scale", "logits_scaling", "partial_rotary_factor", "residual_multiplier",
     "rotary_emb_fraction", "rotary_pct", "scale_emb"))
 _FOREIGN_MATHS = _FACTORS | frozenset((
-    "add_cross_attention", "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
-    "llama_4_scaling_beta", "n_routed_experts", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn",
-    "qk_layernorm", "query_pre_attn_scalar", "rotary_dim", "scale_attn_by_inverse_layer_idx", "scale_depth", "use_alibi",
-    "use_bidirectional_attention", "use_parallel_residual", "use_qk_norm"))
+    "add_cross_attention", "alibi", "altup_num_inputs", "attention_multiplier", "attn_logit_softcapping", "clip_qkv",
+    "final_logit_softcapping", "llama_4_scaling_beta", "n_routed_experts", "no_rope_layers", "num_experts",
+    "num_local_experts", "parallel_attn", "qk_layernorm", "query_pre_attn_scalar", "rotary_dim",
+    "scale_attn_by_inverse_layer_idx", "scale_depth", "use_alibi", "use_bidirectional_attention", "use_parallel_residual",
+    "use_qk_norm"))
 """Fields that change what a model computes, factors among them. An architecture that does not read one would ignore it without a
 message."""
 _READ = {
