@@ -13,6 +13,7 @@ absorb are folded into them by `core.models.convert`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -248,6 +249,11 @@ class ModelAdapter:
         part, rotated = next((part for part in parts if part != 1), 1), self.rotated(config)
         if part != 1 and not self.partial_rope or parts and (rotated % 2 or not rotated):
             return f"config.json says partial_rotary_factor = {str(part)[:20]}, which this architecture does not support."
+        for name, value in vars(self.factors_of(config)).items():
+            if value is not None and not 0 < value < math.inf:
+                return f"config.json gives the factor {name} the value {str(value)[:20]}: it must be above 0."
+        if self.no_rope is not None and len(getattr(config, self.no_rope)) != config.num_hidden_layers:
+            return f"config.json lists {len(getattr(config, self.no_rope))} {self.no_rope} for {config.num_hidden_layers} layers."
         return None if self.rejects is None else self.rejects(config)
 
 

@@ -31,7 +31,7 @@ OUTLIER_CHANNELS = 3
 _LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 1024, "tie_word_embeddings": False}
-_CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE | {"sliding_window": None},
     "qwen2": _LLAMA_LIKE | {"hidden_size": 128},  # its head size is always hidden_size / heads
@@ -55,11 +55,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
     "ministral": _LLAMA_LIKE | {"sliding_window": 16},
 }
+"""Fields of each tiny model's transformers configuration, by the name that `tiny_model` takes."""
 
 
 def tiny_architectures() -> list[str]:
     """List the names that `tiny_model` knows: every supported `model_type`, and smollm (llama with tied embeddings)."""
-    return list(_CONFIGS)
+    return list(CONFIGS)
 
 
 def tiny_model(architecture: str, *, seed: int = 0, layers: int = 2, **overrides: Any) -> LoadedModel:
@@ -84,11 +85,11 @@ def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **ov
     Returns: a causal model in eval mode whose outputs are finite and of order one.
     Raises: InputError E-PARAM-ARCHITECTURE for an unknown name.
     """
-    if architecture not in _CONFIGS:
-        raise InputError(f"No tiny model {architecture[:40]!r}: use one of {', '.join(_CONFIGS)}.",
+    if architecture not in CONFIGS:
+        raise InputError(f"No tiny model {architecture[:40]!r}: use one of {', '.join(CONFIGS)}.",
                          code="E-PARAM-ARCHITECTURE")
     fields = {"model_type": architecture, "num_hidden_layers": layers, "vocab_size": VOCAB_SIZE, "bos_token_id": 256,
-              "eos_token_id": 257, "pad_token_id": 257} | _CONFIGS[architecture] | overrides
+              "eos_token_id": 257, "pad_token_id": 257} | CONFIGS[architecture] | overrides
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

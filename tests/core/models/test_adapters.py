@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -10,46 +11,54 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from core.errors import ModelError
+from core.models.adapter import ModelAdapter
 from core.models.architectures import ADAPTERS, adapter_for, supported_model_types
 from core.models.decoder import CausalModel
-from core.models.tiny import tiny_model, tiny_transformers
+from core.models.tiny import CONFIGS as TINY
+from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
 from core.recipe import SITES
+from tests.core.models.variants import VARIANTS
 from tests.core.tools import ARCHITECTURES, spec_of, tokens
 
+OF_NORMS = ("norm1", "norm2", "post_norm1", "post_norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm")
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+def paths_of(adapter: ModelAdapter) -> list[str]:
+    """Every module of a layer that an adapter names."""
+    norms = [getattr(adapter, name) for name in OF_NORMS]
+    return [*filter(None, norms), *adapter.qkv, adapter.o, *adapter.mlp_in, adapter.down]
+
+
+@pytest.mark.parametrize("architecture", tiny_architectures())
 def test_paths_resolve(architecture):
-    loaded = tiny_model(architecture, layers=3)
-    adapter, spec = loaded.adapter, spec_of(loaded)
-    layers = adapter.decoder_layers(tiny_transformers(architecture, layers=3))
-    assert isinstance(layers, nn.ModuleList) and len(layers) == 3
-    width = {"q": spec.heads * spec.head_dim, "k": spec.kv_heads * spec.head_dim, "v": spec.kv_heads * spec.head_dim}
+    source = tiny_transformers(architecture)
+    adapter = adapter_for(source.config)
+    layers, spec = adapter.decoder_layers(source), adapter.spec(source.config)
+    assert isinstance(layers, nn.ModuleList) and len(layers) == 2
+    wide = {"q_norm": "q", "k_norm": "k"} if spec.wide_qk_norm else {}
+    width = {"attn_sub_norm": spec.width("o_in"), "ffn_sub_norm": spec.ffn} | {n: spec.width(s) for n, s in wide.items()}
+    width |= {name: spec.head_dim for name in ("q_norm", "k_norm") if name not in wide}
+
+    def rows(paths: tuple[str, ...], layer: nn.Module) -> int:
+        return sum(layer.get_submodule(path).weight.numel() for path in paths) // spec.hidden
+
     for layer in layers:
-        for name, out in width.items():
-            assert layer.get_submodule(getattr(adapter, name)).weight.shape == (out, spec.hidden)
-        assert layer.get_submodule(adapter.o).weight.shape == (spec.hidden, spec.width("o_in"))
-        for path in adapter.mlp_in:
-            assert layer.get_submodule(path).weight.shape == (spec.ffn, spec.hidden)
-        assert layer.get_submodule(adapter.down).weight.shape == (spec.hidden, spec.ffn)
-        for path in (adapter.norm1, adapter.norm2):
-            assert layer.get_submodule(path).weight.shape == (spec.hidden,)
-        if spec.sub_norms:
-            assert layer.get_submodule(adapter.attn_sub_norm).weight.shape == (spec.width("o_in"),)
-            assert layer.get_submodule(adapter.ffn_sub_norm).weight.shape == (spec.ffn,)
-        for path in filter(None, (adapter.q_norm, adapter.k_norm)):
-            assert layer.get_submodule(path).weight.shape == (spec.head_dim,)
+        assert rows(adapter.qkv, layer) == spec.width("q") + spec.width("k") + spec.width("v")
+        assert rows(adapter.mlp_in, layer) == spec.ffn * (1 + spec.gated)
+        assert rows((adapter.o,), layer) == spec.width("o_in") and rows((adapter.down,), layer) == spec.ffn
+        for name in OF_NORMS:
+            if (path := getattr(adapter, name)) is not None:
+                assert layer.get_submodule(path).weight.shape == (width.get(name, spec.hidden),)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_weight_of_a_layer_is_left_out(architecture):
+@pytest.mark.parametrize(("name", "architecture", "fields"), VARIANTS, ids=[v[0].replace(" ", "_") for v in VARIANTS])
+def test_no_weight_of_a_layer_is_left_out(name, architecture, fields):
     """A parameter that no path covers would silently not be carried into the block."""
-    loaded = tiny_model(architecture)
-    adapter = loaded.adapter
-    paths = [adapter.norm1, adapter.norm2, adapter.q, adapter.k, adapter.v, adapter.o, *adapter.mlp_in, adapter.down]
-    paths += [p for p in (adapter.q_norm, adapter.k_norm, adapter.attn_sub_norm, adapter.ffn_sub_norm) if p]
-    covered = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
-    for name, _ in adapter.decoder_layers(tiny_transformers(architecture))[0].named_parameters():
-        assert name in covered, f"{name} is not part of the block"
+    source = tiny_transformers(architecture, **fields)
+    adapter = adapter_for(source.config)
+    covered = {f"{path}.{leaf}" for path in paths_of(adapter) for leaf in ("weight", "bias")}
+    for layer in adapter.decoder_layers(source):
+        assert {name for name, _ in layer.named_parameters()} <= covered
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -85,14 +94,14 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) == 17 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
 @pytest.mark.parametrize(
     "config",
-    [AutoConfig.for_model("gpt2"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("mixtral"), object()],
-    ids=("gpt2", "bloom", "none", "mixtral", "not a config"),
+    [AutoConfig.for_model("gptj"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("mixtral"), object()],
+    ids=("gptj", "bloom", "none", "mixtral", "not a config"),
 )
 def test_an_unknown_architecture_is_one_sentence(config):
     with pytest.raises(ModelError) as caught:
@@ -102,12 +111,43 @@ def test_an_unknown_architecture_is_one_sentence(config):
     assert "llama" in message and "opt" in message, "it names what would work"
 
 
-def test_a_post_norm_opt_is_refused():
-    """opt-350m: a permutation behind a norm that is added to the residual cannot be folded."""
-    config = AutoConfig.for_model("opt", do_layer_norm_before=False)
-    with pytest.raises(ModelError, match="opt-125m") as caught:
+@pytest.mark.parametrize(
+    "kind",
+    (
+        *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3", "llama4_text"),
+        *("gemma3n_text", "gemma3", "mistral3", "ministral3", "qwen3_next", "falcon", "falcon_h1", "mamba", "gpt_neo", "gptj"),
+        *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "olmo3", "glm4", "starcoder2", "nemotron"),
+    ),
+)
+def test_other_architectures_are_refused_by_name(kind):
+    with pytest.raises(ModelError, match=f"^Architecture '{kind}' has no adapter: use one of [^.]+[.]$") as caught:
+        adapter_for(AutoConfig.for_model(kind))
+    assert caught.value.code == "E-MODEL-ARCH" and len(str(caught.value)) <= 240
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "named"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "factor softcap the value 0.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping = 30.0"),
+        ("granite", {"logits_scaling": 0.0}, "factor logits the value 0.0"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, "3 no_rope_layers for 2 layers"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer type 'chunked_attention'"),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "= 0.2"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_field_that_is_not_covered_is_refused_by_name(architecture, fields, named):
+    config = AutoConfig.for_model(architecture, **{**TINY[architecture], "num_hidden_layers": 2, **fields})
+    with pytest.raises(ModelError, match=f"^config.json [^.]*{re.escape(named)}") as caught:
         adapter_for(config)
-    assert caught.value.code == "E-MODEL-ARCH" and len(str(caught.value)) < 240
+    assert caught.value.code == "E-MODEL-ARCH" and len(str(caught.value)) <= 240
 
 
 @pytest.mark.parametrize("architecture", ("llama", "qwen3"))

@@ -28,7 +28,7 @@ def test_outputs_are_finite_and_of_order_one(architecture):
     assert loaded.model.blocks[1] is not None and loaded.path is None
 
 
-@pytest.mark.parametrize("architecture", tiny_architectures())
+@pytest.mark.parametrize("architecture", [a for a in tiny_architectures() if a != "olmo2"])  # has no norm before attention
 def test_norm_gains_have_outliers_and_activations_follow(architecture):
     loaded = tiny_model(architecture)
     for gain in gains(loaded):
@@ -48,11 +48,12 @@ def test_shapes_and_biases_are_those_of_the_architecture(architecture):
     spec = loaded.adapter.spec(loaded.model.config)
     biases = [t for name, t in loaded.model.state_dict().items() if name.endswith("bias")]
     assert len(loaded.model.blocks) == 3 and spec.head_dim == 16
-    assert (spec.heads, spec.kv_heads) == ((4, 4) if architecture == "opt" else (8, 2))
-    assert bool(biases) == (architecture in ("opt", "qwen2")) and all(bias.abs().min() > 0 for bias in biases)
+    assert (spec.heads, spec.kv_heads) == ((4, 4) if architecture in ("opt", "gpt2", "gpt_neox") else (8, 2))
+    assert bool(biases) == (architecture in ("opt", "gpt2", "gpt_neox", "stablelm", "qwen2"))
+    assert all(bias.abs().min() > 0 for bias in biases)
     tied = loaded.model.decoder.head.weight is loaded.model.get_input_embeddings().weight
-    assert tied == (architecture in ("opt", "smollm"))
-    assert spec.qk_norm == (architecture == "qwen3")
+    assert tied == (architecture in ("opt", "smollm", "smollm3", "gpt2", "gemma", "gemma2", "gemma3_text"))
+    assert spec.qk_norm == (architecture in ("qwen3", "gemma3_text", "olmo2"))
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone():

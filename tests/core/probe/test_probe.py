@@ -29,7 +29,7 @@ def whole_gradients(model, ids: Tensor, labels: Tensor) -> tuple[dict[str, Tenso
     return {name: x.detach() for name, x in seen.items()}, dict(zip(seen, found, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "gemma2", "olmo2", "gpt_neox"))
 def test_gradients_are_those_of_a_pass_through_the_whole_model(architecture, monkeypatch):
     """With the same label at every position; kept in half precision, products of the way back perhaps in bfloat16."""
     labels = torch.full_like(READ, 7)

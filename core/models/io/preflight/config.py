@@ -30,7 +30,8 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _CAPS = (
     dict.fromkeys(_LAYERS, MAX_LAYERS) | dict.fromkeys(_HIDDEN, MAX_HIDDEN) | dict.fromkeys(_HEADS, 1_024)
     | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "head_dim": 4_096, "intermediate_size": 8 * MAX_HIDDEN,
-       "ffn_dim": 8 * MAX_HIDDEN, "max_position_embeddings": 2**24, "num_labels": 10_000}
+       "ffn_dim": 8 * MAX_HIDDEN, "n_inner": 8 * MAX_HIDDEN,
+       "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
 )
 """Largest accepted value of each size; the smallest is 1."""
 
@@ -60,7 +61,7 @@ _READ = {
 }
 """Those of these fields that an architecture reads."""
 
-_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "num_labels"}
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "n_inner", "num_labels"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
 
@@ -69,7 +70,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
-    named_only = config.get("model_type") == "bitnet"  # published BitNet repositories name code that is part of transformers
+    named_only = config.get("model_type") in ("bitnet", "phi3")  # their repositories name code that is part of transformers
     refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
     check_sizes(config)
     if not isinstance(config.get("model_type"), str):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from core.errors import ArtifactError, BackendError, InputError, ModelError, NumericError, QuantscopeError
 from core.models.io import foreign
@@ -18,6 +19,7 @@ from core.models.io.load import load_model, require_finite
 from core.models.loaded import LoadedModel
 from core.models.tiny import save_tiny, tiny_architectures, tiny_model
 from core.storage import atomic_dir
+from tests.core.tools import relative
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +125,52 @@ def test_every_tensor_is_checked_for_nan(saved):
     require_finite(made.model.state_dict().items())
 
 
-def test_half_precision_is_widened(copy):
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+@pytest.mark.parametrize("architecture", tiny_architectures())
+def test_half_precision_is_widened(copy, architecture, dtype):
+    """Factors and offsets are applied after that, in float32."""
+
     def halve(tensors):
         for name in tensors:
-            tensors[name] = tensors[name].bfloat16()
+            tensors[name] = tensors[name].to(dtype)
 
-    loaded = load_model(str(copy("qwen3", halve, {"dtype": "bfloat16"})))
+    folder = copy(architecture, halve, {"dtype": str(dtype).removeprefix("torch.")})
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded, ids = load_model(str(folder)), torch.arange(20)[None]
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-    assert torch.equal(loaded.model.decoder.head.weight.bfloat16().float(), loaded.model.decoder.head.weight)
+    assert torch.equal(loaded.model.decoder.head.weight.to(dtype).float(), loaded.model.decoder.head.weight)
+    with torch.inference_mode():
+        assert relative(loaded.model(ids).logits, source(ids).logits) < 1e-5
+
+
+def test_names_of_published_checkpoints_are_known(copy, saved):
+    """GPT-2 without its prefix and with buffers, Pythia with the earlier name of its head and with buffers."""
+
+    def as_gpt2(tensors):
+        for name in [*tensors]:
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+
+    def as_pythia(tensors):
+        head = "lm_head.weight" if "lm_head.weight" in tensors else "embed_out.weight"  # by transformers' version
+        tensors["embed_out.weight"] = tensors.pop(head)
+        own = {"bias": torch.ones(1, 1, 8, 8), "masked_bias": torch.tensor(-1e9), "rotary_emb.inv_freq": torch.ones(2)}
+        tensors.update({f"gpt_neox.layers.0.attention.{name}": tensor for name, tensor in own.items()})
+
+    for architecture, change in (("gpt2", as_gpt2), ("gpt_neox", as_pythia)):
+        found, ids = load_model(str(copy(architecture, change))), torch.arange(20)[None]
+        assert torch.equal(found.model(ids).logits, tiny_model(architecture, seed=3).model(ids).logits)
+
+
+def test_code_that_transformers_has_is_not_run(copy):
+    """Published Phi-3 repositories name their own files; transformers' class takes their place."""
+    folder = copy("phi3", config={"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    (folder / "modeling.py").write_text(f"open({str(folder / 'canary')!r}, 'w')")
+    assert load_model(str(folder)).adapter.name == "Phi-3" and not (folder / "canary").exists()
 
 
 @pytest.mark.parametrize(("config", "code"), [
-    ({"model_type": "mamba"}, "ARCH"), ({"model_type": "no-such-thing"}, "ARCH"), ({"model_type": "gpt2"}, "ARCH"),
+    ({"model_type": "mamba"}, "ARCH"), ({"model_type": "no-such-thing"}, "ARCH"), ({"model_type": "gptj"}, "ARCH"),
     ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "CODE"),
     ({"num_hidden_layers": 3}, "MISSING"), ({"num_hidden_layers": 1}, "BAD"), ({"num_hidden_layers": 10**6}, "SIZE"),
     ({"vocab_size": 300}, "BAD"), ({"hidden_act": "no-such-act"}, "BAD"), ({"rms_norm_eps": "x"}, "BAD"),

@@ -134,6 +134,18 @@ def test_fields_that_would_change_the_model_are_named(field, value):
     assert caught.value.code == "E-MODEL-ARCH"
 
 
+def test_fields_that_an_architecture_reads_are_accepted():
+    for kind, fields in {
+        "granite": {"embedding_multiplier": 12, "attention_multiplier": 0.01, "residual_multiplier": 0.2, "logits_scaling": 8},
+        "gemma2": {"query_pre_attn_scalar": 224, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": True},
+        "smollm3": {"no_rope_layers": [1, 0]},
+    }.items():
+        check_config(LLAMA | {"model_type": kind} | fields)
+        with pytest.raises(ModelError, match="clip_qkv"):
+            check_config(LLAMA | {"model_type": kind, "clip_qkv": 8.0} | fields)
+
+
 def test_a_part_of_a_head_that_is_rotated_is_refused_where_it_is_stated():
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     for key in ("rope_parameters", "rope_scaling"):
