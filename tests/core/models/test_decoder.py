@@ -132,6 +132,7 @@ def low_bit_models() -> list[tuple[str, str, dict]]:
     """(architecture, method, recipe) of every kind of low-bit model."""
     made = [(a, "rptq", {"scheme": s}) for s in SCHEMES for a in (ARCHITECTURES if s == "W4A4KV" else ("llama",))]
     made += [(a, "rtn", {"scheme": "W4A4KV"}) for a in ("llama", "opt")] + [("llama", "rtn", {"scheme": "W4A16"})]
+    made += [("gemma2", "rptq", {"scheme": s}) for s in ("W4A4", "W4A4KV")] + [("olmo2", "rptq", {"scheme": "W4A4KV"})]
     made += [("bitnet", "bitnet", {"bitnet": BitNetOptions(mode=mode)}) for mode in BITNET_MODES]
     return [*made, ("bitnet", "bitnet", {"bitnet": BitNetOptions(kv_bits=3)})]
 

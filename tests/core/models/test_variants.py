@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from core.errors import InputError
 from core.methods.rptq.reorder import reorder_block
 from core.models.architectures import adapter_for, supported_model_types
 from core.models.decoder import CausalModel
@@ -15,7 +16,7 @@ from core.models.tiny import tiny_tokenizer, tiny_transformers
 from core.recipe import RotationOptions
 from tests.core.methods.reorder_tools import random_orders
 from tests.core.methods.rotation_tools import rotated
-from tests.core.models.variants import ARCHITECTURES, VARIANTS
+from tests.core.models.variants import ARCHITECTURES, LONG, VARIANTS
 from tests.core.tools import float_blocks, quantised, relative, tokens
 
 BOUND = 1e-5
@@ -62,6 +63,17 @@ def test_a_variant_is_transformers_model(name, architecture, fields):
     blocks = [reorder_block(b, random_orders(b.spec, i)) for i, b in enumerate(float_blocks(loaded))]
     assert relative(loaded.model.with_blocks(blocks)(IDS).logits, expected) < BOUND, "reordered"
     assert relative(rotated(loaded, RotationOptions(clip=False))(IDS).logits, expected) < 2 * BOUND, "rotated"
+
+
+@torch.inference_mode()
+def test_a_rotation_that_changes_with_the_length_is_not_mixed_in_a_cache():
+    """A text beyond the original context is rotated otherwise from its first token on: the cached keys would be wrong."""
+    fields = {"rope_parameters": {"rope_theta": 1e4, **LONG}, "original_max_position_embeddings": 16}
+    source, loaded = pair("phi3", fields)
+    assert relative(loaded.model(IDS).logits, source(IDS).logits) < BOUND
+    assert relative(loaded.model(IDS[:, :16]).logits, source(IDS[:, :16]).logits) < BOUND
+    with pytest.raises(InputError, match="beyond 16 positions"):
+        greedy(loaded.model)
 
 
 @pytest.mark.parametrize("method", ("rptq", "rotation"))
