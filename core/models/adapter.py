@@ -247,7 +247,7 @@ class ModelAdapter:
             return f"config.json names the layer type {min(other)[:40]!r}: only {' and '.join(LAYER_TYPES)} are supported."
         parts = [_rope(one).get("partial_rotary_factor") or 1.0 for one in self.rotations(config)]
         part, rotated = next((part for part in parts if part != 1), 1), self.rotated(config)
-        if part != 1 and not self.partial_rope or parts and (rotated % 2 or not rotated):
+        if part != 1 and not self.partial_rope or parts and (not rotated or rotated % 2 or self.spec(config).head_dim % 2):
             return f"config.json says partial_rotary_factor = {str(part)[:20]}, which this architecture does not support."
         for name, value in vars(self.factors_of(config)).items():
             if value is not None and not 0 < value < math.inf:

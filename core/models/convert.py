@@ -85,6 +85,8 @@ def outside_tensors(source: PreTrainedModel, adapter: ModelAdapter) -> dict[str,
 
 def whole_rotation(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Make cosines and sines of E channels of R channels', [1, T, R]: channels that are not rotated have the angle 0."""
+    if cos.shape[-1] == head_dim:
+        return cos, sin
     wider = (0, (head_dim - cos.shape[-1]) // 2)
     cos, sin = (pad(t.unflatten(-1, (2, -1)), wider, value=rest).flatten(-2) for t, rest in ((cos, 1.0), (sin, 0.0)))
     return cos, sin

@@ -93,7 +93,8 @@ def tiny_transformers(architecture: str, *, seed: int = 0, layers: int = 2, **ov
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # with sdpa, transformers 5.14 leaves the cap of Gemma 2's scores out
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     _randomize(model, torch.Generator().manual_seed(seed))
     return model.eval().requires_grad_(False)
 
