@@ -1,4 +1,4 @@
-"""The parts of a supported architecture, in our words: shape of a layer, paths of its tensors, factors of its configuration.
+"""One architecture in our words: shape of a layer, paths of its tensors, factors of its configuration.
 
 Every supported layer is the same residual block, so an architecture only names its parts:
 

@@ -1,6 +1,6 @@
-"""The table of supported architectures: which checkpoint tensors are which part of the model (see `core.models.adapter`).
+"""The table of supported architectures: which checkpoint tensors are which part of the model.
 
-docs/architectures.md lists what is supported with which variants, and says how to add one.
+`core.models.adapter` says what an entry is made of, docs/architectures.md what is supported and how to add an architecture.
 """
 
 from __future__ import annotations

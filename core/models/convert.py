@@ -1,4 +1,4 @@
-"""Read the tensors of a transformers model as our blocks compute with them; what the model computes stays the same.
+"""Copy a transformers model's tensors into our blocks, with differences between architectures folded into the weights.
 
     stored by the architecture                      read as
     gain minus one                                  gain
