@@ -1,4 +1,4 @@
-"""Copy a transformers model's tensors into our blocks, with differences between architectures folded into the weights.
+"""Copy tensors of a transformers model into our blocks, folding what architectures differ in into weights.
 
     stored by the architecture                      read as
     gain minus one                                  gain
