@@ -207,6 +207,11 @@ class ModelAdapter:
         dim = self.spec(config).head_dim
         return int(dim * (_rope(config).get("partial_rotary_factor") or 1.0)) if self.partial_rope else dim
 
+    def keeps_tensors(self, config: PretrainedConfig) -> bool:
+        """Say whether blocks hold a checkpoint's tensors as they are stored, so that they can be written under their names."""
+        plain = len(self.qkv) == 3 and not self.unit_offset and self.post_norms is None and self.parallel is None
+        return plain and self.factors_of(config) == Factors() and self.rotated(config) == self.spec(config).head_dim
+
     def windows(self, config: PretrainedConfig) -> list[int | None]:
         """Return how many positions a token of each layer attends to, itself included; None for all before it."""
         width = None if self.window == "none" else config.sliding_window

@@ -49,6 +49,8 @@ def require_fit(loaded: LoadedModel, fmt: str) -> list[str]:
 def differences(loaded: LoadedModel, fmt: str) -> list[str]:
     """List what differs in the exported model. Raises: Unfit where the format cannot hold it."""
     checks = {"compressed-tensors": _compressed, "gguf": _gguf, "bitnet": _bitnet, "transformers": _transformers}
+    if not loaded.adapter.keeps_tensors(loaded.model.config):
+        raise Unfit(f"tensors of {loaded.adapter.name} are changed while they are read, and not changed back")
     found = checks[fmt](loaded.model)
     if fmt == "gguf" and rule_of(loaded.tokenizer) is None:
         raise Unfit("its tokenizer is no byte-level BPE that cuts text by a rule known here")
@@ -147,7 +149,7 @@ def _gguf(model: CausalModel) -> list[str]:
         raise Unfit(f"the architecture {kind} is not written (llama, mistral, qwen2, qwen3 are)")
     if any(model.decoder.adapter.windows(config)):
         raise Unfit("its attention is limited to a window, which is not written")
-    rope = model.decoder.rotary.rope_type
+    rope = model.decoder.rotaries[0].rope_type
     if rope not in ("default", "linear") and (rope, GGUF_ARCHITECTURES[kind]) != ("llama3", "llama"):
         raise Unfit(f"its rotary positions ({rope}) are not written")
     for block, name, linear in linears(model):

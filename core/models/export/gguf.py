@@ -70,7 +70,7 @@ def write_gguf(path: Path, loaded: LoadedModel) -> None:
 
 def _add_rope(writer: GGUFWriter, loaded: LoadedModel) -> None:
     """Add how rotary positions are scaled: a key for the linear rule, a tensor for Llama 3's."""
-    rotary, rope = loaded.model.decoder.rotary, loaded.model.config.rope_parameters
+    rotary, rope = loaded.model.decoder.rotaries[0], loaded.model.config.rope_parameters
     if rotary.rope_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))

@@ -64,7 +64,7 @@ def projections(model: CausalModel, *, floats: bool = False) -> Iterator[Project
     adapter, config = model.decoder.adapter, model.config
     spec = adapter.spec(config)
     paths = {
-        "qkv": [(getattr(adapter, s), spec.width(s)) for s in ("q", "k", "v")],
+        "qkv": [*zip(adapter.qkv, map(spec.width, ("q", "k", "v")), strict=True)],
         "o": [(adapter.o, spec.hidden)],
         "up": [(path, spec.ffn) for path in adapter.mlp_in],
         "down": [(adapter.down, spec.hidden)],

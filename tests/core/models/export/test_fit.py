@@ -66,6 +66,14 @@ def test_models_that_gguf_has_no_place_for(architecture, overrides, reason):
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("fmt", ["compressed-tensors", "gguf", "transformers"])
+@pytest.mark.parametrize("architecture", ["phi3", "gpt2", "gemma", "gemma2", "granite", "olmo2", "stablelm", "gpt_neox"])
+def test_tensors_that_were_changed_while_they_were_read_are_not_written(architecture, fmt):
+    q = quantised(architecture, method="rtn", weights="rtn", scheme="W4A16")
+    with pytest.raises(InputError, match="are changed while they are read"):
+        require_fit(q.loaded, fmt)
+
+
 @pytest.mark.parametrize("fmt", ["compressed-tensors", "gguf", "bitnet", "transformers"])
 def test_a_float_model_is_refused(fmt):
     with pytest.raises(InputError, match="no weight is quantised"):
