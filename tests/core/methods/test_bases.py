@@ -22,7 +22,7 @@ from core.options import BASES, MASSIVE
 from core.recipe import SITES, Calibration, Clusters, QuantRecipe
 from core.stages import observe, observe_in_bases
 from kernels import hadamard
-from tests.core.methods.test_rotation_fold import W4A4
+from tests.core.methods.rotation_tools import W4A4
 from tests.core.tools import ARCHITECTURES, block_inputs, quantised, relative, spec_of, tiny, tokens
 
 WINDOWS = tokens(4, 32, seed=3)
