@@ -31,10 +31,12 @@ JOBS = {
     "estimate": "E1",
     "quality": "Q1, Q3, Q4",
     "sweep": "S3",
+    "order": "R0",
 }
-"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of quality `run(model, tokens=…)`; their
+"""Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of `BY_TOKENS` `run(model, tokens=…)`; their
 numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3, Q4 or S3"
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3, Q4, S3 or R0"
+BY_TOKENS = ("quality", "order")
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {ALLOWED}")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
-    parser.add_argument("--tokens", type=int, default=32_768, help="evaluation tokens of the job quality, per text")
+    parser.add_argument("--tokens", type=int, default=32_768, help=f"evaluation tokens of {' and '.join(BY_TOKENS)}")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     names = []
@@ -59,7 +61,7 @@ def main() -> int:
     results: list[Result] = []
     for name in names:
         start = time.perf_counter()
-        own = {"tokens": arguments.tokens} if name == "quality" else {}
+        own = {"tokens": arguments.tokens} if name in BY_TOKENS else {}
         for result in importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model, **own):
             results.append(result)
             print(f"… {result.job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ __all__ = [
     "FLOAT_BITS",
     "INPUT_SITE",
     "METHODS",
+    "ORDERS",
     "PER_CHANNEL",
     "REORDERS",
     "REORDER_OF",
@@ -67,6 +68,8 @@ OPTIONS = {
     "rotation": (RotationOptions, "scale, rotate, group and the other switches of rotation"),
 }
 """The class of the options that belong to one method, and what they are, by the method's name: fields of `QuantRecipe`."""
+ORDERS = {"layer": "", "shared": ", one order for all layers"}
+"""Orders of the residual stream in RPTQ, and how a label tells them: R1 and R4 of each layer, or one order for all layers."""
 SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
 
 
@@ -102,6 +105,8 @@ class QuantRecipe:
         bitnet, rotation: options of the method of that name, its defaults when left out; None for the other methods.
         segments: of RPTQ's clusters; "aligned" and "pow2" trade accuracy for fewer integer accumulators.
         overrides: bits and clusters of single layers; what equals those of all layers is left out.
+        order: of the residual stream in RPTQ; "layer": each layer's norms store R1 and R4, "shared": one order for all layers is
+            folded into weights, embedding and head, and each layer has its own boundaries of clusters.
     """
 
     model: str
@@ -118,6 +123,7 @@ class QuantRecipe:
     segments: str = "exact"
     overrides: Overrides = field(default_factory=Overrides)
     rotation: RotationOptions | None = None
+    order: str = "layer"
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -125,6 +131,7 @@ class QuantRecipe:
         require_choice("weight method", self.weights, WEIGHT_METHODS)
         require_choice("variant", self.variant, tuple(VARIANTS))
         require_choice("segments", self.segments, tuple(SEGMENTS) if self.method == "rptq" else ("exact",))
+        require_choice("order", self.order, tuple(ORDERS) if self.method == "rptq" else ("layer",))
         require_choice("scheme", self.scheme, (*SCHEMES, "custom"))
         if self.revision is not None:
             require_text("revision", self.revision, "The revision is not a text: give a branch, a tag or a commit.")
@@ -201,10 +208,10 @@ class QuantRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse.
 
-        `bitnet`, `rotation`, `segments` and `overrides` are left out where they hold their default: recipes from before these
-        fields keep their hash.
+        `bitnet`, `rotation`, `segments`, `overrides` and `order` are left out where they hold their default: recipes from before
+        these fields keep their hash.
         """
-        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}}
+        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}, "order": "layer"}
         fields = asdict(self) | {"overrides": self.overrides.to_dict()}
         return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
@@ -257,6 +264,7 @@ class QuantRecipe:
             "weights": self.weights,
             "variant": self.variant,
             "segments": "" if self.segments == "exact" else self.segments,
+            "order": "" if self.order == "layer" else self.order,
             "calibration": text_record(self.calibration.text),
             "tokens": self.calibration.tokens,
             "window": self.calibration.window,
@@ -277,15 +285,15 @@ class QuantRecipe:
             given = dict(parse_qsl(query, keep_blank_values=False, max_num_fields=64))
         except ValueError as error:
             raise InputError("The link has too many parts: open one made by the page.", code="E-PARAM-RECIPE") from error
-        changes: dict[str, Any] = {
-            k: given[k] for k in ("model", "revision", "method", "scheme", "weights", "variant", "segments") if k in given
-        }
+        plain = ("model", "revision", "method", "scheme", "weights", "variant", "segments", "order")
+        changes: dict[str, Any] = {k: given[k] for k in plain if k in given}
         if "model" in given:
             changes.setdefault("revision", None)
         if "scheme" in given:
             changes["bits"] = None
         if "method" in given:
             changes.setdefault("segments", "exact")
+            changes.setdefault("order", "layer")
             kept = given["method"] in VARIANTS[default.variant]
             changes.setdefault("variant", default.variant if kept else "default")
         for name, (kind, _) in OPTIONS.items():
@@ -335,7 +343,7 @@ class QuantRecipe:
             matched = f"RTN matched ({self.clusters.describe()}{calibrated})"
             parts = [matched if self.variant == "matched" else "RTN plain", self.describe_bits()]
         else:
-            parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments]]
+            parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments] + ORDERS[self.order]]
         parts.append(self.weights.upper() if any(bits.quantizes_weights for bits in self.all_bits) else "float weights")
         return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])
 

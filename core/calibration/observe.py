@@ -102,11 +102,17 @@ def embed(model: CausalModel, windows: Tensor) -> list[BlockInputs]:
 
 @torch.inference_mode()
 def observe_layers(
-    model: CausalModel, windows: Tensor, *, states: KeptStates | None = None, progress: Progress = silent
+    model: CausalModel,
+    windows: Tensor,
+    *,
+    skip_first: int = 0,
+    states: KeptStates | None = None,
+    progress: Progress = silent,
 ) -> Iterator[dict[str, ChannelRanges]]:
     """Yield the seven sites' ranges of each layer of a float model on windows [S, T] int64.
 
     Args:
+        skip_first: positions at the start of every window left out of the ranges.
         states: where the hidden states that enter the layers are kept, for `channel_detail`.
     Raises: NumericError naming the first site with NaN or infinity.
     """
@@ -116,7 +122,7 @@ def observe_layers(
     for index, block in enumerate(model.blocks):
         if kept is not None:
             kept.keep(index, hidden)
-        recorder = Recorder(index, len(windows), hessians_wanted=False)
+        recorder = Recorder(index, len(windows), hessians_wanted=False, skip_first=skip_first)
         for i, item in enumerate(inputs):
             progress(f"Observing layer {index + 1} of {len(model.blocks)}", (index + i / len(inputs)) / len(model.blocks))
             with block.slots.watch(recorder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -70,6 +70,8 @@ class LayerStatistics:
         hessians: Xᵀ X [K, K] per linear input site, original order; empty when not asked for.
         importance: per linear input site [C], mean square of the weight columns that read it.
         streams: of the layer while a model is quantised; None where plans alone are made.
+        residual: [D] int64, the order that all layers share (`Method.residual_order`); None where these statistics' channels lie
+            in it already.
         made: what plans of these statistics were made of so far, by all that it depends on: see `once`.
     """
 
@@ -78,6 +80,7 @@ class LayerStatistics:
     hessians: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     streams: Streams | None = None
+    residual: Tensor | None = None
     made: dict[Hashable, object] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -123,6 +126,16 @@ class Method(ABC):
     def uses_exact_inputs(self, recipe: QuantRecipe) -> bool:
         """Say whether `apply_layer` reads `Streams.exact`, for which the unquantised model runs beside the quantised one."""
         return False
+
+    def residual_order(self, layers: Iterable[Mapping[str, ChannelRanges]], recipe: QuantRecipe) -> Tensor | None:
+        """Choose one order [D] int64 of the residual stream for all layers; None keeps the model's own.
+
+        Args:
+            layers: ranges of every layer's sites in the unquantised model, without the FLOAT_FIRST_TOKENS of each window; read
+                only where an order is chosen.
+            recipe: of the model.
+        """
+        return None
 
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
         """Choose the `LayerPlan.orders` of one layer: no channel moves."""

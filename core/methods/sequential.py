@@ -4,8 +4,9 @@
         2  plan and apply
         3  run the quantised block on the same inputs: the next layer's inputs, and this layer's error
 
-A method that asks for it also gets the sites of the unquantised model, which then runs beside the quantised one. One float block
-and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
+A method that asks for it also gets the sites of the unquantised model, which then runs beside the quantised one. Where all layers
+share one order of the residual stream, a pass over the unquantised model comes first, and every block takes that order before step
+1. One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from core.calibration.observe import LINEAR_SITES, BlockInputs, Recorder, embed
+from core.calibration.observe import LINEAR_SITES, BlockInputs, Recorder, embed, observe_layers
 from core.errors import NumericError
-from core.methods.base import LayerPlan, LayerStatistics, Method, Streams
+from core.methods.base import FLOAT_FIRST_TOKENS, LayerPlan, LayerStatistics, Method, Streams
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
-from core.progress import Progress, silent
+from core.progress import Progress, part, silent
 from core.quant.observer import decibels
 from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
 from core.report import WeightError
+
+ORDER_TIME = 0.15
+"""Share of a run's time that choosing one order for all layers takes: a float pass, beside those of every layer's own steps."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,12 @@ def quantize_layers(
     count = len(model.blocks)
     watch, outcomes, blocks = Stopwatch(), [], []
     watch.start()
+    ahead = part(progress, 0.0, ORDER_TIME)
+    order = method.residual_order(observe_layers(model, windows, skip_first=FLOAT_FIRST_TOKENS, progress=ahead), recipe)
     inputs = embed(model, windows)
+    if order is not None:
+        progress, order = part(progress, ORDER_TIME, 1.0), order.to(model.device)
+        inputs = [replace(item, hidden=item.hidden[..., order]) for item in inputs]
     hidden = exact = [item.hidden for item in inputs]
     for index, start in enumerate(model.blocks):
 
@@ -84,6 +93,7 @@ def quantize_layers(
 
         own = recipe.for_layer(index)
         block = start if start.is_float or method.keeps_ternary else start.dequantized()
+        block = block if order is None else block.in_order(order)
         stats, outputs = _observe(block, hidden, inputs, method, own, tell)
         sites: dict[str, list[Tensor]] = {}
         if method.uses_exact_inputs(recipe):
@@ -104,7 +114,7 @@ def quantize_layers(
         outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
         blocks.append(quantized)
         watch.lap("propagate")
-    return model.with_blocks(blocks), outcomes, watch.seconds
+    return model.with_blocks(blocks, order), outcomes, watch.seconds
 
 
 def _observe(

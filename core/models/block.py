@@ -83,6 +83,15 @@ class DecoderBlock(nn.Module):
         sites have no quantisers."""
         return DecoderBlock(self.spec, self.layer_index, self.attention.window, **{**self.parts(), **parts})
 
+    def in_order(self, order: Tensor) -> DecoderBlock:
+        """Make the float block for a residual stream whose channels lie in `order` [D] int64, at its input and its output.
+
+        Gains and biases of both norms, columns of Wq, Wk, Wv, W_gate and W_up, rows and biases of Wo and W_down follow the order.
+        """
+        readers = {name: self.linears()[name].permuted(columns=order) for name in ("qkv", "up")}
+        writers = {name: self.linears()[name].permuted(rows=order) for name in ("o", "down")}
+        return self.with_parts(norm1=self.norm1.permuted(order), norm2=self.norm2.permuted(order), **readers, **writers)
+
     def dequantized(self) -> DecoderBlock:
         """Make the float block with this one's weights (α t where they are ternary): what another method starts from."""
         return self.with_parts(**{n: FloatLinear(x.dequantized_weight(), x.bias) for n, x in self.linears().items()})

@@ -26,6 +26,10 @@ from core.models.convert import outside_tensors, whole_rotation
 from core.models.norm import ReorderNorm
 from core.quant.kv_cache import KVCache
 
+RESIDUAL_AXIS = {"embed": 1, "positions": 1, "project_in": 0, "project_out": 1, "norm": 0, "head": 1}
+"""Axis of the residual stream in the tensors outside the blocks, by their part of the decoder. Where there is a `project_in`,
+embedding and head do not touch that stream."""
+
 
 class Head(nn.Linear):
     """The output layer [D] to [V], without bias; its weight is shared. Logits: c tanh(z / c), or z without a softcap c."""
@@ -80,11 +84,20 @@ class Decoder(nn.Module):
         if self.head.weight.data_ptr() == self.embed.weight.data_ptr():
             self.head.weight = self.embed.weight
 
-    def outside(self) -> dict[str, Tensor]:
-        """Return the tensors outside the blocks by their names in a checkpoint; a head that is the embedding is left out."""
-        own = self.state_dict()
+    def outside(self, order: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the tensors outside the blocks by their names in a checkpoint; a head that is the embedding is left out.
+
+        Args: order: [D] int64, for a residual stream whose channels lie in it (`DecoderBlock.in_order`); None: the model's own.
+        """
+        own, apart = self.state_dict(), () if self.project_in is None else ("embed", "head")
         tied = self.head.weight is self.embed.weight
-        return {name: own[place] for place, name in self._names.items() if not (tied and name == HEAD)}
+        found = {}
+        for place, name in self._names.items():
+            if not (tied and name == HEAD):
+                part, tensor = place.partition(".")[0], own[place]
+                keeps = order is None or part in apart
+                found[name] = tensor if keeps else tensor.index_select(RESIDUAL_AXIS[part], order)
+        return found
 
     def new_cache(self) -> KVCache:
         """Make an empty cache: packed where a block quantises its keys and values, in float where it does not."""
@@ -212,9 +225,12 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         made.generation_config = source.generation_config
         return made
 
-    def with_blocks(self, blocks: Iterable[DecoderBlock]) -> CausalModel:
-        """Make a model that shares everything with this one except its blocks."""
-        made = CausalModel(self.config, self.decoder.adapter, blocks, self.decoder.outside())
+    def with_blocks(self, blocks: Iterable[DecoderBlock], order: Tensor | None = None) -> CausalModel:
+        """Make a model that shares everything with this one except its blocks.
+
+        Args: order: [D] int64, of the residual stream in these blocks: what is outside them is copied in it; None: the model's own.
+        """
+        made = CausalModel(self.config, self.decoder.adapter, blocks, self.decoder.outside(order))
         made.generation_config = self.generation_config
         return made
 

@@ -216,7 +216,7 @@ class ProbeBench(ABC):
         progress: Progress = silent,
     ) -> CostCurve:
         """Predict what one site costs by its number of clusters, in one layer or in all (None); see `core.probe.curve`."""
-        plain = {"variant": "default", "segments": "exact", "overrides": Overrides(), **dict.fromkeys(OPTIONS)}
+        plain = {"variant": "default", "segments": "exact", "order": "layer", "overrides": Overrides(), **dict.fromkeys(OPTIONS)}
         recipe = replace(recipe, method="rptq", **plain)
         tool = self._instrument(recipe, text, owner, progress)
         layers = range(len(tool.model.blocks)) if layer is None else [layer]

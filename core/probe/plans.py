@@ -53,9 +53,8 @@ class Layer:
         """Look at layer `index`."""
         planner, source = method(recipe.method), model.blocks[index]
         block, own = float_twin(source)
-        recipe = recipe.for_layer(index)
-        stats = statistics.layers[planner.sink_tokens(recipe)][index]
-        return cls(block, own, stats, recipe, source if planner.keeps_ternary else block)
+        stats = statistics.of_layer(planner, index, recipe)
+        return cls(block, own, stats, recipe.for_layer(index), source if planner.keeps_ternary else block)
 
     def own_site(self, site: str, x: Tensor) -> Tensor:
         """Return what the model itself has at a site where its block computes x [B, T, C]."""

@@ -8,7 +8,7 @@ the real run, and a later layer's is wherever its inputs are the same.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class Statistics:
 
     digest: str
     layers: dict[int, list[LayerStatistics]]
+
+    def of_layer(self, method: Method, index: int, recipe: QuantRecipe) -> LayerStatistics:
+        """Return a layer's statistics as a recipe's method plans on them, with the order that all layers share."""
+        kept = self.layers[FLOAT_FIRST_TOKENS]
+        key = ("residual", recipe.method, recipe.order, recipe.seed)
+        order = kept[0].once(key, lambda: method.residual_order([stats.ranges for stats in kept], recipe))
+        return replace(self.layers[method.sink_tokens(recipe.for_layer(index))][index], residual=order)
 
     @property
     def nbytes(self) -> int:

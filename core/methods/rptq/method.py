@@ -3,13 +3,14 @@
 Variants. `official` repeats the published code's rules: 2**bits grid, moving-average ranges, unscaled q in R2, R3
 clustered on P·V, Hessians of unquantised inputs. `default` has the same scheme table and cluster counts, and the rules that
 measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits. `sorted` is
-`default` with clusters of equal size, of channels sorted by range.
+`default` with clusters of equal size, of channels sorted by range. Where a recipe's order is `shared`, the clusters of R1 and R4 are
+runs of one order for all layers (`core.methods.rptq.shared`).
 Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +30,8 @@ from core.methods.base import (
 )
 from core.methods.rptq.cluster import ChannelClusters, cluster_channels
 from core.methods.rptq.reorder import Orders, query_channels, reorder_block
-from core.methods.rptq.segments import aligned_offsets, most_runs, power_of_two
+from core.methods.rptq.segments import best_runs, most_runs, power_of_two
+from core.methods.rptq.shared import residual_order, shared_clusters
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
@@ -164,9 +166,14 @@ class RPTQ(Method):
         """Return the scheme's bits for variant official, whose published code calibrates with a quantised softmax; else 16."""
         return recipe.tensor_bits.softmax if recipe.variant == "official" else 16
 
+    def residual_order(self, layers: Iterable[Mapping[str, ChannelRanges]], recipe: QuantRecipe) -> Tensor | None:
+        """Choose one order for all layers where the recipe asks for it."""
+        return residual_order(layers, recipe.seed) if recipe.order == "shared" else None
+
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
-        """Choose the orders of one layer by clustering."""
-        clusters = {name: _clusters(name, stats, recipe, spec) for name in recipe.reorderings}
+        """Choose the orders of one layer by clustering; the shared order of the residual stream is not one of them."""
+        names = [name for name in recipe.reorderings if not _is_shared(name, recipe)]
+        clusters = {name: _clusters(name, stats, recipe, spec) for name in names}
         return {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
 
     def weight_grid(self, recipe: QuantRecipe) -> Grid:
@@ -203,16 +210,31 @@ def _local(order: Tensor, head_dim: int) -> Tensor:
     return order.view(-1, head_dim) % head_dim
 
 
+def _is_shared(name: str, recipe: QuantRecipe) -> bool:
+    """Say whether the clusters of a reordering are runs of the order that all layers share."""
+    return recipe.order == "shared" and name in ("R1", "R4")
+
+
 def _cluster_key(name: str, recipe: QuantRecipe) -> tuple[Hashable, ...]:
-    """Collect all of a recipe that `reorder_clusters` depends on."""
+    """Collect all of a recipe that `_clusters` depends on."""
     kv_only = recipe.tensor_bits.q == recipe.tensor_bits.o_in == FLOAT_BITS
-    return name, getattr(recipe.clusters, name), rules_of(recipe), recipe.seed, name in ("R2", "R3") and kv_only
+    special = _is_shared(name, recipe) or (name in ("R2", "R3") and kv_only)
+    return name, getattr(recipe.clusters, name), rules_of(recipe), recipe.seed, special
 
 
 def _clusters(name: str, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> ChannelClusters:
     """Cluster one reordering of a layer, once."""
     make = partial(reorder_clusters, name, stats.ranges, recipe, groups=spec.groups, head_dim=spec.head_dim)
+    if _is_shared(name, recipe):
+        (site,), count, equal = REORDERS[name], getattr(recipe.clusters, name), rules_of(recipe).equal_sizes
+        importance = _importance(stats, spec).get(site)
+        make = partial(shared_clusters, stats.residual, stats.ranges[site], count, importance, equal=equal)
     return stats.once(_cluster_key(name, recipe), make)
+
+
+def _importance(stats: LayerStatistics, spec: BlockSpec) -> dict[str, Tensor]:
+    """Compute `channel_importance`, once."""
+    return stats.once("importance", partial(channel_importance, stats, spec))
 
 
 def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
@@ -221,14 +243,14 @@ def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: Blo
     if name in recipe.reorderings:
         found = site_clusters(site, _clusters(name, stats, recipe, spec), groups=spec.groups, head_dim=spec.head_dim)
     order, offsets = found.order, found.offsets
-    importance = stats.once("importance", partial(channel_importance, stats, spec)).get(site)
+    importance = _importance(stats, spec).get(site)
     weight = None if importance is None else importance[order]
     ranges = stats.calibrated[site].permuted(order)
     few = recipe.segments != "exact" and site in INPUT_SITE.values()
     spare = few and bits < 8 and recipe.segments == "pow2"
     if few and not spare:
         limit = most_runs(len(order)) if bits < FLOAT_BITS else len(offsets) - 1
-        offsets = aligned_offsets(ranges.low, ranges.high, weight, limit=limit)
+        offsets = best_runs(ranges.low, ranges.high, weight, limit=limit)
     plan = plan_site(ranges, offsets, bits, rules_of(recipe).ranges, weight)
     return replace(power_of_two(plan, ranges) if spare else plan, order=order)
 

@@ -9,8 +9,9 @@
 A norm between producer and consumer (BitNet's, before o and before down) only needs its gain in the same order: the mean square
 it divides by does not depend on the order.
 
-Rows of Wo and W_down are never permuted: the residual stream keeps its order. With grouped-query attention a key/value head
-and all its query heads share one order. Why other choices would change the function: docs/rptq.md, "Legality".
+Rows of Wo and W_down are not permuted here: the residual stream keeps its order. One order of that stream for all layers, in
+place of R1 and R4, is folded by `DecoderBlock.in_order` (`core.methods.rptq.shared`). With grouped-query attention a key/value
+head and all its query heads share one order. Why other choices would change the function: docs/rptq.md, "Legality".
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from core.models.adapter import BlockSpec
 from core.models.block import DecoderBlock
-from core.quant.linear.base import FloatLinear
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
     mixed = None if orders.R3 is None else query_channels(orders.R3, spec.groups)
     attention, mlp = block.attention, block.mlp
     parts: dict[str, nn.Module | Tensor] = {
-        "qkv": _permuted(attention.qkv, rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
-        "o": _permuted(attention.o, columns=mixed),
-        "up": _permuted(mlp.up, rows=mlp_rows, columns=orders.R4),
-        "down": _permuted(mlp.down, columns=orders.R5),
+        "qkv": attention.qkv.permuted(rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
+        "o": attention.o.permuted(columns=mixed),
+        "up": mlp.up.permuted(rows=mlp_rows, columns=orders.R4),
+        "down": mlp.down.permuted(columns=orders.R5),
     }
     if orders.R1 is not None:
         parts["norm1"] = block.norm1.reordered(orders.R1)
@@ -86,13 +86,3 @@ def head_channels(order: Tensor) -> Tensor:
 def query_channels(order: Tensor, groups: int) -> Tensor:
     """Turn orders per head [Hkv, E] into one over H * E query channels: query head h uses that of kv head h // groups."""
     return head_channels(order.repeat_interleave(groups, dim=0))
-
-
-def _permuted(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> FloatLinear:
-    weight, bias = linear.weight.detach(), linear.bias
-    if rows is not None:
-        weight = weight[rows]
-        bias = None if bias is None else bias[rows]
-    if columns is not None:
-        weight = weight[:, columns]
-    return FloatLinear(weight.contiguous(), bias)

@@ -33,14 +33,14 @@ def most_runs(width: int) -> int:
     return max(1, min(ACCUMULATORS, width // MIN_COLUMNS_PER_SEGMENT))
 
 
-def aligned_offsets(low: Tensor, high: Tensor, importance: Tensor | None, *, limit: int) -> Tensor:
-    """Choose boundaries of at most `limit` runs, [G + 1] int64: 0, multiples of ALIGN, C. Takes O((C / ALIGN)² limit) steps.
+def best_runs(low: Tensor, high: Tensor, importance: Tensor | None, *, limit: int, align: int = ALIGN) -> Tensor:
+    """Choose boundaries of at most `limit` runs, [G + 1] int64: 0, multiples of `align`, C. Takes O((C / align)² limit) steps.
 
     Args:
         low, high: [C] ranges of the channels in the planned order.
         importance: [C] factors of their squared steps; None for equal ones.
     """
-    cuts = [*range(0, len(low), ALIGN), len(low)]
+    cuts = [*range(0, len(low), align), len(low)]
     weight = np.ones(len(low)) if importance is None else importance.double().numpy()
     sums = np.concatenate([[0.0], np.cumsum(np.add.reduceat(weight, cuts[:-1]))])
     lows, highs = np.minimum.reduceat(low.numpy(), cuts[:-1]), np.maximum.reduceat(high.numpy(), cuts[:-1])

@@ -208,6 +208,13 @@ class FloatLinear(LinearLayer):
         y = self(x)
         return iter((y,) if sizes is None else y.split(sizes, dim=-1))
 
+    def permuted(self, *, rows: Tensor | None = None, columns: Tensor | None = None) -> FloatLinear:
+        """Make the layer whose outputs lie in the order `rows` [N], and whose inputs in `columns` [K]; None keeps an order."""
+        weight, bias = self.weight.detach(), self.bias
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        return FloatLinear((weight if columns is None else weight[:, columns]).contiguous(), bias)
+
     def dequantized_weight(self) -> Tensor:
         """Return the weight itself, [N, K] in its own type."""
         return self.weight.detach()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import InputError
-from core.methods.rptq.segments import ALIGN, aligned_offsets, power_of_two
+from core.methods.rptq.segments import ALIGN, best_runs, power_of_two
 from core.quant.affine import Grid, choose_qparams
 from core.quant.observer import SitePlan
 from core.quant.ranges import ChannelRanges
@@ -39,7 +39,7 @@ def test_boundaries_are_the_best_of_all(width, limit, weighted):
     inner = range(ALIGN, width, ALIGN)
     every = [torch.tensor([0, *cuts, width]) for n in range(limit) for cuts in combinations(inner, n)]
     best = min(cost(o, low, high, importance) for o in every)
-    found = aligned_offsets(low, high, importance if weighted else None, limit=limit)
+    found = best_runs(low, high, importance if weighted else None, limit=limit)
     assert found[0] == 0 and found[-1] == width and len(found) <= limit + 1 and not bool((found[:-1] % ALIGN).any())
     assert cost(found, low, high, importance) == pytest.approx(best, rel=1e-6)
 
@@ -47,7 +47,7 @@ def test_boundaries_are_the_best_of_all(width, limit, weighted):
 def test_the_square_of_a_range_counts():
     """Widths 1, 6 and 10 in two runs: 2 · 6² + 10² is less than 1 + 2 · 10², though 2 · 6 + 10 is more than 1 + 2 · 10."""
     high = torch.tensor([1.0, 6.0, 10.0]).repeat_interleave(ALIGN)
-    assert aligned_offsets(torch.zeros_like(high), high, None, limit=2).tolist() == [0, 2 * ALIGN, 3 * ALIGN]
+    assert best_runs(torch.zeros_like(high), high, None, limit=2).tolist() == [0, 2 * ALIGN, 3 * ALIGN]
 
 
 @pytest.mark.parametrize("bits", (2, 4, 7))
