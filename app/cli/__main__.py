@@ -45,7 +45,7 @@ from core.evaluation.roofline import GPUS
 from core.memory import is_out_of_memory
 from core.options import BASES
 from core.probe.report import CONTEXT
-from core.recipe import BITNET_MODES, METHODS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
+from core.recipe import BITNET_MODES, METHODS, ORDERS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 
 OK, BUG, BAD_INPUT, INTERRUPTED, TERMINATED, CLOSED_PIPE = 0, 1, 2, 130, 143, 141
 QUIET = {
@@ -253,6 +253,7 @@ def _recipe(verb: Parser) -> None:
     )
     verb.add_argument("--clusters", metavar="R1=32,R2=4", help="clusters per reordering, one number for all, or channel")
     verb.add_argument("--segments", help=f"{', '.join(SEGMENTS)}: how many accumulators integers take (default exact)")
+    verb.add_argument("--order", help=f"{' or '.join(ORDERS)}: of the residual stream, in each layer or in all (default layer)")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")
     verb.add_argument(
         "--rotation",

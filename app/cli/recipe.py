@@ -15,9 +15,9 @@ from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import OPTIONS, VARIANTS, Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bits, parse_options
 
 FOREIGN = {
-    "rtn": ("clusters", "segments"),
-    "rotation": ("clusters", "segments"),
-    "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "weights", "set"),
+    "rtn": ("clusters", "segments", "order"),
+    "rotation": ("clusters", "segments", "order"),
+    "bitnet": ("scheme", "bits", "variant", "clusters", "segments", "order", "weights", "set"),
 }
 """Options that each method ignores."""
 MAX_BYTES = 2**24
@@ -28,7 +28,7 @@ PASTED_FILE = "my-text.txt"
 def recipe_of(args: Namespace) -> QuantRecipe:
     """Build the recipe that `quantize`'s options describe. Raises: InputError."""
     base = _read_recipe(args.recipe) if args.recipe is not None else {}
-    chosen = ("model", "method", "variant", "segments", "weights")
+    chosen = ("model", "method", "variant", "segments", "order", "weights")
     given = {name: value for name in chosen if (value := getattr(args, name)) is not None}
     if "model" in given:
         base.pop("revision", None)
@@ -43,7 +43,8 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         if getattr(args, name) is not None and not (matched and name == "clusters"):
             raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
     if method != "rptq":
-        base.pop("segments", None)
+        for name in ("segments", "order"):
+            base.pop(name, None)
     if method not in VARIANTS[base.get("variant", "default")]:
         base.pop("variant", None)
     if method == "rtn" and "weights" not in base:
@@ -99,7 +100,7 @@ def command_of(recipe: QuantRecipe) -> str:
     if recipe.method == "rptq" or recipe.variant == "matched":
         options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
     if recipe.method == "rptq":
-        options |= {"segments": recipe.segments}
+        options |= {"segments": recipe.segments, "order": recipe.order}
     if recipe.overrides.entries:
         options |= {"set": recipe.overrides.to_text()}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

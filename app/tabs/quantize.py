@@ -123,6 +123,14 @@ class Quantize:
                         )
                         for name in REORDERS
                     }
+                self.order = gr.Dropdown(
+                    [(label, name) for name, label in texts.ORDERS.items()],
+                    value="layer",
+                    label=texts.ORDER_LABEL,
+                    info=texts.ORDER_INFO,
+                    filterable=False,
+                    elem_id="residual-order",
+                )
                 self.segments = gr.Dropdown(
                     [(label, name) for name, label in texts.SEGMENTS.items()],
                     value="exact",
@@ -162,6 +170,7 @@ class Quantize:
             self.variant,
             self.weights,
             self.segments,
+            self.order,
             self.keep,
             self.tokens,
             self.window,
@@ -202,6 +211,7 @@ class Quantize:
             seed,
             segments=values[self.segments] if values[side.method] == "rptq" else "exact",
             overrides=self.layers.read(values),
+            order=values[self.order] if values[side.method] == "rptq" else "layer",
             rotation=self.rotation.read(values) if values[side.method] == "rotation" else None,
         )
 
@@ -216,6 +226,7 @@ class Quantize:
             self.variant: gr.update(choices=variant_choices(recipe.method), value=recipe.variant),
             self.weights: recipe.weights,
             self.segments: recipe.segments,
+            self.order: recipe.order,
             self.tokens: gr.update(value=recipe.calibration.tokens, visible=recipe.method != "bitnet"),
             self.window: recipe.calibration.window,
             self.seed: recipe.seed,
@@ -294,7 +305,7 @@ class Quantize:
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
         *others, last = self.clusters.values()  # every g changes the last, after the others
-        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.keep, *self.attention.values()]
+        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.order, self.keep, *self.attention.values()]
         typed += self.rotation.fields.values()
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
         filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)

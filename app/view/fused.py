@@ -35,12 +35,13 @@ def diagram(recipe: QuantRecipe, layer: int, sites: Mapping[str, Any], chosen: s
         recipe=short_name(recipe, recipe.label()),
         count=len(REORDERS) - len(off),
     )
-    facts = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(off.get(name, words.FUSED_WHERE[name]))}</dd></div>" for name in REORDERS
-    )
+    where, note = words.FUSED_WHERE, words.FUSED_NOTE
+    if recipe.order == "shared":
+        where, note = where | dict.fromkeys(("R1", "R4"), words.FUSED_SHARED), words.FUSED_SHARED_NOTE
+    facts = "".join(f"<div><dt>{name}</dt><dd>{escape(off.get(name, where[name]))}</dd></div>" for name in REORDERS)
     return (
         f'<div class="qs-fused"><h2>{escape(words.FUSED)}</h2><p class="qs-caption">{escape(said)}</p>{"".join(halves)}'
-        f'<div class="qs-facts"><dl>{facts}</dl></div><p class="qs-caption">{escape(words.FUSED_NOTE)}</p></div>'
+        f'<div class="qs-facts"><dl>{facts}</dl></div><p class="qs-caption">{escape(note)}</p></div>'
     )
 
 

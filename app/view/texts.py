@@ -211,6 +211,9 @@ CLUSTER_LABELS = {
     "R4": "R4 MLP in",
     "R5": "R5 MLP hidden",
 }
+ORDER_LABEL = "Order of the stream between the layers"
+ORDERS = {"layer": "Each layer its own: norms write R1 and R4", "shared": "One for all layers, folded into the weights"}
+ORDER_INFO = "One order needs no norm that reorders. It costs perplexity: measure both and compare."
 SEGMENTS_LABEL = "Integer accumulators"
 SEGMENTS = {
     "exact": "Exact: one for each cluster",

@@ -21,6 +21,14 @@ FUSED_NOTE = (
     "No reordering is a step of its own: each is folded into what writes the channels and into the weights that read them, and "
     "the stream between the layers keeps its order."
 )
+FUSED_SHARED_NOTE = (
+    "No reordering is a step of its own: each is folded into what writes the channels and into the weights that read them. The "
+    "stream between the layers has one order for all layers, which embedding, norms, weights and head share."
+)
+FUSED_SHARED = (
+    "The channels come in the order that all layers share; the clusters are runs of it. The charts above show the clusters that "
+    "this layer would have in an order of its own."
+)
 FUSED_FLOW = (
     ("norm", ("attn_in",), "q, k, v weights", ("q", "k", "v"), "attention", ("o_in",), "output weights", "back to the stream"),
     ("norm", ("mlp_in",), "gate, up weights", ("down_in",), "down weights", "back to the stream"),

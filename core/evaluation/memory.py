@@ -208,7 +208,8 @@ def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
     if recipe.method != "rptq":
         return grids
     rotated = shape.positions == 0 and min(bits.q, bits.k) < FLOAT_BITS
-    return grids + 4 * (2 * shape.hidden + (shape.kv_heads * shape.head_dim if rotated else 0))
+    stored = 2 * shape.hidden if recipe.order == "layer" else 0  # by the two norms
+    return grids + 4 * (stored + (shape.kv_heads * shape.head_dim if rotated else 0))
 
 
 def _groups(shape: Shape, recipe: QuantRecipe) -> dict[str, int]:

@@ -183,8 +183,9 @@ def added_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> 
     if own.uses_exact_inputs(recipe):  # sites and hidden states of the original beside the run, two matrices per site
         states += count * length * (sum(inputs) + 2 * shape.hidden)
         kept += 2 * sum(width**2 for width in inputs)
-    floats = states + kept + layer + max(4 * batch * shape.ffn, rounding)
-    return round(recipe_bytes(shape, recipe)[0] - _outside_bytes(shape)) + FLOAT_BYTES * floats
+    reordered = layer * (2 if recipe.order == "shared" else 1)
+    floats = states + kept + reordered + max(4 * batch * shape.ffn, rounding)
+    return _own_bytes(shape, recipe) + FLOAT_BYTES * floats
 
 
 def measuring_bytes(shape: Shape, recipe: QuantRecipe, compared: tuple[int, int], working: int) -> int:
@@ -195,9 +196,11 @@ def measuring_bytes(shape: Shape, recipe: QuantRecipe, compared: tuple[int, int]
     """
     count, length = compared
     floats = count * length * shape.hidden + length * max(5 * shape.vocab, 4 * shape.ffn)
-    return round(recipe_bytes(shape, recipe)[0] - _outside_bytes(shape)) + shape.layers * working + FLOAT_BYTES * floats
+    return _own_bytes(shape, recipe) + shape.layers * working + FLOAT_BYTES * floats
 
 
-def _outside_bytes(shape: Shape) -> int:
-    """Count the bytes of what stays in float: embeddings, head, norms and biases."""
-    return FLOAT_BYTES * (shape.parameters - shape.decoder_weights)
+def _own_bytes(shape: Shape, recipe: QuantRecipe) -> int:
+    """Count the bytes of a quantised model that it does not share with the original, whose float parts it copies for one order of
+    all layers."""
+    shared = 0 if recipe.order == "shared" else FLOAT_BYTES * (shape.parameters - shape.decoder_weights)
+    return round(recipe_bytes(shape, recipe)[0]) - shared

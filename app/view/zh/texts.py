@@ -177,6 +177,9 @@ CLUSTER_LABELS = {
     "R4": "R4 MLP 输入",
     "R5": "R5 MLP 隐层",
 }
+ORDER_LABEL = "层间数据流的顺序"
+ORDERS = {"layer": "每层各自的：归一化写出 R1 和 R4", "shared": "所有层共用一个，并入权重"}
+ORDER_INFO = "共用一个顺序时，归一化不必重排。困惑度会变差：两者都测量并比较。"
 SEGMENTS_LABEL = "整数累加器"
 SEGMENTS = {
     "exact": "精确：每个簇一个",
