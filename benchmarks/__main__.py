@@ -65,9 +65,9 @@ def main() -> int:
         for result in importlib.import_module(f"benchmarks.bench_{name}").run(arguments.model, **own):
             results.append(result)
             print(f"… {result.job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            if arguments.json:  # after each result: some take minutes, and the run may be stopped
+                arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
         print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        if arguments.json:  # after each job: some take minutes, and the run may be stopped
-            arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
     print_results(results)
     return 0
 

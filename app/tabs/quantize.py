@@ -305,8 +305,8 @@ class Quantize:
         self.tab.select(guard(self.opened), {self.ctx.key}, [*self.results, *status], **LIGHT)
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
         *others, last = self.clusters.values()  # every g changes the last, after the others
-        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.order, self.keep, *self.attention.values()]
-        typed += self.rotation.fields.values()
+        typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.order, self.keep]
+        typed += [*self.attention.values(), *self.rotation.fields.values()]
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
         filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)
         self.cost.wire(self.recipe, inputs, self.tab.select, [*changes, filled])

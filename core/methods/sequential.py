@@ -5,8 +5,8 @@
         3  run the quantised block on the same inputs: the next layer's inputs, and this layer's error
 
 A method that asks for it also gets the sites of the unquantised model, which then runs beside the quantised one. Where all layers
-share one order of the residual stream, a pass over the unquantised model comes first, and every block takes that order before step
-1. One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
+share one order of the residual stream, a pass over the unquantised model comes first, and every block takes that order before
+step 1. One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
     def with_blocks(self, blocks: Iterable[DecoderBlock], order: Tensor | None = None) -> CausalModel:
         """Make a model that shares everything with this one except its blocks.
 
-        Args: order: [D] int64, of the residual stream in these blocks: what is outside them is copied in it; None: the model's own.
+        Args: order: [D] int64, of the residual stream in these blocks: what is outside is copied in it; None: the model's own.
         """
         made = CausalModel(self.config, self.decoder.adapter, blocks, self.decoder.outside(order))
         made.generation_config = self.generation_config
