@@ -123,21 +123,19 @@ class Quantize:
                         )
                         for name in REORDERS
                     }
-                self.order = gr.Dropdown(
-                    [(label, name) for name, label in texts.ORDERS.items()],
-                    value="layer",
-                    label=texts.ORDER_LABEL,
-                    info=texts.ORDER_INFO,
-                    filterable=False,
-                    elem_id="residual-order",
-                )
-                self.segments = gr.Dropdown(
-                    [(label, name) for name, label in texts.SEGMENTS.items()],
-                    value="exact",
-                    label=texts.SEGMENTS_LABEL,
-                    info=texts.SEGMENTS_INFO,
-                    filterable=False,
-                    elem_id="segments",
+                self.order, self.segments = (
+                    gr.Dropdown(
+                        [(words, name) for name, words in choices.items()],
+                        value=next(iter(choices)),
+                        label=label,
+                        info=info,
+                        filterable=False,
+                        elem_id=place,
+                    )
+                    for place, choices, label, info in (
+                        ("residual-order", texts.ORDERS, texts.ORDER_LABEL, texts.ORDER_INFO),
+                        ("segments", texts.SEGMENTS, texts.SEGMENTS_LABEL, texts.SEGMENTS_INFO),
+                    )
                 )
             self.rotation = RotationFields()
             self.layers = LayerField(self.ctx)

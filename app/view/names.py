@@ -66,7 +66,7 @@ def choices_of(recipe: QuantRecipe) -> dict[str, str]:
     if recipe.method != "bitnet":
         chosen |= {"weights": f"{recipe.weights.upper()} weights", "variant": recipe.variant}
     if recipe.method == "rptq":
-        chosen |= {"segments": recipe.segments, "order": f"order: {recipe.order}"}
+        chosen |= {"segments": recipe.segments, "order": "" if recipe.order == "layer" else recipe.order}
     chosen["overrides"] = recipe.overrides.describe(8)
     return chosen
 

@@ -196,13 +196,16 @@ def test_single_layers_are_set_and_kept_in_the_recipe(call, place):
     assert recipe_of(cli.parse(shlex.split(command_of(recipe))[3:])) == recipe
 
 
-def test_few_accumulators_are_an_option_of_rptq(call, place):
+def test_few_accumulators_and_one_order_are_options_of_rptq(call, place):
     options = ("--model", "base", "--scheme", "W4A8", "--weights", "rtn", *CALIBRATION, "--segments", "aligned")
-    made = document(call, "quantize", *options, "--out", "few")
+    made = document(call, "quantize", *options, "--order", "shared", "--out", "few")
     assert made["recipe"]["segments"] == "aligned" and "few aligned runs" in made["label"]
+    assert made["recipe"]["order"] == "shared" and "one order for all layers" in made["label"]
+    recipe = QuantRecipe.from_dict(made["recipe"])
+    assert recipe_of(cli.parse(shlex.split(command_of(recipe))[3:])) == recipe
     (place / "few.json").write_text(json.dumps(made["recipe"]))
     other = document(call, "quantize", "--recipe", "few.json", "--method", "rtn", "--out", "other")
-    assert "segments" not in other["recipe"]
+    assert not {"segments", "order"} & other["recipe"].keys()
 
 
 # BitNet

@@ -57,6 +57,13 @@ def test_what_is_off_says_why(layer, recipe, off):
         assert lit is (facts != "off") is (REORDER_OF[kind] not in off.split())
 
 
+def test_one_order_for_all_layers_is_said(layer):
+    own, shared = (diagram(replace(RECIPE, order=order), 2, layer, "q") for order in ("layer", "shared"))
+    assert "keeps its order" in own and "for all layers" not in own
+    assert "keeps its order" not in shared and shared.count("the clusters are runs of it") == 2
+    assert places(own) == places(shared)
+
+
 def test_a_count_above_the_width_is_the_width(layer):
     shown = places(diagram(replace(RECIPE, clusters=Clusters(65536, 65536, 4, 4, 4)), 2, layer, "q"))
     assert shown["attn_in"][1] == "576 clusters" and shown["k"][1] == "64 clusters in each head"

@@ -35,7 +35,8 @@ def test_only_what_differs_among_runs_of_one_name_is_said():
 
 
 def test_names_are_never_equal():
-    changes = [{}, {"seed": 1}, {"variant": "strict"}, {"segments": "pow2"}, {"calibration": Calibration("sotu", 1024)}]
+    changes = [{}, {"seed": 1}, {"variant": "strict"}, {"segments": "pow2"}, {"order": "shared"}]
+    changes += [{"calibration": Calibration("sotu", 1024)}]
     changes += [{"calibration": Calibration("text:one two three")}, {"calibration": Calibration("sotu", 8192, 256)}]
     names = names_of([run(**change) for change in changes])
     assert len(set(names)) == len(names) and all(len(name) < 100 for name in names)

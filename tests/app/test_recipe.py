@@ -52,6 +52,7 @@ def plain(updates):
         ),
         QuantRecipe("fake", method="rtn", weights="rtn", variant="matched", clusters=Clusters(9, 2, 3, 8, 7)),
         QuantRecipe("fake", scheme="W4A8", segments="aligned"),
+        QuantRecipe("fake", order="shared"),
         QuantRecipe("fake", overrides=Overrides.parse("layers.7.k=3,layers.0-3.weights=8,layers.2.R5=64")),
         QuantRecipe("fake", scheme="custom", bits=Bits(weights=3, q=5, down_in=6)),
         QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
@@ -74,11 +75,11 @@ def test_hidden_controls_do_not_change_a_ternary_recipe(form):
     assert QuantRecipe.from_query(tab.recipe(filled).to_query(), default=QuantRecipe("x")).bitnet == BitNetOptions()
 
 
-def test_accumulators_belong_to_rptq(form):
+def test_accumulators_and_one_order_belong_to_rptq(form):
     side, tab, values = form
-    chosen = values | {tab.segments: "pow2"}
-    assert tab.recipe(chosen | {side.method: "rptq"}).segments == "pow2"
-    assert tab.recipe(chosen | {side.method: "rtn"}).segments == "exact"
+    chosen = values | {tab.segments: "pow2", tab.order: "shared"}
+    own, other = (tab.recipe(chosen | {side.method: method}) for method in ("rptq", "rtn"))
+    assert (own.segments, own.order) == ("pow2", "shared") and (other.segments, other.order) == ("exact", "layer")
 
 
 def test_only_the_controls_of_the_method_are_shown(form):

@@ -3,8 +3,8 @@
 Variants. `official` repeats the published code's rules: 2**bits grid, moving-average ranges, unscaled q in R2, R3
 clustered on P·V, Hessians of unquantised inputs. `default` has the same scheme table and cluster counts, and the rules that
 measured better (docs/log.md). `strict` is `default` with the norm outputs at the scheme's activation bits. `sorted` is
-`default` with clusters of equal size, of channels sorted by range. With a recipe's order `shared`, the clusters of R1 and R4 are runs
-of one order for all layers (`core.methods.rptq.shared`).
+`default` with clusters of equal size, of channels sorted by range. With a recipe's order `shared`, the clusters of R1 and R4
+are runs of one order for all layers (`core.methods.rptq.shared`).
 Source: Yuan et al., arXiv:2304.01089; details in docs/rptq.md.
 """
 

@@ -33,11 +33,12 @@ MOST_CUTS = 1024
 
 
 def residual_order(layers: Iterable[Mapping[str, ChannelRanges]], seed: int) -> Tensor:
-    """Order the channels of the residual stream so that those of similar range in all layers lie together: [D] int64.
+    """Find an order of the residual stream in which channels whose ranges are similar in all layers lie together.
 
     Args:
         layers: ranges of the sites of every layer.
         seed: of KMeans.
+    Returns: [D] int64, new = old[order].
     """
     found = [ranges[site] for ranges in layers for site in SITES]
     low, high = (np.stack([getattr(r, name).double().numpy() for r in found]) for name in ("low", "high"))  # [2 L, D]
