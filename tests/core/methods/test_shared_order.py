@@ -24,7 +24,7 @@ from core.methods.rptq.shared import residual_order, shared_clusters
 from core.models.decoder import CausalModel
 from core.models.io.quantized import load_quantized, save_quantized
 from core.models.loaded import LoadedModel
-from core.models.tiny import tiny_model
+from core.models.tiny import tiny_model, tiny_transformers
 from core.quant.ranges import ChannelRanges
 from core.quant.segments import segment_max, segment_min, segment_sum
 from core.recipe import Bits, Overrides, QuantRecipe
@@ -46,11 +46,11 @@ def permutation(loaded: LoadedModel, seed: int = 7) -> Tensor:
     return torch.randperm(spec_of(loaded).hidden, generator=torch.Generator().manual_seed(seed))
 
 
-def ordered(loaded: LoadedModel, order: Tensor) -> CausalModel:
-    """A float model in another order, R2, R3 and R5 of each layer on top."""
+def ordered(loaded: LoadedModel, order: Tensor, names: tuple[str, ...] = ("R2", "R3", "R5")) -> CausalModel:
+    """A float model in another order, on top of it other reorderings of each layer."""
     spec, blocks = spec_of(loaded), []
     for index, block in enumerate(float_blocks(loaded)):
-        blocks.append(reorder_block(block.in_order(order), random_orders(spec, index, ("R2", "R3", "R5"))))
+        blocks.append(reorder_block(block.in_order(order), random_orders(spec, index, names)))
     return loaded.model.with_blocks(blocks, order)
 
 
@@ -84,6 +84,33 @@ def test_in_float64_only_rounding_is_left(architecture):
     expected, made = loaded.model(IDS).logits, ordered(loaded, permutation(loaded))
     assert expected.dtype == torch.float64
     assert max(relative(made(IDS).logits, expected), relative(in_steps(made, IDS), expected)) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mistral"])
+def test_an_ordered_model_is_an_ordinary_checkpoint(architecture):
+    """transformers' own code, which knows no order, runs the reordered tensors under their usual names."""
+    source, adapter = tiny_transformers(architecture), tiny(architecture).adapter
+    order, expected = permutation(tiny(architecture)), source(IDS).logits
+    made = ordered(tiny(architecture), order, ("R3", "R5") if spec_of(tiny(architecture)).rope else ("R2", "R3", "R5"))
+    stem, state = adapter.layers, dict(made.decoder.outside())
+    for index, block in enumerate(made.blocks):
+        spec, found = block.spec, block.linears()
+        sizes = {
+            (adapter.q, adapter.k, adapter.v): (found["qkv"], [spec.width(site) for site in ("q", "k", "v")]),
+            (adapter.o,): (found["o"], [spec.hidden]),
+            adapter.mlp_in: (found["up"], [spec.ffn] * len(adapter.mlp_in)),
+            (adapter.down,): (found["down"], [spec.hidden]),
+        }
+        norms = {adapter.norm1: block.norm1, adapter.norm2: block.norm2}
+        norms |= {adapter.attn_sub_norm: block.attention.attn_sub_norm, adapter.ffn_sub_norm: block.mlp.ffn_sub_norm}
+        for leaf in ("weight", "bias"):
+            for paths, (linear, rows) in sizes.items():
+                if (whole := getattr(linear, leaf)) is not None:
+                    state |= {f"{stem}.{index}.{p}.{leaf}": t for p, t in zip(paths, whole.split(rows), strict=True)}
+            state |= {f"{stem}.{index}.{p}.{leaf}": t for p, n in norms.items() if p and (t := getattr(n, leaf)) is not None}
+    missing, unexpected = source.load_state_dict(state, strict=False)
+    assert not unexpected and all("q_norm" in name or "k_norm" in name or name == "lm_head.weight" for name in missing)
+    assert relative(source(IDS).logits, expected) < LEGAL
 
 
 PLACES = (
