@@ -1,4 +1,4 @@
-"""R0: RPTQ with one order of the residual stream for all layers against one of each layer: perplexity, and time of a pass."""
+"""R0: RPTQ with one order of the residual stream for all layers against one of each: perplexity, time of a pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from core.models.decoder import CausalModel
 SCHEMES = (("W4A4", "strict"), ("W4A8", "default"))
 COUNTS = (8, 16, 32)
 CALIBRATION_TOKENS = 8192
-ROUNDS = 21
 
 
 def run(model: str, tokens: int) -> Iterator[Result]:
@@ -71,8 +70,8 @@ def passes(model: CausalModel, window: Tensor) -> Iterator[Result]:
     stores = Orders(R1=order, R4=order)
     stored = model.with_blocks([reorder_block(block, stores) for block in model.blocks])
     folded = model.with_blocks([block.in_order(order) for block in model.blocks], order)
-    for ids in (window, window[:, :1]):
-        with_stores, without = interleave(*(partial(hidden_windows, each, ids) for each in (stored, folded)), rounds=ROUNDS)
+    for ids, rounds in ((window, 21), (window[:, :1], 501)):
+        with_stores, without = interleave(*(partial(hidden_windows, each, ids) for each in (stored, folded)), rounds=rounds)
         yield Result(
             f"order: time over that of norms which reorder, float pass of {ids.shape[1]} tokens",
             without / with_stores,
