@@ -1,4 +1,4 @@
-"""R0: RPTQ with one order of the residual stream for all layers against one of each: perplexity, time of a pass."""
+"""R0: RPTQ with one order of the residual stream for all layers against one of each: perplexity, time."""
 
 from __future__ import annotations
 
