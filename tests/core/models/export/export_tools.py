@@ -45,6 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "overrides": Overrides.parse("layers.1.weights.down=6,layers.0.weights.up=16"),
     },
     "clusters": {"method": "rptq", "scheme": "W4A16"},
+    "one order": {"method": "rptq", "scheme": "W4A16", "order": "shared"},
     "rotated": {"method": "rotation", "scheme": "W4A16"},
     "rotated W4A4": {"method": "rotation", "scheme": "W4A4"},
     "keys": {**ROUNDED, "scheme": "W3A3KV"},
