@@ -86,11 +86,13 @@ class DecoderBlock(nn.Module):
     def in_order(self, order: Tensor) -> DecoderBlock:
         """Make the float block for a residual stream whose channels lie in `order` [D] int64, at its input and its output.
 
-        Gains and biases of both norms, columns of Wq, Wk, Wv, W_gate and W_up, rows and biases of Wo and W_down follow the order.
+        The norms' gains and biases, columns of Wq, Wk, Wv, W_gate and W_up, rows and biases of Wo and W_down follow the order.
         """
+        norms = {name: getattr(self, name) for name in ("norm1", "norm2", "post_norm1", "post_norm2")}
+        norms = {name: norm.permuted(order) for name, norm in norms.items() if norm is not None}
         readers = {name: self.linears()[name].permuted(columns=order) for name in ("qkv", "up")}
         writers = {name: self.linears()[name].permuted(rows=order) for name in ("o", "down")}
-        return self.with_parts(norm1=self.norm1.permuted(order), norm2=self.norm2.permuted(order), **readers, **writers)
+        return self.with_parts(**norms, **readers, **writers)
 
     def dequantized(self) -> DecoderBlock:
         """Make the float block with this one's weights (α t where they are ternary): what another method starts from."""
