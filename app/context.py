@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,10 +116,11 @@ class Context:
         return task
 
     async def _deliver(self, session: Session, updates: AsyncIterator[Updates]) -> None:
+        begun = time.monotonic()
         try:
             async with contextlib.aclosing(updates):
                 async for update in updates:
-                    session.post(self.calmed(update, session))
+                    session.post(self.calmed(update, session, begun))
         except asyncio.CancelledError as error:
             if STOP in error.args:
                 session.post(self.failed(Cancelled(), session))
@@ -149,9 +151,10 @@ class Context:
             async def awaited(*arguments: Any) -> Updates:
                 if self._is_early(arguments):
                     return {self.status: UNCHANGED}
+                begun = time.monotonic()
                 try:
                     done = await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
-                    return self.calmed(done, self._session(arguments))
+                    return self.calmed(done, self._session(arguments), begun)
                 except Exception as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                     return self.failed(error, self._session(arguments))
 
@@ -161,9 +164,10 @@ class Context:
         def plain(*arguments: Any) -> Updates:
             if self._is_early(arguments):
                 return {self.status: UNCHANGED}
+            begun = time.monotonic()
             try:
                 done = handler(*arguments) or {self.status: UNCHANGED}
-                return self.calmed(done, self._session(arguments))
+                return self.calmed(done, self._session(arguments), begun)
             except BaseException as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                 return self.failed(error, self._session(arguments))
 
@@ -182,12 +186,19 @@ class Context:
         with contextlib.suppress(QuantscopeError):  # its own event has said that the session has ended
             return self.session(values)
 
-    def calmed(self, updates: Updates, session: Session | None) -> Updates:
-        """Return the updates of a successful event, without the card of an earlier error; a running job keeps its status line."""
+    def calmed(self, updates: Updates, session: Session | None, begun: float) -> Updates:
+        """Return the updates of a successful event, without the card of an earlier error; a running job keeps its status line.
+
+        Args: begun: when the event began, by `time.monotonic`. One that began before the error says nothing about it.
+        """
         told = updates.get(self.status, UNCHANGED) != UNCHANGED
-        if session is None or not session.failed or (session.held and not told):
+        if session is None or not session.failed:
             return updates
-        session.failed = session.held = False
+        if begun < session.failed and not session.jobs:
+            return {part: value for part, value in updates.items() if part is not self.status}
+        if begun < session.failed or (session.held and not told):
+            return updates
+        session.failed, session.held = 0.0, False
         return updates if session.jobs or told else {**updates, **self.rest(session)}
 
     def failed(self, error: BaseException, session: Session | None = None) -> Updates:
@@ -200,7 +211,7 @@ class Context:
             return {self.status: cards.stopped(session.info, session.ranges), self.stop: hidden()}
         known = error if isinstance(error, QuantscopeError) else self.bug(error)
         if session is not None:
-            session.failed = True
+            session.failed = time.monotonic()
         return {self.status: cards.error_card(known), self.stop: hidden()}
 
     def bug(self, error: BaseException) -> QuantscopeError:

@@ -156,7 +156,7 @@ class Session:
         curve, compared, spent: the last results of `app.tabs.reorder`, `.calibrations` and `.autopilot`.
         size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values. programs: whether it belongs to programs, and has no page.
-        failed: whether the status line shows an error. held: whether it stays, as a link's, until another tab is chosen.
+        failed: time of the error on the status line, else 0. held: whether it stays, as a link's, until another tab is chosen.
         owner: whether a worker did a job for it alone, and may keep its models.
     """
 
@@ -187,7 +187,7 @@ class Session:
     preset: bool = False
     link: dict[str, str] = field(default_factory=dict)
     programs: bool = False
-    failed: bool = False
+    failed: float = 0.0
     held: bool = False
     owner: bool = False
 

@@ -86,6 +86,19 @@ def test_after_a_stop_the_line_says_which_model_is_there(ctx, bench, ranges):
     assert "Stopped" in line and "fake · llama · 6 layers" in line
 
 
+def test_an_event_that_began_before_an_error_leaves_its_sentence(ctx):
+    session = ctx.sessions.open()
+
+    def slow(values):
+        ctx.failed(InputError("A rule is broken."), session)  # another event fails in the meantime
+        return {"status": "Loaded", "chart": "new"}
+
+    values = {"key": session.key}
+    assert ctx.guard(slow)(values) == {"chart": "new"} and session.failed
+    later = ctx.guard(lambda values: {"chart": "newer"})(values)
+    assert later["chart"] == "newer" and "status" in later and not session.failed, "a success that began after the error ends it"
+
+
 def test_an_event_ends_at_once_and_its_updates_come_by_the_timer(ctx):
     async def scenario():
         session = ctx.sessions.open("page")
