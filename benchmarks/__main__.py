@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import Result, as_json, limits, print_results
@@ -45,6 +48,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {ALLOWED}")
     parser.add_argument("--model", default="smollm2-135m", help="model for the jobs that need one")
     parser.add_argument("--tokens", type=int, default=32_768, help=f"evaluation tokens of {' and '.join(BY_TOKENS)}")
+    parser.add_argument("--neighbours", type=int, default=0, metavar="N", help="busy processes beside the jobs")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     names = []
@@ -53,6 +57,26 @@ def main() -> int:
         if not found:
             parser.error(f"unknown job {name!r}: use {ALLOWED}")
         names += [job for job in found if job not in names]
+    with beside(arguments.neighbours):
+        results = measure(names, arguments)
+    print_results(results)
+    return 0
+
+
+@contextlib.contextmanager
+def beside(neighbours: int) -> Iterator[None]:
+    """Keep that many other processes busy, each with one thread that never waits."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def measure(names: list[str], arguments: argparse.Namespace) -> list[Result]:
+    """Run the jobs `names`, tell their progress, and write the JSON file after each result when one is asked for."""
     rates = limits()
     print(
         f"limits: copy {rates.copy / 1e9:.1f} GB/s, float32 {rates.float32 / 1e9:.0f} GFLOP/s, int8 {rates.int8 / 1e9:.0f} GOP/s",
@@ -68,8 +92,7 @@ def main() -> int:
             if arguments.json:  # after each result: some take minutes, and the run may be stopped
                 arguments.json.write_text(json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
         print(f"… {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    print_results(results)
-    return 0
+    return results
 
 
 if __name__ == "__main__":
