@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SHARE = 24
+SHARE = 32
 """Inputs that all tests together try per example asked for."""
 
 

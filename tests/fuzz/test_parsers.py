@@ -18,13 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.cli import __main__ as cli
+from app.cli.sweep import read_grid
 from app.door.bodies import FILE, MANY, ONE, Events
 from app.door.rules import Names, Refusal, check_headers, check_route
 from app.door.visitor import address_of, browser_of
+from app.endpoints import checked, recipe_of
 from core.calibration.data import read_text_file
 from core.errors import QuantscopeError
 from core.models.io.bundle import unpack
@@ -32,9 +35,11 @@ from core.models.io.preflight.config import check_config
 from core.models.io.preflight.folder import check_folder, read_safetensors_header, strict_json
 from core.models.io.preflight.gguf import read_gguf_header
 from core.models.io.preflight.tokenizer import check_settings, check_tokenizer
-from core.recipe import QuantRecipe
+from core.recipe import Calibration, QuantRecipe
 from core.storage import read_manifest, verify
+from core.sweep.grid import Grid
 from tests.core.models.io.malformed import LLAMA, gguf_bytes, good_safetensors, write_folder
+from training.config import TrainConfig
 
 COUNT = int(os.environ.get("QUANTSCOPE_FUZZ", 0))
 MOST_SECONDS = 10.0
@@ -214,7 +219,45 @@ def test_texts(tmp_path, raw):
     taken_or_refused(read_text_file, tmp_path / "text.txt")
 
 
-VERBS = ("models", "inspect", "quantize", "evaluate", "generate", "compare", "memory", "sparsity", "train", "doctor")
+GRID = {"model": "owner/name", "scheme": ["W4A4", "W4A8"], "clusters": [8, "32/4"], "measure": {"text": "sotu", "tokens": 2048}}
+YAML = yaml.safe_dump(GRID).encode()
+
+
+@FUZZ
+@given(value=edited(GRID) | JSON, raw=mutated(YAML) | st.binary(max_size=200))
+def test_grids_of_sweeps(tmp_path, value, raw):
+    taken_or_refused(Grid.from_dict, value)
+    (tmp_path / "grid.yaml").write_bytes(raw)
+    taken_or_refused(read_grid, str(tmp_path / "grid.yaml"))
+
+
+@FUZZ
+@given(rows=st.lists(edited({"text": "A text.", "id": 1}) | JSON, max_size=4), raw=mutated(b'{"text": "A text."}\n' * 3))
+def test_documents(tmp_path, rows, raw):
+    for name, content in (("a.jsonl", raw), ("b.jsonl", "\n".join(map(json.dumps, rows)).encode()), ("c.parquet", raw)):
+        (tmp_path / name).write_bytes(content)
+        taken_or_refused(read_text_file, tmp_path / name)
+
+
+TRAIN = json.loads(Path("configs/train/quantscope-bitnet-a4.8-6m.json").read_text())
+
+
+@FUZZ
+@given(value=edited(TRAIN) | JSON, raw=st.binary(max_size=200))
+def test_training_configurations(tmp_path, value, raw):
+    for name, content in (("a.json", json.dumps(value).encode()), ("b.toml", raw)):
+        (tmp_path / name).write_bytes(content)
+        taken_or_refused(TrainConfig.read, tmp_path / name)
+
+
+@FUZZ
+@given(recipe=edited(RECIPE) | JSON, text=JSON, tokens=JSON)
+def test_arguments_of_endpoints(recipe, text, tokens):
+    taken_or_refused(recipe_of, recipe)
+    taken_or_refused(lambda: checked(Calibration(text, tokens)))
+
+
+VERBS = tuple(cli.VERBS)
 OPTIONS = ("--model", "--scheme", "--method", "--clusters", "--calibration-tokens", "--window", "--batch", "--seq", "--json",
            "--out", "--config", "--recipe", "--prompt", "--tokens", "--seed", "--device", "--help-me")  # fmt: skip
 WORDS = st.text(max_size=12) | st.integers().map(str) | st.sampled_from(["-1", "nan", "W4A4", "rptq", "no/such", "0", "R1=8"])
