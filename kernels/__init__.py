@@ -12,7 +12,17 @@ from __future__ import annotations
 import importlib
 
 from kernels.backend import Backend, Choice
-from kernels.codes import Codes, code_limits, code_offset, dequantize, dequantize_rows, fake_quantize, quantize, quantize_rows
+from kernels.codes import (
+    Codes,
+    code_limits,
+    code_offset,
+    dequantize,
+    dequantize_rows,
+    fake_quantize,
+    quantize,
+    quantize_rows,
+    straight_through,
+)
 from kernels.linear import select_linear_backend
 from kernels.packing import pack, packed_width, unpack
 from kernels.walsh import hadamard
@@ -57,6 +67,7 @@ __all__ = [
     "rope_store",
     "select_linear_backend",
     "sparse_down",
+    "straight_through",
     "ternary_linear",
     "topk_quant",
     "unpack",

@@ -17,6 +17,7 @@ u = q + 2**(b-1) in 0 … 2**b - 1, so that bytes can be packed; the grid is the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,16 +91,39 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.to(scale.dtype) - zero_point).mul_(scale)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The function of `straight_through`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Return `value` [...] with the gradient of x [...]: what made it of x, such as rounding, counts as the identity.
+
+    Source: the straight-through estimator, arXiv:1308.3432.
+    """
+    return _StraightThrough.apply(x, value) if x.requires_grad else value
+
+
 def fake_quantize(x: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, *, inplace: bool = False) -> Tensor:
-    """Compute dequantize(quantize(x)) without forming codes.
+    """Compute dequantize(quantize(x)) without forming codes; where a gradient is wanted, rounding is straight-through.
 
     Args:
         x: [..., C] float32.
         scale: broadcastable to x, > 0.
         lower, upper: qmin - zero_point and qmax - zero_point, broadcastable, float32.
-        inplace: write the result into x, which saves a pass through memory.
+        inplace: write the result into x where no gradient is wanted, which saves a pass through memory.
     Returns: a tensor like x, new unless `inplace`.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        y = x / scale
+        return straight_through(y, y.round()).clamp(lower, upper) * scale
     return (x.div_(scale) if inplace else x / scale).round_().clamp_(lower, upper).mul_(scale)
 
 

@@ -78,9 +78,7 @@ def exact_qparams(low: Tensor, high: Tensor, *, bits: int) -> QParams:
 def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) -> QParams:
     """Round a scale to its stored type, and recompute the zero point for the rounded scale (EXACT rule).
 
-    Weights store their scales in float16; codes are made with the rounded scale. Scales below the type's normal range lose
-    significant bits, so no scale becomes smaller than the smallest one with four of them, nor 0 (a cluster of one column often
-    holds weights of 1e-4 and less).
+    Weights store their scales in float16; codes are made with the rounded scale.
 
     Args:
         params: [...] of the EXACT rule.
@@ -89,7 +87,16 @@ def round_scale(params: QParams, low: Tensor, dtype: torch.dtype, *, bits: int) 
         bits: 2 to 8.
     Returns: QParams in float32 whose scale is exact in `dtype`.
     """
-    info = torch.finfo(dtype)
-    scale = params.scale.clamp(16 * info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float32)
+    scale = stored_scale(params.scale, dtype)
     qmin, _ = code_limits(bits)
     return QParams(scale, qmin - (low / scale).round_())
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales [...] > 0 to a floating type `dtype`: [...] float32.
+
+    Scales below the type's normal range lose significant bits, so no scale becomes smaller than the smallest one with four of
+    them, nor 0 (a cluster of one column often holds weights of 1e-4 and less).
+    """
+    info = torch.finfo(dtype)
+    return scale.clamp(16 * info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float32)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import straight_through
+
 QUERY_BLOCK = 64
 
 
@@ -49,8 +51,9 @@ def window_mask(tokens: int, keys: int, window: int | None, device: torch.device
     """
     if window is None or keys <= window:
         return None
-    visible = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril_(keys - tokens).triu_(keys - tokens - window + 1)
-    return visible[None, None]
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        visible = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril_(keys - tokens)
+        return visible.triu_(keys - tokens - window + 1)[None, None]
 
 
 def _per_query_head(states: Tensor, heads: int) -> Tensor:
@@ -81,11 +84,20 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, steps: int |
         else:
             additive = _additive(mask[..., start:stop, :seen], scores.dtype).unsqueeze(2)  # [B or 1, 1, 1, t, S]
             scores.view(*lead, stop - start, seen).add_(additive)
-        p = torch.softmax(scores, dim=-1)
-        p = p if steps is None else p.mul_(steps).round_()
+        p = _rounded(torch.softmax(scores, dim=-1), steps)
         part = torch.bmm(p, v[:, :seen]).view(*lead, stop - start, dim)
         out[:, start:stop] = part.permute(0, 3, 1, 2, 4)
     return out.view(batch, tokens, heads * dim)
+
+
+def _rounded(p: Tensor, steps: int | None) -> Tensor:
+    """Compute round(p steps), in place or, where a gradient is wanted, straight-through; p itself without steps."""
+    if steps is None:
+        return p
+    if not p.requires_grad:
+        return p.mul_(steps).round_()
+    scaled = p * steps
+    return straight_through(scaled, scaled.round())
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.checks import FLOAT_BITS
 from core.quant.static import ActivationQuantizer, InputUse
-from kernels import dequantize_rows, pack, packed_width, quantize_rows, unpack
+from kernels import dequantize_rows, pack, packed_width, quantize_rows, straight_through, unpack
 
 SCALE_BYTES = 2
 
@@ -100,5 +100,5 @@ KVGrid = StaticGrid | RowGrid
 
 
 def fake_per_row(x: Tensor, bits: int) -> Tensor:
-    """Quantise and dequantise x [..., E] with one scale per row; a copy at 16 bits."""
-    return x.clone() if bits >= FLOAT_BITS else dequantize_rows(*quantize_rows(x, bits), bits)
+    """Quantise and dequantise x [..., E] with one scale per row, straight-through for gradients; a copy at 16 bits."""
+    return x.clone() if bits >= FLOAT_BITS else straight_through(x, dequantize_rows(*quantize_rows(x.detach(), bits), bits))

@@ -52,7 +52,7 @@ class ActivationQuantizer(nn.Module):
             raise ValueError("cluster offsets do not fit the scales")
         if not 2 <= bits <= 8 or not bool((self.scale > 0).all()):
             raise ValueError(f"a quantiser of {bits} bits needs 2 to 8 bits and positive scales")
-        offsets, zero = self.offsets.to(torch.int64), self.zero_point.to(torch.float32)
+        offsets, zero = self.offsets.to(torch.int64), params.zero_point.to(torch.float32)
         self.register_buffer("channel_scale", expand(self.scale, offsets), persistent=False)
         self.register_buffer("lower", expand(self.qmin - zero, offsets), persistent=False)
         self.register_buffer("upper", expand(self.qmax - zero, offsets), persistent=False)
