@@ -1,4 +1,4 @@
-"""Options that belong to one method alone: those of "bitnet" and those of "rotation"."""
+"""Options of single methods, "bitnet" and "rotation", and of the distillation that may follow a method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from core.bits import Bits
-from core.checks import FLOAT_BITS, parse_float, parse_int, require_bits, require_choice, require_int, require_keys
+from core.checks import (
+    FLOAT_BITS,
+    parse_float,
+    parse_int,
+    require_bits,
+    require_choice,
+    require_float,
+    require_int,
+    require_keys,
+    require_text,
+)
 from core.errors import InputError
 
 _INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
@@ -18,6 +28,9 @@ GROUPS = (16, 32, 64, 128)
 """Numbers of neighbouring columns that may share a weight's scale in the method "rotation"; 0 stands for a whole row."""
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of channels that a Hadamard matrix may rotate together in the method "rotation"; 0 stands for all of a site."""
+
+DISTILL_TEXTS = ("calibration", "sotu", "wikitext2")
+"""Texts that a distillation may read; a text of one's own is read as the calibration's."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,37 @@ BASES = {
 MASSIVE = 10.0
 """Size of a token from which it is called massive at a site, as a multiple of the median token's."""
 
-Options = TypeVar("Options", BitNetOptions, RotationOptions)
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of the short distillation that may follow a quantisation (`core.distill`).
+
+    Attributes:
+        steps: of training. tokens: per step, in whole windows of the calibration's length.
+        lr: step size, relative to the size of what is trained; it falls with the root of the step's number.
+        texts: what is read, one or several of DISTILL_TEXTS joined by +; "calibration" is the recipe's own calibration text.
+    """
+
+    steps: int = 12
+    tokens: int = 1024
+    lr: float = 0.01
+    texts: str = "calibration"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", require_int("distillation steps", self.steps, 1, 10_000, "use 1 to 10000"))
+        object.__setattr__(self, "tokens", require_int("distillation tokens", self.tokens, 8, 65_536, "use 8 to 65536"))
+        object.__setattr__(self, "lr", require_float("distillation lr", self.lr, 1e-6, 1.0, "use a number from 1e-6 to 1"))
+        require_text("distillation texts", self.texts, f"No text to distil on: join some of {', '.join(DISTILL_TEXTS)} by +.")
+        chosen = [require_choice("distillation text", name, DISTILL_TEXTS) for name in self.texts.split("+")]
+        object.__setattr__(self, "texts", "+".join(name for name in DISTILL_TEXTS if name in chosen))
+
+    def describe(self) -> str:
+        """Describe the options shortly: "distilled 12 × 1,024 tokens", with the texts where they are not the calibration's."""
+        on = "" if self.texts == "calibration" else f" of {self.texts.replace('+', ' and ')}"
+        return f"distilled {self.steps} × {self.tokens:,} tokens{on}"
+
+
+Options = TypeVar("Options", BitNetOptions, RotationOptions, DistillOptions)
 
 
 def parse_options(name: str, text: str, kind: type[Options]) -> Options:
@@ -134,7 +177,7 @@ def parse_options(name: str, text: str, kind: type[Options]) -> Options:
     return kind(**require_keys(name, chosen, kind))
 
 
-def options_text(options: BitNetOptions | RotationOptions) -> str:
+def options_text(options: BitNetOptions | RotationOptions | DistillOptions) -> str:
     """Write options as `parse_options` reads them: "mode=a4.8,keep=0.5,…"."""
     return ",".join(f"{name}={value}" for name, value in asdict(options).items())
 

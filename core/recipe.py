@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 from core.bits import INPUT_SITE, PER_CHANNEL, REORDER_OF, REORDERS, SCHEMES, SITES, Bits, Clusters, parse_bits
 from core.checks import FLOAT_BITS, parse_int, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
-from core.options import BITNET_MODES, BitNetOptions, RotationOptions, options_text, parse_options
+from core.options import BITNET_MODES, BitNetOptions, DistillOptions, RotationOptions, options_text, parse_options
 from core.overrides import Overrides
 from core.privacy import text_record
 
@@ -38,6 +38,7 @@ __all__ = [
     "Bits",
     "Calibration",
     "Clusters",
+    "DistillOptions",
     "Overrides",
     "QuantRecipe",
     "RotationOptions",
@@ -107,6 +108,7 @@ class QuantRecipe:
         overrides: bits and clusters of single layers; what equals those of all layers is left out.
         order: of the residual stream in RPTQ; "layer": each layer's norms store R1 and R4, "shared": one order for all layers is
             folded into weights, embedding and head, and each layer has its own boundaries of clusters.
+        distill: the distillation that follows, None for none; not of bitnet, whose weights have another form.
     """
 
     model: str
@@ -124,6 +126,7 @@ class QuantRecipe:
     overrides: Overrides = field(default_factory=Overrides)
     rotation: RotationOptions | None = None
     order: str = "layer"
+    distill: DistillOptions | None = None
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -149,6 +152,8 @@ class QuantRecipe:
             if self.method != name and getattr(self, name) is not None:
                 rule = f"{options} belong to the method {name}, not to {self.method}: leave them out."
                 raise InputError(rule, code=f"E-PARAM-{name.upper()}")
+        if self.distill is not None and self.method == "bitnet":
+            raise InputError("The method bitnet is not distilled: leave distill out, or choose another.", code="E-PARAM-DISTILL")
         self._check_overrides()
         object.__setattr__(self, "overrides", self.overrides.without(self.tensor_bits, self.clusters))
 
@@ -208,10 +213,10 @@ class QuantRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse.
 
-        `bitnet`, `rotation`, `segments`, `overrides` and `order` are left out where they hold their default: recipes from before
-        these fields keep their hash.
+        `bitnet`, `rotation`, `segments`, `overrides`, `order` and `distill` are left out where they hold their default: recipes
+        from before these fields keep their hash.
         """
-        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}, "order": "layer"}
+        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}, "order": "layer", "distill": None}
         fields = asdict(self) | {"overrides": self.overrides.to_dict()}
         return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
@@ -228,7 +233,7 @@ class QuantRecipe:
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
         """Read what `to_dict` wrote. Raises: InputError for an unknown or badly typed field."""
         data = dict(require_keys("recipe", data, cls))
-        own = {name: kind for name, (kind, _) in OPTIONS.items()}
+        own = {name: kind for name, (kind, _) in OPTIONS.items()} | {"distill": DistillOptions}
         parts = {"bits": Bits, "clusters": Clusters, "calibration": Calibration} | own
         for name, part in parts.items():
             if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
@@ -272,6 +277,7 @@ class QuantRecipe:
             "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
             **{name: options_text(getattr(self, name)) for name in OPTIONS if getattr(self, name)},
             "set": self.overrides.to_text(),
+            "distill": options_text(self.distill) if self.distill else "",
         }
 
     @classmethod
@@ -299,6 +305,8 @@ class QuantRecipe:
         for name, (kind, _) in OPTIONS.items():
             if "method" in given or name in given:
                 changes[name] = parse_options(name, given[name], kind) if name in given else None
+        if "distill" in given or "method" in given:
+            changes["distill"] = parse_options("distill", given["distill"], DistillOptions) if "distill" in given else None
         if {"model", "method", "scheme"} & given.keys():
             changes["overrides"] = Overrides()
         if "set" in given:
@@ -345,5 +353,6 @@ class QuantRecipe:
         else:
             parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments] + ORDERS[self.order]]
         parts.append(self.weights.upper() if any(bits.quantizes_weights for bits in self.all_bits) else "float weights")
+        parts += [self.distill.describe()] if self.distill else []
         return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.distill_report import DistillReport
 
 
 def jsonable(value: Any) -> Any:
@@ -134,6 +137,7 @@ class QuantizeReport(Report):
         base: label of the float model (`ModelInfo.label`) that was really quantised.
         caution: a warning to show where weight bits are compared; None where none is needed.
         loads: whether an export loads in another program, and why not, by its name; None for a run of an earlier version.
+        distilled: of the distillation that followed, None without one; the layers' noise is that before it.
     """
 
     key: str
@@ -153,6 +157,7 @@ class QuantizeReport(Report):
     base: str = ""
     caution: str | None = None
     loads: dict[str, str] | None = None
+    distilled: DistillReport | None = None
 
     @property
     def fallbacks(self) -> list[str]:

@@ -1,10 +1,11 @@
-"""The stages as functions of a loaded model: observe, quantise, evaluate. Nothing is kept between them."""
+"""The stages as functions of a loaded model: observe, quantise, distil, evaluate. Nothing is kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from core.calibration.data import TextSource, calibration_tokens, fit_window
 from core.calibration.observe import observe_layers
 from core.calibration.report import RangesReport, SiteRanges, TokenPeaks
 from core.calibration.states import KeptStates
+from core.distill.loop import distill_model, distill_seconds
+from core.distill.texts import DistillTexts, distill_texts
 from core.errors import ModelError
 from core.evaluation.describe import (
     backend_use,
@@ -36,10 +39,13 @@ from core.models.io.quantized import already_quantized, modules_of
 from core.models.loaded import LoadedModel, context_of
 from core.options import BASES
 from core.privacy import text_record
-from core.progress import Progress, silent
+from core.progress import Progress, part, silent
 from core.quant.ranges import ChannelRanges, channel_ema
 from core.recipe import SITES, Calibration, QuantRecipe
 from core.report import EvalReport, QuantizeReport
+
+DISTILL_TIME = 0.7
+"""Share of a run's time that its distillation is expected to take."""
 
 
 def observe(
@@ -137,15 +143,32 @@ def run_estimate(
 ) -> RunEstimate:
     """Estimate a run from what one layer took. Args: windows: [S, T] of the calibration. Others: as `estimate`."""
     window, shape = fit_window(base, window), shape_of_loaded(model_info(base, 0.0))
-    return estimate_run(shape, recipe, timing, tuple(windows.shape), (max(1, tokens // window), window))
+    found = estimate_run(shape, recipe, timing, tuple(windows.shape), (max(1, tokens // window), window))
+    if recipe.distill is None:
+        return found
+    seconds = distill_seconds(recipe.distill, timing, shape.layers, windows.shape[1])
+    return replace(found, stages=found.stages | {"distil": seconds}, seconds=found.seconds + seconds)
 
 
 def quantize(
-    base: LoadedModel, recipe: QuantRecipe, *, allow_local: bool = True, progress: Progress = silent
+    base: LoadedModel,
+    recipe: QuantRecipe,
+    *,
+    allow_local: bool = True,
+    state: Path | None = None,
+    progress: Progress = silent,
 ) -> tuple[LoadedModel, QuantizeReport]:
-    """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result."""
+    """Quantise a float model by recipe; `base` is not changed and shares its embeddings with the result.
+
+    Args: state: as in `distill_model`, where the recipe asks for a distillation.
+    """
     require_float(base, "quantise")
     recipe.overrides.require_layers(len(base.model.blocks))
+    if recipe.distill is not None:
+        texts = distill_texts(base, recipe, allow_local)  # an unusable text is refused before the work
+        first = part(progress, 0.0, 1 - DISTILL_TIME)
+        made, report = quantize(base, replace(recipe, distill=None), allow_local=allow_local, progress=first)
+        return distill(base, made, report, recipe, texts, state=state, progress=part(progress, 1 - DISTILL_TIME, 1.0))
     start = time.perf_counter()
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, method(recipe.method), recipe, tokens, progress=progress)
@@ -174,6 +197,41 @@ def quantize(
         loads=loads_in(loaded),
     )
     return loaded, report
+
+
+def distill(
+    base: LoadedModel,
+    quantized: LoadedModel,
+    report: QuantizeReport,
+    recipe: QuantRecipe,
+    texts: DistillTexts,
+    *,
+    state: Path | None = None,
+    progress: Progress = silent,
+) -> tuple[LoadedModel, QuantizeReport]:
+    """Train a quantised model towards the float one as a recipe's distillation says, and describe the result.
+
+    Args:
+        quantized, report: what `quantize` gives for the recipe without its distillation; not changed.
+        texts: of `distill_texts`. state: as in `distill_model`.
+    Returns: the model and its report. Where the training was stopped, their recipe has as many steps as were judged, or no
+        distillation where none was.
+    """
+    model, found = distill_model(base.model, quantized.model, recipe.distill, texts, state=state, progress=progress)
+    if not found.steps:
+        return quantized, report
+    recipe = replace(recipe, distill=replace(recipe.distill, steps=found.steps))
+    loaded = replace(quantized, model=model, label=recipe.label())
+    return loaded, replace(
+        report,
+        key=recipe.hash,
+        recipe=recipe.to_record(),
+        label=recipe.label(),
+        seconds=report.seconds + found.seconds,
+        stages=report.stages | {"distil": found.seconds},
+        folder="",
+        distilled=found,
+    )
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from core.calibration.data import TextSource, calibration_tokens, resolve_text
 from core.calibration.report import ChannelDetail, RangesReport
 from core.calibration.states import KEPT_BYTES, KeptStates
 from core.checks import require_int
+from core.distill.texts import distill_texts
 from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
 from core.evaluation.describe import caution_of, model_info, report_from_dict, set_backend
@@ -45,7 +46,7 @@ from core.probe.bench import ProbeBench
 from core.progress import Progress, part, silent
 from core.recipe import Calibration, QuantRecipe
 from core.report import EvalReport, GenerationReport, ModelInfo, QuantizeReport, SpeedLimit
-from core.stages import evaluate, observe, quantize, require_float
+from core.stages import DISTILL_TIME, distill, evaluate, observe, quantize, require_float
 from core.storage import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -146,11 +147,22 @@ class Workbench(ProbeBench):
                 return report
             except (ArtifactError, KeyError, TypeError):
                 logger.warning("the saved model %s is damaged or of another version: quantising again", folder.name)
-        quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
-        progress("Saving the quantised model", None)
-        self._remember(name, replace(quantized, name=recipe.hash))
+        if recipe.distill is None:
+            quantized, report = quantize(base, recipe, allow_local=self.allow_local, progress=progress)
+            progress("Saving the quantised model", None)
+        else:
+            texts = distill_texts(base, recipe, self.allow_local)
+            first, second = part(progress, 0.0, 1 - DISTILL_TIME), part(progress, 1 - DISTILL_TIME, 1.0)
+            plain = self.quantize(replace(recipe, distill=None), owner=owner, progress=first)
+            start, state = self._get(plain.key, None, owner, first), saved.state_folder(folder)
+            quantized, report = distill(base, start, plain, recipe, texts, state=state, progress=second)
+            if report.key == plain.key:  # stopped before a step was judged
+                return plain
+            folder = saved.saved_folder(report.key, text, source.sha256, weights_id(base), owner)  # of the steps taken
+        name = (report.key, None, name[2])
+        self._remember(name, replace(quantized, name=report.key))
         kept = replace(report, folder=str(folder))
-        facts = {"recipe": recipe.to_record(), "report": kept.to_dict()}
+        facts = {"recipe": report.recipe, "report": kept.to_dict()}
         try:
             save_quantized(folder, quantized, facts, replace=True, private=not is_public_text(text))
         except ResourceError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.distill_report import DistillReport
 from core.errors import InputError
 from core.evaluation.memory import measured_parts
 from core.methods.sequential import LayerOutcome
@@ -129,4 +130,6 @@ def report_from_dict(data: dict[str, Any]) -> QuantizeReport:
         layers.append(LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights))
     loads = data.get("loads")  # of a folder that anybody may have written: texts to show, or nothing
     loads = {str(k)[:40]: str(v)[:400] for k, v in loads.items()} if isinstance(loads, dict) else None
-    return QuantizeReport(**{**data, "layers": layers, "backends": [BackendUse(**b) for b in data["backends"]], "loads": loads})
+    distilled = DistillReport.from_dict(data["distilled"]) if data.get("distilled") else None  # earlier versions had none
+    own = {"layers": layers, "backends": [BackendUse(**b) for b in data["backends"]], "loads": loads, "distilled": distilled}
+    return QuantizeReport(**data | own)

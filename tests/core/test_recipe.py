@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InputError
-from core.options import BLOCKS, GROUPS, KV_RANGES
+from core.options import BLOCKS, DISTILL_TEXTS, GROUPS, KV_RANGES
 from core.recipe import (
     METHODS,
     PER_CHANNEL,
@@ -27,6 +27,7 @@ from core.recipe import (
     Bits,
     Calibration,
     Clusters,
+    DistillOptions,
     QuantRecipe,
     RotationOptions,
 )
@@ -45,6 +46,9 @@ def calibrations(draw) -> Calibration:
 ON, BLOCK, GROUP = st.booleans(), st.sampled_from((0, *BLOCKS)), st.sampled_from((0, *GROUPS))
 ROTATIONS = st.builds(RotationOptions, ON, ON, BLOCK, ON, ON, st.sampled_from(KV_RANGES), GROUP, ON, ON)
 
+MIXES = st.lists(st.sampled_from(DISTILL_TEXTS), min_size=1, max_size=3).map("+".join)
+DISTILLATIONS = st.builds(DistillOptions, st.integers(1, 10_000), st.integers(8, 65_536), st.floats(1e-6, 1.0), MIXES)
+
 
 @st.composite
 def recipes(draw) -> QuantRecipe:
@@ -61,6 +65,7 @@ def recipes(draw) -> QuantRecipe:
         draw(calibrations()),
         draw(st.integers(0, 2**31 - 1)),
         rotation=draw(st.none() | ROTATIONS) if method == "rotation" else None,
+        distill=draw(st.none() | DISTILLATIONS) if method != "bitnet" else None,
     )
 
 
@@ -145,6 +150,7 @@ def test_hashes_tell_recipes_apart(one, other):
         {"clusters": Clusters(R3=5)},
         {"calibration": Calibration(tokens=8193)},
         {"scheme": "custom", "bits": SCHEMES["W4A4"]},
+        {"distill": DistillOptions()},
     ],
     ids=str,
 )

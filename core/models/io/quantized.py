@@ -91,7 +91,7 @@ def save_quantized(
     for block in blocks:
         prefix = f"blocks.{block.layer_index}."
         tensors.update({prefix + name: tensor for name, tensor in block_tensors(block).items()})
-        structure.append(_structure(block))
+        structure.append(block_facts(block))
     facts = {
         **description,
         "format": FORMAT,
@@ -167,7 +167,8 @@ def block_tensors(block: DecoderBlock) -> dict[str, Tensor]:
     return found
 
 
-def _structure(block: DecoderBlock) -> dict[str, Any]:
+def block_facts(block: DecoderBlock) -> dict[str, Any]:
+    """Describe how a quantised block is built, beside its tensors, as JSON types: `block_from` is the inverse."""
     quantizers = {site: getattr(block.attention, f"{site}_quantizer") for site in _SITES}
     return {
         "linears": {name: _linear_facts(layer) for name, layer in block.linears().items()},
@@ -203,14 +204,15 @@ def _build(
         raise ValueError("block tensors are missing or left over")
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
         raise ValueError("a tensor holds NaN or infinity")
-    blocks = [_block(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
+    blocks = [block_from(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
     outside = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
     return CausalModel(config, adapter, blocks, outside).requires_grad_(False)
 
 
-def _block(
+def block_from(
     config: PreTrainedConfig, adapter: ModelAdapter, index: int, facts: dict[str, Any], tensors: dict[str, Tensor]
 ) -> DecoderBlock:
+    """Build block `index` of `block_facts` and of tensors under `blocks.<index>.`. Raises: ValueError where they do not fit."""
     spec, prefix = adapter.spec(config, index), f"blocks.{index}."
 
     def get(name: str) -> Tensor | None:

@@ -2,6 +2,7 @@
 
     <cache>/quantized/<recipe hash>-<text>-<weights>              made from a public text (`core.privacy`): anybody's
     <cache>/quantized/<recipe hash>-<text>-<weights>-<owner>      made from a private text: its owner's, mode 0700
+    <cache>/distill/<the same name>                               the state of the distillation that makes it, until it ends
 
 `text` is 8 hexadecimal digits of the text's SHA-256, `weights` is `weights_id` of the float model, `owner` is `owner_tag`. A
 model uploaded as a zip file belongs to its owner; digits of its manifest's SHA-256 stand for text and weights.
@@ -41,6 +42,11 @@ def saved_folder(key: str, text: str, text_sha256: str, weights: str, owner: str
     return _home() / (name if is_public_text(text) else f"{name}-{owner_tag(owner)}")
 
 
+def state_folder(folder: Path) -> Path:
+    """Return the folder for the state of the distillation that makes the model of a `saved_folder`; it need not exist."""
+    return cache_root() / "distill" / folder.name
+
+
 def find_saved(key: str, owner: str | None) -> Path | None:
     """Return the folder used last of the complete ones of a recipe's hash that `owner` may open, or None."""
     if not _KEY.fullmatch(key):
@@ -76,8 +82,10 @@ def is_public_folder(folder: Path) -> bool:
 
 
 def forget(owner: str | None) -> None:
-    """Remove every saved model that was made from a private text of `owner`."""
+    """Remove every saved model, and every state of a distillation, that was made from a private text of `owner`."""
     for folder in _folders(f"*-{owner_tag(owner)}"):
+        remove(folder)
+    for folder in (cache_root() / "distill").glob(f"*-{owner_tag(owner)}"):
         remove(folder)
 
 

@@ -1,0 +1,1 @@
+"""Short distillation: train what a quantised model stores towards the float model."""
