@@ -43,7 +43,7 @@ from core.errors import InputError, QuantscopeError, ResourceError
 from core.evaluation.memory import PROJECTED
 from core.evaluation.roofline import GPUS
 from core.memory import is_out_of_memory
-from core.options import BASES
+from core.options import BASES, DISTILL_TEXTS
 from core.probe.report import CONTEXT
 from core.recipe import BITNET_MODES, METHODS, ORDERS, SCHEMES, SEGMENTS, VARIANTS, WEIGHT_METHODS
 
@@ -260,6 +260,12 @@ def _recipe(verb: Parser) -> None:
         metavar="scale=off,group=64",
         help="options of the method rotation: scale, rotate, key_mean, dynamic, clip, halfway on or off; "
         "block and group as numbers, 0 for all channels; kv=static or token",
+    )
+    verb.add_argument(
+        "--distill",
+        metavar="steps=12,tokens=1024",
+        help="train the quantised model towards the original: steps, tokens per step, lr, and texts, some of "
+        f"{', '.join(DISTILL_TEXTS)} joined by +; off takes it out of a recipe",
     )
     verb.add_argument("--mode", help=f"rules of bitnet: {', '.join(BITNET_MODES)} (default a4.8)")
     verb.add_argument("--keep", metavar="X", help="share of the output projection's input that bitnet's TopK keeps (default 0.5)")

@@ -12,7 +12,18 @@ from core.checks import parse_int
 from core.errors import InputError
 from core.options import options_text
 from core.privacy import PASTED, PASTED_DIGEST
-from core.recipe import OPTIONS, VARIANTS, Bits, Calibration, Clusters, Overrides, QuantRecipe, parse_bits, parse_options
+from core.recipe import (
+    OPTIONS,
+    VARIANTS,
+    Bits,
+    Calibration,
+    Clusters,
+    DistillOptions,
+    Overrides,
+    QuantRecipe,
+    parse_bits,
+    parse_options,
+)
 
 FOREIGN = {
     "rtn": ("clusters", "segments", "order"),
@@ -55,6 +66,12 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         given["bitnet"] = _changed("bitnet", base, ",".join(f"{name}={value}" for name, value in own.items()))
     if args.rotation is not None:
         given["rotation"] = _changed("rotation", base, args.rotation)
+    if given.get("method") == "bitnet":
+        base.pop("distill", None)
+    if args.distill == "off":
+        base.pop("distill", None)
+    elif args.distill is not None:
+        given["distill"] = _changed("distill", base, args.distill)
     if args.clusters is not None:
         base.pop("clusters", None)
     recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()
@@ -71,7 +88,7 @@ def recipe_of(args: Namespace) -> QuantRecipe:
 
 def _changed(name: str, base: dict[str, Any], text: str) -> dict[str, Any]:
     """Return the fields of a method's options: those of the recipe `base`, with what a text changes."""
-    kind, _ = OPTIONS[name]
+    kind = DistillOptions if name == "distill" else OPTIONS[name][0]
     return asdict(parse_options(name, f"{options_text(kind(**(base.get(name) or {})))},{text}", kind))
 
 
@@ -97,6 +114,8 @@ def command_of(recipe: QuantRecipe) -> str:
             options["bits"] = ",".join(f"{name}={value}" for name, value in asdict(recipe.bits).items())
     if recipe.rotation is not None:
         options |= {"rotation": options_text(recipe.rotation)}
+    if recipe.distill is not None:
+        options |= {"distill": options_text(recipe.distill)}
     if recipe.method == "rptq" or recipe.variant == "matched":
         options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
     if recipe.method == "rptq":

@@ -15,7 +15,8 @@ from app.cli.recipe import calibration_of, command_of, recipe_of
 from app.view import bases
 from app.view import texts_bases as words
 from app.view.figure import bytes_text, number, seconds_text
-from app.view.tables import quantile, share, with_error
+from app.view.tables import distill_rows, quantile, share, with_error
+from app.view.texts_distill import TABLE
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError, ResourceError
 from core.options import BASES
@@ -125,23 +126,25 @@ def quantize(args: Namespace, console: Console) -> None:
     """Quantise a model into a folder that every other verb accepts as `--model`."""
     recipe = recipe_of(args)
     from core import estimate, load_model
-    from core.models.io.quantized import check_output, save_quantized
+    from core.models.io.quantized import check_output, save_quantized, weights_id
+    from core.models.io.saved import saved_folder, state_folder
     from core.provenance import provenance
     from core.workbench import quantize as run
 
     check_output(args.out)
-    _require_text(recipe.calibration.text, "calibration")
+    source = _require_text(recipe.calibration.text, "calibration")
     base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
     expected = estimate(base, recipe)
     if args.dry_run:
         console.finish(expected.to_dict() | {"recipe": recipe.to_record(), "provenance": provenance()}, _expected(expected))
         return
     console.write(_expected(expected) + "\n")
-    made, report = run(base, recipe, progress=console.progress)
+    state = state_folder(saved_folder(recipe.hash, recipe.calibration.text, source.sha256, weights_id(base), None))
+    made, report = run(base, recipe, state=state, progress=console.progress)
     saved = replace(report, folder=args.out)
     console.progress("Saving the quantised model", None)
     try:
-        save_quantized(args.out, made, {"recipe": recipe.to_record(), "report": saved.to_dict()})
+        save_quantized(args.out, made, {"recipe": saved.recipe, "report": saved.to_dict()})
     except ResourceError as error:  # what was found out in the run is shown all the same
         console.write(_quantize_text(replace(report, unsaved=str(error))))
         raise
@@ -276,11 +279,11 @@ def _seed(args: Namespace) -> int:
     return require_int("seed", parse_int("seed", args.seed), 0, 2**31 - 1, "use 0 to 2147483647")
 
 
-def _require_text(text: str, split: str) -> None:
-    """Check before the model is loaded that a text exists and is readable."""
+def _require_text(text: str, split: str) -> Any:
+    """Check before the model is loaded that a text exists and is readable. Returns: TextSource."""
     from core.calibration.data import resolve_text
 
-    resolve_text(text, split=split)
+    return resolve_text(text, split=split)
 
 
 def _stream(bench: Any, model: str, prompt: str, writing: dict[str, Any], console: Console) -> Any:
@@ -380,10 +383,18 @@ def _quantize_text(report: Any) -> str:
     text += "\nSignal to quantisation noise, dB\n"
     text += table(["layer", "output", "worst site", "dB", "worst weight", "dB"], rows, left=0)
     text += "".join(f"{note}\n" for note in report.fallbacks)
+    text += _distillation(report.distilled) if report.distilled else ""
     if report.unsaved:
         return text + "\nNot saved.\n"
     out = report.folder
     return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
+
+
+def _distillation(found: Any) -> str:
+    """Write what a distillation changed."""
+    taken = f"{found.steps} steps of {found.tokens:,} tokens in {seconds_text(found.seconds)}"
+    taken += ", stopped" if found.stopped else ""
+    return f"\nDistilled: {taken}; the model after step {found.best} is kept\n{table(list(TABLE), distill_rows(found))}"
 
 
 def _worst(errors: dict[str, Any]) -> list[str]:

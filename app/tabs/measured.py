@@ -6,7 +6,7 @@ from typing import Any
 
 from app import engine
 from app.session import Protocol, Run, Session
-from app.view import cards, tables, texts
+from app.view import cards, tables, texts, texts_distill
 from app.view.figure import axis_name
 from app.view.names import full_name, text_name
 from app.view.texts_report import FALLBACKS
@@ -102,4 +102,7 @@ def details(report: Any) -> str:
     parts.append(
         cards.table(["kernel", "layers", "why"], tables.backend_rows(report), caption="what executes the low-bit layers here")
     )
+    if report.distilled:
+        rows = tables.distill_rows(report.distilled)
+        parts.append(cards.table(list(texts_distill.TABLE), rows, caption=texts_distill.CAPTION))
     return f'<div class="qs-columns">{"".join(parts)}</div>'

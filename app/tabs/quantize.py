@@ -12,6 +12,7 @@ from app.session import Protocol, Run, Session
 from app.tabs.autopilot import Autopilot
 from app.tabs.calibrations import Calibrations
 from app.tabs.cost import Cost
+from app.tabs.distill import DistillFields
 from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, details, numbers_table, verdict, window_of
 from app.tabs.overrides import LayerField
 from app.tabs.reorder import require_count
@@ -138,6 +139,7 @@ class Quantize:
                     )
                 )
             self.rotation = RotationFields()
+            self.distill = DistillFields()
             self.layers = LayerField(self.ctx)
 
     def _ternary_options(self) -> None:
@@ -163,7 +165,7 @@ class Quantize:
     @property
     def inputs(self) -> set:
         """All fields of the recipe on this tab."""
-        fields = (self.bits, self.clusters, self.attention, self.rotation.fields)
+        fields = (self.bits, self.clusters, self.attention, self.rotation.fields, self.distill.fields)
         return {
             self.variant,
             self.weights,
@@ -211,6 +213,7 @@ class Quantize:
             overrides=self.layers.read(values),
             order=values[self.order] if values[side.method] == "rptq" else "layer",
             rotation=self.rotation.read(values) if values[side.method] == "rotation" else None,
+            distill=self.distill.read(values),
         )
 
     def fill(self, recipe: QuantRecipe) -> Updates:
@@ -220,6 +223,7 @@ class Quantize:
             self.keep: options.keep,
             **{field: getattr(options, name) for name, field in self.attention.items()},
             **self.rotation.fill(recipe.rotation),
+            **self.distill.fill(recipe.distill),
             **self.show(recipe.method, recipe.variant),
             self.variant: gr.update(choices=variant_choices(recipe.method), value=recipe.variant),
             self.weights: recipe.weights,

@@ -14,6 +14,7 @@ from pathlib import Path
 from app.view import (
     texts,
     texts_bases,
+    texts_distill,
     texts_divergence,
     texts_groups,
     texts_guide,
@@ -25,6 +26,7 @@ from app.view import (
 from app.view.zh import inline
 from app.view.zh import texts as zh_texts
 from app.view.zh import texts_bases as zh_bases
+from app.view.zh import texts_distill as zh_distill
 from app.view.zh import texts_divergence as zh_divergence
 from app.view.zh import texts_groups as zh_groups
 from app.view.zh import texts_guide as zh_guide
@@ -36,6 +38,7 @@ from app.view.zh import texts_rotation as zh_rotation
 MODULES = (
     (texts, zh_texts),
     (texts_bases, zh_bases),
+    (texts_distill, zh_distill),
     (texts_divergence, zh_divergence),
     (texts_groups, zh_groups),
     (texts_guide, zh_guide),

@@ -67,6 +67,7 @@ def choices_of(recipe: QuantRecipe) -> dict[str, str]:
         chosen |= {"weights": f"{recipe.weights.upper()} weights", "variant": recipe.variant}
     if recipe.method == "rptq":
         chosen |= {"segments": recipe.segments, "order": "" if recipe.order == "layer" else recipe.order}
+    chosen["distill"] = recipe.distill.describe() if recipe.distill else ""
     chosen["overrides"] = recipe.overrides.describe(8)
     return chosen
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.view import texts
+from app.view import texts, texts_distill
 from app.view.figure import bytes_text, number
 from core.evaluation.paired import against_reference
 
@@ -240,6 +240,16 @@ def fallback_rows(report: Any) -> Rows:
 def stage_rows(report: Any) -> Rows:
     """Make rows of seconds per stage of a quantisation."""
     return [[name, f"{number(seconds)} s"] for name, seconds in report.stages.items()]
+
+
+def distill_rows(found: Any) -> Rows:
+    """Make a row for the texts of a distillation, on windows that it was not trained on, and one for other text, if any."""
+    marks = found.before, found.after
+    names = texts_distill.HELD_OUT.format(names=" + ".join(found.texts))
+    rows = [[names, found.float_perplexity, *(m.perplexity for m in marks), *(m.kld for m in marks)]]
+    if found.other:
+        rows += [[found.other, found.other_float_perplexity, *(m.other_perplexity for m in marks), *(m.other_kld for m in marks)]]
+    return [[name, *(number(value, 4) for value in values)] for name, *values in rows]
 
 
 def backend_rows(report: Any) -> Rows:
