@@ -32,13 +32,13 @@ JOBS = {
     "swaps": "P1, P2, P3, predict",
     "autopilot": "P6, predict",
     "estimate": "E1",
-    "quality": "Q1, Q3, Q4",
+    "quality": "Q1, Q2, Q3, Q4",
     "sweep": "S3",
     "order": "R0",
 }
 """Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of `BY_TOKENS` `run(model, tokens=…)`; their
 numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1, Q3, Q4, S3 or R0"
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1 … Q4, S3 or R0"
 BY_TOKENS = ("quality", "order")
 
 
