@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 from app.cli import verbs
 from app.cli.allocate import allocate
+from app.cli.doctor import doctor
 from app.cli.export import export, export_options
 from app.cli.memory import memory
 from app.cli.output import Console, complain
@@ -350,7 +351,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "memory": (memory, _memory, "Project memory by formula; nothing is loaded"),
     "sweep": (sweep, _sweep, "Run many recipes by several processes, one row each, resumable"),
     "scores": (scores, _scores, "Score models on standard tasks, by lm-evaluation-harness (pip install lm-eval)"),
-    "doctor": (verbs.doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
+    "doctor": (doctor, _no_options, "Print versions with their tested ranges, and which backends run and why"),
     "train": (train, train_options, "Train a small model, BitNet or float, from a configuration"),
 }
 

@@ -52,25 +52,6 @@ def models(args: Namespace, console: Console) -> None:
     console.finish(document, f"{table(['name', 'title', 'licence', 'size'], rows, left=3)}\nSources\n{sources}\n{also}")
 
 
-def doctor(args: Namespace, console: Console) -> None:
-    """Print installed versions with their tested ranges, and backends. Raises: ResourceError (E-DOCTOR) on an untested one."""
-    from core.doctor import examine, untested
-
-    report = examine()
-    packages = [[p.name, p.version or "missing", p.tested, "tested" if p.ok else "NOT TESTED"] for p in report.packages]
-    backends = [[b.name, "runs" if b.runs else "no", b.reason] for b in report.backends]
-    console.finish(
-        report.to_dict(),
-        table(["package", "installed", "tested range", ""], packages, left=4)
-        + "\n"
-        + table(["backend", "", "why"], backends, left=3)
-        + f"\n{report.hardware}\n",
-    )
-    if not report.ok:
-        wrong = "; ".join(untested(p) for p in report.packages if not p.ok)
-        raise ResourceError(f"Not tested: {wrong}. Results may be wrong: run pip install -r requirements.txt.", code="E-DOCTOR")
-
-
 def inspect(args: Namespace, console: Console) -> None:
     """Observe and print the ranges of every channel."""
     calibration = calibration_of(args, Calibration())
