@@ -57,15 +57,9 @@ class Quantize:
                 with gr.Column(scale=6, min_width=240, visible=False) as self.ternary:
                     self._ternary_options()
                 self.tokens = gr.Slider(
-                    *TOKEN_RANGE,
-                    DEFAULT_TOKENS,
-                    step=512,
-                    label=texts.CALIBRATION_TOKENS,
-                    scale=3,
-                    min_width=200,
-                    elem_id="quantize-tokens",
-                    buttons=[],
-                )
+                    *TOKEN_RANGE, DEFAULT_TOKENS, step=512, label=texts.CALIBRATION_TOKENS,
+                    scale=3, min_width=200, elem_id="quantize-tokens", buttons=[],
+                )  # fmt: skip
                 with gr.Column(scale=2, min_width=170, elem_classes="qs-tight"):
                     self.start = gr.Button(texts.QUANTIZE, variant="primary", elem_id="quantize")
                 self.window = gr.Number(WINDOW, precision=0, visible=False)
