@@ -16,6 +16,10 @@ def export_options(verb: ArgumentParser) -> None:
     verb.add_argument("--format", required=True, metavar="F", help=", ".join(FORMATS))
     verb.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     verb.add_argument("--numbers", metavar="FILE", help="what evaluate --json measured on this model, for the card README.md")
+    verb.add_argument(
+        "--push", metavar="OWNER/NAME", help="also push the folder to a new repository of the Hub, with your own token"
+    )
+    verb.add_argument("--public", action="store_true", help="the repository of --push is for everybody (default: private)")
 
 
 def export(args: Namespace, console: Console) -> None:
@@ -23,13 +27,19 @@ def export(args: Namespace, console: Console) -> None:
     require_choice("format", args.format, FORMATS)
     from core.models.export.card import read_numbers
     from core.models.export.export import check_empty, export_model
+    from core.models.export.push import check_destination, push_folder
     from core.models.io.load import load_model
 
     check_empty(args.out)
+    if args.push is not None:
+        check_destination(args.push)
     loaded = load_model(args.model, progress=console.progress)
     numbers = None if args.numbers is None else read_numbers(args.numbers, loaded.label)
     console.progress("Writing the exported model", None)
     report = export_model(args.out, loaded, args.format, numbers=numbers)
     lines = [("exported", f"{report.label} as {report.format}"), ("folder", f"{report.folder} ({bytes_text(report.nbytes)})")]
     lines += [("differs", difference) for difference in report.differences or ["in nothing"]]
+    if args.push is not None:
+        console.progress(f"Pushing to {args.push}", None)
+        lines.append(("pushed", push_folder(args.out, args.push, private=not args.public)))
     console.finish(report.to_dict(), facts([*lines, *report.loads.items()]))

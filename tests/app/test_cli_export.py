@@ -61,6 +61,7 @@ def test_a_gguf_file_is_a_model_again(call, place):
         (["--model", "w3", "--format", "gguf", "--out", "text.txt"], "E-PARAM-OUT", ("is a file",)),
         (["--model", "w3", "--format", "gguf", "--out", "x", "--numbers", "text.txt"], "E-PARAM-NUMBERS", ("text.txt",)),
         (["--model", "w3", "--format", "gguf", "--out", "x", "--numbers", "w3.json"], "E-PARAM-NUMBERS", ("w3.json",)),
+        (["--model", "w3", "--format", "gguf", "--out", "x", "--push", "name"], "E-PARAM-PUSH", ("owner/name",)),
         (["--model", "absent", "--format", "gguf", "--out", "x"], "E-MODEL", ("absent",)),
         (["--model", "w3", "--out", "x"], "E-PARAM-USAGE", ("--format",)),
     ],
