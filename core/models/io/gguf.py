@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import ModelError
 from core.models.io.limits import check_disk, check_memory
-from core.models.io.origin import SOURCE_FILE, gguf_precision
+from core.models.io.origin import SOURCE_FILE, packed_precision
 from core.models.io.preflight.folder import check_folder
 from core.models.io.preflight.gguf import GgufHeader, GgufTensor, read_gguf_header
 from core.progress import Progress
@@ -87,7 +87,7 @@ def _precision(header: GgufHeader) -> dict[str, Any]:
     for tensor in matrices:
         kind = GGMLQuantizationType(tensor.kind).name
         elements[kind] = elements.get(kind, 0) + prod(tensor.shape)
-    return gguf_precision(elements, sum(tensor.nbytes for tensor in matrices))
+    return packed_precision(elements, sum(tensor.nbytes for tensor in matrices))
 
 
 def _save(path: Path, stage: Path, header: GgufHeader, progress: Callable[[float], None]) -> None:

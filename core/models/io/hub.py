@@ -38,7 +38,8 @@ REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WANTED = re.compile(r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|"
-                     r"special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja")
+                     r"special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|"
+                     r"quant(?:ize)?_config\.json")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TIMEOUT_S = 10.0
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,18 +32,21 @@ from core.models.decoder import CausalModel
 from core.models.io.bitnet import load_bitnet
 from core.models.io.catalog import ResolvedModel, resolve
 from core.models.io.foreign import library_errors, load_tokenizer, quiet
+from core.models.io.foreign_weights.plan import plan_weights, read_weights
 from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
 from core.models.io.origin import origin_of
 from core.models.io.preflight.config import bitnet_format, check_architecture, check_config, check_layers, weight_bytes
 from core.models.io.preflight.folder import FolderReport, check_folder
 from core.models.io.quantized import QUANTSCOPE_FILE, load_quantized
-from core.models.io.skeleton import HARMLESS, check_tensors, refuse_tensors
+from core.models.io.skeleton import HARMLESS, check_tensors, model_class, refuse_tensors, shapes_of
 from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.storage import verify
 
 logger = logging.getLogger(__name__)
+
+_SETTINGS = ("quantization_config", "compression_config", "quantization")
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -81,19 +86,25 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     check_memory(needed, bytes_per_parameter=1)
     config, adapter = _configuration(resolved.path, report)
     packed = None if bitnet_format(report.config) is None else f"{adapter.layers}."
+    stored, weights = report, None
+    if report.quantised:
+        report, weights = plan_weights(stored, partial(shapes_of, config))
+        check_memory(report.parameters, bytes_per_parameter=dtype.itemsize)
     check_tensors(config, {name: tensor.shape for name, tensor in report.tensors.items()}, inside=packed)
     progress("Loading the tokenizer", 0.1)
     tokenizer = load_tokenizer(resolved.path)
     progress("Loading the weights", 0.2)
     if packed is None:
-        source = _load_weights(resolved.path, dtype, report.wrapper)
+        values = weights and {n: t.to(dtype) for n, t in read_weights(resolved.path, stored, report, weights)}
+        source = _load_weights(resolved.path, dtype, report.wrapper, config, values)
         require_finite(source.state_dict().items())
         model = CausalModel.from_transformers(source, adapter, consume=True).requires_grad_(False)
     else:
         model = load_bitnet(resolved.path, report, config)
     _check_vocabulary(model, tokenizer)
     facts = (resolved.name, resolved.revision, resolved.source)
-    origin = origin_of(resolved.path, *facts, report.tensors, ternary=packed is not None)
+    packed_bytes = None if weights is None else stored.nbytes
+    origin = origin_of(resolved.path, *facts, report.tensors, ternary=packed is not None, packed_bytes=packed_bytes)
     return LoadedModel(model.to(device), tokenizer, adapter, *facts, resolved.path, origin=origin)
 
 
@@ -116,6 +127,9 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
     """Read the folder's configuration, checked with transformers' defaults filled in, and find its adapter."""
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        for name in _SETTINGS if report.quantised else ():  # the weights are float once they are read
+            if hasattr(config, name):
+                delattr(config, name)
         complete = json.loads(config.to_json_string(use_diff=False))
         check_config(complete)
         check_layers(complete, report.tensors)
@@ -127,13 +141,22 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
     return config, adapter
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str) -> PreTrainedModel:
-    """Load the float model of a folder whose tensors, without `wrapper`, `check_tensors` has compared with its configuration."""
+def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str, config: PreTrainedConfig,
+                  values: Mapping[str, torch.Tensor] | None) -> PreTrainedModel:
+    """Load the float model of a folder whose tensors, without `wrapper`, `check_tensors` has compared with its configuration.
+
+    Args: values: the tensors, where the folder stores them in the format of another tool; they are not copied.
+    """
     unwrap = {f"^{re.escape(wrapper)}": ""} if wrapper else None
+    options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}  # their attention never runs
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="eager", output_loading_info=True, key_mapping=unwrap)  # their attention never runs
+        if values is None:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, key_mapping=unwrap, **options)
+        else:
+            model, info = model_class(config).from_pretrained(None, config=config, state_dict=values, **options)
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     for key, fault in (("missing_keys", "were not found by transformers"), ("unexpected_keys", "were not used by transformers"),
                        ("mismatched_keys", "were not accepted by transformers")):
         names = (entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())

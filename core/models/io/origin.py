@@ -61,13 +61,15 @@ class Origin:
 
 
 def origin_of(
-    folder: Path, name: str, revision: str | None, source: str, tensors: Mapping[str, TensorInfo], *, ternary: bool
+    folder: Path, name: str, revision: str | None, source: str, tensors: Mapping[str, TensorInfo], *, ternary: bool,
+    packed_bytes: int | None = None,
 ) -> Origin:
     """Read the origin of a checked model folder from its files.
 
     Args:
         name, revision, source: as `resolve` says. tensors: of `check_folder`.
         ternary: whether the linear layers hold trained ternary weights.
+        packed_bytes: of all stored tensors, where another tool has quantised weights; `TensorInfo.dtype` then names its format.
     """
     home = cache_root()
     place = _PLACES.get(folder.relative_to(home).parts[0], "") if folder.is_relative_to(home) else ""
@@ -82,13 +84,15 @@ def origin_of(
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
+    if packed_bytes is not None:
+        return Origin(name, revision, source, **packed_precision(counts, packed_bytes), place=place)
     return Origin(name, revision, source, _named({_FLOATS.get(kind, kind): n for kind, n in counts.items()}), False, place)
 
 
-def gguf_precision(elements: Mapping[str, int], nbytes: int) -> dict[str, Any]:
-    """Describe the types of a GGUF file's tensors for `source.json`.
+def packed_precision(elements: Mapping[str, int], nbytes: int) -> dict[str, Any]:
+    """Describe the types of tensors of which some are unpacked, as `Origin` and `source.json` have it.
 
-    Args: elements: type → elements stored in it, by ggml's names. nbytes: bytes of all tensors.
+    Args: elements: type → elements stored in it, by ggml's names or those of other tools' formats. nbytes: bytes of all tensors.
     Returns: {"precision": "Q4_1 (5.0 bits per weight), dequantised to float32", "lossy": True}; floats are not lossy.
     """
     floats = {name for name in elements if name in _FLOATS}

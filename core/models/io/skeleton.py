@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from core.errors import ModelError
 from core.models.io.foreign import library_errors, quiet
@@ -31,22 +31,47 @@ def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]
     Raises: ModelError E-MODEL-MISSING naming up to three tensors that are missing, of another shape, or left over; E-MODEL-BAD
         for a configuration that transformers cannot build.
     """
-    sentence = "config.json is not valid for its architecture. Download the model again."
-    with quiet(), library_errors(sentence), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
+    expected, prefix = _shapes(config)
     found = {}
     for name, shape in stored.items():
-        spelled = next((n for n in (name, prefix + name, name.removeprefix(prefix), OLD_NAMES.get(name)) if n in expected), name)
         if not HARMLESS.search(name) and not (inside and name.startswith(inside)):
-            found[spelled] = shape
+            found[_spelled(name, expected, prefix) or name] = shape
     wanted = {name for name in expected if not (inside and name.startswith(inside))}
     if getattr(config, "tie_word_embeddings", False):
         wanted.discard("lm_head.weight")
     refuse_tensors(wanted - set(found), "are missing from the weights", len(expected))
     refuse_tensors((n for n in wanted if found[n] != expected[n]), "have another shape than config.json says", len(expected))
     refuse_tensors(set(found) - set(expected), "do not belong to this architecture", len(stored))
+
+
+def shapes_of(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that stored tensors have in the model that `config` describes, by their names in the file; tensors that
+    it does not have are left out. Raises: as `check_tensors` for a configuration."""
+    expected, prefix = _shapes(config)
+    return {name: expected[spelled] for name in names if (spelled := _spelled(name, expected, prefix))}
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of the model that `config` describes. Raises: as `check_tensors` for a configuration."""
+    return type(_described(config))
+
+
+def _described(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model that `config` describes, without memory."""
+    sentence = "config.json is not valid for its architecture. Download the model again."
+    with quiet(), library_errors(sentence), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _shapes(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Return the shape of each tensor of the model by its name, and the base model's prefix."""
+    model = _described(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, f"{model.base_model_prefix}."
+
+
+def _spelled(name: str, expected: Mapping[str, tuple[int, ...]], prefix: str) -> str | None:
+    """Return transformers' name of a stored tensor; None if the model has none."""
+    return next((n for n in (name, prefix + name, name.removeprefix(prefix), OLD_NAMES.get(name)) if n in expected), None)
 
 
 def refuse_tensors(names: Iterable[str], fault: str, total: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
-from core.models.io.preflight.other_tools import refuse_quantized_config
+from core.models.io.preflight.other_tools import FLOAT_TYPES, stated_format
 from core.recipe import BITNET_MODES
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check a raw `config.json` at any depth: limits, types, divisibility, no code, not quantised except as BitNet.
+    """Check a raw `config.json` at any depth: limits, types, divisibility, no code, no quantisation that is not read.
 
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
@@ -76,7 +76,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
     if bitnet_format(config) is None:
-        refuse_quantized_config(config)
+        stated_format(config)
     _refuse_foreign_maths(config)
 
 
@@ -170,8 +170,9 @@ def check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
                          "Download the model again.", code=code)
     width = config.get("word_embed_proj_dim") or config.get("hidden_size")
     for name, tensor in tensors.items():
-        if not name.endswith("embed_tokens.weight") or width is None or "vocab_size" not in config:
-            continue
+        stated = width is not None and "vocab_size" in config
+        if not name.endswith("embed_tokens.weight") or not stated or tensor.dtype not in FLOAT_TYPES:
+            continue  # a packed embedding has another shape
         if tensor.shape != (config["vocab_size"], width):
             raise ModelError(f"{name} has shape {list(tensor.shape)[:4]}, config.json says "
                              f"[{config['vocab_size']}, {width}]. Download the model again.", code="E-MODEL-BAD")

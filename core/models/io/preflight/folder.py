@@ -14,14 +14,20 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError
 from core.models.io.preflight.config import bitnet_format, check_config, check_layers, refuse_code
-from core.models.io.preflight.other_tools import refuse_quantized_files, refuse_quantized_tensors
+from core.models.io.preflight.other_tools import (
+    SETTINGS_FILES,
+    refuse_quantized_files,
+    refuse_quantized_tensors,
+    stated_format,
+)
 from core.models.io.preflight.tokenizer import check_brackets, check_settings, check_tokenizer
 
 MAX_HEADER_BYTES = 2 * 2**20
@@ -68,11 +74,14 @@ class FolderReport:
     """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files.
 
     `wrapper`: what the stored names begin with in addition to the names here (see `WRAPPERS`).
+    `quantised`: the tool that quantised the weights, by its `quant_method`, and the settings it states; None for float weights
+    and for BitNet's.
     """
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     wrapper: str = ""
+    quantised: tuple[str, Mapping[str, Any]] | None = None
 
     @property
     def parameters(self) -> int:
@@ -93,10 +102,18 @@ def check_folder(folder: Path) -> FolderReport:
     """
     report = check_files(folder)
     ternary = bitnet_format(report.config) is not None
-    refuse_quantized_tensors(report.tensors, ternary=ternary)
-    report = report if ternary else _unwrapped(report)
+    if not ternary:
+        report = replace(_unwrapped(report), quantised=_quantised(folder, report.config))
+    if report.quantised is None:
+        refuse_quantized_tensors(report.tensors, ternary=ternary)
     check_layers(report.config, report.tensors)
     return report
+
+
+def _quantised(folder: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Find the tool that quantised the weights, and its settings, in the configuration or in a file of their own."""
+    files = [(name, method) for name, method in SETTINGS_FILES.items() if (folder / name).exists()]
+    return stated_format(config) or next(((method, read_json(folder, name)) for name, method in files), None)
 
 
 def _unwrapped(report: FolderReport) -> FolderReport:

@@ -1,7 +1,8 @@
-"""Recognise and refuse checkpoints that other tools have quantised, naming the tool.
+"""Recognise checkpoints that other tools have quantised, and refuse those whose format is not read, naming the tool.
 
 They are recognised by configuration, side files, tensor names and tensor types. Their integers and 8-bit floats mean nothing
-without that tool's scales and layout, so they are never read as weights, except BitNet's (`config.bitnet_format`).
+without that tool's scales and layout, so they are never read as weights, except BitNet's (`config.bitnet_format`) and those of
+the tools in `READ`, whose settings are stated (`core.models.io.foreign_weights`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """safetensors types in which a weight may be stored."""
 
-_TITLES = {
+TITLES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
@@ -44,7 +45,10 @@ _TITLES = {
 
 METHOD = "quantscope"
 """`quant_method` of the folders that Quantscope saves."""
-_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+READ = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "mlx", "bitsandbytes")
+"""`quant_method` of the formats that are dequantised."""
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which earlier versions of these tools state what `quantization_config` states now."""
 _SUFFIXES = (
     (r"\.g_idx", "gptq"),
     (r"\.W_q", "hqq"),
@@ -58,10 +62,11 @@ _SUFFIXES = (
 _BUFFER = re.compile(r"(?:rotary_emb\.inv_freq|\.attn\.(?:masked_)?bias|position_ids)$")
 
 
-def refuse_quantized_config(config: Mapping[str, Any]) -> None:
-    """Refuse a raw `config.json` that names another tool's quantisation.
+def stated_format(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Find the quantisation of another tool that a raw `config.json` names.
 
-    Raises: ModelError E-MODEL-BAD naming the tool.
+    Returns: (its `quant_method`, a member of `READ`; its settings), None where none is named.
+    Raises: ModelError E-MODEL-BAD naming a tool whose checkpoints are not read.
     """
     for key in ("quantization_config", "compression_config", "quantization"):
         stated = config.get(key)
@@ -74,14 +79,16 @@ def refuse_quantized_config(config: Mapping[str, Any]) -> None:
             method = "mlx" if "quant_method" not in stated and key == "quantization" or "quantization" in config else None
         if method is None:
             method = "compressed-tensors" if key == "compression_config" else ""
-        raise _quantized(str(method))
+        if method not in READ:
+            raise _quantized(str(method))
+        return method, stated
+    return None
 
 
 def refuse_quantized_files(folder: Path) -> None:
-    """Refuse a folder with the side file of another tool. Raises: ModelError E-MODEL-BAD naming the tool."""
-    for name, method in _FILES.items():
-        if (folder / name).exists():
-            raise _quantized(method)
+    """Refuse a folder with the side file of a tool that is not read. Raises: ModelError E-MODEL-BAD naming the tool."""
+    if (folder / "hf_quant_config.json").exists():
+        raise _quantized("modelopt")
 
 
 def refuse_quantized_tensors(tensors: Mapping[str, TensorInfo], *, ternary: bool) -> None:
@@ -103,21 +110,28 @@ def refuse_quantized_tensors(tensors: Mapping[str, TensorInfo], *, ternary: bool
             raise _quantized("mlx")
         if f"{base}.weight_scale" in tensors:
             raise _quantized("fp8" if tensor.dtype.startswith("F8") else "")
-        raise ModelError(
-            f"{name[:80]} is stored as {tensor.dtype}, without a scale that makes it a weight: "
-            "floating-point weights are read. Use the original float model.",
-            code="E-MODEL-BAD",
-        )
+        raise no_weight(name, tensor.dtype)
+
+
+def no_weight(name: str, dtype: str) -> ModelError:
+    """Make the error for a tensor of integers or 8-bit floats that nothing makes a weight."""
+    return ModelError(
+        f"{name[:80]} is stored as {dtype}, without a scale that makes it a weight: floating-point weights are read. Use the "
+        "original float model.",
+        code="E-MODEL-BAD",
+    )
+
+
+def checkpoint_of(method: str) -> str:
+    """Return the opening of a sentence on a checkpoint of the tool with this `quant_method`: "This is a GPTQ checkpoint"."""
+    title = TITLES.get(method.lower(), method[:30])
+    article = "an" if title[:1] in "AEFHMaeiou" else "a"
+    return f"This is {article} {title} checkpoint" if title else "These weights were quantised by a tool that is not named"
 
 
 def _quantized(method: str) -> ModelError:
-    title = _TITLES.get(method.lower(), method[:30])
-    article = "an" if title[:1] in "AEFHMaeiou" else "a"
-    found = (
-        f"This is {article} {title} checkpoint" if title else "These weights are quantised already, by a tool that is not named"
-    )
+    why = "config.json does not state its settings" if method in READ else "this format is not read"
     return ModelError(
-        f"{found}: quantised checkpoints of other tools cannot be opened. Use the original float model, so that "
-        "Quantscope can quantise it.",
+        f"{checkpoint_of(method)}: {why}. Use the original float model, so that Quantscope can quantise it.",
         code="E-MODEL-BAD",
     )

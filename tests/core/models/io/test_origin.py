@@ -16,7 +16,7 @@ from core.models.io import catalog, hub
 from core.models.io.catalog import DEFAULT_MODEL, WHEEL_MODEL, catalogue, resolve
 from core.models.io.gguf import write_source
 from core.models.io.load import load_model
-from core.models.io.origin import Origin, gguf_precision, origin_of
+from core.models.io.origin import Origin, origin_of, packed_precision
 from core.models.io.quantized import load_quantized
 from core.models.tiny import save_tiny
 from core.recipe import Calibration, QuantRecipe
@@ -118,11 +118,11 @@ def test_embedded_models_say_what_they_are(monkeypatch):
 
 
 def test_types_of_a_gguf_file():
-    assert gguf_precision({"Q4_1": 32_000}, 20_000) == {
+    assert packed_precision({"Q4_1": 32_000}, 20_000) == {
         "precision": "Q4_1 (5.0 bits per weight), dequantised to float32", "lossy": True}
-    mixed = gguf_precision({"Q4_K": 900, "Q6_K": 99, "F32": 1}, 600)
+    mixed = packed_precision({"Q4_K": 900, "Q6_K": 99, "F32": 1}, 600)
     assert mixed["precision"].startswith("Q4_K and Q6_K (4.8 bits") and mixed["lossy"]
-    assert gguf_precision({"BF16": 10, "F32": 5}, 40) == {"precision": "bfloat16 and float32", "lossy": False}
+    assert packed_precision({"BF16": 10, "F32": 5}, 40) == {"precision": "bfloat16 and float32", "lossy": False}
 
 
 def test_a_folder_converted_by_an_earlier_version_is_still_known(own_cache):

@@ -256,7 +256,7 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path):
     ({"layer_types": ["full_attention"] * 30_000}, "BAD"),
     ({"model_type": None}, "BAD"),
     ({"model_type": ["llama"]}, "BAD"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "BAD"),
+    ({"quantization_config": {"quant_method": "hqq"}}, "BAD"),
     ({"auto_map": {"AutoModel": "modeling.Model"}}, "CODE"),
     ({"text_config": {"vision": [{"auto_map": {"AutoConfig": "a/b--c.D"}}]}}, "CODE"),
     ({"trust_remote_code": True}, "CODE"),

@@ -1,0 +1,1 @@
+"""Open checkpoints that other tools have quantised, by dequantising them."""
