@@ -38,7 +38,7 @@ class Layout:
             stored = found.get(part)
             if stored and not (stored.dtype in types and _same(stored.shape, shape)):
                 wanted = ", ".join("any" if size is None else str(size) for size in shape)
-                said.append(f"{part} is {stored.dtype} {list(stored.shape)}, not {types[0]} [{wanted}]")
+                said.append(f"{part} is {stored.dtype} {list(stored.shape)}, not {'/'.join(types)} [{wanted}]")
         return said
 
 

@@ -148,13 +148,13 @@ def four_bits(kind: str, block: int, nested: bool) -> Writer:
 
 def write_packed(folder: Path, writer: Writer, config: dict[str, Any], *,
                  change: Callable[[dict[str, Tensor]], None] | None = None, embedding: bool = False,
-                 equal: bool = False) -> tuple[Path, Path]:
+                 equal: bool = False, architecture: str = "llama") -> tuple[Path, Path]:
     """A tiny model whose linear layers are stored as `writer` does, and the same model in float: (folder, folder).
 
     embedding: the embedding is stored so too. change: of the stored tensors, before they are written. equal: layers of one size
     hold the same values, which is faster.
     """
-    random, plain = Random(7), save_tiny(folder / "float", "llama", seed=3)
+    random, plain = Random(7), save_tiny(folder / "float", architecture, seed=3)
     state = load_file(plain / "model.safetensors")
     packed, names = dict(state), [f"model.layers.{i}.{name}" for i in range(2) for name in LAYERS]
     made: dict[tuple[int, ...], tuple[Parts, Tensor]] = {}

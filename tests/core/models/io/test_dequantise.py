@@ -91,12 +91,25 @@ def test_what_generation_needs_is_kept(tmp_path):
 
 def test_layers_of_an_mlx_folder_may_have_settings_of_their_own(tmp_path):
     def mixed(n, k, random):
-        return (mlx(6, 32) if n == 96 else mlx(4, 64 if k == 64 else 32))(n, k, random)
+        return (mlx(6, 32) if n == 96 else mlx(4, 32 if k == 96 else 64))(n, k, random)
 
     own = {f"model.layers.{i}.mlp.{name}_proj": {"group_size": 32, "bits": 6} for i in range(2) for name in ("gate", "up")}
     own |= {f"model.layers.{i}.mlp.down_proj": {"group_size": 32, "bits": 4} for i in range(2)}
     settings = {"group_size": 64, "bits": 4, "mode": "affine", **own}
     packed, plain = write_packed(tmp_path, mixed, {"quantization": settings, "quantization_config": settings})
+    assert_same(load_model(str(packed)).model, load_model(str(plain)).model)
+
+
+def test_a_packed_embedding_may_be_the_head_too(tmp_path):
+    packed, plain = write_packed(tmp_path, *FORMATS["4-bit MLX"], embedding=True, equal=True, architecture="smollm")
+    assert_same(load_model(str(packed)).model, load_model(str(plain)).model)
+
+
+def test_names_may_have_a_wrapper(tmp_path):
+    def wrapped(state):
+        state.update({f"module.{name}": state.pop(name) for name in list(state)})
+
+    packed, plain = write_packed(tmp_path, *FORMATS["4-bit AWQ"], equal=True, change=wrapped)
     assert_same(load_model(str(packed)).model, load_model(str(plain)).model)
 
 

@@ -51,9 +51,9 @@ def plain(n, k, random):
 CASES = {
     "a scale is missing": (gptq(4, 32), GPTQ, without("scales"), (UP, "GPTQ", "scales is missing")),
     "zero points are missing": (awq(32), AWQ, without("qzeros"), (UP, "AWQ", "qzeros is missing")),
-    "scales of another group size": (gptq(4, 16), GPTQ, None, ("qzeros is I32 [6, 8], not I32 [3, 8]",)),
-    "codes of other bits": (gptq(2, 32), GPTQ, None, ("qweight is I32 [6, 64], not I32 [12, 64]",)),
-    "codes cut": (gptq(4, 32), GPTQ, replaced("qweight", lambda t: t[:-1]), (UP, "qweight", "not I32 [8, 96]")),
+    "scales of another group size": (gptq(4, 16), GPTQ, None, ("qzeros is I32 [6, 8], not I32/U32 [3, 8]",)),
+    "codes of other bits": (gptq(2, 32), GPTQ, None, ("qweight is I32 [6, 64], not I32/U32 [12, 64]",)),
+    "codes cut": (gptq(4, 32), GPTQ, replaced("qweight", lambda t: t[:-1]), (UP, "qweight", "not I32/U32 [8, 96]")),
     "scales of integers": (gptq(4, 32), GPTQ, replaced("scales", lambda t: t.to(torch.int32)), ("scales is I32", "not F64")),
     "no order": (gptq(4, 32), altered("gptq", desc_act=True), None, ("g_idx is missing",)),
     "an impossible order": (gptq(4, 32, order=True), GPTQ, replaced("g_idx", lambda t: t + 1), ("group 2 of 2", UP)),
@@ -66,7 +66,8 @@ CASES = {
     "settings of single layers": (gptq(4, 32), altered("gptq", dynamic={"+:.*": {"bits": 8}}), None, ("single layers",)),
     "gemv": (awq(32), altered("awq", version="GEMV"), None, ("version gemv", "gemm")),
     "a block scale is missing": (fp8("weight_scale_inv", 32, 32), BLOCKS, without("weight_scale_inv"), (UP, "is missing")),
-    "blocks of another size": (fp8("weight_scale_inv", 16, 32), BLOCKS, None, ("weight_scale_inv is F32 [4, 3], not F64 [2, 3]",)),
+    "blocks of another size": (
+        fp8("weight_scale_inv", 16, 32), BLOCKS, None, ("weight_scale_inv is F32 [4, 3], not F64/F32/F16/BF16 [2, 3]",)),
     "blocks that are no numbers": (
         fp8("weight_scale_inv", 32, 32), altered("fp8", weight_block_size=[0, 32]), None, ("weight_block_size [0, 32]",)),
     "MLX biases are missing": (mlx(4, 32), MLX, without("biases"), ("biases is missing",)),
