@@ -1,4 +1,4 @@
-"""Recognise checkpoints that other tools have quantised, and refuse those whose format is not read, naming the tool.
+"""Recognise checkpoints that other tools have quantised, and refuse formats that are not read.
 
 They are recognised by configuration, side files, tensor names and tensor types. Their integers and 8-bit floats mean nothing
 without that tool's scales and layout, so they are never read as weights, except BitNet's (`config.bitnet_format`) and those of
