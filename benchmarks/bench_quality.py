@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from benchmarks.common import Result, absent, installed
-from benchmarks.quality_table import protocol_of, text_of
+from benchmarks.common import Result, absent
+from benchmarks.quality_table import CALIBRATION_TOKENS, evaluation_texts, protocol_of, text_of
 from core import Calibration, QuantRecipe, Workbench
 from core.distill_report import DistillReport
-from core.errors import InputError
 from core.options import DistillOptions
 
 JOBS = (
@@ -20,8 +17,6 @@ JOBS = (
     ("Q4 W3A3KV", {"scheme": "W3A3KV"}, "≤ 1.45×"),
 )
 """Jobs, their recipes, and the targets, which are those of smollm2-135m."""
-C4 = "c4/c4_validation_2k.parquet"
-CALIBRATION_TOKENS = 8192
 DISTILL_STEPS = 36
 """Steps of Q2 at FULL_TOKENS evaluated tokens; fewer tokens take fewer steps."""
 FULL_TOKENS = 32_768
@@ -30,9 +25,7 @@ FULL_TOKENS = 32_768
 def run(model: str, tokens: int) -> Iterator[Result]:
     """Yield each recipe's results: quantised, saved, loaded, and measured on `tokens` tokens of each text."""
     protocol = protocol_of(model)
-    texts = {protocol.text: text_of(protocol.evaluation, 0)}
-    if installed("pyarrow"):
-        texts["C4 validation"] = _c4()
+    texts = evaluation_texts(protocol)
     calibration = Calibration(text_of(protocol.calibration, 1), CALIBRATION_TOKENS, protocol.window)
     options = {"tokens": tokens, "window": protocol.window}
     bench = Workbench()
@@ -69,13 +62,3 @@ def _distillation(found: DistillReport) -> str:
     said = f"; {found.steps} steps of {found.tokens:,} tokens in {found.seconds:.0f} s, step {found.best} kept; held out: KLD "
     said += f"{before.kld:.4f} → {after.kld:.4f}, perplexity {before.perplexity:.2f} → {after.perplexity:.2f}"
     return said + (f"; {found.other} {before.other_perplexity:.2f} → {after.other_perplexity:.2f}" if found.other else "")
-
-
-def _c4() -> str:
-    """Return the documents of C4's validation part, which a package for Parquet files has to read."""
-    import pandas
-
-    path = Path(os.environ.get("QUANTSCOPE_DATA", ".")) / C4
-    if not path.is_file():
-        raise InputError(f"The text {C4} is not here: set QUANTSCOPE_DATA to the folder that holds it.", code="E-PARAM-TEXT")
-    return "text:" + "\n\n".join(pandas.read_parquet(path, columns=["text"])["text"])

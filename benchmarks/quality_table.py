@@ -2,6 +2,7 @@
 
 Rows, all at the bits of the published schemes: RPTQ; RTN matched (RPTQ's groups, clip search and first token, without reordering)
 with GPTQ and with rounded weights; RTN plain; then g = 1, 8, 32 and per channel for W4A4 and its strict variant.
+`--rows ablation` measures the ingredients of the method rotation one by one in their place, on C4 too where pyarrow is installed.
 `PROTOCOLS` says which texts and windows each model is calibrated and measured on; divergence is against the unquantised model.
 """
 
@@ -10,16 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from benchmarks.common import installed
 from core import PER_CHANNEL, SCHEMES, Calibration, Clusters, QuantRecipe, Workbench
 from core.errors import InputError
 from core.provenance import provenance
+from core.recipe import RotationOptions
 
 MATCHED = {"method": "rtn", "variant": "matched"}
 STORIES = "train/tinystories_mix.txt"
 STORY_BYTES = 1_000_000
+C4 = "c4/c4_validation_2k.parquet"
+CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,26 @@ def text_of(name: str, part: int) -> str:
     """
     if name != STORIES:
         return name
+    with open(_file(name), "rb") as file:
+        file.seek(part * STORY_BYTES)
+        return "text:" + file.read(STORY_BYTES).decode("utf-8", errors="ignore").replace("<|endoftext|>", "")
+
+
+def evaluation_texts(protocol: Protocol) -> dict[str, str]:
+    """Resolve what a model is measured on, by name: its protocol's text, and C4 where pyarrow is installed to read it.
+
+    Raises: InputError if a file is not there.
+    """
+    texts = {protocol.text: text_of(protocol.evaluation, 0)}
+    return texts | ({"C4 validation": str(_file(C4))} if installed("pyarrow") else {})
+
+
+def _file(name: str) -> Path:
+    """Find a file of $QUANTSCOPE_DATA. Raises: InputError if it is not there."""
     path = Path(os.environ.get("QUANTSCOPE_DATA", ".")) / name
     if not path.is_file():
         raise InputError(f"The text {name} is not here: set QUANTSCOPE_DATA to the folder that holds it.", code="E-PARAM-TEXT")
-    with open(path, "rb") as file:
-        file.seek(part * STORY_BYTES)
-        return "text:" + file.read(STORY_BYTES).decode("utf-8", errors="ignore").replace("<|endoftext|>", "")
+    return path
 
 
 def recipes(model: str, calibration: Calibration) -> list[QuantRecipe]:
@@ -87,6 +107,22 @@ def recipes(model: str, calibration: Calibration) -> list[QuantRecipe]:
     return rows
 
 
+def ablations(model: str, calibration: Calibration) -> list[QuantRecipe]:
+    """List the method rotation, W4A4 strict, then with each ingredient off or otherwise in turn, and RPTQ at the same bits."""
+
+    def recipe(weights: str = "gptq", **options: object) -> QuantRecipe:
+        own = RotationOptions(**options)
+        return QuantRecipe(model, method="rotation", variant="strict", weights=weights, calibration=calibration, rotation=own)
+
+    switches = [entry.name for entry in fields(RotationOptions) if isinstance(entry.default, bool)]
+    others = ({"block": 64}, {"group": 64}, {"group": 128}, {"kv": "token"})
+    rows = [recipe(), *(recipe(**{name: False}) for name in switches), *(recipe(**each) for each in others), recipe("rtn")]
+    return [*rows, QuantRecipe(model, variant="strict", calibration=calibration)]
+
+
+ROWS = {"schemes": recipes, "ablation": ablations}
+
+
 def main() -> int:
     """Run the recipes that are missing in the output file, then print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_table", description=__doc__)
@@ -94,19 +130,29 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32_768, help="evaluation tokens")
     parser.add_argument("--only", default="", help="run the rows alone whose label begins so")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows already in it are not run again")
+    parser.add_argument("--rows", default="schemes", choices=ROWS, help="the schemes, or the ingredients of the method rotation")
     arguments = parser.parse_args()
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
     protocol, bench = protocol_of(arguments.model), Workbench()
-    options = {"text": text_of(protocol.evaluation, 0), "tokens": arguments.tokens, "window": protocol.window}
+    texts = evaluation_texts(protocol) if arguments.rows == "ablation" else {protocol.text: text_of(protocol.evaluation, 0)}
     data |= {"model": protocol.name, "texts": protocol.text}
-    own = {"text_name": protocol.text}
+
+    def measure(model: str, reference: str | None = None) -> dict[str, Any]:
+        """Measure a model on the first text, with its figures on the others under "elsewhere", by name."""
+        options = {"tokens": arguments.tokens, "window": protocol.window, "reference": reference}
+        first, *others = (
+            bench.evaluate(model, text=text, **options).to_dict() | {"text_name": name} for name, text in texts.items()
+        )
+        return first | ({"elsewhere": {each["text_name"]: each for each in others}} if others else {})
+
     if "base" not in data:
-        data["base"] = bench.evaluate(arguments.model, **options).to_dict() | own | {"key": protocol.name, "label": protocol.name}
-    for recipe in recipes(arguments.model, Calibration(text_of(protocol.calibration, 1), 8192, protocol.window)):
+        data["base"] = measure(arguments.model) | {"key": protocol.name, "label": protocol.name}
+    calibration = Calibration(text_of(protocol.calibration, 1), CALIBRATION_TOKENS, protocol.window)
+    for recipe in ROWS[arguments.rows](arguments.model, calibration):
         if recipe.hash in data["rows"] or not recipe.label().startswith(arguments.only):
             continue
         made = bench.quantize(recipe)
-        report = bench.evaluate(made.key, reference=arguments.model, **options).to_dict() | own | {"reference": protocol.name}
+        report = measure(made.key, arguments.model) | {"reference": protocol.name}
         data["rows"][recipe.hash] = {
             "recipe": recipe.to_record() | {"model": protocol.name},
             **report,
@@ -124,22 +170,22 @@ def main() -> int:
 def markdown(data: dict) -> str:
     """Format the rows of a results file as a Markdown table."""
     base = data["base"]
-    lines = [
-        "| configuration | perplexity ± | ln ratio ± | KL to float32 ± | same top, % ± | bits/weight | model bytes | KV |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| float32 | {base['perplexity']:.2f} ± {base['perplexity_stderr']:.2f} | – | – | – | 32 | {_mb(base['weight_bytes'])} "
-        f"| {base['kv_bytes_per_token']:,} |",
-    ]
-    for row in data["rows"].values():
-        compared = [
+    others = base.get("elsewhere", {})
+    heads = [*(f"{name}: perplexity ± | KL ±" for name in others), "bits/weight", "model bytes", "KV", "seconds"]
+    lines = [f"| configuration | perplexity ± | ln ratio ± | KL to float32 ± | same top, % ± | {' | '.join(heads)} |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for row in (base, *data["rows"].values()):
+        figures = [
+            _perplexity(row),
             _figure(row.get("ln_ratio"), row.get("ln_ratio_stderr"), 4),
-            _figure(row["kld_mean"], row.get("kld_stderr"), 4),
-            _figure(row["same_top_token"], row.get("same_top_stderr"), 1, 100),
+            _figure(row.get("kld_mean"), row.get("kld_stderr"), 4),
+            _figure(row.get("same_top_token"), row.get("same_top_stderr"), 1, 100),
         ]
-        lines.append(
-            f"| {row['label']} | {_number(row['perplexity'])} ± {_number(row['perplexity_stderr'])} | {' | '.join(compared)} "
-            f"| {row['effective_weight_bits']:.2f} | {_mb(row['weight_bytes'])} | {row['kv_bytes_per_token']:,} |"
-        )
+        for own in (row["elsewhere"][name] for name in others):
+            figures += [_perplexity(own), _figure(own.get("kld_mean"), own.get("kld_stderr"), 4)]
+        stored = f"{row.get('effective_weight_bits', 32):.2f} | {_mb(row['weight_bytes'])} | {row['kv_bytes_per_token']:,}"
+        seconds = _figure(row.get("quantize_seconds"), None, 0)
+        lines.append(f"| {'float32' if row is base else row['label']} | {' | '.join(figures)} | {stored} | {seconds} |")
     return "\n".join(lines)
 
 
@@ -150,12 +196,14 @@ def _figure(value: float | None, error: float | None, places: int, factor: int =
     return f"{factor * value:.{places}f}" + ("" if error is None else f" ± {factor * error:.{places}f}")
 
 
+def _perplexity(row: dict) -> str:
+    """Format a perplexity with its standard error, large ones by their power of ten."""
+    form = ".2f" if row["perplexity"] < 1e4 else ".1e"
+    return f"{row['perplexity']:{form}} ± {row['perplexity_stderr']:{form}}"
+
+
 def _mb(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 if __name__ == "__main__":
