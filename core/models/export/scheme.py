@@ -128,5 +128,6 @@ def _group(linear: QuantLinear, reordered: bool) -> int:
     group = next((size for size in GROUPS if step % size == 0), None)
     if group is None:
         sizes = linear.offsets.diff()
-        raise Unfit(f"its groups have {int(sizes.min())} to {int(sizes.max())} columns, and formats have groups of one size")
+        found = f"its groups have {int(sizes.min())} to {int(sizes.max())} columns"
+        raise Unfit(f"{found}, and formats have groups of one size: {', '.join(map(str, GROUPS))}")
     return group

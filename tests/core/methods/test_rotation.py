@@ -47,7 +47,7 @@ def test_a_cache_and_a_saved_folder_give_the_same_model(architecture, kv, tmp_pa
 
 
 def test_weights_are_packed_in_groups_along_the_rotated_width():
-    for group, groups in ((32, 3), (64, 2), (0, 1)):
+    for group, groups in ((24, 4), (32, 3), (64, 2), (0, 1)):
         down = made(group=group).blocks[0].mlp.down
         assert down.packed.dtype == torch.uint8 and down.packed.shape[1] == 96 // 2
         assert down.weight_scale.shape[1] == groups
