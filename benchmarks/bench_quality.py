@@ -1,4 +1,4 @@
-"""Q1 to Q4: perplexity of saved rotated models over float32, on WikiText-2 and C4; Q2 is distilled; time of a pass."""
+"""Q1 to Q4: perplexity of saved rotated models over float32, on WikiText-2 and C4, and the time of a pass."""
 
 from __future__ import annotations
 
