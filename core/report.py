@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -251,6 +252,7 @@ class GenerationReport(Report):
         kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
         decoding: how kernels were launched on a GPU, as `core.evaluation.graph.captured_step` says; empty on a CPU.
         unformatted: whether a chat format was asked for and the model has none.
+        pieces: what each token added to the text; "" for a token that ends inside a character.
     """
 
     key: str
@@ -264,6 +266,13 @@ class GenerationReport(Report):
     kv_bytes_float: int
     decoding: str = ""
     unformatted: bool = False
+    pieces: tuple[str, ...] = ()
+
+    def first_difference(self, other: GenerationReport) -> int | None:
+        """Return the place of the first token at which two continuations differ, from 0; None where they are the same."""
+        pairs = zip(self.pieces, other.pieces, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return None if same == len(self.pieces) == len(other.pieces) else same
 
 
 @dataclass(frozen=True)

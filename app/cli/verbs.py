@@ -15,7 +15,7 @@ from app.cli.recipe import calibration_of, command_of, recipe_of
 from app.view import bases
 from app.view import texts_bases as words
 from app.view.figure import bytes_text, number, seconds_text
-from app.view.tables import distill_rows, quantile, share, with_error
+from app.view.tables import distill_rows, probability_change, quantile, share, with_error
 from app.view.texts_distill import TABLE
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError, ResourceError
@@ -290,10 +290,7 @@ def _divergence(report: Any) -> list[tuple[str, str]]:
     from core.evaluation.paired import against_reference
 
     quantiles = [f"{quantile(name)} {number(value)}" for name, value in (report.kld_quantiles or {}).items()]
-    change, rms = (
-        with_error(*(None if v is None else 100 * v for v in pair))
-        for pair in ((report.delta_p_mean, report.delta_p_stderr), (report.delta_p_rms, report.delta_p_rms_stderr))
-    )
+    change, rms = probability_change(report)
     return [
         (f"against {report.reference}", against_reference(report).verdict()),
         ("KLD", f"{with_error(report.kld_mean, report.kld_stderr)} nats; {', '.join(quantiles)}"),

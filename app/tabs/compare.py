@@ -17,6 +17,7 @@ from app.tabs.memory import Memory
 from app.tabs.pareto import Pareto
 from app.tabs.tokens import Tokens
 from app.view import cards, plots_runs, tables, texts
+from app.view import texts_divergence as words
 from app.view.chart import Chart, Table
 from app.view.figure import number
 from app.worker.job import JobView, Step
@@ -251,17 +252,27 @@ def speeds(session: Session, runs: list[Run], job: JobView) -> str:
 
 
 def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
-    """Write the texts so far, one panel per run."""
+    """Write the texts so far, one panel per run; the first token that differs from the original's text is marked."""
     shown = []
+    written = dict(zip((run.key for run in runs), job.results, strict=False))
     for index, run in enumerate(runs):
-        footer = "not finished" if job.finished else "waiting…"
+        footer, text = "not finished" if job.finished else "waiting…", (job.texts[index], "", "")
         if index < len(job.results):
-            done = job.results[index]
+            done, original = job.results[index], written.get(run.model)
             footer = (
                 f"{done.new_tokens} tokens in {cards.seconds_text(done.seconds)}, {number(done.tokens_per_second)} tokens/s · "
                 f"KV cache {number(done.kv_bytes / 1e3)} kB measured{texts.NO_CHAT if done.unformatted else ''}"
             )
+            if original is not None and original is not done:
+                place = done.first_difference(original)
+                footer += f" · {words.SAME_TEXT if place is None else words.FIRST_DIFFERENCE.format(place + 1)}"
+                text = text if place is None else marked(done.pieces, place)
         elif index == len(job.results) and job.state == "running":
             footer = "writing…"
-        shown.append((session.runs.index(run), session.title(run), prompt, job.texts[index], footer))
+        shown.append((session.runs.index(run), session.title(run), prompt, text, footer))
     return cards.streams(shown)
+
+
+def marked(pieces: tuple[str, ...], place: int) -> tuple[str, str, str]:
+    """Cut a text at one of its tokens: what stands before it, the token, and what follows; the end is shown as a sign."""
+    return "".join(pieces[:place]), (*pieces, words.TEXT_END)[place] or words.HALF_CHARACTER, "".join(pieces[place + 1 :])

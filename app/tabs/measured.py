@@ -105,4 +105,4 @@ def details(report: Any) -> str:
     if report.distilled:
         rows = tables.distill_rows(report.distilled)
         parts.append(cards.table(list(texts_distill.TABLE), rows, caption=texts_distill.CAPTION))
-    return f'<div class="qs-columns">{"".join(parts)}</div>'
+    return f'<div class="qs-columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>'

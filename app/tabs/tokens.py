@@ -43,7 +43,7 @@ class Tokens:
                 )
                 with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
                     self.read = gr.Button(words.TOKENS_READ, elem_id="read-tokens")
-            self.shown = gr.HTML(cards.hint(words.TOKENS_NONE), elem_id="reading", apply_default_css=False)
+            self.shown = gr.HTML(cards.hint(words.TOKENS_READY), elem_id="reading", apply_default_css=False)
 
     @property
     def outputs(self) -> list:

@@ -40,8 +40,9 @@ def progress(view: JobView, what: str) -> str:
     if view.state == "waiting":
         ahead = "next in line" if view.ahead == 0 else f"{counted(view.ahead, 'job')} ahead"
         return _line("wait", what, f"waiting, {ahead}", None)
-    left = f", about {seconds_text(view.remaining_s)} left" if view.remaining_s is not None else ""
-    detail = f"{view.stage} · {seconds_text(view.elapsed_s)}{left}" if view.stage else seconds_text(view.elapsed_s)
+    left = f", about {seconds_text(max(0.1, view.remaining_s))} left" if view.remaining_s is not None else ""
+    gone = seconds_text(max(0.1, view.elapsed_s))  # a job that begins has no microseconds to tell
+    detail = f"{view.stage} · {gone}{left}" if view.stage else gone
     return _line("run", what, detail, view.fraction)
 
 
@@ -296,15 +297,18 @@ def figures(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="qs-figures">{cells}</div>'
 
 
-def streams(panels: Sequence[tuple[int, str, str, str, str]]) -> str:
+def streams(panels: Sequence[tuple[int, str, str, tuple[str, str, str], str]]) -> str:
     """Write texts side by side.
 
     Args:
-        panels: (colour place, name, prompt, text so far, footer) of each run.
+        panels: (colour place, name, prompt, text so far, footer) of each run; a text is what stands before its marked token,
+            that token, and what follows. Without a marked token the last two are empty.
     """
     cards = []
-    for place, name, prompt, text, footer in panels:
-        body = f"<h2>{escape(name)}</h2><p><span>{escape(prompt)}</span>{escape(text)}</p><footer>{escape(footer)}</footer>"
+    for place, name, prompt, (before, token, after), footer in panels:
+        mark = f"<mark>{escape(token)}</mark>" if token else ""
+        text = f"<span>{escape(prompt)}</span>{escape(before)}{mark}{escape(after)}"
+        body = f"<h2>{escape(name)}</h2><p>{text}</p><footer>{escape(footer)}</footer>"
         cards.append(f'<section class="qs-stream" style="border-top-color:{css_colour(place)}">{body}</section>')
     return f'<div class="qs-streams">{"".join(cards)}</div>'
 

@@ -200,6 +200,19 @@ class Scale:
         return found
 
 
+def log_axis(values: Iterable[float], title: str) -> dict[str, Any]:
+    """Return the layout of a logarithmic axis for positive values, with a whole number at every tick: 0.002, not 2 beside 10⁻³.
+
+    Ticks are decades, and where fewer than three fit, 2 and 5 times them too. Values of 0 and below have no place on it.
+    """
+    shown = [value for value in values if value > 0] or [1.0]
+    first, last = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
+    inner = (1,) if math.log10(max(shown) / min(shown)) > 2 else (1, 2, 5)
+    ticks = [m * 10.0**decade for decade in range(first, last + 1) for m in inner]
+    texts = [number(tick, 1) for tick in ticks]
+    return {"type": "log", "title": {"text": title}, "tickmode": "array", "tickvals": ticks, "ticktext": texts}
+
+
 def layer_map(
     rows: dict[str, list[float | None]], *, unit: str, hover: str, caption: str, revision: str, left: int, **trace: Any
 ) -> Figure:

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.view import texts
 from app.view import texts_bases as words
-from app.view.figure import Figure, Scale, cluster_colour, layout, number, pack
+from app.view.figure import Figure, Scale, cluster_colour, layout, log_axis, number, pack
 from app.view.plots_clusters import caption, label_count, strip
 from app.view.plots_ranges import HOVER, WEBGL_FROM, binned, limits_of, percentile
 
@@ -178,8 +178,6 @@ def noise_curves(curves: Mapping[str, Any], noise: Mapping[str, Any], *, current
     here = {"type": "line", "x0": current, "x1": current, "y0": 0, "y1": 1, "yref": "paper"}
     x = {"type": "log", "title": {"text": "clusters g"}, "tickmode": "array"}
     counts = list(next(iter(curves.values())).g)
-    values = [cost for trace in traces for cost in trace["y"] if cost > 0]
-    decades = math.log10(max(values, default=1.0) / min(values, default=1.0))
     return {
         "data": traces,
         "layout": layout(
@@ -189,11 +187,6 @@ def noise_curves(curves: Mapping[str, Any], noise: Mapping[str, Any], *, current
             showlegend=True,
             shapes=[here | {"line": {"color": "@alert", "width": 1, "dash": "dot"}}],
             xaxis=x | {"tickvals": counts, "ticktext": [str(g) for g in counts]},
-            yaxis={
-                "type": "log",
-                "title": {"text": words.NOISE_TITLE},
-                "exponentformat": "power",
-                "dtick": 1 if decades > 1.5 else "D2",
-            },
+            yaxis=log_axis([cost for trace in traces for cost in trace["y"]], words.NOISE_TITLE),
         ),
     }

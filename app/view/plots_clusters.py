@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from app.view import texts_groups as texts
-from app.view.figure import Figure, Scale, cluster_colour, layout, pack
+from app.view.figure import Figure, Scale, cluster_colour, layout, log_axis, pack
 
 STRIP_COLUMNS = 512
 CORNER = {"orientation": "v", "xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1}
@@ -158,8 +157,6 @@ def _curves(curve: Any, unit: str, caption: str, title: str, revision: str) -> F
         ring = {"size": 15, "symbol": "circle-open", "color": "@ink", "line": {"width": 2}}
         at = {"x": [curve.knee], "y": [curve.kmeans[curve.g.index(curve.knee)]], "name": texts.KNEE.format(curve.knee)}
         traces.append({"type": "scatter", "mode": "markers", "marker": ring, "hoverinfo": "skip"} | at)
-    values = [cost for cost in (*curve.kmeans, *curve.equal, curve.per_channel) if cost > 0]
-    decades = math.log10(max(values, default=1.0) / min(values, default=1.0))
     return {
         "data": traces,
         "layout": layout(
@@ -174,7 +171,7 @@ def _curves(curve: Any, unit: str, caption: str, title: str, revision: str) -> F
                 "tickvals": list(curve.g),
                 "ticktext": [str(g) for g in curve.g],
             },
-            yaxis={"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1 if decades > 1.5 else "D2"},
+            yaxis=log_axis((*curve.kmeans, *curve.equal, curve.per_channel), title),
         ),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.view import texts_divergence as texts
-from app.view.figure import Figure, axis_name, bytes_text, layout
+from app.view.figure import Figure, axis_name, bytes_text, layout, log_axis
 from app.view.plots_runs import DASHES, MARKS, run_colour
 from app.view.tables import Measured, with_error
 
@@ -58,12 +58,13 @@ def pareto(runs: Sequence[Measured], size: str) -> Figure:
     }
     points = {"type": "scatter", "mode": "markers", "x": [s / unit for s in sizes], "y": klds, "marker": marker}
     traces.append(points | {"error_y": errors, "text": told, "hovertemplate": "%{text}<extra></extra>"})
+    nats = "KLD, nats"
     return {
         "data": traces,
         "layout": layout(
             uirevision=size,
             caption=texts.PARETO_CAPTION,
             xaxis={"title": {"text": title}},
-            yaxis={"title": {"text": "KLD, nats"}, "type": "log" if min(klds, default=0.0) > 0 else "linear"},
+            yaxis=log_axis(klds, nats) if min(klds, default=0.0) > 0 else {"title": {"text": nats}},
         ),
     }

@@ -57,6 +57,8 @@ NUMBER_COLUMNS = {
     "perplexity": "perplexity",
     "against float": "ln_ratio",
     "KLD, nats": "kld_mean",
+    "median, 99 %, 99.9 %": "kld_99",
+    "Δp rms, %": "delta_p_rms",
     "same top token": "same_top_token",
     "bytes measured": "weight_bytes",
     "by formula": "formula_bytes",
@@ -66,10 +68,13 @@ NUMBER_COLUMNS = {
 """Columns of the comparison, and the name of each one's value in `Measured.record`."""
 RECORDED = (
     *("key", "reference", "text_name", "tokens", "window", "windows_id", "perplexity", "perplexity_stderr", "ln_ratio"),
-    *("ln_ratio_stderr", "kld_mean", "kld_stderr", "same_top_token", "same_top_stderr", "weight_bytes", "kv_bytes_per_token"),
-    *("tokens_per_second", "device", "dtype", "backend"),
+    *("ln_ratio_stderr", "kld_mean", "kld_stderr", "delta_p_mean", "delta_p_stderr", "delta_p_rms", "delta_p_rms_stderr"),
+    *("same_top_token", "same_top_stderr", "weight_bytes", "kv_bytes_per_token", "tokens_per_second"),
+    *("device", "dtype", "backend"),
 )
-"""Fields of EvalReport that the files of numbers have."""
+"""Fields of EvalReport that the files of numbers have, beside the divergence's quantiles."""
+SPREAD = ("50", "99", "99.9")
+"""Percentages of the divergence's distribution over tokens that have a place of their own."""
 MEASURED_ON = "measured on"
 
 
@@ -96,7 +101,9 @@ class Measured:
     def record(self) -> dict[str, Any]:
         """Return the row's values in full precision: bytes, nats, shares 0 to 1, tokens per second; None if not measured."""
         report = self.report.to_dict()
-        return {"run": self.name, "name": self.hover, **{k: report[k] for k in RECORDED}, "formula_bytes": self.estimate}
+        spread = {f"kld_{name}": (self.report.kld_quantiles or {}).get(name) for name in SPREAD}
+        own = {name: report[name] for name in RECORDED}
+        return {"run": self.name, "name": self.hover, **own, **spread, "formula_bytes": self.estimate}
 
 
 def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
@@ -149,11 +156,22 @@ def ratio_cell(run: Measured) -> Cell:
 
 
 def divergence_cells(run: Measured) -> list[Cell]:
-    """Format the divergence from the unquantised model, with its distribution on hovering, and the share of same top tokens."""
-    e = run.report
-    spread = ", ".join(f"{quantile(name)} {number(value)}" for name, value in (e.kld_quantiles or {}).items())
-    kld = "–" if e.kld_mean is None else Hover(with_error(e.kld_mean, e.kld_stderr), f"over tokens: {spread}")
-    return [kld, share(e.same_top_token, e.same_top_stderr)]
+    """Format the divergence from the unquantised model: mean, distribution, change of the right token's probability, same top."""
+    e, found = run.report, run.report.kld_quantiles or {}
+    if e.kld_mean is None:
+        return ["–"] * 4
+    spread = ", ".join(f"{quantile(name)} {number(value)}" for name, value in found.items())
+    quantiles = Hover(" · ".join(number(found[name], 2) for name in SPREAD if name in found) or "–", f"over tokens: {spread}")
+    kld = Hover(with_error(e.kld_mean, e.kld_stderr), f"over tokens: {spread}")
+    mean, rms = probability_change(e)
+    return [kld, quantiles, Hover(rms, f"mean: {mean} %"), share(e.same_top_token, e.same_top_stderr)]
+
+
+def probability_change(report: Any) -> tuple[str, str]:
+    """Format the change of the right token's probability, in per cent with errors: (mean, root mean square)."""
+    pairs = ((report.delta_p_mean, report.delta_p_stderr), (report.delta_p_rms, report.delta_p_rms_stderr))
+    mean, rms = (with_error(*(None if value is None else 100 * value for value in pair)) for pair in pairs)
+    return mean, rms
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -161,7 +179,7 @@ def with_error(value: float | None, error: float | None) -> str:
     if value is None or error is None:
         return "–" if value is None else number(value, 4)
     places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{value:.{places}f} ± {error:.{places}f}".replace("-", "−")
 
 
 def share(value: float | None, error: float | None = None) -> str:

@@ -212,8 +212,8 @@ CLUSTER_LABELS = {
     "R5": "R5 MLP hidden",
 }
 ORDER_LABEL = "Order of the stream between the layers"
-ORDERS = {"layer": "Each layer its own: norms write R1 and R4", "shared": "One for all layers, folded into the weights"}
-ORDER_INFO = "One order needs no norm that reorders. It costs perplexity: measure both and compare."
+ORDERS = {"layer": "Each layer its own: R1 and R4", "shared": "One for all layers"}
+ORDER_INFO = "One order is folded into the weights: no norm reorders. It costs perplexity: measure both and compare."
 SEGMENTS_LABEL = "Integer accumulators"
 SEGMENTS = {
     "exact": "Exact: one for each cluster",
@@ -304,8 +304,8 @@ WEIGHTS_FROM = "Weights of {}."
 NOT_TOLD_APART = "No loss that this text can tell:"
 PAIRED_NOTE = (
     "Against float: the ratio of perplexities on the same windows, with its logarithm ± standard error over windows. A window "
-    "that is hard for one model is hard for the other, so this error is much smaller than that of either perplexity. Hover "
-    "over a figure for its verdict and percentiles."
+    "that is hard for one model is hard for the other, so this error is much smaller than that of either perplexity. Δp: change "
+    "of the right token's probability, root mean square. Hover over a figure for its verdict and percentiles."
 )
 MIXED_PROTOCOLS = (
     "† was measured on another text, number of tokens or window: its perplexity does not compare with the other rows. "

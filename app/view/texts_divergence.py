@@ -9,6 +9,7 @@ TOKENS_RUN = "Quantised run"
 TOKENS_COUNT = "Tokens"
 TOKENS_READ = "Read the text with both"
 TOKENS_NONE = "No quantised run yet: press Quantise first, then read a text with it and with its unquantised model."
+TOKENS_READY = "Press the button: a quantised run and its original read the text, and every token shows how far apart they are."
 TOKENS_NOTE = (
     "Colour: KLD of the prediction at this token, in nats; underlined: the two find different tokens likeliest (a flip). "
     "Hover a token, or reach it with the Tab key, for the five likeliest of both."
@@ -17,6 +18,13 @@ TOKENS_FIRST = "the first token is not predicted"
 TOKENS_LEGEND = ("below 0.01", "0.01", "0.05", "0.2", "0.5", "1 nat and more")
 CONFIDENCE_HEADERS = ["reference's largest probability", "tokens", "mean KLD, nats", "flips"]
 CONFIDENCE_CAPTION = "By the confidence of the unquantised model"
+
+# texts written side by side
+FIRST_DIFFERENCE = "token {} is the first that differs from the original's text"
+SAME_TEXT = "the same text as the original's"
+TEXT_END = "∎"
+HALF_CHARACTER = "�"
+"""Shown for a token that is only a part of a character."""
 
 # bytes against divergence
 PARETO_LABEL = "Chart of bytes against divergence of every run that was measured like the newest ones, the best joined by a line"

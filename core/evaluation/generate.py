@@ -58,7 +58,8 @@ def generate(
     decoder, cache = model.decoder, model.decoder.new_cache()
     generator, stop_ids = torch.Generator().manual_seed(seed), _stop_ids(model, tokenizer)
     produced: list[int] = []
-    shown, stopped, decoding = "", "length", ""
+    pieces: list[str] = []
+    text, stopped, decoding = "", "length", ""
     start = first = time.perf_counter()
     step, token, captured = ids[None], 0, None
     for _ in range(max_new_tokens):
@@ -73,22 +74,28 @@ def generate(
             break
         produced.append(token)
         step = torch.tensor([[token]])
-        text = tokenizer.decode(produced, skip_special_tokens=True)
-        if on_text is not None and len(text) > len(shown) and not text.endswith("\ufffd"):
+        now = tokenizer.decode(produced, skip_special_tokens=True)
+        pieces.append("" if now.endswith("\ufffd") else now[len(text) :])  # half a character waits for its other half
+        text += pieces[-1]
+        if on_text is not None and pieces[-1]:
             try:
-                on_text(text[len(shown) :])
+                on_text(pieces[-1])
             except Cancelled:
                 stopped = "cancelled"
                 break
-            shown = text
     end = time.perf_counter()
     plain = _float_bytes(model, cache.get_seq_length())
-    text = tokenizer.decode(produced, skip_special_tokens=True)
-    if on_text is not None and stopped != "cancelled" and len(text) > len(shown):
-        with contextlib.suppress(Cancelled):  # all tokens are made: what remains is half a character
-            on_text(text[len(shown) :])
+    whole = tokenizer.decode(produced, skip_special_tokens=True)
+    if half := whole[len(text) :]:
+        pieces[-1] += half
+        if on_text is not None and stopped != "cancelled":
+            with contextlib.suppress(Cancelled):  # all tokens are made: what remains is half a character
+                on_text(half)
     speed = max(0, len(produced) - 1) / (end - first) if end > first else 0.0
-    return GenerationReport(key, text, len(ids), len(produced), end - start, speed, stopped, cache.nbytes, plain, decoding)
+    sizes = (cache.nbytes, plain)
+    return GenerationReport(
+        key, whole, len(ids), len(produced), end - start, speed, stopped, *sizes, decoding, pieces=tuple(pieces)
+    )
 
 
 def _float_bytes(model: CausalModel, length: int) -> int:

@@ -252,7 +252,11 @@ class FakeWorkbench(FakeProbe, FakeTernary):
             ln_ratio=math.log(1 + (16 - bits) ** 2 / 2000) if reference else None,
             ln_ratio_stderr=0.004 if reference else None,
             kld_stderr=0.001 if reference else None,
-            kld_quantiles={"50": 0.01, "99": 0.3, "100": 1.2} if reference else None,
+            kld_quantiles={"50": 0.01, "99": 0.3, "99.9": 0.7, "100": 1.2} if reference else None,
+            delta_p_mean=-0.012 if reference else None,
+            delta_p_stderr=0.0021 if reference else None,
+            delta_p_rms=0.054 if reference else None,
+            delta_p_rms_stderr=0.0013 if reference else None,
             same_top_stderr=0.003 if reference else None,
             tokens=tokens,
             window=window,
@@ -267,7 +271,9 @@ class FakeWorkbench(FakeProbe, FakeTernary):
             device="cpu",
             dtype="float32",
             backend="reference",
-            protocol=f"{tokens} tokens of {text}, windows of {window} without overlap, float32 on cpu",
+            protocol=f"{tokens // window} non-overlapping windows of {window} tokens of {text}; mean next-token loss over "
+            f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
+            "float32 on cpu, one window at a time",
         )
 
     def generate(
@@ -284,14 +290,15 @@ class FakeWorkbench(FakeProbe, FakeTernary):
         progress: Progress,
     ) -> GenerationReport:
         """Counts aloud."""
-        text = ""
-        for i in range(max_new_tokens):
-            word = f" {key[:4]}-{i}"
-            text += word
+        words = tuple(f" {key[:4]}-{i}" for i in range(max_new_tokens))
+        for i, word in enumerate(words):
             on_text(word)
             progress(f"Token {i + 1}", (i + 1) / max_new_tokens)
             time.sleep(0.01)
-        return GenerationReport(key, text, 7, max_new_tokens, 0.01 * max_new_tokens, 100.0, "length", 55_296, 221_184)
+        sizes = (55_296, 221_184)
+        return GenerationReport(
+            key, "".join(words), 7, max_new_tokens, 0.01 * max_new_tokens, 100.0, "length", *sizes, pieces=words
+        )
 
     def speed_limit(self, key: str, *, owner: str | None = None, progress: Progress) -> SpeedLimit:
         """A quarter of the measured speed is reached."""

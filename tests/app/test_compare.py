@@ -103,6 +103,24 @@ def test_a_text_in_the_queue_is_not_said_to_be_written(session):
     assert "waiting…" in compare.panels(session, session.runs[:1], "Once", job)
 
 
+def test_the_first_token_that_differs_from_the_originals_text_is_marked(session, bench):
+    base, _, run = session.runs
+    made = bench.generate("fake", "x", max_new_tokens=4, on_text=quiet, progress=quiet)
+
+    def write(*pieces):
+        other = replace(made, pieces=pieces, text="".join(pieces))
+        return compare.panels(session, [base, run], "Once", JobView("done", results=(made, other), texts=("", made.text)))
+
+    assert made.pieces == (" fake-0", " fake-1", " fake-2", " fake-3") and "<mark>" not in write(*made.pieces)
+    assert "the same text" in write(*made.pieces)
+    page = write(*made.pieces[:2], " <b>", " fake-3")
+    assert page.count("<mark>") == 1 and "fake-1<mark> &lt;b&gt;</mark> fake-3" in page and "token 3 is the first" in page
+    ended, longer, half = write(*made.pieces[:2]), write(*made.pieces, " more"), write("", "é")
+    assert "<mark>∎</mark>" in ended and "token 3" in ended
+    assert "<mark> more</mark>" in longer and "token 5" in longer
+    assert "<mark>�</mark>é" in half and "token 1 " in half
+
+
 def test_speed_rows_divide_the_bandwidth_by_the_bytes(bench):
     made = bench.generate("fake", "x", max_new_tokens=1, on_text=quiet, progress=quiet)
     row = tables.speed_rows([("a", made, SpeedLimit("fake", 944_704, 2e8, 1))])[0]

@@ -13,9 +13,20 @@ from app import engine
 from app.view import cards, plots_clusters, plots_runs
 from app.view import plots_ranges as plots
 from app.view.chart import Chart
-from app.view.figure import THEMES, Scale, axis_name, bytes_text, note, number, seconds_text
+from app.view.figure import THEMES, Scale, axis_name, bytes_text, log_axis, note, number, seconds_text
 from core.recipe import SITES, Clusters, QuantRecipe
 from tests.app.tools import quiet, valid
+
+
+@pytest.mark.parametrize("low, high", [(0.002, 0.014), (0.0168, 1.0), (3e-5, 9.0), (0.5, 0.5), (0.0, 1.0)])
+def test_every_tick_of_a_logarithmic_axis_can_be_read_alone(low, high):
+    axis = log_axis([high, low], "nats")
+    inside = [tick for tick in axis["tickvals"] if (low or high) * 0.999 <= tick <= high * 1.001]
+    assert len(axis["tickvals"]) >= 3 and (len(inside) >= 2 or low == high or low == 0)
+    for tick, text in zip(axis["tickvals"], axis["ticktext"], strict=True):
+        plain = text.replace("·10⁻⁵", "e-5").replace("⁻", "-").replace(",", "")
+        assert float(plain) == pytest.approx(tick)
+    assert log_axis([], "nats")["ticktext"]
 
 
 def unpack(packed):

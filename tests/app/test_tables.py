@@ -11,6 +11,7 @@ import pytest
 
 from app.session import Protocol, Run
 from app.view import cards, tables
+from app.view.figure import number
 from app.view.tables import Estimate, Hover, Measured
 from app.worker.job import JobView
 from core.errors import Cancelled, InputError, ModelError
@@ -53,6 +54,10 @@ def test_numbers_carry_units_and_estimates_are_marked(run, bench):
     row = dict(zip(headers, rows[0], strict=True))
     assert "±" in row["perplexity"] and row["tokens/s"] == "210"
     assert "± " in row["KLD, nats"].text and row["same top token"].endswith("%")
+    spread, change, found = row["median, 99 %, 99.9 %"].text.split(" · "), row["Δp rms, %"], run.evaluation
+    assert spread == [number(found.kld_quantiles[name], 2) for name in ("50", "99", "99.9")]
+    assert float(change.text.split(" ± ")[0]) / 100 == pytest.approx(found.delta_p_rms, 0.05)
+    assert change.hover.startswith("mean: −1.20 ± 0.21") and found.delta_p_mean == -0.012
     assert "median" in row["KLD, nats"].hover and "times the perplexity" in row["against float"].hover
     assert row["by formula"] == Estimate("70.0 MB") and row["run"] == Hover("run", "the run in full")
     assert row["against float"].text.startswith("×1.07 (ln 0.0") and "measured on" not in headers
@@ -64,7 +69,8 @@ def test_numbers_carry_units_and_estimates_are_marked(run, bench):
 def test_missing_comparisons_are_dashes(bench):
     headers, rows = tables.number_rows([measured(bench.evaluate("fake", progress=quiet))])
     row = dict(zip(headers, rows[0], strict=True))
-    assert {row[name] for name in ("against float", "KLD, nats", "same top token", "by formula")} == {"–"}
+    spread = ("median, 99 %, 99.9 %", "Δp rms, %")
+    assert {row[name] for name in (*spread, "against float", "KLD, nats", "same top token", "by formula")} == {"–"}
 
 
 def test_a_single_window_has_no_standard_error(bench):
@@ -144,7 +150,7 @@ def test_foreign_text_is_escaped_everywhere(ranges, bench, run):
         cards.progress(job(stage=EVIL), EVIL),
         cards.idle(replace(info, name=EVIL, architecture=EVIL), replace(ranges, text_name=EVIL)),
         cards.table([EVIL], [[EVIL], [Estimate(EVIL)]], caption=EVIL),
-        cards.streams([(1, EVIL, EVIL, EVIL, EVIL)]),
+        cards.streams([(1, EVIL, EVIL, (EVIL, EVIL, EVIL), EVIL)]),
         cards.run_summary(replace(run.quantize, calibration=EVIL), EVIL, 1),
         cards.extremes(detail),
         cards.protocol(EVIL),

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.browser
 LEFT = """() => {
   const skip = 'script, style, code, pre, textarea, .qs-token, .qs-stream p, .qs-reading .qs-tok, .qs-error, #footer, #language,'
     + '.modebar, #details td, #memory-panel .qs-protocol';  // words of plotly, reasons and assumptions of core
-  const english = (text) => /[A-Za-z]{3,} [a-z]{2,}/.test(text) && !/[\\u4e00-\\u9fff]/.test(text);
+  const english = (text) => /(?:[a-z-]{2,},? ){3,}[a-z]{2,}/.test(text)  // also beside Chinese words
+    || (/[A-Za-z]{3,} [a-z]{2,}/.test(text) && !/[\\u4e00-\\u9fff]/.test(text));
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   const found = [];
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {

@@ -76,6 +76,8 @@ INLINE = {
     "{#} × smaller than {#}": "比 {1} 小 {0} 倍",
     "no smaller than before": "不比之前小",
     "calibrated on {}": "校准于 {}",
+    "calibrated on {#} tokens of {} in {#} window of {#}, seed {#}": "校准于{1}的 {0} 个词元，{2} 个窗口，每窗 {3}，种子 {4}",
+    "calibrated on {#} tokens of {} in {#} windows of {#}, seed {#}": "校准于{1}的 {0} 个词元，{2} 个窗口，每窗 {3}，种子 {4}",
     "errors compared on {}": "误差比较于 {}",
     "No loss: perplexity fell,": "没有损失：困惑度下降，",
     "No loss: perplexity is unchanged,": "没有损失：困惑度不变，",
@@ -113,6 +115,9 @@ INLINE = {
     "perplexity": "困惑度",
     "against float": "与浮点相比",
     "KLD, nats": "KLD，奈特",
+    "median, 99 %, 99.9 %": "中位数、99 %、99.9 %",
+    "Δp rms, %": "Δp 均方根，%",
+    "mean: {#} %": "均值：{} %",
     "same top token": "首选词元一致",
     "bytes measured": "测得字节",
     "by formula": "按公式",
@@ -121,6 +126,18 @@ INLINE = {
     "measured on": "测量于",
     "by formula, not measured": "按公式，非测得",
     "over tokens: {}": "按词元：{}",
+    **{
+        f"{{#}} non-overlapping {windows} of {{#}} tokens{whole} of {{}}; mean next-token loss over {{#}} targets each, exponentiated; "
+        "± is the standard error over windows; {} on {}, one window at a time": f"{{2}}的 {{0}} 个不重叠窗口，每窗 {{1}} 个词元{said}；"
+        "每窗 {3} 个目标的平均下一词元损失，取指数；± 是对窗口的标准误差；{4}，在 {5} 上，逐窗计算"
+        for windows in ("window", "windows")
+        for whole, said in (("", ""), (", the model's whole context,", "，即模型的整个上下文"))
+    },
+    "Weights of {}: {}; part of this installation, trained from scratch by configuration {}.": (
+        "{} 的权重：{}；随本安装提供，按配置 {} 从零训练。"
+    ),
+    "all versions are in their tested ranges.": "所有版本都在测试范围内。",
+    "Not here: {}": "这里没有：{}",
     "this model": "此模型",
     "not finished": "未完成",
     "waiting…": "等待中…",
@@ -145,6 +162,19 @@ INLINE = {
     "10¹² FLOPs per second": "每秒 10¹² FLOPs",
     "{}: {#} FLOPs per byte": "{}：每字节 {} FLOPs",
     "{#} at the least, bound by {}": "至少 {}，受限于 {}",
+    "decode: one new token: {#} at the least, so {#} tokens per second in all at the most": (
+        "解码：一个新词元：至少 {}，因此总计每秒最多 {} 个词元"
+    ),
+    "prefill: the whole prompt: {#} at the least, so {#} tokens per second at the most": (
+        "预填充：整个提示词：至少 {}，因此每秒最多 {} 个词元"
+    ),
+    "compute": "计算",
+    "batch": "批大小",
+    "nats": "奈特",
+    (
+        "Formula, published accounting: every parameter at the weight bits, keys and values at theirs, one layer's activations; "
+        "scales, zero points and runtime buffers left out."
+    ): "公式，按论文口径：每个参数按权重比特，键和值按各自比特，加一层的激活；不含尺度、零点与运行时缓冲。",
     "weights": "权重",
     "KV cache": "KV 缓存",
     "activations": "激活",
@@ -163,6 +193,10 @@ INLINE = {
     "{#} % of the cost is {}.": "代价的 {} % 来自{}。",
     "{@} of layer {#}": "第 {1} 层的{0}",
     "{@} of layers {#}": "第 {1} 层的{0}",
+    "{@} of layer {#} and {@} of layer {#}": "第 {1} 层的{0}和第 {3} 层的{2}",
+    "{@} of layers {#} and {@} of layer {#}": "第 {1} 层的{0}和第 {3} 层的{2}",
+    "{@} of layer {#} and {@} of layers {#}": "第 {1} 层的{0}和第 {3} 层的{2}",
+    "{@} of layer {#}, {@} of layer {#} and {@} of layer {#}": "第 {1} 层的{0}、第 {3} 层的{2}和第 {5} 层的{4}",
     "predicted {#} nats": "预测 {} 奈特",
     "measured alone {#} nats": "单独测得 {} 奈特",
     "not known": "未知",

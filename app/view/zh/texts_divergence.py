@@ -11,6 +11,7 @@ TOKENS_RUN = "量化结果"
 TOKENS_COUNT = "词元数"
 TOKENS_READ = "用两个模型读文本"
 TOKENS_NONE = "还没有量化结果：先按“量化”，然后用它和它的未量化模型读一段文本。"
+TOKENS_READY = "按下按钮：量化结果与其原模型读这段文本，每个词元显示两者相差多远。"
 TOKENS_NOTE = (
     "颜色：此词元处预测的 KLD，单位奈特；下划线：两者认为最可能的词元不同（翻转）。"
     "指针停在词元上，或用 Tab 键到达，可看两者各自最可能的五个。"
@@ -19,6 +20,10 @@ TOKENS_FIRST = "首个词元不作预测"
 TOKENS_LEGEND = ("低于 0.01", "0.01", "0.05", "0.2", "0.5", "1 奈特及以上")
 CONFIDENCE_HEADERS = ["参考模型的最大概率", "词元数", "平均 KLD，奈特", "翻转"]
 CONFIDENCE_CAPTION = "按未量化模型的置信度"
+FIRST_DIFFERENCE = "第 {} 个词元首次与原模型的文本不同"
+SAME_TEXT = "与原模型的文本相同"
+TEXT_END = "∎"
+HALF_CHARACTER = "�"
 
 # bytes against divergence
 PARETO_LABEL = "与最新结果以同样方式测量的所有结果的字节数对散度图，最好的以线相连"

@@ -70,6 +70,7 @@ def test_letters_of_several_bytes_are_shown_whole():
     loaded = only(tiny_model("llama", seed=3), "é€😀")
     found, pieces = run(loaded, max_new_tokens=60, temperature=2.0, seed=1)
     assert "".join(pieces) == found.text
+    assert "".join(found.pieces) == found.text and len(found.pieces) == found.new_tokens
     held = [p for p in pieces[:-1] if p.endswith("\ufffd")]
     assert not held, "half a letter is never shown, but for the end of the text"
 
