@@ -65,6 +65,6 @@ def pareto(runs: Sequence[Measured], size: str) -> Figure:
             uirevision=size,
             caption=texts.PARETO_CAPTION,
             xaxis={"title": {"text": title}},
-            yaxis=log_axis(klds, nats) if min(klds, default=0.0) > 0 else {"title": {"text": nats}},
+            yaxis=log_axis(klds, nats) if min(klds, default=0.0) > 0 else {"type": "linear", "title": {"text": nats}},
         ),
     }
