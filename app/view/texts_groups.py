@@ -25,7 +25,7 @@ NO_KNEE_ERROR = "Squared error: the curve has no knee."
 NO_KNEE_NATS = "Predicted divergence: the curve has no knee."
 LEVELS = "One grid for the tensor costs {tensor} nats, one for every channel {channel}."
 EQUAL_NEEDS = "Equal groups need g = {g} to cost no more."
-EQUAL_NEVER = "Equal groups never cost as little, up to g = {g}."
+EQUAL_NEVER = "Up to g = {g}, equal groups never cost as little."
 BELOW_FLOOR = "All of it lies below the noise floor of {floor} nats."
 CURVE_NOTE = (
     "In nats: clusters and grids as in a run, the first token in float, and gradients on a short text. Squared error: from the "

@@ -18,7 +18,8 @@ LEFT = """() => {
   const found = [];
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const place = node.parentElement;
-    if (english(node.data) && place.getClientRects().length && !place.closest(skip)) found.push(node.data.trim().slice(0, 90));
+    const reason = node.data.startsWith('不能，因为');  // core's reason follows
+    if (english(node.data) && !reason && place.getClientRects().length && !place.closest(skip)) found.push(node.data.trim().slice(0, 90));
   }
   for (const field of document.querySelectorAll('[aria-label], .wrap-inner input')) {
     const text = field.getAttribute('aria-label') ?? field.value;
