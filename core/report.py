@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -267,12 +266,6 @@ class GenerationReport(Report):
     decoding: str = ""
     unformatted: bool = False
     pieces: tuple[str, ...] = ()
-
-    def first_difference(self, other: GenerationReport) -> int | None:
-        """Return the place of the first token at which two continuations differ, from 0; None where they are the same."""
-        pairs = zip(self.pieces, other.pieces, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return None if same == len(self.pieces) == len(other.pieces) else same
 
 
 @dataclass(frozen=True)

@@ -264,13 +264,19 @@ def panels(session: Session, runs: list[Run], prompt: str, job: JobView) -> str:
                 f"KV cache {number(done.kv_bytes / 1e3)} kB measured{texts.NO_CHAT if done.unformatted else ''}"
             )
             if original is not None and original is not done:
-                place = done.first_difference(original)
+                place = first_difference(done.pieces, original.pieces)
                 footer += f" · {words.SAME_TEXT if place is None else words.FIRST_DIFFERENCE.format(place + 1)}"
                 text = text if place is None else marked(done.pieces, place)
         elif index == len(job.results) and job.state == "running":
             footer = "writing…"
         shown.append((session.runs.index(run), session.title(run), prompt, text, footer))
     return cards.streams(shown)
+
+
+def first_difference(one: tuple[str, ...], other: tuple[str, ...]) -> int | None:
+    """Return the place of the first token at which two texts differ, from 0; None where they are the same."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return None if one == other else same
 
 
 def marked(pieces: tuple[str, ...], place: int) -> tuple[str, str, str]:

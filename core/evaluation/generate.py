@@ -57,8 +57,7 @@ def generate(
     ids = _encode(model, tokenizer, prompt, chat, prefix, room)
     decoder, cache = model.decoder, model.decoder.new_cache()
     generator, stop_ids = torch.Generator().manual_seed(seed), _stop_ids(model, tokenizer)
-    produced: list[int] = []
-    pieces: list[str] = []
+    produced, pieces = list[int](), list[str]()
     text, stopped, decoding = "", "length", ""
     start = first = time.perf_counter()
     step, token, captured = ids[None], 0, None
@@ -92,10 +91,8 @@ def generate(
             with contextlib.suppress(Cancelled):  # all tokens are made: what remains is half a character
                 on_text(half)
     speed = max(0, len(produced) - 1) / (end - first) if end > first else 0.0
-    sizes = (cache.nbytes, plain)
-    return GenerationReport(
-        key, whole, len(ids), len(produced), end - start, speed, stopped, *sizes, decoding, pieces=tuple(pieces)
-    )
+    told = (end - start, speed, stopped, cache.nbytes, plain, decoding)
+    return GenerationReport(key, whole, len(ids), len(produced), *told, pieces=tuple(pieces))
 
 
 def _float_bytes(model: CausalModel, length: int) -> int:

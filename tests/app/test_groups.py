@@ -27,7 +27,7 @@ def test_knees_are_said_in_words():
     both = groups.knee_words(ERROR, COSTS)
     assert both.startswith(alone) and "the knee is at g = 2, 0.0200 nats. Equal groups need g = 4 to cost no more." in both
     assert "One grid for the tensor costs 0.0600 nats, one for every channel 0.0100." in both and "floor" not in both
-    assert "never cost as little, up to g = 4" in groups.knee_words(ERROR, replace(COSTS, equal=(0.05, 0.03, 0.021)))
+    assert "Up to g = 4, equal groups never cost as little" in groups.knee_words(ERROR, replace(COSTS, equal=(0.05, 0.03, 0.021)))
     flat = groups.knee_words(replace(ERROR, knee=None), replace(COSTS, knee=None, noise_floor=0.07))
     assert flat.count("no knee") == 2 and "below the noise floor of 0.0700 nats" in flat
 

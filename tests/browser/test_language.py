@@ -19,7 +19,8 @@ LEFT = """() => {
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const place = node.parentElement;
     const reason = node.data.startsWith('不能，因为');  // core's reason follows
-    if (english(node.data) && !reason && place.getClientRects().length && !place.closest(skip)) found.push(node.data.trim().slice(0, 90));
+    if (reason || !english(node.data) || !place.getClientRects().length) continue;
+    if (!place.closest(skip)) found.push(node.data.trim().slice(0, 90));
   }
   for (const field of document.querySelectorAll('[aria-label], .wrap-inner input')) {
     const text = field.getAttribute('aria-label') ?? field.value;
