@@ -57,8 +57,7 @@ def generate(
     ids = _encode(model, tokenizer, prompt, chat, prefix, room)
     decoder, cache = model.decoder, model.decoder.new_cache()
     generator, stop_ids = torch.Generator().manual_seed(seed), _stop_ids(model, tokenizer)
-    produced, pieces = list[int](), list[str]()
-    text, stopped, decoding = "", "length", ""
+    produced, pieces, text, stopped, decoding = list[int](), list[str](), "", "length", ""
     start = first = time.perf_counter()
     step, token, captured = ids[None], 0, None
     for _ in range(max_new_tokens):
