@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -75,23 +74,29 @@ def generate(
         now = tokenizer.decode(produced, skip_special_tokens=True)
         pieces.append("" if now.endswith("\ufffd") else now[len(text) :])  # half a character waits for its other half
         text += pieces[-1]
-        if on_text is not None and pieces[-1]:
-            try:
-                on_text(pieces[-1])
-            except Cancelled:
-                stopped = "cancelled"
-                break
+        if _stops(on_text, pieces[-1]):
+            stopped = "cancelled"
+            break
     end = time.perf_counter()
     plain = _float_bytes(model, cache.get_seq_length())
     whole = tokenizer.decode(produced, skip_special_tokens=True)
     if half := whole[len(text) :]:
         pieces[-1] += half
-        if on_text is not None and stopped != "cancelled":
-            with contextlib.suppress(Cancelled):  # all tokens are made: what remains is half a character
-                on_text(half)
+        if stopped != "cancelled":
+            _stops(on_text, half)  # all tokens are made, so a wish to stop changes nothing
     speed = max(0, len(produced) - 1) / (end - first) if end > first else 0.0
     told = (end - start, speed, stopped, cache.nbytes, plain, decoding)
     return GenerationReport(key, whole, len(ids), len(produced), *told, pieces=tuple(pieces))
+
+
+def _stops(on_text: Callable[[str], None] | None, piece: str) -> bool:
+    """Give a piece of text to `on_text`; return whether it asks to stop."""
+    try:
+        if on_text is not None and piece:
+            on_text(piece)
+    except Cancelled:
+        return True
+    return False
 
 
 def _float_bytes(model: CausalModel, length: int) -> int:
