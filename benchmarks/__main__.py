@@ -35,10 +35,11 @@ JOBS = {
     "quality": "Q1, Q2, Q3, Q4",
     "sweep": "S3",
     "order": "R0",
+    "stream": "S1, S2",
 }
 """Jobs in running order, each a module `benchmarks.bench_<name>` with `run(model)`, of `BY_TOKENS` `run(model, tokens=…)`; their
 numbers as targets, their group."""
-ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1 … Q4, S3 or R0"
+ALLOWED = f"{', '.join(JOBS)}, C1 … C7, U1 … U3, W1 … W4, P1 … P6 (all of these: predict), E1, Q1 … Q4, S1, S2, S3 or R0"
 BY_TOKENS = ("quality", "order")
 
 

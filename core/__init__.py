@@ -25,6 +25,7 @@ _EXPORTS = {
     "observe": "core.stages",
     "observe_in_bases": "core.stages",
     "quantize": "core.stages",
+    "quantize_streamed": "core.stream.run",
     "evaluate": "core.stages",
     "estimate": "core.stages",
     "run": "core.run",

@@ -17,16 +17,16 @@ from core.distill.loop import distill_model, distill_seconds
 from core.distill.texts import DistillTexts, distill_texts
 from core.errors import ModelError
 from core.evaluation.describe import (
+    LayerRecord,
     backend_use,
     caution_of,
     dtype_of,
-    fidelity_of,
     label_of,
-    layer_report,
     model_info,
+    quantize_report,
     set_backend,
 )
-from core.evaluation.memory import kv_bytes_per_token, measured_parts, working_bytes
+from core.evaluation.memory import kv_bytes_per_token, measured_parts, module_bytes, working_bytes
 from core.evaluation.perplexity import Reference, score
 from core.evaluation.run_estimate import Timing, estimate_run, time_layer
 from core.evaluation.run_report import RunEstimate
@@ -34,8 +34,9 @@ from core.evaluation.shapes import shape_of_loaded
 from core.methods import method
 from core.methods.rotation.bases import observe_bases, token_peaks
 from core.methods.sequential import quantize_layers
+from core.models.decoder import CausalModel
 from core.models.export.fit import loads_in
-from core.models.io.quantized import already_quantized, modules_of
+from core.models.io.quantized import already_quantized
 from core.models.loaded import LoadedModel, context_of
 from core.options import BASES
 from core.privacy import text_record
@@ -172,31 +173,16 @@ def quantize(
     start = time.perf_counter()
     tokens, source = calibration_tokens(base, recipe.calibration, recipe.seed, allow_local)
     model, outcomes, stages = quantize_layers(base.model, method(recipe.method), recipe, tokens, progress=progress)
-    label = " · ".join(filter(None, (recipe.label(), fidelity_of(model))))
-    origin = f"Quantised by Quantscope from {base.name}. {base.source}"
-    loaded = replace(base, model=model, source=origin, path=None, label=label)
-    linears = modules_of(model)
-    weights = sum(m.in_features * m.out_features for m in linears)
-    report = QuantizeReport(
-        key=recipe.hash,
-        recipe=recipe.to_record(),
-        label=label,
-        bits_description=recipe.describe_bits(),
-        seconds=time.perf_counter() - start,
-        stages=stages,
-        calibration=f"{tokens.numel():,} tokens of {source.name} in {_windows(len(tokens))} of {tokens.shape[1]}, "
-        f"seed {recipe.seed}",
-        effective_weight_bits=sum(m.effective_bits * m.in_features * m.out_features for m in linears) / weights,
-        weight_bytes=sum(measured_parts(model).values()),
-        float_bytes=sum(measured_parts(base.model).values()),
-        layers=[layer_report(i, outcome) for i, outcome in enumerate(outcomes)],
-        backends=backend_use(loaded),
-        folder="",
-        base=label_of(base),
-        caution=caution_of(loaded),
-        loads=loads_in(loaded),
-    )
-    return loaded, report
+    layers = list(map(LayerRecord.of, map(module_bytes, base.model.blocks), model.blocks, outcomes))
+    calibration, seconds = described_windows(tokens, source, recipe.seed), time.perf_counter() - start
+    report = quantize_report(base, recipe, layers, calibration=calibration, stages=stages, seconds=seconds)
+    made = made_from(base, model, report.label)
+    return made, replace(report, loads=loads_in(made))
+
+
+def made_from(base: LoadedModel, model: CausalModel, label: str) -> LoadedModel:
+    """Label a quantised model, and name the model it was made from."""
+    return replace(base, model=model, source=f"Quantised by Quantscope from {base.name}. {base.source}", path=None, label=label)
 
 
 def distill(
@@ -286,6 +272,12 @@ def require_float(loaded: LoadedModel, verb: str) -> None:
     """Check that a model is not quantised yet. Raises: ModelError E-MODEL-QUANTIZED, whose remedy opens with `verb`."""
     if already_quantized(loaded.model):
         raise ModelError(f"This model is already quantised: {verb} the float model it came from.", code="E-MODEL-QUANTIZED")
+
+
+def described_windows(tokens: Tensor, source: TextSource, seed: int) -> str:
+    """Describe calibration windows [S, T] that were drawn from a text by a seed."""
+    count, window = tokens.shape
+    return f"{tokens.numel():,} tokens of {source.name} in {_windows(count)} of {window}, seed {seed}"
 
 
 def _windows(count: int, kind: str = "") -> str:

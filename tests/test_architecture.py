@@ -32,6 +32,7 @@ STAGES = (
     {"evaluation"},
     {"distill"},
     {"stages"},
+    {"stream"},
     {"probe"},
     {"workbench"},
     {"run"},

@@ -37,6 +37,7 @@ from app.cli.export import export, export_options
 from app.cli.memory import memory
 from app.cli.output import Console, complain
 from app.cli.probe import calibrations, curve
+from app.cli.quantize import quantize
 from app.cli.scores import scores
 from app.cli.sweep import sweep
 from app.cli.train import train, train_options
@@ -202,6 +203,7 @@ def _ranges(verb: Parser) -> None:
 def _quantize(verb: Parser) -> None:
     verb.add_argument("--out", required=True, metavar="DIR", help="folder to write; any verb takes it as --model")
     verb.add_argument("--dry-run", action="store_true", help="only estimate what the run takes: seconds, memory, bytes")
+    verb.add_argument("--stream", action="store_true", help="hold one layer in memory at a time; run again, a killed run goes on")
     _recipe(verb)
 
 
@@ -339,7 +341,7 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace, Console], None], Callable[[
     "models": (verbs.models, _no_options, "List the models that can be named"),
     "inspect": (verbs.inspect, _ranges, "Observe the range of every channel of every activation"),
     "recipe": (verbs.recipe, _recipe, "Write a recipe as JSON, link and command; nothing is loaded"),
-    "quantize": (verbs.quantize, _quantize, "Quantise a model into a folder"),
+    "quantize": (quantize, _quantize, "Quantise a model into a folder"),
     "allocate": (allocate, _allocate, "Choose bits of single layers for a budget of bytes, from predicted costs"),
     "curve": (curve, _curve, "Predict what one site costs by its number of clusters"),
     "calibrations": (calibrations, _calibrations, "Compare two calibration texts: ranges, clusters, divergence"),

@@ -145,6 +145,11 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"{name.ljust(width)}  {printable(value)}\n" for name, value in pairs)
 
 
+def cautions(report: Any) -> list[tuple[str, str]]:
+    """Return the line for a report's caution, if it has one."""
+    return [("caution", report.caution)] if report.caution else []
+
+
 def check_target(target: str, *, code: str = "E-PARAM-JSON") -> None:
     """Refuse a file that cannot be written before the work begins. Raises: InputError with `code`."""
     try:

@@ -6,19 +6,17 @@ Everything cheap to check is checked before a model is loaded. core's heavy part
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from typing import Any
 
 from app.cli.html import write_html
-from app.cli.output import Console, check_target, facts, table
+from app.cli.output import Console, cautions, check_target, facts, table
 from app.cli.recipe import calibration_of, command_of, recipe_of
 from app.view import bases
 from app.view import texts_bases as words
-from app.view.figure import bytes_text, number, seconds_text
-from app.view.tables import distill_rows, probability_change, quantile, share, with_error
-from app.view.texts_distill import TABLE
+from app.view.figure import bytes_text, number
+from app.view.tables import probability_change, quantile, share, with_error
 from core.checks import parse_int, require_choice, require_int
-from core.errors import InputError, ResourceError
+from core.errors import InputError
 from core.options import BASES
 from core.recipe import SITES, Calibration, QuantRecipe
 
@@ -84,7 +82,7 @@ def inspect(args: Namespace, console: Console) -> None:
                 f"{report.window}, {number(report.seconds)} s on {report.device}",
             ),
             ("basis", report.basis),
-            *_caution(info),
+            *cautions(info),
         ]
     )
     text += "\n" + table(["site", "layers", "channels", "smallest", "largest"], rows)
@@ -101,36 +99,6 @@ def recipe(args: Namespace, console: Console) -> None:
     made = recipe_of(args)
     lines = [("recipe", made.label()), ("hash", made.hash), ("link", f"?{made.to_query()}"), ("command", command_of(made))]
     console.finish(made.to_dict(), facts(lines))
-
-
-def quantize(args: Namespace, console: Console) -> None:
-    """Quantise a model into a folder that every other verb accepts as `--model`."""
-    recipe = recipe_of(args)
-    from core import estimate, load_model
-    from core.models.io.quantized import check_output, save_quantized, weights_id
-    from core.models.io.saved import saved_folder, state_folder
-    from core.provenance import provenance
-    from core.workbench import quantize as run
-
-    check_output(args.out)
-    source = _require_text(recipe.calibration.text, "calibration")
-    base = load_model(recipe.model, revision=recipe.revision, device=args.device, progress=console.progress)
-    expected = estimate(base, recipe)
-    if args.dry_run:
-        console.finish(expected.to_dict() | {"recipe": recipe.to_record(), "provenance": provenance()}, _expected(expected))
-        return
-    console.write(_expected(expected) + "\n")
-    state = state_folder(saved_folder(recipe.hash, recipe.calibration.text, source.sha256, weights_id(base), None))
-    made, report = run(base, recipe, state=state, progress=console.progress)
-    saved = replace(report, folder=args.out)
-    console.progress("Saving the quantised model", None)
-    try:
-        save_quantized(args.out, made, {"recipe": saved.recipe, "report": saved.to_dict()})
-    except ResourceError as error:  # what was found out in the run is shown all the same
-        console.write(_quantize_text(replace(report, unsaved=str(error))))
-        raise
-    document = saved.to_dict() | {"out": args.out, "estimate": expected.to_dict(), "provenance": provenance()}
-    console.finish(document, _quantize_text(saved))
 
 
 def evaluate(args: Namespace, console: Console) -> None:
@@ -299,10 +267,6 @@ def _divergence(report: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _decibels(value: float | None) -> str:
-    return "–" if value is None else number(value)
-
-
 def _evaluation_text(report: Any, reference: str | None) -> str:
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in report.weight_parts.items())
     return facts(
@@ -317,68 +281,6 @@ def _evaluation_text(report: Any, reference: str | None) -> str:
             ("measured", f"{report.tokens:,} tokens: {report.protocol}"),
             ("backend", report.backend),
             ("weights of", report.origin),
-            *_caution(report),
+            *cautions(report),
         ]
     )
-
-
-def _expected(found: Any) -> str:
-    """Write what a run will take."""
-    peak, lacking = found.peak_bytes(measured=False), found.lacking_bytes(measured=False)
-    pairs = [
-        ("time", f"about {seconds_text(found.seconds)} on {found.tokens:,} calibration tokens"),
-        ("memory", f"about {bytes_text(peak)} at the peak, {bytes_text(found.added_bytes)} more than now"),
-        ("bytes", f"{bytes_text(found.model_bytes)} saved, {bytes_text(found.packed_bytes)} of it packed weights"),
-        ("estimated", f"from the shapes and one layer, timed in {seconds_text(found.timing_seconds)}"),
-    ]
-    short = f"{bytes_text(lacking)} more than are free: use fewer calibration tokens or a smaller model"
-    return facts([*pairs, ("caution", short)] if lacking else pairs)
-
-
-def _caution(report: Any) -> list[tuple[str, str]]:
-    """Return the line for a report's caution, if it has one."""
-    return [("caution", report.caution)] if report.caution else []
-
-
-def _quantize_text(report: Any) -> str:
-    rows = [
-        [str(entry.layer), _decibels(entry.output_sqnr_db), *_worst(entry.sites), *_worst(entry.weights)]
-        for entry in report.layers
-    ]
-    saved = f"{bytes_text(report.weight_bytes)} of {bytes_text(report.float_bytes)} as float"
-    text = facts(
-        [
-            ("model", report.base),
-            ("recipe", f"{report.label} ({report.key})"),
-            ("calibration", report.calibration),
-            ("weights", f"{saved}, {number(report.effective_weight_bits)} bits per decoder weight with scales"),
-            ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
-            ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
-            *_caution(report),
-            *(report.loads or {}).items(),
-        ]
-    )
-    text += "\nSignal to quantisation noise, dB\n"
-    text += table(["layer", "output", "worst site", "dB", "worst weight", "dB"], rows, left=0)
-    text += "".join(f"{note}\n" for note in report.fallbacks)
-    text += _distillation(report.distilled) if report.distilled else ""
-    if report.unsaved:
-        return text + "\nNot saved.\n"
-    out = report.folder
-    return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
-
-
-def _distillation(found: Any) -> str:
-    """Write what a distillation changed."""
-    taken = f"{found.steps} steps of {found.tokens:,} tokens in {seconds_text(found.seconds)}"
-    taken += ", stopped" if found.stopped else ""
-    return f"\nDistilled: {taken}; the model after step {found.best} is kept\n{table(list(TABLE), distill_rows(found))}"
-
-
-def _worst(errors: dict[str, Any]) -> list[str]:
-    """Name and decibels of the noisiest entry; dashes when nothing is quantised."""
-    known = {name: entry.sqnr_db for name, entry in errors.items() if entry.sqnr_db is not None}
-    if not known:
-        return ["–", "–"]
-    name = min(known, key=known.__getitem__)
-    return [f"{name} ({errors[name].bits} bits)", _decibels(known[name])]

@@ -251,6 +251,12 @@ def measured_parts(model: CausalModel) -> dict[str, int]:
     return {name: value for name, value in parts.items() if value}
 
 
+def module_bytes(module: nn.Module) -> int:
+    """Count the bytes of a module's tensors, each distinct storage once, without working copies of backends."""
+    found = {tensor.data_ptr(): tensor for part in module.modules() for _, tensor in _own_tensors(part)}
+    return sum(map(_nbytes, found.values()))
+
+
 def working_bytes(model: CausalModel) -> int:
     """Count the bytes of the backends' working copies that exist right now."""
     from core.models.io.quantized import modules_of

@@ -160,32 +160,46 @@ def estimate_run(
 
 
 def added_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> int:
-    """Count the bytes that live beside the original model at the peak of quantising: the finished layers, four sets of hidden
-    states (what entered the first layer and this one, and what both versions of this one give; a fifth where a layer is observed
-    twice), this layer's Hessians and sampled rows, and the larger of
+    """Count the bytes that live beside the original model at the peak of quantising: the finished layers, hidden states, and
 
-        a batch      of the MLP's inner tensors, gate, up and two copies, beside working copies of the layer
-        rounding     of a matrix [N, K] beside the reordered layer: five copies for its error, or three and four factors for GPTQ
+        observing      statistics, a batch
+        rounding       statistics, the reordered layer unless it becomes ternary, a matrix
+        passing on     working copies of the layer, a batch
+
+    whichever is the most; see `step_bytes`.
+    """
+    parts, layer = step_bytes(shape, recipe, windows), 4 * sum(rows * columns for rows, columns in linear_sizes(shape).values())
+    kept, batch, shaped = parts["statistics"], parts["batch"], 0 if method(recipe.method).keeps_ternary else layer
+    most = max(kept + batch, kept + shaped + parts["rounding"], layer + batch)
+    return _own_bytes(shape, recipe) + parts["hidden states"] + most
+
+
+def step_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> dict[str, int]:
+    """Count the bytes that live while one layer is quantised, beside its own:
+
+        hidden states    what enters it, and what both its versions give; a fourth set where it is observed twice
+        statistics       its Hessians and sampled rows
+        batch            of the MLP's inner tensors, gate, up and two copies
+        rounding         of a matrix [N, K]: four copies for its error, or for GPTQ one, and two of its Hessian
 
     Args: windows: S and T.
     """
     count, length = windows
     sizes = linear_sizes(shape).values()
-    layer, batch = sum(rows * columns for rows, columns in sizes), min(count, max(1, BATCH_TOKENS // length)) * length
+    batch = min(count, max(1, BATCH_TOKENS // length)) * length
     heads = shape.heads * shape.head_dim
     inputs = (shape.hidden, heads, shape.hidden, shape.ffn)
     own = method(recipe.method)
     solved, calibrations = own.uses_hessians(recipe), 1 + (own.calibration_softmax_bits(recipe) < FLOAT_BITS)
     kept = calibrations * SAMPLED_ROWS * (sum(inputs) + heads + 2 * shape.kv_heads * shape.head_dim)
     kept += solved * sum(width**2 for width in inputs)
-    rounding = max(n * k * 5 if not solved else max(n * k * 5, n * k * 3 + k * k * 4) for n, k in sizes)
-    states = (3 + calibrations) * count * length * shape.hidden
+    rounding = max(n * k * 4 if not solved else max(n * k * 4, n * k + k * k * 2, n * k * 3 + k * k) for n, k in sizes)
+    states = (2 + calibrations) * count * length * shape.hidden
     if own.uses_exact_inputs(recipe):  # sites and hidden states of the original beside the run, two matrices per site
         states += count * length * (sum(inputs) + 2 * shape.hidden)
         kept += 2 * sum(width**2 for width in inputs)
-    reordered = layer * (2 if recipe.order == "shared" else 1)
-    floats = states + kept + reordered + max(4 * batch * shape.ffn, rounding)
-    return _own_bytes(shape, recipe) + FLOAT_BYTES * floats
+    counts = {"hidden states": states, "statistics": kept, "batch": 4 * batch * shape.ffn, "rounding": rounding}
+    return {name: FLOAT_BYTES * floats for name, floats in counts.items()}
 
 
 def measuring_bytes(shape: Shape, recipe: QuantRecipe, compared: tuple[int, int], working: int) -> int:

@@ -43,10 +43,8 @@ def build_block(
     layers, errors, orders = {}, {}, orders or {}
     for name, linear in block.linears().items():
         site = INPUT_SITE[name]
-        hessian, order = hessians.get(site), orders.get(site)
-        if hessian is not None and order is not None:
-            hessian = hessian[order][:, order]
-        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], hessian, plan.weight_bits[name], grid)
+        moments = hessians.get(site), orders.get(site)
+        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], moments, plan.weight_bits[name], grid)
     new = block.with_parts(**layers)
     new.attention.softmax_bits, new.attention.sink_tokens = plan.softmax_bits, plan.sink_tokens
     for site in ("q", "k", "v"):
@@ -60,15 +58,16 @@ def quantizer(site: SitePlan) -> ActivationQuantizer | None:
 
 
 def _quantized_linear(
-    linear: torch.nn.Linear, site: SitePlan, hessian: Tensor | None, bits: int, grid: Grid
+    linear: torch.nn.Linear, site: SitePlan, moments: tuple[Tensor | None, Tensor | None], bits: int, grid: Grid
 ) -> tuple[QuantLinear, WeightError]:
+    hessian, order = moments
     weight = linear.weight.detach().to(torch.float32)
     bias = None if linear.bias is None else linear.bias.detach()
     if bits >= FLOAT_BITS:
         layer = QuantLinear.from_weight(weight, bias, quantizer(site), offsets=site.offsets)
         return layer, WeightError(FLOAT_BITS, "float", float("inf"), None, layer.effective_bits)
     offsets = site.offsets if site.weight_offsets is None else site.weight_offsets
-    result = quantize_weight(weight, hessian, offsets.to(weight.device), bits=bits, grid=grid)
+    result = quantize_weight(weight, hessian, offsets.to(weight.device), bits=bits, grid=grid, order=order)
     layer = QuantLinear.from_weight(result.weight, bias, quantizer(site))
     noise = sqnr_db(weight, result.weight.dequantize())
     return layer, WeightError(bits, result.method, noise, result.fallback, layer.effective_bits)

@@ -6,7 +6,7 @@
 
 A method that asks for it also gets the sites of the unquantised model, which then runs beside the quantised one. Where all layers
 share one order of the residual stream, a pass over the unquantised model comes first, and every block takes that order before
-step 1. One float block and the hidden states of all windows are in memory at a time. Source: RPTQ's published pipeline.
+step 1. A step needs one float block and the hidden states of all windows. Source: RPTQ's published pipeline.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from core.calibration.observe import LINEAR_SITES, BlockInputs, Recorder, embed, observe_layers
 from core.errors import NumericError
+from core.memory import give_back
 from core.methods.base import FLOAT_FIRST_TOKENS, LayerPlan, LayerStatistics, Method, Streams
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
@@ -44,20 +45,103 @@ class LayerOutcome:
 
 @dataclass
 class Stopwatch:
-    """A clock that adds up the seconds of named stages."""
+    """A clock that adds up the seconds of named stages, from when it is made."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _start: float = 0.0
-
-    def start(self) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+    _start: float = field(default_factory=time.perf_counter)
 
     def lap(self, stage: str) -> None:
-        """Add the time since the last start or lap to `stage`."""
+        """Add the time since the last lap to `stage`."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._start
         self._start = now
+
+
+class LayerSteps:
+    """The layers of a float model, quantised one after another; what passes from one to the next is kept here.
+
+    Args:
+        shell: the model that the layers belong to; its embeddings are used, its blocks are not.
+        windows: [S, T] int64 calibration tokens.
+        count: number of layers, for the progress.
+        order: [D] int64, of the residual stream in all quantised layers (`Method.residual_order`); None: the model's own.
+    Attributes:
+        index: of the layer that comes next.
+        inputs: what enters it behind the quantised layers: hidden states [B, T, D] of each batch, with the rotation.
+        exact: hidden states that enter it in the unquantised model, where the method asks for them; None elsewhere.
+        watch: the clock of the stages; None for a new one.
+    """
+
+    def __init__(
+        self,
+        shell: CausalModel,
+        method: Method,
+        recipe: QuantRecipe,
+        windows: Tensor,
+        count: int,
+        progress: Progress = silent,
+        *,
+        order: Tensor | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self.method, self.recipe, self.count, self.progress = method, recipe, count, progress
+        self.index, self.watch, self._device = 0, watch or Stopwatch(), shell.device
+        self.inputs = embed(shell, windows)
+        self.order = None if order is None else order.to(self._device)
+        if self.order is not None:
+            self.inputs = self._with_hidden([states[..., self.order] for states in self.hidden])
+        self.exact = self.hidden if method.uses_exact_inputs(recipe) else None
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states of `inputs`."""
+        return [item.hidden for item in self.inputs]
+
+    def resume(self, index: int, hidden: list[Tensor], exact: list[Tensor] | None) -> None:
+        """Continue with layer `index`, which these hidden states enter, as `hidden` and `exact` were before it."""
+        self.index, self.exact, self.inputs = index, exact, self._with_hidden(hidden)
+
+    def step(self, start: DecoderBlock) -> tuple[DecoderBlock, LayerOutcome]:
+        """Quantise the next layer, and pass the hidden states through it.
+
+        Args: start: its float or ternary block, which is not changed.
+        Raises: NumericError if a site or the layer's output has NaN or infinity.
+        """
+        index, title, method, watch = self.index, f"Layer {self.index + 1} of {self.count}", self.method, self.watch
+
+        def tell(stage: str, within: float) -> None:
+            self.progress(f"{title}: {stage}", (index + within) / self.count)
+
+        with torch.inference_mode():  # a decorator would hold `start` until the end
+            own = self.recipe.for_layer(index)
+            block = start if start.is_float or method.keeps_ternary else start.dequantized()
+            block = block if self.order is None else block.in_order(self.order)
+            stats, outputs = _observe(block, self.hidden, self.inputs, method, own, tell)
+            sites: dict[str, list[Tensor]] = {}
+            if self.exact is not None:
+                self.exact = _watch_inputs(block, self.exact, self.inputs, sites)
+            stats = replace(stats, streams=Streams(self.inputs, sites))
+            give_back()
+            watch.lap("observe")
+            tell("clustering and scales", 0.4)
+            plan = method.plan_layer(stats, own, block.spec)
+            watch.lap("cluster and plan")
+            tell("ternary weights" if method.keeps_ternary else f"{self.recipe.weights.upper()} weights", 0.5)
+            quantized, errors = method.apply_layer(block, plan, stats, own)
+            quantized.to(self._device)  # it was built on the CPU, where plans are made
+            del start, block, stats, sites  # the working copies of the quantised layer take their place
+            give_back()
+            watch.lap("weights")
+            hidden = run_layer(quantized, self.hidden, self.inputs, lambda part: tell("quantised pass", 0.7 + 0.3 * part))
+            for linear in quantized.linears().values():
+                linear.release()
+            outcome = LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index))
+            self.resume(index + 1, hidden, self.exact)
+            watch.lap("propagate")
+            return quantized, outcome
+
+    def _with_hidden(self, hidden: list[Tensor]) -> list[BlockInputs]:
+        return [BlockInputs(states, item.rotary) for states, item in zip(hidden, self.inputs, strict=True)]
 
 
 @torch.inference_mode()
@@ -69,52 +153,19 @@ def quantize_layers(
     *,
     progress: Progress = silent,
 ) -> tuple[CausalModel, list[LayerOutcome], dict[str, float]]:
-    """Quantise every decoder layer of a float model.
+    """Quantise every decoder layer of a float model that is in memory.
 
     Args:
         windows: [S, T] int64 calibration tokens.
     Returns: (a model sharing all but its layers with `model`, one outcome per layer, seconds per stage).
-    Raises: NumericError if a site or a layer's output has NaN or infinity.
+    Raises: as `LayerSteps.step`.
     """
-    count = len(model.blocks)
-    watch, outcomes, blocks = Stopwatch(), [], []
-    watch.start()
-    ahead = part(progress, 0.0, ORDER_TIME)
+    watch, ahead = Stopwatch(), part(progress, 0.0, ORDER_TIME)
     order = method.residual_order(observe_layers(model, windows, skip_first=FLOAT_FIRST_TOKENS, progress=ahead), recipe)
-    inputs = embed(model, windows)
-    if order is not None:
-        progress, order = part(progress, ORDER_TIME, 1.0), order.to(model.device)
-        inputs = [replace(item, hidden=item.hidden[..., order]) for item in inputs]
-    hidden = exact = [item.hidden for item in inputs]
-    for index, start in enumerate(model.blocks):
-
-        def tell(stage: str, within: float, title: str = f"Layer {index + 1} of {count}", done: int = index) -> None:
-            progress(f"{title}: {stage}", (done + within) / count)
-
-        own = recipe.for_layer(index)
-        block = start if start.is_float or method.keeps_ternary else start.dequantized()
-        block = block if order is None else block.in_order(order)
-        stats, outputs = _observe(block, hidden, inputs, method, own, tell)
-        sites: dict[str, list[Tensor]] = {}
-        if method.uses_exact_inputs(recipe):
-            exact = _watch_inputs(block, exact, inputs, sites)
-        entering = [BlockInputs(states, item.rotary) for states, item in zip(hidden, inputs, strict=True)]
-        stats = replace(stats, streams=Streams(entering, sites))
-        watch.lap("observe")
-        tell("clustering and scales", 0.4)
-        plan = method.plan_layer(stats, own, block.spec)
-        watch.lap("cluster and plan")
-        tell("ternary weights" if method.keeps_ternary else f"{recipe.weights.upper()} weights", 0.5)
-        quantized, errors = method.apply_layer(block, plan, stats, own)
-        quantized.to(model.device)  # it was built on the CPU, where plans are made
-        watch.lap("weights")
-        hidden = run_layer(quantized, hidden, inputs, lambda part, say=tell: say("quantised pass", 0.7 + 0.3 * part))
-        for linear in quantized.linears().values():
-            linear.release()
-        outcomes.append(LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index)))
-        blocks.append(quantized)
-        watch.lap("propagate")
-    return model.with_blocks(blocks, order), outcomes, watch.seconds
+    progress = progress if order is None else part(progress, ORDER_TIME, 1.0)
+    steps = LayerSteps(model, method, recipe, windows, len(model.blocks), progress, order=order, watch=watch)
+    done = [steps.step(block) for block in model.blocks]
+    return model.with_blocks([block for block, _ in done], steps.order), [outcome for _, outcome in done], steps.watch.seconds
 
 
 def _observe(

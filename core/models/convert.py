@@ -15,10 +15,12 @@ Shapes: H query heads, Hkv key/value heads, E head dimension, R rotated channels
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from core.models.adapter import BlockSpec, ModelAdapter
@@ -71,10 +73,13 @@ def block_parts(
     return parts
 
 
-def outside_tensors(source: PreTrainedModel, adapter: ModelAdapter) -> dict[str, Tensor]:
-    """Return the tensors outside the decoder layers by their names in a checkpoint, as `Decoder` computes with them."""
-    config, logits = source.config, adapter.factors_of(source.config).logits
-    found = {name: t for name, t in source.state_dict().items() if not name.startswith(f"{adapter.layers}.")}
+def outside_tensors(tensors: Mapping[str, Tensor], adapter: ModelAdapter, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return the tensors outside the decoder layers by their names in a checkpoint, as `Decoder` computes with them.
+
+    Args: tensors: of a transformers model, by name; those of its layers may be among them.
+    """
+    logits = adapter.factors_of(config).logits
+    found = {name: t for name, t in tensors.items() if not name.startswith(f"{adapter.layers}.")}
     for place, (name, _) in adapter.outside(config).items():
         if place == "norm.weight" and adapter.unit_offset:
             found[name] = found[name] + 1

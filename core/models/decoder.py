@@ -221,7 +221,7 @@ class CausalModel(PreTrainedModel, GenerationMixin):
             blocks.append(DecoderBlock.from_layer(source, adapter, index))
             if consume:
                 layers[index] = nn.Identity()
-        made = cls(source.config, adapter, blocks, outside_tensors(source, adapter))
+        made = cls(source.config, adapter, blocks, outside_tensors(source.state_dict(), adapter, source.config))
         made.generation_config = source.generation_config
         return made
 

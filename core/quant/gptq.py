@@ -104,16 +104,18 @@ def quantize_weight(
     bits: int,
     grid: Grid,
     shrink: tuple[float, ...] = (1.0,),
+    order: Tensor | None = None,
 ) -> WeightResult:
     """Quantise a weight with GPTQ, or round to nearest when `hessian` is None or cannot be factorised.
 
     Args:
         weight: [N, K] float32, columns in cluster order.
-        hessian: [K, K] float32, proportional to Xᵀ X in the same order.
+        hessian: [K, K] float32, proportional to Xᵀ X in the same order, or in the one before `order`.
         offsets: [G + 1] int64.
         bits: 2 to 8.
         grid: the rule that makes scales and zero points of ranges.
         shrink: as in `round_to_nearest`; with more than one factor clusters are fitted while rounding.
+        order: [K] int64, the weight's column i is the Hessian's column order[i]; None where they are in one order.
     Returns: the weight; method "rtn" and a reason in `fallback` where the Hessian could not be factorised.
     Raises: NumericError if the weight holds NaN or infinity.
     """
@@ -125,13 +127,13 @@ def quantize_weight(
         )
     if hessian is None:
         return round_to_nearest(weight, offsets, bits=bits, grid=grid, shrink=shrink)
-    factor, problem = inverse_factor(hessian)
+    factor, problem = inverse_factor(hessian, order)
     if factor is None:
         result = round_to_nearest(weight, offsets, bits=bits, grid=grid, shrink=shrink)
         return WeightResult(result.weight, "rtn", problem)
     columns = weight.t().contiguous()
     groups = _choose_groups(columns, offsets, bits, grid)
-    columns[hessian.diagonal() <= 0] = 0  # inputs that never fire
+    columns[_in_order(hessian.diagonal(), order) <= 0] = 0  # inputs that never fire
     importance = factor.diagonal() ** -2
 
     def fit(run: slice) -> _Groups:
@@ -142,33 +144,43 @@ def quantize_weight(
     return WeightResult(_finish(codes.t(), groups, bits, grid), "gptq")
 
 
-def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, str | None]:
+def inverse_factor(hessian: Tensor, order: Tensor | None = None) -> tuple[Tensor | None, str | None]:
     """Factorise the inverse of a damped Hessian: U [K, K] upper triangular with (H / max H + d I)⁻¹ = Uᵀ U.
 
     d starts at DAMPING times the mean diagonal and grows tenfold up to DAMPING_RETRIES times while the factorisation fails.
 
     Args:
         hessian: [K, K] float32, symmetric; its scale does not matter, because only ratios of U's entries are used.
+        order: [K] int64, U's column i is the Hessian's column order[i]; None where they are in one order.
     Returns: (U, None), or (None, why there is none).
     """
     if not _all_finite(hessian):
         return None, "the Hessian holds NaN or infinity"
-    diagonal = hessian.diagonal()
+    diagonal = _in_order(hessian.diagonal(), order)
     largest = float(diagonal.max())
     if largest <= 0:
         return None, "no input of this layer ever fired"
     dead = diagonal.flip(0) <= 0  # inputs that are always 0: 1 on the diagonal keeps the matrix invertible
     mean = float(diagonal.mean()) / largest
     for attempt in range(DAMPING_RETRIES + 1):
-        damped = hessian.flip(0, 1).div_(largest)  # lower factor of the reversed matrix, reversed back: R of H = R Rᵀ
+        # lower factor of the reversed matrix, reversed back: R of H = R Rᵀ
+        damped = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
+        damped.div_(largest)
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(mean * DAMPING * 10**attempt)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these matrices has K² elements: no more than two of them live at once
         if int(info) == 0:
-            factor = _inverse_upper(lower.flip(0, 1))
+            upper = lower.flip(0, 1)
+            del lower
+            factor = _invert_upper(upper)
             if _all_finite(factor):
                 return factor, None
     return None, f"the Hessian is not positive definite even with {DAMPING * 10**DAMPING_RETRIES:g} damping"
+
+
+def _in_order(values: Tensor, order: Tensor | None) -> Tensor:
+    return values if order is None else values[order]
 
 
 def _all_finite(values: Tensor) -> bool:
@@ -176,19 +188,19 @@ def _all_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _inverse_upper(upper: Tensor) -> Tensor:
-    """Invert an upper triangular matrix by halves: the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
+def _invert_upper(upper: Tensor) -> Tensor:
+    """Invert an upper triangular matrix in place, by halves: the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
 
     n³ / 3 operations, most of them matrix products, instead of the n³ of solving for the identity.
     """
     size = len(upper)
     if size <= BLOCK:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
     half = size // 2
-    out = torch.zeros_like(upper)
-    out[:half, :half], out[half:, half:] = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
-    out[:half, half:] = (out[:half, :half] @ upper[:half, half:] @ out[half:, half:]).neg_()
-    return out
+    first, last = _invert_upper(upper[:half, :half]), _invert_upper(upper[half:, half:])
+    upper[:half, half:] = (first @ upper[:half, half:] @ last).neg_()
+    return upper
 
 
 def _choose_groups(
@@ -242,7 +254,7 @@ def _gptq_columns(
 
     Args:
         columns: Wᵀ [K, N], so that an input column is a contiguous row; overwritten.
-        factor: U [K, K] of `inverse_factor`.
+        factor: U [K, K] of `inverse_factor`; overwritten.
         groups: fitted again, in place, by `fit`, which is given a cluster's columns when the first of them is reached.
     Returns: signed codes [K, N] float.
     """
@@ -254,7 +266,7 @@ def _gptq_columns(
     grids = list(zip(groups.scale.t().contiguous(), groups.qmin - zero, groups.qmax - zero, strict=True))
     starts = {} if fit is None else {start: g for g, start in enumerate(groups.offsets.tolist()[:-1])}
     ends = groups.offsets.tolist()[1:]
-    factor = factor / factor.diagonal()[:, None]  # GPTQ divides the error by U[i, i]; with these rows it need not
+    factor.div_(factor.diagonal()[:, None].clone())  # GPTQ divides the error by U[i, i]; with these rows it need not
     errors = torch.empty(min(BLOCK, width), columns.shape[1], device=columns.device)
     rows = list(zip(columns, codes, channel_cluster.tolist(), strict=True))
     for start in range(0, width, BLOCK):

@@ -89,6 +89,14 @@ def test_a_quantised_folder_is_a_model(call, backend):
     assert "W4A4" in made["label"]
 
 
+def test_a_streamed_run_says_what_it_needs_and_writes_a_model(call):
+    code, out, err = call("quantize", "--model", "opt", "--method", "rtn", "--weights", "rtn", *CALIBRATION, "--stream",
+                          "--out", "streamed", "--json", "streamed.json")  # fmt: skip
+    assert code == 0 and err.startswith("Needs about ") and err.count("\n") == 1 and "Saved as streamed" in out
+    made, scored = json.loads(Path("streamed.json").read_text()), document(call, "evaluate", "--model", "streamed", *SCORING)
+    assert made["out"] == "streamed" and scored["weight_bytes"] == made["weight_bytes"] and not Path("streamed.stream").exists()
+
+
 def test_generate_streams_exactly_its_text(call):
     made = document(call, "generate", "--model", "made", "--prompt", "The old library", "--max-new-tokens", 8)
     code, out, err = call("generate", "--model", "made", "--prompt", "The old library", "--max-new-tokens", 8)

@@ -50,6 +50,8 @@ BAD = [
     ),
     (["quantize", "--model", "base", "--variant", "nice", "--out", "new"], "E-PARAM-VARIANT", "nice"),
     (["quantize", "--model", "base", "--segments", "many", "--out", "new"], "E-PARAM-SEGMENTS", "many", "aligned"),
+    (["quantize", "--model", "base", "--stream", "--dry-run", "--out", "new"], "E-PARAM-STREAM", "--dry-run"),
+    (["quantize", "--model", "base", *CALIBRATION, "--stream", "--order", "shared", "--out", "new"], "E-PARAM-ORDER", "layer"),
     (["quantize", "--model", "base", "--order", "own", "--out", "new"], "E-PARAM-ORDER", "own", "shared"),
     (["quantize", "--model", "base", "--method", "rtn", "--order", "shared", "--out", "new"], "E-PARAM-METHOD", "--order", "rtn"),
     (

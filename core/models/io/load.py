@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from core.models.decoder import CausalModel
 from core.models.io.bitnet import load_bitnet
 from core.models.io.catalog import ResolvedModel, resolve
 from core.models.io.foreign import library_errors, load_tokenizer, quiet
-from core.models.io.foreign_weights.plan import plan_weights, read_weights
+from core.models.io.foreign_weights.plan import PackedWeight, plan_weights, read_weights
 from core.models.io.integrity import check_contents
 from core.models.io.limits import check_memory
 from core.models.io.origin import origin_of
@@ -64,7 +65,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: torch.dtype = t
             or quantised model; NaN in a quantised one.
         InputError, BackendError: `device` is unknown or not there.
     """
-    _check_device(device, dtype)
+    check_device(device, dtype)
     resolved = resolve(name, revision=revision, progress=progress, allow_local=allow_local)
     with in_use(resolved.path):
         return _load(resolved, dtype, device, progress)
@@ -77,35 +78,78 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
         loaded = load_quantized(resolved.path, progress=progress)
         loaded.model.to(device)
         return loaded
+    checked = check_model(resolved, progress, itemsize=dtype.itemsize)
+    progress("Loading the weights", 0.2)
+    if checked.ternary:
+        model = load_bitnet(resolved.path, checked.report, checked.config)
+    else:
+        values, stored, report = checked.weights, checked.stored, checked.report
+        values = values and {n: t.to(dtype) for n, t in read_weights(resolved.path, stored, report, values)}
+        source = _load_weights(resolved.path, dtype, report.wrapper, checked.config, values)
+        require_finite(source.state_dict().items())
+        model = CausalModel.from_transformers(source, checked.adapter, consume=True).requires_grad_(False)
+    return checked.loaded(model.to(device))
+
+
+@dataclass(frozen=True)
+class CheckedFolder:
+    """A folder of float or ternary weights that has passed every check that needs no weight.
+
+    Attributes:
+        report: of its tensors; names: name of a tensor in transformers' model → its name there, of ternary models outside the
+            layers only.
+        ternary: whether the layers hold ternary weights, or masters of them.
+        stored, weights: what `plan_weights` took and returned for weights in the format of another tool; weights is None else.
+    """
+
+    resolved: ResolvedModel
+    report: FolderReport
+    config: PreTrainedConfig
+    adapter: ModelAdapter
+    tokenizer: PreTrainedTokenizerBase
+    names: dict[str, str]
+    ternary: bool
+    stored: FolderReport
+    weights: Mapping[str, PackedWeight] | None
+
+    def loaded(self, model: CausalModel) -> LoadedModel:
+        """Put a model of these weights together with its tokenizer and origin.
+
+        Raises: ModelError E-MODEL-TOKENIZER if the embedding lacks a row for a token: a pass would end with an index error.
+        """
+        rows, known = model.get_input_embeddings().weight.shape[0], self.tokenizer.vocab_size
+        if known > rows:
+            raise ModelError(f"The tokenizer has {known:,} tokens, the model embeds {rows:,}: they do not belong together. "
+                             "Download the model again.", code="E-MODEL-TOKENIZER")
+        path, facts = self.resolved.path, (self.resolved.name, self.resolved.revision, self.resolved.source)
+        packed = None if self.weights is None else self.stored.nbytes
+        origin = origin_of(path, *facts, self.report.tensors, ternary=self.ternary, packed_bytes=packed)
+        return LoadedModel(model, self.tokenizer, self.adapter, *facts, path, origin=origin)
+
+
+def check_model(resolved: ResolvedModel, progress: Progress, *, itemsize: int | None) -> CheckedFolder:
+    """Check files, configuration, tensors and tokenizer of a folder that was not quantised here; no weight is read.
+
+    Args: itemsize: bytes of a weight in memory, where all of them must fit; None where they are read in parts.
+    Raises: ModelError, as `load_model`.
+    """
     progress("Checking the model's files", None)
     check_contents(resolved.path)
     report = check_folder(resolved.path)
     check_architecture(report.config)
-    outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
-    needed = weight_bytes(report.config, report.parameters, outside, itemsize=dtype.itemsize)
-    check_memory(needed, bytes_per_parameter=1)
+    if itemsize is not None:
+        outside = sum(tensor.count for name, tensor in report.tensors.items() if ".layers." not in name)
+        check_memory(weight_bytes(report.config, report.parameters, outside, itemsize=itemsize), bytes_per_parameter=1)
     config, adapter = _configuration(resolved.path, report)
-    packed = None if bitnet_format(report.config) is None else f"{adapter.layers}."
-    stored, weights = report, None
+    ternary, stored, weights = bitnet_format(report.config) is not None, report, None
     if report.quantised:
         report, weights = plan_weights(stored, partial(shapes_of, config))
-        check_memory(report.parameters, bytes_per_parameter=dtype.itemsize)
-    check_tensors(config, {name: tensor.shape for name, tensor in report.tensors.items()}, inside=packed)
+        if itemsize is not None:
+            check_memory(report.parameters, bytes_per_parameter=itemsize)
+    shapes = {name: tensor.shape for name, tensor in report.tensors.items()}
+    names = check_tensors(config, shapes, inside=f"{adapter.layers}." if ternary else None)
     progress("Loading the tokenizer", 0.1)
-    tokenizer = load_tokenizer(resolved.path)
-    progress("Loading the weights", 0.2)
-    if packed is None:
-        values = weights and {n: t.to(dtype) for n, t in read_weights(resolved.path, stored, report, weights)}
-        source = _load_weights(resolved.path, dtype, report.wrapper, config, values)
-        require_finite(source.state_dict().items())
-        model = CausalModel.from_transformers(source, adapter, consume=True).requires_grad_(False)
-    else:
-        model = load_bitnet(resolved.path, report, config)
-    _check_vocabulary(model, tokenizer)
-    facts = (resolved.name, resolved.revision, resolved.source)
-    packed_bytes = None if weights is None else stored.nbytes
-    origin = origin_of(resolved.path, *facts, report.tensors, ternary=packed is not None, packed_bytes=packed_bytes)
-    return LoadedModel(model.to(device), tokenizer, adapter, *facts, resolved.path, origin=origin)
+    return CheckedFolder(resolved, report, config, adapter, load_tokenizer(resolved.path), names, ternary, stored, weights)
 
 
 def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -114,10 +158,10 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     Raises: NumericError E-NUM-NAN naming the first tensor with NaN or infinity and how many values it holds.
     """
     for name, tensor in tensors:
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):  # else each value is tested, which takes copies
             continue
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
+        if bad:  # not where only the sum is too large
             raise NumericError(f"{name} has {bad:,} NaN or infinite values: the weights are damaged, or too large for "
                                f"{str(tensor.dtype).removeprefix('torch.')}. Download the model again.",
                                code="E-NUM-NAN")
@@ -165,15 +209,8 @@ def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str, config: PreTra
     return model
 
 
-def _check_vocabulary(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the embedding has a row for every token; else the first forward pass would end with an index error."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model embeds {rows:,}: they do not "
-                         "belong together. Download the model again.", code="E-MODEL-TOKENIZER")
-
-
-def _check_device(device: str, dtype: torch.dtype) -> None:
+def check_device(device: str, dtype: torch.dtype) -> None:
+    """Check that a device is there and a type is a float. Raises: InputError E-PARAM-DEVICE, -DTYPE; BackendError."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"The type {str(dtype)[:30]} is not a floating-point type: use float32.", code="E-PARAM-DTYPE")
     try:

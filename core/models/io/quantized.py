@@ -1,7 +1,8 @@
 """Save and load a quantised model: one folder with everything, readable without the float model.
 
     quantscope.json         format, recipe, report, and the structure of every layer (bits, clusters, shapes)
-    quantscope.safetensors  tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>
+    quantscope.safetensors  tensors outside the blocks as shell.<transformers name>, of blocks as blocks.<layer>.<path>;
+                            of a model quantised layer by layer in several files with an index (`shards.py`)
     config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
 Tensor names are looked up in the structure, never used as attribute paths; every file is compared with its checksum. Other
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -34,8 +35,9 @@ from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
 from core.models.io.origin import Origin
-from core.models.io.preflight.folder import SAVED_WEIGHTS, WEIGHTS, check_files
+from core.models.io.preflight.folder import SAVED_WEIGHTS, check_files
 from core.models.io.preflight.other_tools import METHOD
+from core.models.io.shards import read_tensors
 from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
@@ -86,12 +88,40 @@ def save_quantized(
     blocks = loaded.model.blocks
     if any(block.is_float for block in blocks):
         raise ArtifactError("This model is not quantised: run quantize first.", code="E-CKPT-KIND")
-    tensors = {f"shell.{name}": tensor for name, tensor in loaded.model.decoder.outside().items()}
-    structure = []
+    tensors, structure = shell_tensors(loaded), []
     for block in blocks:
-        prefix = f"blocks.{block.layer_index}."
-        tensors.update({prefix + name: tensor for name, tensor in block_tensors(block).items()})
-        structure.append(block_facts(block))
+        own, facts = block_entry(block)
+        tensors |= own
+        structure.append(facts)
+    with atomic_dir(folder, replace=replace, private=private) as stage:
+        save_tensors(stage / SAVED_WEIGHTS, tensors)
+        write_description(stage, loaded, description, structure)
+
+
+def shell_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return the tensors outside the blocks by their names in a saved folder."""
+    return {f"shell.{name}": tensor for name, tensor in loaded.model.decoder.outside().items()}
+
+
+def block_entry(block: DecoderBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a saved folder keeps of a block: its tensors by their names there, and its structure as JSON types."""
+    return {f"blocks.{block.layer_index}.{name}": t for name, t in block_tensors(block).items()}, block_facts(block)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any layout and device to a safetensors file."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_description(
+    stage: Path, loaded: LoadedModel, description: dict[str, Any], structure: list[dict[str, Any]]
+) -> None:
+    """Write all files of a saved folder but its tensors.
+
+    Args:
+        loaded: the quantised model, or the float one it was made from; its blocks are not read.
+        description: as in `save_quantized`. structure: of every layer, from `block_entry`.
+    """
     facts = {
         **description,
         "format": FORMAT,
@@ -99,14 +129,12 @@ def save_quantized(
         "origin": None if loaded.origin is None else asdict(loaded.origin),
         "layers": structure,
     }
-    with atomic_dir(folder, replace=replace, private=private) as stage:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, stage / SAVED_WEIGHTS)
-        config = json.loads(loaded.model.config.to_json_string())
-        config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
-        (stage / "config.json").write_text(json.dumps(config, indent=1))
-        (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
-        loaded.tokenizer.save_pretrained(stage)
-        (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
+    config = json.loads(loaded.model.config.to_json_string())
+    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
+    (stage / "config.json").write_text(json.dumps(config, indent=1))
+    (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
+    loaded.tokenizer.save_pretrained(stage)
+    (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
 
 
 def read_description(folder: Path | str) -> dict[str, Any]:
@@ -134,12 +162,13 @@ def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedMo
     verify(path, checksums=True)
     facts = read_description(path)
     try:
-        check_memory(check_files(path).nbytes, bytes_per_parameter=1)
+        report = check_files(path)
+        check_memory(report.nbytes, bytes_per_parameter=1)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):  # the layers hold these facts
             del config.quantization_config
         adapter = adapter_for(config)
-        tensors = load_file(next(path / name for name in WEIGHTS if (path / name).is_file()))
+        tensors = dict(read_tensors(path, {name: info.file for name, info in report.tensors.items()}))
         model = _build(config, adapter, facts["layers"], tensors)
         model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
         tokenizer = load_tokenizer(path)

@@ -21,27 +21,39 @@ OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 """Names of published checkpoints (GPT-NeoX) that transformers renames while it loads them."""
 
 
-def check_tensors(config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], *, inside: str | None = None) -> None:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model that `config` describes on torch's device "meta". Raises: ModelError E-MODEL-BAD if transformers cannot."""
+    sentence = "config.json is not valid for its architecture. Download the model again."
+    with quiet(), library_errors(sentence), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_tensors(
+    config: PreTrainedConfig, stored: Mapping[str, tuple[int, ...]], *, inside: str | None = None
+) -> dict[str, str]:
     """Check that the stored tensors are the ones that `config` describes, before anything is allocated.
 
     Args:
         stored: name → shape, from the weight files; names with or without the base model's prefix. A tied output weight may
             be stored or not.
         inside: prefix of names that are not compared, as tensors there are stored in another form.
+    Returns: for every tensor of the model that is stored, and compared, its name in the model → its name in the files.
     Raises: ModelError E-MODEL-MISSING naming up to three tensors that are missing, of another shape, or left over; E-MODEL-BAD
         for a configuration that transformers cannot build.
     """
     expected, prefix = _shapes(config)
-    found = {}
+    found, names = {}, {}
     for name, shape in stored.items():
         if not HARMLESS.search(name) and not (inside and name.startswith(inside)):
-            found[_spelled(name, expected, prefix) or name] = shape
+            spelled = _spelled(name, expected, prefix) or name
+            found[spelled], names[spelled] = shape, name
     wanted = {name for name in expected if not (inside and name.startswith(inside))}
     if getattr(config, "tie_word_embeddings", False):
         wanted.discard("lm_head.weight")
     refuse_tensors(wanted - set(found), "are missing from the weights", len(expected))
     refuse_tensors((n for n in wanted if found[n] != expected[n]), "have another shape than config.json says", len(expected))
     refuse_tensors(set(found) - set(expected), "do not belong to this architecture", len(stored))
+    return names
 
 
 def shapes_of(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -53,19 +65,12 @@ def shapes_of(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, tuple
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model that `config` describes. Raises: as `check_tensors` for a configuration."""
-    return type(_described(config))
-
-
-def _described(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model that `config` describes, without memory."""
-    sentence = "config.json is not valid for its architecture. Download the model again."
-    with quiet(), library_errors(sentence), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return type(skeleton(config))
 
 
 def _shapes(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shape of each tensor of the model by its name, and the base model's prefix."""
-    model = _described(config)
+    model = skeleton(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, f"{model.base_model_prefix}."
 
 

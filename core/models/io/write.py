@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from core.models.io.shards import shard_name, write_index
 from core.storage import atomic_dir
 
 SHARD_BYTES = 5 * 10**9
@@ -57,10 +58,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], limit: int) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    files = {shard_name("model", number, len(shards)): shard for number, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
         save_file(shard, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    facts = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(facts, indent=1))
+    write_index(folder, "model", files, sum(t.nbytes for t in tensors.values()))

@@ -179,11 +179,17 @@ def test_round_to_nearest_weights_grouped_by_label(architecture, variant):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gptq_sees_the_hessian_in_the_order_of_its_columns(architecture, monkeypatch):
-    seen = []
-    real = build.quantize_weight
-    monkeypatch.setattr(
-        build, "quantize_weight", lambda w, h, o, **k: seen.append((w.clone(), h.clone(), o)) or real(w, h, o, **k)
-    )
+    seen, real = [], build.quantize_weight
+
+    def see(weight, hessian, offsets, *, order, **options):
+        made = real(weight, hessian, offsets, order=order, **options)
+        ordered = hessian if order is None else hessian[order][:, order]
+        same = real(weight, ordered, offsets, **options)
+        assert torch.equal(made.weight.codes, same.weight.codes) and made.method == "gptq"
+        seen.append((weight.clone(), ordered.clone(), offsets))
+        return made
+
+    monkeypatch.setattr(build, "quantize_weight", see)
     windows = tokens(4, 24, seed=3)
     q = quantised(architecture, base=tiny(architecture), windows=windows)
     block, plan = float_blocks(q.base)[0], q.outcomes[0].plan

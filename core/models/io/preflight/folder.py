@@ -43,7 +43,8 @@ DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2
 
 SAVED_WEIGHTS = "quantscope.safetensors"
 WEIGHTS = ("model.safetensors", SAVED_WEIGHTS)
-"""Names of a single file of weights; the second is that of folders that Quantscope saves."""
+"""Names of a single file of weights; the second is that of folders that Quantscope saves. Indexes of several files are named
+after them."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 """Prefixes that data-parallel training, torch.compile and models of several parts put before the names of all tensors."""
@@ -148,9 +149,10 @@ def read_weights(folder: Path) -> dict[str, TensorInfo]:
     for name in WEIGHTS:
         if (folder / name).exists():
             return read_safetensors_header(regular_file(folder, name))
-    if not (folder / "model.safetensors.index.json").exists():
+    index = next((f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").exists()), None)
+    if index is None:
         raise _no_weights(sorted(path.name for path in folder.iterdir()))
-    shards = _read_index(folder)
+    shards = _read_index(folder, index)
     tensors: dict[str, TensorInfo] = {}
     for shard, names in shards.items():
         header = read_safetensors_header(regular_file(folder, shard))
@@ -257,17 +259,17 @@ def _no_weights(names: list[str]) -> ModelError:
                       "transformers saved.", code="E-MODEL-MISSING")
 
 
-def _read_index(folder: Path) -> dict[str, set[str]]:
-    """Read `model.safetensors.index.json`: shard name → names of its tensors."""
-    index = read_json(folder, "model.safetensors.index.json", limit=MAX_INDEX_BYTES).get("weight_map")
+def _read_index(folder: Path, name: str) -> dict[str, set[str]]:
+    """Read an index of weights: shard name → names of its tensors."""
+    index = read_json(folder, name, limit=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise _bad("model.safetensors.index.json has no weight_map. Download it again.")
+        raise _bad(f"{name} has no weight_map. Download it again.")
     shards: dict[str, set[str]] = {}
     for tensor, shard in index.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             if isinstance(shard, str) and shard.lower().endswith(PICKLE_SUFFIXES):
                 raise ModelError(f"The index names pickle weights. {_CONVERT}", code="E-MODEL-PICKLE")
-            raise _bad("model.safetensors.index.json points outside the model's own files: only plain names of "
+            raise _bad(f"{name} points outside the model's own files: only plain names of "
                        ".safetensors files are followed. Download it again.")
         shards.setdefault(shard, set()).add(tensor)
     if len(shards) > MAX_SHARDS:
