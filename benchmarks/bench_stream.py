@@ -1,4 +1,4 @@
-"""S1, S2: peak memory of a streamed run by depth, and its time over that of a run in memory, on a synthetic OPT shape.
+"""S1, S2: peak memory of a streamed run by depth, and its time over that of a run in memory.
 
 Each run has a process of its own. Its memory is the growth of VmHWM from the moment when all libraries are loaded and a tiny
 model has been quantised. S1's `ratio` is that growth over two layers + activations + embeddings: activations are hidden states,

@@ -1,4 +1,4 @@
-"""Read a float model layer by layer: no more than one layer and the tensors outside the layers are in memory.
+"""Read a float model layer by layer: one layer and the tensors outside the layers are in memory.
 
 The model is built on torch's device "meta"; a layer gets its stored tensors, is copied into a `DecoderBlock`, and returns to
 "meta". Blocks and other tensors are those of `load_model`, bit for bit.
