@@ -138,7 +138,7 @@ def test_what_cannot_be_streamed_is_refused(folders, tmp_path, monkeypatch):
         core.quantize_streamed(ternary, tmp_path / "out")
     assert caught.value.code == "E-MODEL-STREAM"
     settings = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}}
-    packed, _ = write_packed(tmp_path / "packed", gptq(4, 32), settings, embedding=False)
+    packed, _ = write_packed(tmp_path, gptq(4, 32), settings)
     with pytest.raises(ModelError, match="another tool has packed are not read layer by layer"):
         core.quantize_streamed(recipe_of(packed), tmp_path / "out")
     core.quantize_streamed(recipe_of(folders["opt"], method="rtn", weights="rtn"), tmp_path / "out")
