@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,7 @@ if str(ROOT) not in sys.path:
 
 from app.cli import __main__ as cli  # noqa: E402 - the path fix comes first
 from app.context import Context  # noqa: E402
+from app.page import Page  # noqa: E402
 from app.session import SessionStore  # noqa: E402
 from app.settings import Settings  # noqa: E402
 from app.worker.client import Workers  # noqa: E402
@@ -54,18 +57,36 @@ def wide_ranges(bench):
     return bench.observe("fake-wide", Calibration("sotu", 1024), progress=quiet)
 
 
-@pytest.fixture
-def ctx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+@contextlib.contextmanager
+def shared_context() -> Iterator[Context]:
     """What the tabs share, with fake workers and names for components."""
-    monkeypatch.setattr("app.engine.warm", lambda: None)  # takes seconds, and nothing here waits for it
     settings = Settings(model="fake", workbench=FAKE)
-    context = Context(settings, Workers(settings), SessionStore(seconds=60, capacity=10))
+    context = Context(settings, Workers(settings), SessionStore(seconds=60, capacity=100))
     context.key, context.status, context.stop, context.timer = "key", "status", "stop", "timer"
-    yield context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.engine.warm", lambda: None)  # takes seconds, and nothing here waits for it
+        yield context
     context.workers.close()
 
 
 @pytest.fixture
+def ctx() -> Iterator[Context]:
+    """What the tabs share, for one test."""
+    with shared_context() as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """The whole page with workers, for all tests of a file: each opens a session of its own."""
+    with shared_context() as context:
+        with gr.Blocks() as demo:
+            page = Page(context)
+            page.wire(demo)
+        yield page
+
+
+@pytest.fixture(scope="module")
 def wait() -> Iterator[Callable]:
     """Run coroutines one after the other on one event loop, as a server does."""
     with asyncio.Runner() as runner:

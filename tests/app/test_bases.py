@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app import engine
-from app.page import Page, default_recipe
+from app.page import default_recipe
 from app.tabs.bases import basis_of, channel_at, compared, heatmaps_of, noise_of, panels_of, shown_ranges
 from app.tabs.link import Linked, go_to, place_of
 from app.view import bases, plots_bases
@@ -26,17 +26,16 @@ SITE = "layers.1.down_in"
 
 
 @pytest.fixture
-def page(ctx):
-    with gr.Blocks() as demo:
-        page = Page(ctx)
-        page.wire(demo)
-    return page
+def ctx(page):
+    """What the tabs of the file's page share."""
+    return page.ctx
 
 
 @pytest.fixture
 def session(ctx, page, wait):
     """A session with ranges, at a site with a massive token."""
     session = ctx.sessions.open()
+    ctx.shared._kept.pop("bases", None)  # of an earlier test
     wait(collect(page.observe(session, "fake", None, TEXT)))
     session.selection.layer, session.selection.kind = 1, "down_in"
     return session

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.context import REST_SECONDS, UNCHANGED, observe_steps
+from app.context import UNCHANGED, observe_steps
 from app.worker.job import Step
 from core.errors import Cancelled, InputError, QuantscopeError
 from core.recipe import Calibration, QuantRecipe
@@ -99,7 +99,9 @@ def test_an_event_that_began_before_an_error_leaves_its_sentence(ctx):
     assert later["chart"] == "newer" and "status" in later and not session.failed, "a success that began after the error ends it"
 
 
-def test_an_event_ends_at_once_and_its_updates_come_by_the_timer(ctx):
+def test_an_event_ends_at_once_and_its_updates_come_by_the_timer(ctx, monkeypatch):
+    monkeypatch.setattr("app.context.NEWS_SECONDS", 0.5)  # for the request that waits while the handler ends
+
     async def scenario():
         session = ctx.sessions.open("page")
         answer = await event(ctx, session, ["status", "chart"], lambda values: shown(ctx, session, "fake-slow"))
@@ -116,12 +118,14 @@ def test_an_event_ends_at_once_and_its_updates_come_by_the_timer(ctx):
     asyncio.run(scenario())
 
 
-def test_the_timer_rests_when_its_session_does(ctx):
+def test_the_timer_rests_when_its_session_does(ctx, monkeypatch):
+    monkeypatch.setattr("app.context.REST_SECONDS", 0.5)
+
     async def scenario():
         session = ctx.sessions.open("page")
         start = time.monotonic()
         assert await ctx.news(session.key, "page") == {"timer": UNCHANGED | {"active": False}}
-        assert time.monotonic() - start >= REST_SECONDS
+        assert time.monotonic() - start >= 0.5
         task = ctx.start(session, shown(ctx, session))
         assert "timer" not in await ctx.news(session.key, "page")
         task.cancel()

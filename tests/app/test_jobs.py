@@ -114,13 +114,13 @@ def test_a_job_over_its_time_is_ended():
         worker.settings = replace(worker.settings, job_seconds=60)
         await next_job_works(worker)
 
-    use(scenario, job_seconds=4)
+    use(scenario, job_seconds=2)
 
 
 def test_a_step_without_progress_is_ended():
     async def scenario(worker):
         await next_job_works(worker)
-        worker.settings = replace(worker.settings, step_seconds=3)
+        worker.settings = replace(worker.settings, step_seconds=1)
         error = await end_of(worker.run("a", load("fake-endless")))
         assert error.code == "E-TIME" and "“Loading”" in str(error)
         worker.settings = replace(worker.settings, step_seconds=60)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from urllib.parse import parse_qs
 
-import gradio as gr
 import pytest
 
-from app.page import Page
 from app.session import Run
 from app.tabs.link import Linked, go_to, query_of
 from core.errors import InputError
@@ -27,11 +25,9 @@ VIEW = {
 
 
 @pytest.fixture
-def page(ctx):
-    with gr.Blocks() as demo:
-        page = Page(ctx)
-        page.wire(demo)
-    return page
+def ctx(page):
+    """What the tabs of the file's page share."""
+    return page.ctx
 
 
 @pytest.fixture
@@ -101,7 +97,7 @@ def test_a_link_opens_its_runs_and_names_one_that_is_gone(page, ctx, wait, bench
         answer = await page.opened(None, SimpleNamespace(session_hash="a", query_params=query))
         session = ctx.sessions.get(answer[ctx.key])
         while session.handlers:
-            answer |= await session.page("a").take(5)
+            answer |= await session.page("a").take(0.5)
         return answer
 
     told = wait(opened(model="fake", tab="compare", runs=RECIPE.hash, batch="64"))

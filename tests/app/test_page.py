@@ -6,10 +6,8 @@ import asyncio
 import json
 from types import SimpleNamespace
 
-import gradio as gr
 import pytest
 
-from app.page import Page
 from app.worker.job import Step
 from core.recipe import Calibration, QuantRecipe
 from tests.app.tools import collect
@@ -18,11 +16,9 @@ TEXT = Calibration("sotu", 1024)
 
 
 @pytest.fixture
-def page(ctx):
-    with gr.Blocks() as demo:
-        page = Page(ctx)
-        page.wire(demo)
-    return page
+def ctx(page):
+    """What the tabs of the file's page share."""
+    return page.ctx
 
 
 @pytest.fixture

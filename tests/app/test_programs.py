@@ -26,9 +26,9 @@ def address(tmp_path_factory):
         yield place
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(address):
-    """Gradio's client."""
+    """Gradio's client; closing one takes a second."""
     made = gradio_client.Client(address, verbose=False, analytics_enabled=False)
     yield made
     made.close()
@@ -94,7 +94,8 @@ def test_a_call_by_plain_requests(address):
     assert httpx.post(f"{address}/gradio_api/call/stop", json={"data": []}).status_code == 404
 
 
-def test_the_pages_limits_hold_for_programs(address, client):
+def test_the_pages_limits_hold_for_programs(address):
+    client = gradio_client.Client(address, verbose=False, analytics_enabled=False)
     long = {"data": ["fake", "text:" + "x" * 10**7]}
     assert httpx.post(f"{address}/gradio_api/call/inspect", json=long).status_code == 413
     elsewhere = {"origin": "http://elsewhere.example"}
@@ -107,6 +108,7 @@ def test_the_pages_limits_hold_for_programs(address, client):
     finally:
         for call in calls:
             call.cancel()
+        client.close()
 
 
 def test_strangers_do_not_read_each_others_calls(address, client):

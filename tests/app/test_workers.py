@@ -92,14 +92,14 @@ def test_a_worker_without_a_sign_of_life_is_replaced():
         await next_job_works(worker)
         job = follow(worker.run("a", load("fake-endless")))
         await started(worker)
-        await asyncio.sleep(6)
+        await asyncio.sleep(4)
         assert not job.done(), "it gives signs of life, though it reports nothing"
         os.kill(worker.process.process.pid, signal.SIGSTOP)
         error = await job
         assert error.code == "E-TIME" and "“Loading”" in str(error) and not worker.process.alive
         await next_job_works(worker)
 
-    use(scenario, silent_seconds=5)
+    use(scenario, silent_seconds=3)
 
 
 def test_light_jobs_do_not_wait_behind_a_long_one():
