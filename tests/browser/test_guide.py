@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 LINES = "() => document.querySelector('#histogram .qs-chart').data[1]?.x.filter(x => x !== null).length / 2"
 CAPTION = "words => document.querySelector('#histogram .gtitle')?.textContent.replaceAll('\\u00a0', ' ').includes(words)"
 FITS = "() => document.documentElement.scrollWidth <= innerWidth"
-PLACES = pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")])
+PLACES = pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
 
 
 @PLACES
