@@ -13,7 +13,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors: see kernels/_triton.py
 
 
+LONG = ("tests/browser/", "tests/kernels/", "tests/training/", "tests/fuzz/")
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """Put the browser's tests first where processes share the work: a long file that begins last would leave the others idle."""
+    """Put the longest files first where processes share the work: one that begins last would leave the others idle."""
     if workers:
-        items.sort(key=lambda item: "/browser/" not in item.nodeid)
+        items.sort(key=lambda item: next((n for n, place in enumerate(LONG) if item.nodeid.startswith(place)), len(LONG)))

@@ -14,7 +14,7 @@ from tests.core.tools import in_steps, quantised, relative, tokens
 
 pytestmark = pytest.mark.gpu
 
-PROMPT, NEW = 6, 3
+PROMPT, NEW = 6, 2
 BOUND = 1e-5
 """Float32 sums in another order; measured in the interpreter: at most 1.5e-6."""
 TIES = 0.05
@@ -120,10 +120,10 @@ def test_the_reference_by_name_runs_no_kernel_of_the_block(method, request, coun
     assert relative(found, expected) < BOUND
 
 
-@pytest.mark.parametrize("method", ["W4A4KV", "W4A4", "W4A8", "bitnet"])
+@pytest.mark.parametrize("method", ["W4A4KV", "W4A4", "bitnet"])
 def test_a_step_with_static_inputs(method, request):
-    """What a CUDA graph captures, run without one: place and position come from tensors, warm-ups leave no trace. W4A4 and W4A8
-    quantise the softmax."""
+    """What a CUDA graph captures, run without one: place and position come from tensors, warm-ups leave no trace. W4A4
+    quantises the softmax."""
     if method != "bitnet":
         made = rptq("llama", method, clusters=1)
     else:

@@ -111,10 +111,11 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"weights": "rtn"}, {"scheme": "W4A16"}, {"order": "shared"}, {"variant": "official"}, {"method": "bitnet"}],
-)
-@pytest.mark.parametrize("windows", [(4, 128), (48, 128)])
+    ("windows", "options"),
+    [*(((4, 128), o) for o in ({}, {"weights": "rtn"}, {"scheme": "W4A16"}, {"order": "shared"}, {"variant": "official"})),
+     *(((48, 128), o) for o in ({"weights": "rtn"}, {"variant": "official"}, {"method": "bitnet"}))],
+    ids=str,
+)  # fmt: skip
 def test_memory_told_before_is_that_of_the_living_tensors(options, windows):
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
     loaded, recipe = tiny_model("llama", layers=3, **sizes), QuantRecipe("m", **options)

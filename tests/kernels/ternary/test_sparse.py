@@ -35,7 +35,7 @@ def test_gate_first_gives_the_bits_of_the_dense_layer(shape, live, device):
 
 
 @pytest.mark.parametrize("live", [0.0, 0.01, 0.3, 1.0])
-@pytest.mark.parametrize("shape", [(1, 90, 64), (2, 33, 500), (1, 1, 1), (2, 1030, 40), (MAX_TOKENS + 1, 20, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 90, 64), (2, 33, 150), (1, 1, 1), (2, 1030, 40), (MAX_TOKENS + 1, 20, 40)], ids=str)
 def test_sparse_down_gives_the_bits_of_the_dense_layer(shape, live, device):
     codes, ternary, _, s, alpha = layer(*shape, 1.0)
     codes *= torch.rand(codes.shape, generator=torch.Generator().manual_seed(1)) < live
