@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.visitors import CANARY, Report, Visitor, served
 
-VISITORS = 5
+VISITORS = 3
 WORDS = "the river ran past seven quiet houses while children counted boats in the rain and "
 
 
