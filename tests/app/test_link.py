@@ -78,6 +78,16 @@ def test_a_bad_place_is_refused(session, place):
         go_to(session, place)
 
 
+@pytest.mark.parametrize(
+    "place", [{"layer": "99", "site": "q"}, {"site": "nowhere"}, {"channel": "99999"}, {"tab": "nowhere"}], ids=str
+)
+def test_a_place_that_is_not_there_is_named(session, place):
+    name, value = next(iter(place.items()))
+    with pytest.raises(InputError, match=value) as refused:
+        go_to(session, place)
+    assert refused.value.code == f"E-PARAM-{name.upper()}"
+
+
 def test_a_link_holds_nothing_that_a_visitor_wrote(page, session):
     private = QuantRecipe("fake", calibration=Calibration(DIARY, 512))
     session.add_run(Run(RECIPE.hash, RECIPE.label(), RECIPE, name="my secret name"))

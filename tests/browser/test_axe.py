@@ -15,6 +15,8 @@ FOUND = """async (rules) => {
   const { violations } = await axe.run(document, { resultTypes: ['violations'], ...only });
   return violations.flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.target.join(' ')}: ${node.html.slice(0, 200)}`));
 }"""
+STILL = """() => document.getAnimations().every(
+  ({ playState, effect }) => playState !== 'running' || effect.getTiming().iterations > 1)"""
 FOLDED = ".tabitem:visible button.label-wrap:not(.open):visible"
 
 
@@ -29,7 +31,8 @@ def violations(page, ready, theme):
     rules = ["color-contrast"] if theme == "dark" else []
     for width in (1440,) if rules else (1440, 390):
         page.set_viewport_size({"width": width, "height": 844})
-        page.wait_for_timeout(600)  # charts are drawn anew, panels slide
+        page.wait_for_timeout(600)  # charts are drawn anew, panels begin to slide
+        page.wait_for_function(STILL)  # colours that fade are not those that a reader sees
         found += [f"{width}: {words}" for words in page.evaluate(FOUND, rules)]
     page.set_viewport_size({"width": 1440, "height": 844})
     return found
