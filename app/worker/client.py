@@ -53,6 +53,7 @@ class Process:
         self._closed = False
         self.heard_at: float | None = None
         self._inbox: asyncio.Queue[tuple | Exception] = asyncio.Queue()
+        self._connecting: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
 
     @property
@@ -62,10 +63,14 @@ class Process:
 
     async def send(self, *message: object) -> None:
         """Send one message. It is buffered, so the page does not wait for a worker that does not read."""
-        if self._reading is None:
-            reader, self._writer = await asyncio.open_connection(sock=self._ours)
-            self._reading = asyncio.create_task(self._read(reader))
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect())
+        await asyncio.shield(self._connecting)  # a job that is left meanwhile would close the socket of the next one
         self._writer.write(wire.frame(message))
+
+    async def _connect(self) -> None:
+        reader, self._writer = await asyncio.open_connection(sock=self._ours)
+        self._reading = asyncio.create_task(self._read(reader))
 
     async def receive(self, seconds: float) -> tuple | None:
         """Return the next message, or None if none comes within `seconds`.
@@ -109,10 +114,12 @@ class Process:
         self._closed = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        if self._reading is None:
-            self._ours.close()
-            return
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and the stream with it
+            if self._reading is None:
+                if self._connecting is not None:
+                    self._connecting.cancel()
+                self._ours.close()
+                return
             self._reading.cancel()
             self._writer.close()
 

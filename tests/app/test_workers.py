@@ -74,10 +74,16 @@ def test_leaving_a_willing_job_keeps_the_worker():
     use(scenario)
 
 
-def test_leaving_a_job_of_a_worker_that_is_starting_keeps_the_worker():
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 10])
+def test_leaving_a_job_of_a_worker_that_is_starting_keeps_the_worker(turns):
+    """Also in the turns of the event loop in which the page connects to it."""
+
     async def scenario(worker):
         job = follow(worker.run("a", load("fake-endless")))
-        await until(lambda: worker.process is not None)
+        while worker.process is None:
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         pid = worker.process.process.pid
         await leave(job)
         assert worker.process.heard_at is None, "its libraries take longer to import than the job had"

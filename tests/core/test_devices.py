@@ -32,7 +32,7 @@ RECIPES = {
 @pytest.fixture
 def anywhere(monkeypatch):
     """`load_model` takes the pretended device."""
-    monkeypatch.setattr("core.models.io.load._check_device", lambda device, dtype: None)
+    monkeypatch.setattr("core.models.io.load.check_device", lambda device, dtype: None)
 
 
 def everything(folder: str, recipe: QuantRecipe, out, device: str) -> dict[str, object]:
