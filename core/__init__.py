@@ -27,6 +27,7 @@ _EXPORTS = {
     "quantize": "core.stages",
     "quantize_streamed": "core.stream.run",
     "evaluate": "core.stages",
+    "evaluate_streamed": "core.stream.evaluate",
     "estimate": "core.stages",
     "run": "core.run",
     "load_model": "core.models.io.load",

@@ -16,17 +16,9 @@ from core.calibration.states import KeptStates
 from core.distill.loop import distill_model, distill_seconds
 from core.distill.texts import DistillTexts, distill_texts
 from core.errors import ModelError
-from core.evaluation.describe import (
-    LayerRecord,
-    backend_use,
-    caution_of,
-    dtype_of,
-    label_of,
-    model_info,
-    quantize_report,
-    set_backend,
-)
-from core.evaluation.memory import kv_bytes_per_token, measured_parts, module_bytes, working_bytes
+from core.evaluation.describe import LayerRecord, model_info, quantize_report, set_backend
+from core.evaluation.eval_report import counted_windows, eval_report, footprint_of
+from core.evaluation.memory import module_bytes
 from core.evaluation.perplexity import Reference, score
 from core.evaluation.run_estimate import Timing, estimate_run, time_layer
 from core.evaluation.run_report import RunEstimate
@@ -37,7 +29,7 @@ from core.methods.sequential import quantize_layers
 from core.models.decoder import CausalModel
 from core.models.export.fit import loads_in
 from core.models.io.quantized import already_quantized
-from core.models.loaded import LoadedModel, context_of
+from core.models.loaded import LoadedModel
 from core.options import BASES
 from core.privacy import text_record
 from core.progress import Progress, part, silent
@@ -241,31 +233,7 @@ def evaluate(
     """
     set_backend(loaded, backend)
     scores = score(loaded.model, parts, reference=reference, progress=progress)
-    use, memory = backend_use(loaded), measured_parts(loaded.model)
-    count, window = parts.shape
-    device, dtype = str(loaded.model.device), dtype_of(loaded.model)
-    whole = ", the model's whole context," if window == context_of(loaded.model) else ""
-    return EvalReport(
-        **vars(scores),
-        key=key or loaded.name,
-        label=label_of(loaded),
-        text_name=source.name,
-        tokens=parts.numel(),
-        window=window,
-        reference=reference.name if reference else None,
-        weight_bytes=sum(memory.values()),
-        weight_parts=memory,
-        working_bytes=working_bytes(loaded.model),
-        kv_bytes_per_token=kv_bytes_per_token(loaded.model),
-        device=device,
-        dtype=dtype,
-        backend="; ".join(f"{u.backend} × {u.layers} ({u.reason})" for u in use) or f"torch {dtype}",
-        protocol=f"{_windows(count, 'non-overlapping ')} of {window} tokens{whole} of {source.name}; mean next-token loss over "
-        f"{window - 1} targets each, exponentiated; ± is the standard error over windows; "
-        f"{dtype} on {device}, one window at a time",
-        origin="" if loaded.origin is None else f"{loaded.origin.label}: {loaded.origin.sentence}",
-        caution=caution_of(loaded),
-    )
+    return eval_report(loaded, parts, source, scores, footprint_of(loaded), reference=reference, key=key)
 
 
 def require_float(loaded: LoadedModel, verb: str) -> None:
@@ -277,8 +245,4 @@ def require_float(loaded: LoadedModel, verb: str) -> None:
 def described_windows(tokens: Tensor, source: TextSource, seed: int) -> str:
     """Describe calibration windows [S, T] that were drawn from a text by a seed."""
     count, window = tokens.shape
-    return f"{tokens.numel():,} tokens of {source.name} in {_windows(count)} of {window}, seed {seed}"
-
-
-def _windows(count: int, kind: str = "") -> str:
-    return f"{count} {kind}window{'' if count == 1 else 's'}"
+    return f"{tokens.numel():,} tokens of {source.name} in {counted_windows(count)} of {window}, seed {seed}"

@@ -196,8 +196,7 @@ def _inspect(verb: Parser) -> None:
 
 def _ranges(verb: Parser) -> None:
     _inspect(verb)
-    told = f"one of {', '.join(BASES)}: lists the largest tokens too (default: original, without)"
-    verb.add_argument("--basis", metavar="B", help=told)
+    verb.add_argument("--basis", metavar="B", help=f"one of {', '.join(BASES)}: lists the largest tokens too (default: original)")
 
 
 def _quantize(verb: Parser) -> None:
@@ -282,6 +281,7 @@ def _recipe(verb: Parser) -> None:
 def _evaluate(verb: Parser) -> None:
     _model(verb)
     verb.add_argument("--reference", metavar="M0", help="the model to compare with: adds divergence and agreement")
+    verb.add_argument("--stream", action="store_true", help="hold one layer in memory at a time")
     _scoring(verb)
 
 

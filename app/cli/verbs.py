@@ -104,13 +104,19 @@ def recipe(args: Namespace, console: Console) -> None:
 def evaluate(args: Namespace, console: Console) -> None:
     """Measure and print the numbers of one model, with a reference when one is given."""
     protocol = _protocol(args)
-    from core import Workbench
+    if args.stream and args.html is not None:
+        raise InputError("--html reports models in memory: leave out --html or --stream.", code="E-PARAM-STREAM")
+    from core import Workbench, evaluate_streamed
     from core.provenance import provenance
 
-    bench = Workbench(device=args.device)
-    report = bench.evaluate(args.model, reference=args.reference, **protocol, progress=console.progress)
-    if args.html is not None:
-        write_html(args.html, bench, protocol, [(args.model, report)])
+    measured = protocol | {"reference": args.reference, "progress": console.progress}
+    if args.stream:
+        report = evaluate_streamed(args.model, device=args.device, **measured)
+    else:
+        bench = Workbench(device=args.device)
+        report = bench.evaluate(args.model, **measured)
+        if args.html is not None:
+            write_html(args.html, bench, protocol, [(args.model, report)])
     document = report.to_dict() | {"model": args.model, "reference": args.reference, "provenance": provenance()}
     console.finish(document, _evaluation_text(report, args.reference))
 

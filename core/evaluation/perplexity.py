@@ -67,19 +67,26 @@ def score(
     windows: Tensor,
     *,
     reference: Reference | None = None,
+    hidden: list[Tensor] | None = None,
+    seconds: float = 0.0,
     progress: Progress = silent,
     title: str = "Evaluating",
 ) -> Scores:
     """Score a model on windows [S, T] int64, against a reference that ran on the same windows where one is given.
 
+    Args: hidden: what the model's head reads, S tensors [T, D], where it ran before, and the seconds of that; else it runs.
     Raises: NumericError if the model's loss is not finite.
     """
     head, windows = model.get_output_embeddings(), windows.to(model.device)
-    losses, comparisons, seconds = [], [], 0.0
+    losses, comparisons = [], []
+
+    def states(i: int) -> Tensor:
+        return model.decoder(windows[i][None])[0] if hidden is None else hidden[i]
+
     for i, window in enumerate(windows):
         progress(f"{title}: window {i + 1} of {len(windows)}", i / len(windows))
         start = time.perf_counter()
-        log_p = torch.log_softmax(head(model.decoder(window[None])[0, :-1]).float(), dim=-1)  # [T - 1, V]
+        log_p = torch.log_softmax(head(states(i)[:-1]).float(), dim=-1)  # [T - 1, V]; no name keeps the states
         right = log_p.gather(1, window[1:, None])[:, 0]
         loss = -float(right.mean())  # float() waits for the GPU, so that the time is complete
         seconds += time.perf_counter() - start

@@ -95,6 +95,8 @@ def test_a_streamed_run_says_what_it_needs_and_writes_a_model(call):
     assert code == 0 and err.startswith("Needs about ") and err.count("\n") == 1 and "Saved as streamed" in out
     made, scored = json.loads(Path("streamed.json").read_text()), document(call, "evaluate", "--model", "streamed", *SCORING)
     assert made["out"] == "streamed" and scored["weight_bytes"] == made["weight_bytes"] and not Path("streamed.stream").exists()
+    again = document(call, "evaluate", "--model", "streamed", "--stream", *SCORING)
+    assert {name for name in scored if again[name] != scored[name]} <= {"seconds", "tokens_per_second", "working_bytes"}
 
 
 def test_generate_streams_exactly_its_text(call):

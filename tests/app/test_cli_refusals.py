@@ -50,6 +50,7 @@ BAD = [
     ),
     (["quantize", "--model", "base", "--variant", "nice", "--out", "new"], "E-PARAM-VARIANT", "nice"),
     (["quantize", "--model", "base", "--segments", "many", "--out", "new"], "E-PARAM-SEGMENTS", "many", "aligned"),
+    (["evaluate", "--model", "base", "--stream", "--html", "a.html", *SCORING], "E-PARAM-STREAM", "--html"),
     (["quantize", "--model", "base", "--stream", "--dry-run", "--out", "new"], "E-PARAM-STREAM", "--dry-run"),
     (["quantize", "--model", "base", *CALIBRATION, "--stream", "--order", "shared", "--out", "new"], "E-PARAM-ORDER", "layer"),
     (["quantize", "--model", "base", "--order", "own", "--out", "new"], "E-PARAM-ORDER", "own", "shared"),

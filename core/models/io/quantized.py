@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,35 +153,75 @@ def read_description(folder: Path | str) -> dict[str, Any]:
     return facts
 
 
-def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedModel:
-    """Load a folder written by `save_quantized`.
+class SavedReader:
+    """A folder written by `save_quantized`, whose layers are read one at a time.
 
-    Raises: ArtifactError if anything is missing, damaged or does not fit; ModelError E-MODEL-SIZE if the memory is too small.
+    Attributes:
+        shell: the model without blocks. count: number of its layers. nbytes: of all tensors.
+    Raises: ArtifactError if anything is missing, damaged or does not fit.
     """
-    path = Path(path)
-    progress("Loading the quantised model", None)
-    verify(path, checksums=True)
-    facts = read_description(path)
+
+    def __init__(self, path: Path | str, progress: Progress = silent, device: str = "cpu") -> None:
+        path = Path(path)
+        progress("Loading the quantised model", None)
+        verify(path, checksums=True)
+        facts = read_description(path)
+        with _fitting():
+            report = check_files(path)
+            self._path, self._device, self.nbytes = path, device, report.nbytes
+            self._files = {name: info.file for name, info in report.tensors.items()}
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            if hasattr(config, "quantization_config"):  # the layers hold these facts
+                del config.quantization_config
+            self._layers, self.count, adapter = facts["layers"], config.num_hidden_layers, adapter_for(config)
+            names = {f"blocks.{i}.{name}" for i, layer in enumerate(self._layers) for name in layer["tensors"]}
+            if len(self._layers) != self.count or names != {n for n in self._files if not n.startswith("shell.")}:
+                raise ValueError("layers or tensors are missing or left over")
+            outside = {name.removeprefix("shell."): tensor for name, tensor in self._read("shell.").items()}
+            model = CausalModel(config, adapter, (), outside).requires_grad_(False).to(device)
+            model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
+            tokenizer = load_tokenizer(path)
+            source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
+            origin = Origin(**facts["origin"]) if facts.get("origin") else None  # earlier versions kept none
+        label = None if label is None else str(label)
+        self.shell = LoadedModel(model, tokenizer, adapter, str(path), None, source, path, label, origin)
+
+    def block(self, index: int) -> DecoderBlock:
+        """Read the block of layer `index`."""
+        model = self.shell.model
+        with _fitting():
+            block = block_from(model.config, self.shell.adapter, index, self._layers[index], self._read(f"blocks.{index}."))
+        return block.requires_grad_(False).to(self._device)
+
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        tensors = dict(read_tensors(self._path, {name: file for name, file in self._files.items() if name.startswith(prefix)}))
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+            raise ValueError("a tensor holds NaN or infinity")
+        return tensors
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Turn whatever a reader of files raises into one sentence, but for a size that is refused."""
     try:
-        report = check_files(path)
-        check_memory(report.nbytes, bytes_per_parameter=1)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):  # the layers hold these facts
-            del config.quantization_config
-        adapter = adapter_for(config)
-        tensors = dict(read_tensors(path, {name: info.file for name, info in report.tensors.items()}))
-        model = _build(config, adapter, facts["layers"], tensors)
-        model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
-        tokenizer = load_tokenizer(path)
-        source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
-        origin = Origin(**facts["origin"]) if facts.get("origin") else None  # earlier versions kept none
+        yield
     except (ModelError, *LIBRARY_ERRORS) as error:
         if isinstance(error, ModelError) and error.code == "E-MODEL-SIZE":
             raise
         raise ArtifactError(
             "The quantised model's files do not fit each other: quantise the model again.", code="E-CKPT-BAD"
         ) from error
-    return LoadedModel(model, tokenizer, adapter, str(path), None, source, path, None if label is None else str(label), origin)
+
+
+def load_quantized(path: Path | str, *, progress: Progress = silent) -> LoadedModel:
+    """Load a folder written by `save_quantized`.
+
+    Raises: ArtifactError if anything is missing, damaged or does not fit; ModelError E-MODEL-SIZE if the memory is too small.
+    """
+    reader = SavedReader(path, progress)
+    check_memory(reader.nbytes, bytes_per_parameter=1)
+    shell = reader.shell
+    return replace(shell, model=shell.model.with_blocks(map(reader.block, range(reader.count))).requires_grad_(False))
 
 
 def block_tensors(block: DecoderBlock) -> dict[str, Tensor]:
@@ -221,21 +262,6 @@ def _quantizer_facts(quantizer: ActivationQuantizer | TokenQuantizer | None) -> 
     if quantizer is None:
         return None
     return quantizer.facts() if isinstance(quantizer, TokenQuantizer) else quantizer.bits
-
-
-def _build(
-    config: PreTrainedConfig, adapter: ModelAdapter, layers: list[dict[str, Any]], tensors: dict[str, Tensor]
-) -> CausalModel:
-    if len(layers) != config.num_hidden_layers:
-        raise ValueError("layer count differs from the configuration")
-    names = {f"blocks.{i}.{name}" for i, facts in enumerate(layers) for name in facts["tensors"]}
-    if names != {n for n in tensors if not n.startswith("shell.")}:
-        raise ValueError("block tensors are missing or left over")
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
-        raise ValueError("a tensor holds NaN or infinity")
-    blocks = [block_from(config, adapter, index, facts, tensors) for index, facts in enumerate(layers)]
-    outside = {name.removeprefix("shell."): t for name, t in tensors.items() if name.startswith("shell.")}
-    return CausalModel(config, adapter, blocks, outside).requires_grad_(False)
 
 
 def block_from(
