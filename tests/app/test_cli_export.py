@@ -36,6 +36,8 @@ def test_an_exported_folder_is_the_model(call, place, form):
     assert made["format"] == form and made["nbytes"] > 10_000 and "README.md" in made["files"]
     card, numbers = (place / f"out-{form}/README.md").read_text(), json.loads((place / "numbers.json").read_text())
     assert f"perplexity: {numbers['perplexity']:.4g}" in card and "RTN plain" in card
+    for folder in (place / "w3", place / f"out-{form}"):
+        assert not any(str(place) in path.read_text() for path in folder.glob("*config.json")), "a path of this machine"
     ids = tokens(1, 24)
     with torch.inference_mode():
         theirs = AutoModelForCausalLM.from_pretrained(place / f"out-{form}")(ids).logits

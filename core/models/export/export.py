@@ -19,7 +19,7 @@ from core.models.export.gguf import write_gguf
 from core.models.export.unfold import other_tensors, projections
 from core.models.io.bitnet import PACKED, pack_rows
 from core.models.io.quantized import QUANTSCOPE_FILE, read_description
-from core.models.io.write import write_model
+from core.models.io.write import config_facts, write_model
 from core.models.loaded import LoadedModel
 from core.report import Report
 from core.storage import atomic_dir, check_target
@@ -72,7 +72,7 @@ def export_model(
             (stage / CARD).write_text(card, encoding="utf-8")
     else:
         tensors, stated = _WRITERS[fmt](model)
-        config = model.config.to_dict() | {
+        config = config_facts(model.config) | {
             "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type]],
             "dtype": "float32",
             **stated,

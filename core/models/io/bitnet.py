@@ -33,7 +33,7 @@ from core.models.decoder import CausalModel
 from core.models.io.foreign import library_errors
 from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
 from core.models.io.preflight.folder import FolderReport, TensorInfo
-from core.models.io.write import write_model
+from core.models.io.write import config_facts, write_model
 from core.models.norm import ReorderNorm
 from core.quant.dynamic import MODES, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
@@ -224,7 +224,7 @@ def save_bitnet(
     adapter = adapter_for(model.config)
     tensors = dict(_stored(model, adapter, packed=mode != "fp"))
     own = {"architectures": [type(model).__name__], "dtype": "float32", "quantscope": {"mode": mode, "keep": keep}}
-    config = model.config.to_dict() | own | ({"quantization_config": PACKED} if mode != "fp" else {})
+    config = config_facts(model.config) | own | ({"quantization_config": PACKED} if mode != "fp" else {})
     files = {"card.json": json.dumps(card, indent=1, ensure_ascii=False)}
     files |= {} if readme is None else {"README.md": readme}
     write_model(folder, tensors, config, model.generation_config, tokenizer, files=files, shard_bytes=SHARD_BYTES)

@@ -39,6 +39,7 @@ from core.models.io.origin import Origin
 from core.models.io.preflight.folder import SAVED_WEIGHTS, check_files
 from core.models.io.preflight.other_tools import METHOD
 from core.models.io.shards import read_tensors
+from core.models.io.write import config_facts
 from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
@@ -130,7 +131,7 @@ def write_description(
         "origin": None if loaded.origin is None else asdict(loaded.origin),
         "layers": structure,
     }
-    config = json.loads(loaded.model.config.to_json_string())
+    config = config_facts(loaded.model.config)
     config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
     (stage / "config.json").write_text(json.dumps(config, indent=1))
     (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())

@@ -9,13 +9,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from core.models.io.shards import shard_name, write_index
 from core.storage import atomic_dir
 
 SHARD_BYTES = 5 * 10**9
 """Tensors are gathered into files of at most this many bytes; a single larger tensor has a file of its own."""
+
+
+def config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a configuration as JSON types, without the folder that it was read from: that is a fact of this machine."""
+    return {name: value for name, value in json.loads(config.to_json_string(use_diff=False)).items() if name != "_name_or_path"}
 
 
 def write_model(
