@@ -201,7 +201,7 @@ class Worker:
                 await process.kill()  # it exits soon by itself, but must not get the next job
             raise
         except (GeneratorExit, asyncio.CancelledError):
-            await self._stop(process, job)
+            await asyncio.create_task(self._stop(process, job))  # timeouts in a cancelled task fail before Python 3.11.3
             raise
 
     async def _stop(self, process: Process, job: Job) -> None:
