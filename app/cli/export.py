@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from app.cli.output import Console, facts
 from app.view.figure import bytes_text
 from core.checks import require_choice
+from core.errors import InputError
 from core.models.export import FORMATS
 
 
@@ -33,13 +34,17 @@ def export(args: Namespace, console: Console) -> None:
     check_empty(args.out)
     if args.push is not None:
         check_destination(args.push)
+    elif args.public:
+        raise InputError("--public says who sees the repository of --push: give both, or leave it out.", code="E-PARAM-PUSH")
     loaded = load_model(args.model, progress=console.progress)
     numbers = None if args.numbers is None else read_numbers(args.numbers, loaded.label)
     console.progress("Writing the exported model", None)
     report = export_model(args.out, loaded, args.format, numbers=numbers)
     lines = [("exported", f"{report.label} as {report.format}"), ("folder", f"{report.folder} ({bytes_text(report.nbytes)})")]
     lines += [("differs", difference) for difference in report.differences or ["in nothing"]]
+    document = report.to_dict()
     if args.push is not None:
         console.progress(f"Pushing to {args.push}", None)
-        lines.append(("pushed", push_folder(args.out, args.push, private=not args.public)))
-    console.finish(report.to_dict(), facts([*lines, *report.loads.items()]))
+        document["pushed"] = push_folder(args.out, args.push, private=not args.public)
+        lines.append(("pushed", document["pushed"]))
+    console.finish(document, facts([*lines, *report.loads.items()]))

@@ -36,7 +36,9 @@ def quantize(args: Namespace, console: Console) -> None:
         console.finish(expected.to_dict() | {"recipe": recipe.to_record(), "provenance": provenance()}, _expected(expected))
         return
     console.write(_expected(expected) + "\n")
-    state = state_folder(saved_folder(recipe.hash, recipe.calibration.text, source.sha256, weights_id(base), None))
+    state = None
+    if recipe.distill is not None:  # all weights are read for their name
+        state = state_folder(saved_folder(recipe.hash, recipe.calibration.text, source.sha256, weights_id(base), None))
     made, report = run(base, recipe, state=state, progress=console.progress)
     saved = replace(report, folder=args.out)
     console.progress("Saving the quantised model", None)

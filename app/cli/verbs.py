@@ -234,11 +234,11 @@ def _seed(args: Namespace) -> int:
     return require_int("seed", parse_int("seed", args.seed), 0, 2**31 - 1, "use 0 to 2147483647")
 
 
-def _require_text(text: str, split: str) -> Any:
-    """Check before the model is loaded that a text exists and is readable. Returns: TextSource."""
+def _require_text(text: str, split: str) -> None:
+    """Check before the model is loaded that a text exists and is readable."""
     from core.calibration.data import resolve_text
 
-    return resolve_text(text, split=split)
+    resolve_text(text, split=split)
 
 
 def _stream(bench: Any, model: str, prompt: str, writing: dict[str, Any], console: Console) -> Any:

@@ -44,6 +44,18 @@ def test_an_exported_folder_is_the_model(call, place, form):
         assert relative(theirs, load_model(str(place / "w3")).model(ids).logits) <= 1e-5
 
 
+def test_what_is_pushed_is_the_exported_folder(call, place, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("core.models.export.push.check_destination", lambda repo: pushed.append(repo))
+    monkeypatch.setattr(
+        "core.models.export.push.push_folder", lambda folder, repo, *, private: pushed.append((folder, private)) or "https://x/1"
+    )
+    made = document(call, "export", "--model", "w3", "--format", "gguf", "--out", "out-push", "--push", "me/new")
+    assert (
+        made["pushed"] == "https://x/1" and pushed == ["me/new", ("out-push", True)] and (place / "out-push/model.gguf").is_file()
+    )
+
+
 def test_a_gguf_file_is_a_model_again(call, place):
     code, out, err = call("export", "--model", "w3", "--format", "gguf", "--out", "out-gguf")
     assert code == 0 and err == "" and "llama.cpp     yes, as gguf" in out and "differs" in out
@@ -64,6 +76,7 @@ def test_a_gguf_file_is_a_model_again(call, place):
         (["--model", "w3", "--format", "gguf", "--out", "x", "--numbers", "text.txt"], "E-PARAM-NUMBERS", ("text.txt",)),
         (["--model", "w3", "--format", "gguf", "--out", "x", "--numbers", "w3.json"], "E-PARAM-NUMBERS", ("w3.json",)),
         (["--model", "w3", "--format", "gguf", "--out", "x", "--push", "name"], "E-PARAM-PUSH", ("owner/name",)),
+        (["--model", "w3", "--format", "gguf", "--out", "x", "--public"], "E-PARAM-PUSH", ("--push",)),
         (["--model", "absent", "--format", "gguf", "--out", "x"], "E-MODEL", ("absent",)),
         (["--model", "w3", "--out", "x"], "E-PARAM-USAGE", ("--format",)),
     ],

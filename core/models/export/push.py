@@ -75,7 +75,8 @@ def _asked(repo: str, call: Callable[[], T]) -> T:
         if status in (401, 403):
             raise _refused(f"The token may not write to {repo}: use one with write access to its owner's models.") from error
         raise ModelError(
-            f"The Hub did not take {repo} ({status or 'no answer came'}). The exported folder is whole; try again later.",
+            f"The Hub did not take {repo} ({status or 'no answer came'}). The exported folder is whole: export again "
+            "into a new folder later, or upload this one.",
             code="E-MODEL-OFFLINE",
         ) from error
 

@@ -73,7 +73,7 @@ def test_a_repository_with_files_stays_as_it_is(hub, folder):
 
 def test_an_upload_that_breaks_can_be_repeated(hub, folder):
     hub.fails = 500
-    with pytest.raises(QuantscopeError, match="did not take me/new .500.*try again"):
+    with pytest.raises(QuantscopeError, match="did not take me/new .500.*again into a new folder"):
         push.push_folder(folder, "me/new")
     hub.fails = None
     push.check_destination("me/new")
