@@ -39,7 +39,9 @@ def test_from_the_first_chart_to_a_comparison(browser, tmp_path):
         page.locator("#new-tokens input[type=number]").fill("8")
         page.locator("#new-tokens input[type=number]").press("Enter")
         page.locator("#write").click()
-        page.wait_for_function("() => (document.querySelector('#streams').innerText.match(/tokens\\/s/g) || []).length === 2")
+        page.wait_for_function("() => (document.querySelector('#streams').innerText.match(/tokens\\/s/g) || []).length === 3")
+        names = page.locator("#streams h2").all_inner_texts()
+        assert names[:2] == [MODEL, SMALL] and "W4A4" in names[2], "the first model, the current one, and its run"
     finally:
         context.close()
         server.close()
