@@ -96,7 +96,10 @@ class Context:
             self.start(session, handler(values, *data))
             return self.listening
 
-        return trigger(self.guard(start), inputs, [self.timer, self.status, self.stop], **LIGHT, trigger_mode="multiple")
+        # The event ends before its handler has succeeded. If the event's answer removed the card of an earlier error, it could
+        # also remove the handler's own error: that one comes by the timer, which may be faster than the answer.
+        own = [self.timer, self.status, self.stop]
+        return trigger(self.guard(start, calm=False), inputs, own, **LIGHT, trigger_mode="multiple")
 
     @property
     def followed(self) -> list:
@@ -121,6 +124,8 @@ class Context:
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     session.post(self.calmed(update, session, begun))
+            if rest := self.calmed({}, session, begun):  # a handler may succeed without an update
+                session.post(rest)
         except asyncio.CancelledError as error:
             if STOP in error.args:
                 session.post(self.failed(Cancelled(), session))
@@ -143,8 +148,11 @@ class Context:
         if session is not None:
             asyncio.get_running_loop().call_later(RELOAD_SECONDS, lambda: session.shown or session.stop())
 
-    def guard(self, handler: Callable) -> Callable:
-        """Wrap a handler, plain or `async def`, so that it never raises: errors become the status line's card."""
+    def guard(self, handler: Callable, calm: bool = True) -> Callable:
+        """Wrap a handler, plain or `async def`, so that it never raises: errors become the status line's card.
+
+        Args: calm: whether its success takes an earlier error's card away.
+        """
         if inspect.iscoroutinefunction(handler):
 
             @functools.wraps(handler)
@@ -154,7 +162,7 @@ class Context:
                 begun = time.monotonic()
                 try:
                     done = await handler(*arguments) or {self.status: UNCHANGED}  # Gradio takes an empty dict for a value
-                    return self.calmed(done, self._session(arguments), begun)
+                    return self.calmed(done, self._session(arguments), begun) if calm else done
                 except Exception as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                     return self.failed(error, self._session(arguments))
 
@@ -167,7 +175,7 @@ class Context:
             begun = time.monotonic()
             try:
                 done = handler(*arguments) or {self.status: UNCHANGED}
-                return self.calmed(done, self._session(arguments), begun)
+                return self.calmed(done, self._session(arguments), begun) if calm else done
             except BaseException as error:  # noqa: BLE001 - handler boundary: no fault may end the server
                 return self.failed(error, self._session(arguments))
 

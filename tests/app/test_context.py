@@ -99,6 +99,28 @@ def test_an_event_that_began_before_an_error_leaves_its_sentence(ctx):
     assert later["chart"] == "newer" and "status" in later and not session.failed, "a success that began after the error ends it"
 
 
+def test_an_event_leaves_the_line_to_its_handler(ctx):
+    """Else the event's own answer, which may come behind the handler's error, would take that error away."""
+
+    async def refused(values):
+        raise InputError("Channel 99999 is not there.")
+        yield
+
+    async def known(values):
+        return
+        yield
+
+    async def scenario():
+        session = ctx.sessions.open("page")
+        ctx.failed(InputError("An earlier rule is broken."), session)
+        assert await event(ctx, session, ["status"], refused) == {"timer": UNCHANGED | {"active": True}}
+        assert "99999" in (await ctx.news(session.key, "page"))["status"]
+        assert await event(ctx, session, ["status"], known) == {"timer": UNCHANGED | {"active": True}}
+        assert "status" in await ctx.news(session.key, "page") and not session.failed, "a success without an update ends it too"
+
+    asyncio.run(scenario())
+
+
 def test_an_event_ends_at_once_and_its_updates_come_by_the_timer(ctx, monkeypatch):
     monkeypatch.setattr("app.context.NEWS_SECONDS", 0.5)  # for the request that waits while the handler ends
 
