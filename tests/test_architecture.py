@@ -26,6 +26,7 @@ STAGES = (
     {"report", "distill_report"},
     {"quant"},
     {"models"},
+    {"hf"},
     {"calibration"},
     {"methods"},
     {"doctor"},

@@ -9,6 +9,7 @@ that need one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
@@ -238,6 +239,20 @@ class CausalModel(PreTrainedModel, GenerationMixin):
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks in order."""
         return self.decoder.blocks
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: object) -> None:
+        """Refuse to write: transformers would store packed tensors under a float model's configuration.
+
+        Raises: InputError E-PARAM-OUT, always.
+        """
+        asked = ", ".join([repr(str(save_directory)[:60]), *options])
+        raise InputError(
+            f"A model of Quantscope is not written by transformers ({asked[:100]}): copy the folder that `quantize` wrote, or "
+            "use the verb `export`.",
+            code="E-PARAM-OUT",
+        )
+
+    push_to_hub = save_pretrained
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the token embedding, weight [V, D]."""

@@ -18,6 +18,7 @@ from core.models.export import FORMATS
 from core.models.export.scheme import Scheme, Unfit, input_kind, integer_range, packs_zero_points, scheme_of
 from core.models.export.unfold import column_order
 from core.models.io.gguf_tokenizer import rule_of
+from core.models.io.quantized import already_quantized
 from core.models.loaded import LoadedModel
 from core.quant.linear.base import LinearLayer
 from core.quant.linear.quant import QuantLinear
@@ -31,6 +32,7 @@ GGUF_BLOCK = 32
 HALF_ROUNDING = 2**-10
 """Largest relative change of a number that float16 holds with all its digits."""
 _MARLIN_GROUPS = (0, 32, 64, 128)
+_OWN = "the folder that quantize writes, after `import core.hf`"
 _FLOAT_INPUTS = "inputs, keys and values stay in float there, which are rounded here"
 
 
@@ -58,14 +60,18 @@ def differences(loaded: LoadedModel, fmt: str) -> list[str]:
 
 
 def loads_in(loaded: LoadedModel) -> dict[str, str]:
-    """Say for vLLM, llama.cpp and transformers whether an export loads there: "yes, as …" or "no, because …"."""
+    """Say for vLLM, llama.cpp and transformers whether a model loads there, in which form: "yes, as …" or "no, because …"."""
     ternary = any(isinstance(linear, TernaryLinear) for _, _, linear in linears(loaded.model))
     served = {
         "vLLM": ("compressed-tensors",),
         "llama.cpp": ("gguf",),
         "transformers": ("bitnet",) if ternary else ("compressed-tensors", "transformers"),
     }
-    return {program: _answer(loaded, program, formats) for program, formats in served.items()}
+    found = {program: _answer(loaded, program, formats) for program, formats in served.items()}
+    if already_quantized(loaded.model):
+        answer = found["transformers"]
+        found["transformers"] = f"yes, as {_OWN}" if answer.startswith("no, ") else f"{answer}; or exactly, as {_OWN}"
+    return found
 
 
 def linears(model: CausalModel) -> Iterator[tuple[DecoderBlock, str, LinearLayer]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from core.errors import ModelError, QuantscopeError, ResourceError
@@ -92,11 +92,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a checked model folder.
 
+    Args: config: of the model, where the folder's `config.json` is not transformers' own.
     Raises: ModelError E-MODEL-TOKENIZER; it names the packages if there is only a `tokenizer.model`, which needs more of them.
     """
     _require_readers(folder)
     with quiet(), tokenizer_errors("The model's tokenizer files are missing or damaged. Download the model again."):
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, use_fast=True, trust_remote_code=False, local_files_only=True)

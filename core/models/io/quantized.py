@@ -6,8 +6,9 @@
     config.json, generation_config.json, tokenizer files, manifest.json (sizes and checksums)
 
 Tensor names are looked up in the structure, never used as attribute paths; every file is compared with its checksum. Other
-programs must not take such a folder for float weights and fill what they miss at random: `quantization_config` names a method
-that they do not know, and the weights do not have the name that transformers opens (earlier versions: `model.safetensors`).
+programs must not take such a folder for float weights and fill what they miss at random: `config.json` names a type that they
+do not know (`own_config.py`), and the weights do not have the name that transformers opens (`model.safetensors` in earlier
+versions). `core.hf` makes the type known.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
@@ -36,10 +37,9 @@ from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
 from core.models.io.origin import Origin
+from core.models.io.own_config import FORMAT, decoder_config, saved_config
 from core.models.io.preflight.folder import SAVED_WEIGHTS, check_files
-from core.models.io.preflight.other_tools import METHOD
 from core.models.io.shards import read_tensors
-from core.models.io.write import config_facts
 from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
@@ -52,7 +52,6 @@ from core.storage import atomic_dir, check_target, verify
 
 QUANTSCOPE_FILE = "quantscope.json"
 """File that only folders saved by Quantscope have."""
-FORMAT = 1
 _LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")
 _QUANTIZER = ("scale", "zero_point", "offsets")
@@ -131,9 +130,7 @@ def write_description(
         "origin": None if loaded.origin is None else asdict(loaded.origin),
         "layers": structure,
     }
-    config = config_facts(loaded.model.config)
-    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
-    (stage / "config.json").write_text(json.dumps(config, indent=1))
+    (stage / "config.json").write_text(json.dumps(saved_config(loaded.model.config), indent=1))
     (stage / _GENERATION).write_text(loaded.model.generation_config.to_json_string())
     loaded.tokenizer.save_pretrained(stage)
     (stage / QUANTSCOPE_FILE).write_text(json.dumps(facts, allow_nan=False))
@@ -145,7 +142,7 @@ def read_description(folder: Path | str) -> dict[str, Any]:
         facts = json.loads((Path(folder) / QUANTSCOPE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{QUANTSCOPE_FILE} cannot be read: quantise the model again.", code="E-CKPT-BAD") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") not in (1, FORMAT):
         raise ArtifactError(
             f"The folder has format {str(facts.get('format') if isinstance(facts, dict) else None)[:20]}, this "
             f"version reads {FORMAT}: quantise the model again.",
@@ -171,9 +168,7 @@ class SavedReader:
             report = check_files(path)
             self._path, self._device, self.nbytes = path, device, report.nbytes
             self._files = {name: info.file for name, info in report.tensors.items()}
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            if hasattr(config, "quantization_config"):  # the layers hold these facts
-                del config.quantization_config
+            config = decoder_config(report.config)
             self._layers, self.count, adapter = facts["layers"], config.num_hidden_layers, adapter_for(config)
             names = {f"blocks.{i}.{name}" for i, layer in enumerate(self._layers) for name in layer["tensors"]}
             if len(self._layers) != self.count or names != {n for n in self._files if not n.startswith("shell.")}:
@@ -181,7 +176,7 @@ class SavedReader:
             outside = {name.removeprefix("shell."): tensor for name, tensor in self._read("shell.").items()}
             model = CausalModel(config, adapter, (), outside).requires_grad_(False).to(device)
             model.generation_config = GenerationConfig.from_pretrained(path, _GENERATION, local_files_only=True)
-            tokenizer = load_tokenizer(path)
+            tokenizer = load_tokenizer(path, config)
             source, label = str(facts["base"]["source"]), facts.get("report", {}).get("label")
             origin = Origin(**facts["origin"]) if facts.get("origin") else None  # earlier versions kept none
         label = None if label is None else str(label)

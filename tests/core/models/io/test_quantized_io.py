@@ -277,7 +277,7 @@ def test_tensors_that_do_not_fit_are_refused(saved, change):
 
 
 def test_a_configuration_of_another_architecture_is_refused(saved):
-    reseal(saved, edit_json("config.json", lambda c: c.update(model_type="gpt2")))
+    reseal(saved, edit_json("config.json", lambda c: c["text_config"].update(model_type="gpt2")))
     with pytest.raises(QuantscopeError):
         load_quantized(saved)
 
@@ -295,14 +295,14 @@ def test_a_configuration_of_another_architecture_is_refused(saved):
     ids=lambda c: next(iter(c)),
 )
 def test_a_configuration_of_another_shape_is_refused(saved, change):
-    reseal(saved, edit_json("config.json", lambda c: c.update(change)))
+    reseal(saved, edit_json("config.json", lambda c: c["text_config"].update(change)))
     refused(saved)
 
 
 @pytest.mark.parametrize("value", ("big", 1e9, -1, None, 2**40), ids=str)
 def test_an_impossible_configuration_is_refused(saved, value):
     """Before transformers reads it."""
-    reseal(saved, edit_json("config.json", lambda c: c.update(intermediate_size=value)))
+    reseal(saved, edit_json("config.json", lambda c: c["text_config"].update(intermediate_size=value)))
     if value == 2**40:
         with pytest.raises(ModelError, match="limit"):
             load_quantized(saved)
