@@ -1,4 +1,4 @@
-"""Register the folders that Quantscope saves with transformers, by its interface for models of other packages.
+"""Make transformers open the folders that Quantscope saves: `import core.hf`, then `AutoModelForCausalLM`.
 
     import core.hf
     model = AutoModelForCausalLM.from_pretrained(FOLDER)

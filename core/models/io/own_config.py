@@ -1,4 +1,4 @@
-"""The `config.json` of folders that Quantscope saves: a type of its own around the configuration of the decoder.
+"""The `config.json` of a folder that Quantscope saves: its own type around the decoder's configuration.
 
     model_type            "quantscope", which no other program knows: it ends with an error that names this type
     text_config           the decoder's configuration, where transformers and others look for that of a larger model's decoder
