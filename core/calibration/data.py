@@ -48,6 +48,14 @@ SOTU_HELD_OUT = (2, 7)
 _CHARS_PER_TOKEN = 8
 _MARGIN_TOKENS = 64
 _MESSAGE = re.compile(r"(\d{4})-[A-Za-z.]+-\d+\.txt")
+_OTHER_FILES = {
+    b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"\x1f\x8b": "a gzip archive: unpack it first", b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first",
+    b"BZh": "a bzip2 archive: unpack it first", b"\xfd7zXZ": "an xz archive: unpack it first",
+    b"PK\3\4": "a zip archive or an office document: save its text as a file", b"%PDF": "a PDF: save its text as a file",
+    b"PAR1": "a Parquet file: name it with the suffix .parquet", b"ARROW1": "an Arrow file: save it as Parquet or JSON lines",
+    b"GGUF": "a GGUF model: give a text"}
+"""What a file that is no text holds, by its first bytes, and the remedy."""
 _USE = "Use sotu, wikitext2, a file, or text: followed by the text itself"
 
 
@@ -91,7 +99,7 @@ def resolve_text(spec: str, *, split: Split, allow_local: bool = True) -> TextSo
 def read_text_file(path: str | Path) -> str:
     """Read a text file in UTF-8 of at most 10 MB; a byte-order mark is dropped, nothing else is changed.
 
-    Of a file of JSON lines or a Parquet file only the documents' text is taken (`core.calibration.documents`).
+    Of a file of JSON, JSON lines or Parquet only the documents' text is taken (`core.calibration.documents`).
 
     Raises: TextError, as `resolve_text`.
     """
@@ -113,20 +121,18 @@ def read_text_file(path: str | Path) -> str:
 
 
 def decode_text(raw: bytes) -> str:
-    """Decode UTF-8 bytes strictly. Raises: TextError E-TEXT-ENC naming the offset of the first bad byte."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise TextError("The text is UTF-16: save it as UTF-8.", code="E-TEXT-ENC")
+    """Decode UTF-8 bytes strictly. Raises: TextError E-TEXT-ENC naming what else they are, or the offset of the first bad byte."""
     start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
     try:
         text = raw[start:].decode("utf-8")
+        if "\0" not in text:
+            return text
+        fault = f"The text has a NUL byte at offset {raw.index(0):,}: is it a binary file? Give plain text."
     except UnicodeDecodeError as error:
         offset = start + error.start
-        raise TextError(f"The text is not UTF-8: byte {raw[offset]:#04x} at offset {offset:,}. Save it as UTF-8.",
-                        code="E-TEXT-ENC") from None
-    if "\0" in text:
-        raise TextError(f"The text has a NUL byte at offset {raw.index(0):,}: is it a binary file? Give plain text.",
-                        code="E-TEXT-ENC")
-    return text
+        fault = f"The text is not UTF-8: byte {raw[offset]:#04x} at offset {offset:,}. Save it as UTF-8."
+    kind = next((kind for magic, kind in _OTHER_FILES.items() if raw.startswith(magic)), None)
+    raise TextError(fault if kind is None else f"This is {kind}.", code="E-TEXT-ENC")
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> Tensor:

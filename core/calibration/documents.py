@@ -1,10 +1,11 @@
-"""Read the documents of a data file, JSON lines or Parquet, as one text, joined by blank lines.
+"""Read the documents of a data file, JSON, JSON lines or Parquet, as one text, joined by blank lines.
 
 The field is called `text` or `content`, as data sets on the Hub name it, or is the only one that holds strings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from core.errors import TextError
 
-LINES, TABLES = (".jsonl", ".ndjson"), (".parquet",)
+LINES, TABLES = (".json", ".jsonl", ".ndjson"), (".parquet",)
 """Suffixes of data files."""
 FIELDS = ("text", "content")
 
@@ -58,7 +59,12 @@ def _field(row: Mapping[str, Any], path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the objects of a file of JSON lines; empty lines are skipped."""
+    """Yield the objects of a file of JSON lines, or of one JSON array or object; empty lines are skipped."""
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(whole, dict) or (isinstance(whole, list) and all(isinstance(row, dict) for row in whole)):
+            yield from whole if isinstance(whole, list) else [whole]
+            return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

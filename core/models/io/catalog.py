@@ -3,8 +3,8 @@
 A name is, in this order: an embedded checkpoint, a catalogue name, a local folder or file (only where local files may be
 read), or a public Hub id `owner/name[@revision]`, which may be given as its page's address. Local names may also be a folder of
 the Hub's own cache (`models--owner--name`), a folder that holds one `.gguf` file, a GGUF file by any name (Ollama's blobs), and a
-safetensors file, which stands for its folder. Each is made a folder of safetensors, tokenizer and configuration; `load_model`
-opens nothing else.
+safetensors or JSON file of a model, which stands for its folder. Each is made a folder of safetensors, tokenizer and
+configuration; `load_model` opens nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from core.cache import cache_root
 from core.disk import disk_errors
@@ -58,9 +59,10 @@ SILENT_S = 900.0
 """Seconds for which a Hub that did not answer is not asked again for the default model."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces)/)([^/?#]+/[^/?#]+)"
-                   r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)[^?#]*|/[a-z]*)?(?:[?#].*)?", re.IGNORECASE | re.DOTALL)
-"""Address of a model's page: repository and, where it shows one, revision."""
+_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces|docs|papers|collections|blog|learn)/)"
+                   r"([^/?#]+/[^/?#]+)(?:/(tree|blob|resolve|commit)/([^/?#]+)/?([^?#]*)|/[a-z]*)?(?:[?#].*)?",
+                   re.IGNORECASE | re.DOTALL)
+"""Address of a model's page: repository and, where it shows them, kind of page, revision, place in the repository."""
 _TOKEN = re.compile(r"^(?:hf|api_org)_|(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _USE = "Use owner/name of the Hub, for example HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -119,8 +121,6 @@ def read_config(name: str, *, allow_local: bool = True) -> dict[str, Any] | None
     name, revision = _split_revision(_check_name(name, None), None)
     if name in _embedded():
         return read_json(EMBEDDED / name, "config.json")
-    if allow_local and os.path.basename(name) == "config.json" and os.path.isfile(name):
-        name = os.path.dirname(name) or "."
     path = _local(name) if allow_local else None
     if path is not None and path.is_dir():
         return read_json(path, "config.json")
@@ -161,13 +161,21 @@ def resolve(name: str, *, revision: str | None = None, progress: Progress = sile
 def _check_name(name: str, revision: str | None) -> str:
     """Return the stripped name. The message that refuses a token does not repeat it, as it may be logged or photographed."""
     name = name.strip() if isinstance(name, str) else ""
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":  # a path as file managers copy it
+        name = name[1:-1].strip()
     if _TOKEN.search(name) or _TOKEN.search(revision or ""):
         raise ModelError(f"This looks like an access token, not a model; tokens are never used. {_USE}.",
                          code="E-MODEL-NAME")
     if not name or len(name) > 1_000 or "\0" in name:
         raise ModelError(f"A model name is missing or unreadable. {_USE}.", code="E-MODEL-NAME")
     if page := _PAGE.fullmatch(name):
-        name = f"{page[1]}@{page[2]}" if page[2] else page[1]
+        repo, kind, revision, inside = page.groups()
+        if inside and inside.lower().endswith(".gguf"):
+            raise ModelError("A single GGUF file of the Hub is not fetched: download it, and name the file.", code="E-MODEL-NAME")
+        if inside and ("/" in inside.rstrip("/") or kind.lower() == "tree"):
+            raise ModelError(f"This address leads into a folder of a repository, and whole repositories are opened. {_USE}.",
+                             code="E-MODEL-NAME")
+        name = f"{repo}@{unquote(revision)}" if revision else repo
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise ModelError(f"Of addresses only pages of models on huggingface.co are read. {_USE}.", code="E-MODEL-NAME")
     return name
@@ -192,6 +200,12 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def _no_such_name(name: str, allow_local: bool) -> ModelError:
+    if allow_local and os.path.isfile(os.path.expanduser(name)):
+        return ModelError(f"The file {Path(name).name[:60]!r} is not read as a model: give a .gguf or .safetensors file, or the "
+                          "folder of a model in safetensors.", code="E-MODEL-NOTFOUND")
+    if allow_local and hub.REPO_ID.fullmatch(name.partition(":")[0]):
+        return ModelError(f"{name[:60]!r} names a file by its quantisation: download the .gguf file, and give its path.",
+                          code="E-MODEL-NAME")
     if allow_local:
         return ModelError(f"No model {name[:60]!r}: it is no catalogue name, no local folder and no Hub id. {_USE}.",
                           code="E-MODEL-NOTFOUND")
@@ -229,28 +243,27 @@ def _local(name: str) -> Path | None:
     except UnicodeEncodeError:  # a lone surrogate after ~
         return None
     if os.path.isfile(path):
-        if path.suffix.lower() == ".safetensors":
+        beside = path.suffix.lower() == ".json" and (path.parent / "config.json").is_file()
+        if path.suffix.lower() == ".safetensors" or beside:
             return path.parent
         return path if path.suffix.lower() == ".gguf" or _starts_as_gguf(path) else None
     if not os.path.isdir(path):
         return None
-    if any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST)):
-        return path
-    return _inside(path) or (None if hub.REPO_ID.fullmatch(name) else path)
+    known = any(os.path.lexists(path / marker) for marker in ("config.json", "quantscope.json", MANIFEST))
+    return _inside(path, known) or (path if known or not hub.REPO_ID.fullmatch(name) else None)
 
 
-def _inside(folder: Path) -> Path | None:
-    """Return what a folder without configuration holds: one GGUF file, or a snapshot of the Hub's own cache; else None."""
-    files = [path for path in folder.glob("*.gguf") if path.is_file()]
+def _inside(folder: Path, known: bool) -> Path | None:
+    """Return what a folder stands for: its one GGUF file, where it has no other weights, or a snapshot of the Hub's own cache, or
+    the GGUF file of that; None else. known: whether it is a model's folder by another file, and so no cache."""
+    files = [path for path in folder.glob("*.gguf") if path.is_file() and not re.search("mmproj|imatrix", path.name.lower())]
     if len(files) == 1 and not list(folder.glob("*.safetensors")):
         return files[0]
-    snapshots = folder / "snapshots"
+    found = [] if known else [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        if re.fullmatch("[0-9a-f]{40}", commit) and (snapshots / commit).is_dir():
-            return snapshots / commit
-    found = [path for path in snapshots.glob("*") if path.is_dir()]
-    return found[0] if len(found) == 1 else None
+        found = [path for path in found if path.name == commit] or found
+    return _inside(found[0], True) or found[0] if len(found) == 1 else None
 
 
 def _starts_as_gguf(path: Path) -> bool:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 LIBRARY_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError,
                   AssertionError, ArithmeticError, struct.error, SafetensorError, StrictDataclassError)
 """Exceptions of transformers, safetensors and gguf for a file they cannot use."""
+_TOKENIZERS = ("tokenizer.", "vocab.", "spiece.", "sentencepiece.")
+"""What the names of files with a vocabulary begin with."""
 
 
 @contextlib.contextmanager
@@ -72,8 +74,12 @@ def quiet() -> Iterator[None]:
 
 
 def _require_readers(folder: Path) -> None:
-    """Check that a `tokenizer.model` without a `tokenizer.json` can be read here: SentencePiece's format, or tiktoken's lines."""
+    """Check that there is a tokenizer, and that a `tokenizer.model` without a `tokenizer.json` can be read here: SentencePiece's
+    format, or tiktoken's lines."""
     only = folder / "tokenizer.model"
+    if not any(path.name.startswith(_TOKENIZERS) for path in folder.iterdir()):
+        raise ModelError("The folder has no tokenizer: add the tokenizer.json of its model. Mistral's tekken.json is not read.",
+                         code="E-MODEL-TOKENIZER")
     if (folder / "tokenizer.json").exists() or not only.exists():
         return
     with open(only, "rb") as file:  # the first field of a SentencePiece message is its list of pieces: tag 1, type 2

@@ -144,8 +144,8 @@ def test_pasted_text_is_taken_after_the_colon():
     (b"abc\0def", "E-TEXT-ENC", "NUL byte at offset 3"),
     (b"\xef\xbb\xbfa\0", "E-TEXT-ENC", "offset 4"),
     ("hello".encode("utf-16"), "E-TEXT-ENC", "UTF-16"),
-    (b"\x1f\x8b\x08\0\0\0\0\0", "E-TEXT-ENC", "offset 1"),
-    (b"PK\x03\x04\x14\0\0\0", "E-TEXT-ENC", "NUL"),
+    (b"\x1f\x8b\x08\0\0\0\0\0", "E-TEXT-ENC", "gzip archive"),
+    (b"PK\x03\x04\x14\0\0\0", "E-TEXT-ENC", "zip archive"),
     (b"", "E-TEXT-SHORT", "empty"),
     (b" \n\t ", "E-TEXT-SHORT", "empty"),
 ])

@@ -30,6 +30,32 @@ def test_the_field_text_wins(tmp_path):
     assert read_documents(path, limit=100) == "words"
 
 
+@pytest.mark.parametrize("content", [
+    '[{"text": "First."}, {"text": "Second."}]', '{"text": "First."}\n{"text": "Second."}',
+    '\ufeff{\n "text": "First.\\n\\nSecond."}', '\n[\n{"id": 1, "story": "First."},\n{"id": 2, "story": "Second."}]\n',
+])
+def test_json_gives_its_text_whatever_its_layout(content, tmp_path):
+    (tmp_path / "data.json").write_text(content, encoding="utf-8")
+    assert resolve_text(str(tmp_path / "data.json"), split="calibration").text == "First.\n\nSecond."
+
+
+@pytest.mark.parametrize(("start", "said"), [
+    (b"\x1f\x8b\x08", "a gzip archive: unpack it first."),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first."),
+    (b"PK\3\4", "a zip archive or an office document: save its text as a file."),
+    (b"%PDF-1.7", "a PDF: save its text as a file."),
+    (b"PAR1", "a Parquet file: name it with the suffix .parquet."),
+    (b"GGUF\3", "a GGUF model: give a text."),
+])
+def test_files_that_are_no_text_are_named(start, said, tmp_path):
+    (tmp_path / "data").write_bytes(start + b"\0\xff" * 50)
+    with pytest.raises(TextError) as caught:
+        resolve_text(str(tmp_path / "data"), split="calibration")
+    assert str(caught.value) == f"This is {said}" and caught.value.code == "E-TEXT-ENC"
+    (tmp_path / "data").write_text("GGUF is a format, PAR1 is another.")
+    assert resolve_text(str(tmp_path / "data"), split="calibration").text.startswith("GGUF is")
+
+
 REFUSED = {
     "Line 2": [{"text": "a"}, "not json"],
     "Line 1": ["[1, 2]"],

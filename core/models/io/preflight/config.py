@@ -190,8 +190,9 @@ def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
         for key in sorted(_FOREIGN_MATHS & table.keys() - read):
             value = table[key]
             if value and not (key in _FACTORS and type(value) in (int, float) and value == 1):
-                raise ModelError(f"config.json says {key} = {str(value)[:30]}: this part of a model is not supported, and "
-                                 "leaving it out would change the model. Choose another model.", code="E-MODEL-ARCH")
+                part = "mixtures of experts are" if "expert" in key else "this part of a model is"
+                raise ModelError(f"config.json says {key} = {str(value)[:30]}: {part} not supported, and leaving that out would "
+                                 "change the model. Choose another model.", code="E-MODEL-ARCH")
 
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -127,18 +127,23 @@ def _unwrapped(report: FolderReport) -> FolderReport:
 
 def check_files(folder: Path) -> FolderReport:
     """Check a folder as `check_folder` does, except for tensor names, which differ in folders saved by Quantscope."""
-    if not folder.is_dir():
-        raise ModelError(f"No model folder named {folder.name[:60]!r}: check the spelling.", code="E-MODEL-NOTFOUND")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError("This folder holds a LoRA adapter, not a whole model: merge it into its base model first.",
-                         code="E-MODEL-BAD")
-    if (folder / "run.json").exists() and not (folder / "config.json").exists():
-        raise _bad("The folder is a training run, not a model. Export it with the verb train and --export.")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ModelError(f"No model folder named {folder.name[:60]!r} can be read ({error.strerror}): check its name.",
+                         code="E-MODEL-NOTFOUND") from None
+    if {"adapter_config.json", "adapter_model.safetensors"} & set(names):
+        raise _adapter()
+    if "config.json" not in names:
+        raise _no_config(names)
     config = read_json(folder, "config.json")
     check_config(config)
     refuse_quantized_files(folder)
     _check_side_files(folder)
-    return FolderReport(config, read_weights(folder))
+    tensors = read_weights(folder)
+    if tensors and all("lora_" in name for name in tensors):
+        raise _adapter()
+    return FolderReport(config, tensors)
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
@@ -250,11 +255,39 @@ def _check_side_files(folder: Path) -> None:
         check_tokenizer(tokenizer if isinstance(tokenizer, dict) else {})
 
 
+def _adapter() -> ModelError:
+    return ModelError("This folder holds a LoRA adapter, not a whole model: merge it into its base model first.",
+                      code="E-MODEL-BAD")
+
+
+def _no_config(names: list[str]) -> ModelError:
+    """Make the error for a folder of these files, which has no config.json, by what it holds instead."""
+    files = [name for name in names if name.endswith(".gguf")]
+    if "run.json" in names:
+        return _bad("The folder is a training run, not a model. Export it with the verb train and --export.")
+    if files:
+        fault = f"The folder holds {len(files)} GGUF files: name one of them, such as {files[0][:60]}"
+    elif "params.json" in names:
+        fault = "The folder has the layout of Meta's or Mistral's own code: choose the model's version for transformers"
+    elif weights := [name for name in names if name.endswith(".safetensors")]:
+        fault = (f"config.json is missing beside {weights[0][:60]}: weights alone do not say what they compute. Put the "
+                 "config.json and the tokenizer of their model into the folder")
+    else:
+        held = ", ".join(name[:40] for name in names[:3]) + ", …" * (len(names) > 3)
+        fault = f"config.json is missing: the folder holds {held or 'nothing'}. Name the folder of one model, or a .gguf file"
+    return ModelError(f"{fault}.", code="E-MODEL-MISSING")
+
+
 def _no_weights(names: list[str]) -> ModelError:
     pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         return ModelError(f"The weights are in {pickles[0][:60]}, a format that can run code. {_CONVERT}",
                           code="E-MODEL-PICKLE")
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        remedy = (f"rename {others[0][:60]} to model.safetensors, if it holds the whole model" if len(others) == 1
+                  else "add the model.safetensors.index.json that belongs to its files")
+        return ModelError(f"The folder has no model.safetensors and no index of weights: {remedy}.", code="E-MODEL-MISSING")
     return ModelError("The folder has no model.safetensors and no model.safetensors.index.json. Choose a folder that "
                       "transformers saved.", code="E-MODEL-MISSING")
 

@@ -109,7 +109,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         walk = _Walk(data, path.name[:60])
         keys, tensors = walk.counts()
         values = walk.keys(keys)
-        _check_kind(values, walk)
+        _check_kind(values, tensors, walk)
         found = _placed([walk.tensor() for _ in range(tensors)], walk.position, values, size, walk)
     if not found:
         raise walk.bad("it holds no tensors")
@@ -233,10 +233,12 @@ class _Walk:
         return GgufTensor(name, shape, kind, prod(shape) // elements * block_bytes, offset)
 
 
-def _check_kind(values: dict[str, Any], walk: _Walk) -> None:
+def _check_kind(values: dict[str, Any], tensors: int, walk: _Walk) -> None:
     """Refuse a whole file that holds something else than a model, naming what it is."""
     signs = (*values, values.get("general.architecture"))
     kind = values.get("general.type") or next((kind for sign, kind in _OLDER_SIGNS.items() if sign in signs), None)
+    if not tensors and "tokenizer.ggml.model" in values:
+        kind = "vocab"
     if isinstance(kind, str) and kind in OTHER_KINDS:
         raise ModelError(f"{walk.name} holds {OTHER_KINDS[kind]}.", code="E-MODEL-BAD")
 

@@ -334,6 +334,10 @@ PAGES = {
     "https://hf.co/Owner/Name/blob/refs-pr-1/config.json?download=true": ("Owner/Name", "refs-pr-1"),
     "https://huggingface.co/Owner/Name?library=transformers#usage": ("Owner/Name", None),
     "https://huggingface.co/Owner/Name/discussions": ("Owner/Name", None),
+    "https://huggingface.co/Owner/Name/tree/refs%2Fpr%2F1": ("Owner/Name", "refs/pr/1"),
+    "https://huggingface.co/Owner/Name/blob/main/model.safetensors": ("Owner/Name", "main"),
+    "https://huggingface.co/Owner/Name/tree/main/": ("Owner/Name", "main"),
+    '"Owner/Name"': ("Owner/Name", None),
 }
 
 
@@ -349,7 +353,10 @@ def test_the_address_of_a_models_page_is_its_id(address, monkeypatch):
     "address",
     ["https://huggingface.co.evil.example/a/b", "https://evil.example/huggingface.co/a/b", "https://huggingface.co/a",
      "https://huggingface.co/datasets/a/b", "https://user@huggingface.co/a/b", "ftp://huggingface.co/a/b",
-     "https://huggingface.co/../b", "https://huggingface.co/a/b/../../c"],
+     "https://huggingface.co/../b", "https://huggingface.co/a/b/../../c", "https://huggingface.co/docs/transformers/index",
+     "https://huggingface.co/papers/2304.01089", "https://huggingface.co/collections/a/b-123",
+     "https://huggingface.co/a/b/tree/main/onnx", "https://huggingface.co/a/b/blob/main/onnx/config.json",
+     "https://huggingface.co/a/b/blob/main/b-Q4_K_M.gguf", "https://hf.co/a/b/resolve/main/b.GGUF?download=true"],
 )
 def test_other_addresses_are_refused(address, monkeypatch):
     monkeypatch.setattr(catalog.hub, "fetch_model", lambda *_, **__: pytest.fail("asked the Hub"))
