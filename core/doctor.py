@@ -101,13 +101,14 @@ def backends() -> list[BackendCheck]:
     """
     import torch
 
+    from core.pace import int8_columns
     from kernels import Backend, select_linear_backend
     from kernels.backend import triton_unsupported_reason
 
     device = torch.device("cpu")
     found = [BackendCheck("reference", True, "plain torch, runs everywhere")]
     for backend, weight_bits, activation_bits, use in (
-        (Backend.INT8, 4, 8, "integer products of quantised inputs and wide clusters"),
+        (Backend.INT8, 4, 8, f"integer products of quantised inputs and clusters of {int8_columns()} columns or more"),
         (Backend.INT8, 8, 8, "the same with 8-bit weights"),
         (Backend.INT4, 4, 16, "4-bit products of few rows of float inputs"),
     ):

@@ -24,6 +24,7 @@ STAGES = (
     {"errors", "checks", "cache", "disk", "folders", "memory", "storage", "privacy", "progress", "provenance"},
     {"bits", "options", "overrides", "recipe"},
     {"report", "distill_report"},
+    {"pace"},
     {"quant"},
     {"models"},
     {"hf"},

@@ -34,9 +34,9 @@ from core.probe.plans import CELLS, Layer, cell_key, cell_name
 from core.probe.probe import Half, Probe, Table
 from core.probe.report import Prediction
 from core.probe.statistics import Statistics
-from core.probe.threads import in_threads
 from core.progress import Progress, silent
 from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
+from kernels.threads import in_threads
 
 AHEAD = {"qkv": ("q", "k", "v"), "up": ("down_in",), "softmax": ("o_in",)}
 """Where the error of a cell that is no site is seen."""

@@ -16,6 +16,7 @@ Each backend has its own file with its own operands, the form in which it multip
     cluster.py       TRITON: 4-bit weights and integer codes; the op `cluster_linear`
     weight_only.py   TRITON: weights of 2, 3, 4 or 8 bits and floats; the op `weight_only_linear`
     choose.py        chooses the backend of a layer, and says why
+    pace.py          measures from how many columns per cluster INT8 is faster than REFERENCE
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kernels.backend import Backend, Choice, triton_unsupported_reason
@@ -10,11 +12,18 @@ from kernels.linear.int8 import exact_int8_products
 
 MIN_COLUMNS_PER_SEGMENT = 192
 """Columns per cluster below which INT8 is slower than float32 on dequantised weights, about: each cluster costs one GEMM call
-and one float pass over [M, N] (benchmarks: `python -m benchmarks linear`)."""
+and one float pass over [M, N] (benchmarks: `python -m benchmarks linear`). `core.pace` gives AUTO this processor's own number."""
 
 
 def select_linear_backend(
-    requested: Backend, *, weight_bits: int, activation_bits: int, offsets: tuple[int, ...], rows: int, device: torch.device
+    requested: Backend,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    offsets: tuple[int, ...],
+    rows: int,
+    device: torch.device,
+    least_columns: Callable[[], int] = lambda: MIN_COLUMNS_PER_SEGMENT,
 ) -> Choice:
     """Choose the implementation of one layer of packed weights.
 
@@ -25,6 +34,7 @@ def select_linear_backend(
         offsets: cluster boundaries of the input channels, [G + 1].
         rows: N, output channels.
         device: of the layer.
+        least_columns: gives the columns per cluster from which AUTO takes INT8; called only where that decides.
     Raises: ValueError if INT8, INT4 or TRITON is requested where it cannot run, saying why.
     """
     clusters, width = len(offsets) - 1, offsets[-1]
@@ -53,7 +63,7 @@ def select_linear_backend(
         return Choice(Backend.REFERENCE, f"no integer path on {device} yet")
     if weight_bits == 8 and not exact_int8_products():
         return Choice(Backend.REFERENCE, "integer products of 8-bit weights saturate on this processor (it has no VNNI)")
-    if columns < MIN_COLUMNS_PER_SEGMENT:
+    if columns < least_columns():
         return Choice(
             Backend.REFERENCE,
             f"{clusters} clusters of about {columns} columns: separate integer products would be slower than one float32 product",

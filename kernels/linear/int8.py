@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.operands import WHOLE, PartwiseOperands
+from kernels.threads import in_threads
 
 TILE = (128, 1024)
 """Rows and output channels computed at a time, so that the accumulator is still in cache when the scales are applied. One thread
@@ -26,6 +27,11 @@ with AMX, 512 x 576 -> 3072: 4.5 ms with one segment and 10.9 ms with four, 9.5 
 FEW_ROWS = 32
 """Number of rows up to which the weight is the left operand of `torch._int_mm`: 0.75 of the time at 1 row, 0.6 at 32, 1.0 at 64
 (576 -> 1536, one thread with AMX)."""
+
+ROWS_TO_SHARE = 256
+"""Number of rows from which each tile has one thread for all its operations. An operation that several threads share ends when
+the last of them is scheduled, and a tile has four operations per cluster: beside other busy processes that is 1.3 to 1.6 times
+as slow (docs/log.md). Below, the tiles are too few."""
 
 
 @functools.cache
@@ -59,10 +65,15 @@ class Int8Operands(PartwiseOperands):
         first, last, _ = outputs.indices(len(self.codes))
         y = torch.empty(len(x), last - first)
         rows, columns = TILE if len(x) > TILE[0] else (TILE[0], y.shape[1])
-        for m in range(0, len(x), rows):
-            for n in range(first, last, columns):
-                stop = min(n + columns, last)
-                self._tile(x[m : m + rows], slice(n, stop), y[m : m + rows, n - first : stop - first])
+        tiles = [(m, n) for m in range(0, len(x), rows) for n in range(first, last, columns)]
+
+        def compute(tile: tuple[int, int]) -> None:
+            m, n = tile
+            stop = min(n + columns, last)
+            self._tile(x[m : m + rows], slice(n, stop), y[m : m + rows, n - first : stop - first])
+
+        for _ in in_threads(compute, tiles) if len(x) >= ROWS_TO_SHARE else map(compute, tiles):
+            pass
         return y
 
     def _tile(self, x: Tensor, outputs: slice, y: Tensor) -> None:

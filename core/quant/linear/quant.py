@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from core.pace import int8_columns
 from core.quant.linear.base import LinearLayer
 from core.quant.rotated import TokenQuantizer
 from core.quant.segments import expand
@@ -157,6 +158,7 @@ class QuantLinear(LinearLayer):
             offsets=self._segments,
             rows=self.out_features,
             device=self.offsets.device,
+            least_columns=int8_columns,
         )
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import pack
 from kernels.linear import ReferenceOperands
 from kernels.linear.choose import kernels_take_codes
-from kernels.linear.int8 import Int8Operands, exact_int8_products
+from kernels.linear.int8 import ROWS_TO_SHARE, Int8Operands, exact_int8_products
 
 SHAPES = {
     "one cluster": (7, 64, 32, (0, 64)),
@@ -91,6 +91,22 @@ def test_both_backends_against_float64(shape, bits, bias):
     exact = case.exact()
     assert error(case.int8().product(case.qx), exact) < 2e-6  # measured: at most 3e-7
     assert error(case.reference().product(case.x_hat()), exact) < 2e-6
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("inference", (True, False))
+def test_tiles_on_several_threads(threads, inference):
+    """Rows and channels that end inside a tile; the number of threads and the mode are the caller's before and after."""
+    case, before = Case(ROWS_TO_SHARE + 39, 70, 1100, (0, 30, 70)), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(inference):
+            found = case.int8().product(case.qx)
+            assert found.is_inference() is inference and torch.is_inference_mode_enabled() is inference
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert error(found, case.exact()) < 2e-6
 
 
 @pytest.mark.parametrize("rows", range(1, 18))

@@ -15,15 +15,22 @@ Result = TypeVar("Result")
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield function(item) in the order of the items; inside, each operation of torch runs on its own thread alone.
 
-    The function must not touch what another item's call changes, nor torch's global settings.
+    The function must not touch what another item's call changes, nor torch's global settings. It runs in inference mode where
+    the caller does.
     """
     items, threads = list(items), torch.get_num_threads()
     if len(items) < 2 or threads < 2:
         yield from map(function, items)
         return
+    mode = torch.is_inference_mode_enabled()  # torch keeps it per thread
+
+    def call(item: Item) -> Result:
+        with torch.inference_mode(mode):
+            return function(item)
+
     pool = ThreadPoolExecutor(min(threads, len(items)), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from pool.map(function, items)
+        yield from pool.map(call, items)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
