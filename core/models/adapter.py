@@ -43,6 +43,7 @@ class BlockSpec:
         post_norms: "output" where the outputs of attention and MLP are normalised, "sum" where the residual sums are, or None.
         parallel: whether the MLP reads the layer's input, as attention does, and not the sum of both.
         rotary: which of the model's rotations this layer uses.
+        query_growth: (β, L) where the query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋), None without.
         softcap: c of c tanh(score / c), None without.
     """
 
@@ -63,6 +64,7 @@ class BlockSpec:
     post_norms: str | None = None
     parallel: bool = False
     rotary: int = 0
+    query_growth: tuple[float, int] | None = None
     softcap: float | None = None
 
     @property
@@ -116,6 +118,7 @@ class ModelAdapter:
         window: which layers `config.sliding_window` limits: "none", "all", or "layer_types", those that this field names.
         partial_rope: whether `partial_rotary_factor` is read: the part of each head, from its start, that is rotated.
         ropes: whether `rope_parameters` has an entry for each layer type; no_rope: field with a 0 for each layer without rope.
+        query_growth: whether `rope_parameters` says how queries grow with their position.
         norm1, norm2: norms before attention and MLP; post_norm1, post_norm2: after them; None without. post_norms: as in
             BlockSpec. unit_offset: whether every gain is stored minus one.
         qkv: the linears that are [q; k; v] together; interleaved: whether one stores (q, k, v) of head after head.
@@ -138,6 +141,7 @@ class ModelAdapter:
     partial_rope: bool = False
     ropes: bool = False
     no_rope: str | None = None
+    query_growth: bool = False
     norm1: str | None = "input_layernorm"
     norm2: str | None = "post_attention_layernorm"
     post_norm1: str | None = None
@@ -183,6 +187,7 @@ class ModelAdapter:
             post_norms=self.post_norms,
             parallel=self.parallel is not None and bool(getattr(config, self.parallel)),
             rotary=kinds.index(config.layer_types[layer]) if kinds else 0,
+            query_growth=_growth(_rope(config)) if self.query_growth else None,
             softcap=self.factors_of(config).softcap,
         )
 
@@ -257,6 +262,10 @@ class ModelAdapter:
         for name, value in vars(self.factors_of(config)).items():
             if value is not None and not 0 < value < math.inf:
                 return f"config.json gives the factor {name} the value {str(value)[:20]}: it must be above 0."
+        beta, length = self.spec(config).query_growth or (0.0, 1)
+        if type(beta) not in (int, float) or type(length) is not int or not 0 <= beta < math.inf or length < 1:
+            return (f"config.json says llama_4_scaling_beta = {str(beta)[:20]} with original_max_position_embeddings = "
+                    f"{str(length)[:20]}: numbers above 0 are needed.")
         if self.no_rope is not None and len(getattr(config, self.no_rope)) != config.num_hidden_layers:
             return f"config.json lists {len(getattr(config, self.no_rope))} {self.no_rope} for {config.num_hidden_layers} layers."
         return None if self.rejects is None else self.rejects(config)
@@ -265,6 +274,12 @@ class ModelAdapter:
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """Return `rope_parameters`, empty where there are none."""
     return getattr(config, "rope_parameters", None) or {}
+
+
+def _growth(rope: dict[str, Any]) -> tuple[float, int] | None:
+    """Read β and L of `BlockSpec.query_growth`; None where β is 0 or not stated."""
+    beta = rope.get("llama_4_scaling_beta")
+    return (beta, rope.get("original_max_position_embeddings")) if beta else None
 
 
 def _rope_kinds(config: PretrainedConfig) -> list[str]:

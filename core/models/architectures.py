@@ -85,6 +85,8 @@ ADAPTERS = (
     ModelAdapter(name="Llama", model_types=("llama",), norm="rms"),
     ModelAdapter(name="Mistral", model_types=("mistral",), norm="rms", window="all"),
     ModelAdapter(name="Ministral", model_types=("ministral",), norm="rms", window="layer_types"),
+    # queries grow with their position beyond the context of the pretraining
+    ModelAdapter(name="Ministral 3", model_types=("ministral3",), norm="rms", window="all", query_growth=True),
     # biases on q, k and v: R2 and R3 permute them with their rows
     ModelAdapter(name="Qwen2", model_types=("qwen2",), norm="rms", window="layer_types"),
     ModelAdapter(name="Qwen3", model_types=("qwen3",), norm="rms", window="layer_types", **_QK_NORM),

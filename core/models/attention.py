@@ -26,7 +26,8 @@ from kernels import Backend, Codes, hadamard
 from kernels.backend import triton_runs_on
 
 Rotary = tuple[Tensor, ...] | None
-"""Cosines and sines of the tokens' positions, [1, T, E] each, of every rotation of the model; None with learned positions."""
+"""Cosines and sines of the tokens' positions, [1, T, E] each, of every rotation of the model, then, where queries grow with their
+position, the factors on them, [1, T, 1]; None with learned positions."""
 
 
 class Attention(nn.Module):
@@ -117,6 +118,8 @@ class Attention(nn.Module):
             qk = hadamard(qk)
         q, k = qk.split((s.heads, s.kv_heads), dim=2)
         q = q * s.head_dim**-0.5
+        if s.query_growth is not None:
+            q = q * rotary[-1].unsqueeze(2)
         k = k if self.key_mean is None else k - self.key_mean
         if not use.owned:
             q, k, v = (self._site(*site) for site in (("q", q), ("k", k), ("v", v)))
@@ -138,9 +141,10 @@ class Attention(nn.Module):
         q, k = (t.transpose(1, 2) for t in qk.split((s.heads, s.kv_heads), dim=2))
         if self.q_quantizer is not None and not use.float_tokens:
             grid = HeadGrid(self.q_quantizer.bits, *self.q_quantizer.head_grid(s.heads))
-        rotary = self._rotation(rotary)
-        q = rope_store(q, *rotary, order=self.rope_order, scaling=s.head_dim**-0.5, grid=grid)
-        return q if grid is not None else self._fake_query(q, use), rope_store(k, *rotary, order=self.rope_order)
+        turn = self._rotation(rotary)
+        own = turn if s.query_growth is None else (t * rotary[-1] for t in turn)  # the rotation is linear in them
+        q = rope_store(q, *own, order=self.rope_order, scaling=s.head_dim**-0.5, grid=grid)
+        return q if grid is not None else self._fake_query(q, use), rope_store(k, *turn, order=self.rope_order)
 
     def _store_r2(self, qk: Tensor) -> Tensor:
         """Reorder [B, T, H + Hkv, E], every head in the order of its key/value head, as one gather over all heads."""

@@ -75,7 +75,8 @@ class Decoder(nn.Module):
         # one class serves every supported architecture with rotary positions: their transformers code is the same or does less
         self.rotaries = nn.ModuleList(map(Phi3RotaryEmbedding, adapter.rotations(config)))
         spec, factors = adapter.spec(config), adapter.factors_of(config)
-        self.head_dim, self.embed_scale, self._switch = spec.head_dim, factors.embed, _switch_of(config)
+        self.head_dim, self.query_growth = spec.head_dim, spec.query_growth
+        self.embed_scale, self._switch = factors.embed, _switch_of(config)
         self.project_in, self.project_out = (_linear(parts.get(f"project_{side}.weight")) for side in ("in", "out"))
         self.blocks = nn.ModuleList(blocks)
         self.norm: ReorderNorm | None = None
@@ -109,13 +110,17 @@ class Decoder(nn.Module):
 
         Args:
             ids: [B, T] int64. places: their positions, [1, T] int64. Both on the model's device.
-        Returns: hidden states [B, T, D]; cosines and sines [1, T, E] of every rotation, None with learned positions.
+        Returns: hidden states [B, T, D]; what `Rotary` says.
         """
         h = self.embed(ids) if self.embed_scale == 1.0 else self.embed(ids) * self.embed_scale
         if self.project_in is not None:
             h = self.project_in(h)
         if self.positions is None:
-            return h, tuple(t for rotary in self.rotaries for t in whole_rotation(*rotary(h, places), self.head_dim))
+            turns = tuple(t for rotary in self.rotaries for t in whole_rotation(*rotary(h, places), self.head_dim))
+            if self.query_growth is None:
+                return h, turns
+            beta, length = self.query_growth
+            return h, (*turns, (1 + beta * torch.log1p(places // length)).to(h.dtype)[..., None])
         return h + self.positions(places + self.adapter.position_offset), None
 
     def run(self, h: Tensor, rotary: Rotary, cache: KVCache | None = None, *, first: int = 0, last: int | None = None) -> Tensor:

@@ -54,6 +54,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
     "ministral": _LLAMA_LIKE | {"sliding_window": 16},
+    "ministral3": _LLAMA_LIKE | {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}},
 }
 """Fields of each tiny model's transformers configuration, by the name that `tiny_model` takes."""
 

@@ -94,7 +94,7 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) == 17 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) == 18 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_architecture_is_one_sentence(config):
     "kind",
     (
         *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3", "llama4_text"),
-        *("gemma3n_text", "gemma3", "mistral3", "ministral3", "qwen3_next", "falcon", "falcon_h1", "mamba", "gpt_neo", "gptj"),
+        *("gemma3n_text", "gemma3", "mistral3", "qwen3_next", "falcon", "falcon_h1", "mamba", "gpt_neo", "gptj"),
         *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "olmo3", "glm4", "starcoder2", "nemotron"),
     ),
 )
@@ -139,6 +139,9 @@ def test_other_architectures_are_refused_by_name(kind):
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("smollm3", {"no_rope_layers": [1, 1, 0]}, "3 no_rope_layers for 2 layers"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer type 'chunked_attention'"),
+        ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "llama_4_scaling_beta": 2}}, "beta = 2 "),
+        ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": -1.0,
+                                            "original_max_position_embeddings": 16}}, "llama_4_scaling_beta = -1.0"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "= 0.2"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

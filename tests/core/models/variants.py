@@ -50,6 +50,12 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
         "all sliding": {"layer_types": None, "sliding_window": 7},
         "yarn": rope("yarn"),
     },
+    "ministral3": {
+        "window": {"sliding_window": 8},
+        "no growth": rope("yarn", llama_4_scaling_beta=0),
+        "default": rope("theta", llama_4_scaling_beta=2, original_max_position_embeddings=5),
+        "tied": {"tie_word_embeddings": True},
+    },
     "qwen2": {
         "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         "yarn": rope("yarn"),

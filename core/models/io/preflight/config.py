@@ -52,6 +52,7 @@ _FOREIGN_MATHS = _FACTORS | frozenset((
 message."""
 _READ = {
     "phi3": {"partial_rotary_factor"},
+    "ministral3": {"llama_4_scaling_beta"},
     "smollm3": {"no_rope_layers"},
     "granite": {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
