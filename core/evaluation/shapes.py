@@ -104,7 +104,8 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
     from core.models.io.preflight.config import check_sizes
 
     inner = config.get("text_config")  # of a model that reads images too
-    config = inner if isinstance(inner, Mapping) else config
+    outer = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    config = {**inner, **outer} if isinstance(inner, Mapping) else config
     check_sizes(config)
     kind = str(config.get("model_type"))
     for name in _UNCOUNTED:

@@ -199,8 +199,7 @@ def _download(repo: str, info: Any, folder: Path, progress: Progress) -> None:
             remove(other)
     part.mkdir(parents=True, exist_ok=True)
     _translate(repo, lambda: _fetch(repo, "config.json", info.sha, part))
-    config = read_json(part, "config.json")  # may refuse the model before gigabytes are fetched
-    check_config(config)
+    config = check_config(read_json(part, "config.json"))  # may refuse the model before gigabytes are fetched
     check_architecture(config)
     outside = config.get("vocab_size", 0) * config.get("hidden_size", 0)  # a lower bound: an untied head is as large again
     check_memory(weight_bytes(config, parameters, outside), bytes_per_parameter=1)

@@ -68,8 +68,8 @@ class LayerReader:
     def _read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Read the tensors whose name in transformers' model is wanted, as copies of the files."""
         report, folder = self._checked.report, self._checked.resolved.path
-        stored = {report.wrapper + name: own for own, name in self._checked.names.items() if wanted(own)}
-        files = {name: report.tensors[name.removeprefix(report.wrapper)].file for name in stored}
+        infos = {own: report.tensors[name] for own, name in self._checked.names.items() if wanted(own)}
+        stored, files = {info.name: own for own, info in infos.items()}, {info.name: info.file for info in infos.values()}
         with library_errors("The weights cannot be read. Download the model again."):
             found = {stored[name]: tensor.to(self._dtype, copy=True) for name, tensor in read_tensors(folder, files)}
         require_finite(found.items())

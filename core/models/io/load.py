@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -83,9 +82,7 @@ def _load(resolved: ResolvedModel, dtype: torch.dtype, device: str, progress: Pr
     if checked.ternary:
         model = load_bitnet(resolved.path, checked.report, checked.config)
     else:
-        values, stored, report = checked.weights, checked.stored, checked.report
-        values = values and {n: t.to(dtype) for n, t in read_weights(resolved.path, stored, report, values)}
-        source = _load_weights(resolved.path, dtype, report.wrapper, checked.config, values)
+        source = _load_weights(checked, dtype)
         require_finite(source.state_dict().items())
         model = CausalModel.from_transformers(source, checked.adapter, consume=True).requires_grad_(False)
     return checked.loaded(model.to(device))
@@ -121,7 +118,8 @@ class CheckedFolder:
         if known > rows:
             raise ModelError(f"The tokenizer has {known:,} tokens, the model embeds {rows:,}: they do not belong together. "
                              "Download the model again.", code="E-MODEL-TOKENIZER")
-        path, facts = self.resolved.path, (self.resolved.name, self.resolved.revision, self.resolved.source)
+        source = self.resolved.source + ("; only its text model is read" if self.report.images else "")
+        path, facts = self.resolved.path, (self.resolved.name, self.resolved.revision, source)
         packed = None if self.weights is None else self.stored.nbytes
         origin = origin_of(path, *facts, self.report.tensors, ternary=self.ternary, packed_bytes=packed)
         return LoadedModel(model, self.tokenizer, self.adapter, *facts, path, origin=origin)
@@ -170,7 +168,10 @@ def require_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig, ModelAdapter]:
     """Read the folder's configuration, checked with transformers' defaults filled in, and find its adapter."""
     with quiet(), library_errors("config.json is not valid for its architecture. Download the model again."):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if report.images:
+            config = AutoConfig.for_model(**report.config)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         for name in _SETTINGS if report.quantised else ():  # the weights are float once they are read
             if hasattr(config, name):
                 delattr(config, name)
@@ -185,19 +186,18 @@ def _configuration(folder: Path, report: FolderReport) -> tuple[PreTrainedConfig
     return config, adapter
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, wrapper: str, config: PreTrainedConfig,
-                  values: Mapping[str, torch.Tensor] | None) -> PreTrainedModel:
-    """Load the float model of a folder whose tensors, without `wrapper`, `check_tensors` has compared with its configuration.
-
-    Args: values: the tensors, where the folder stores them in the format of another tool; they are not copied.
-    """
-    unwrap = {f"^{re.escape(wrapper)}": ""} if wrapper else None
+def _load_weights(checked: CheckedFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the float model of a folder. Transformers reads the files itself if they hold its tensors under its names."""
+    folder, config, report = checked.resolved.path, checked.config, checked.report
+    plain = checked.weights is None and not report.images and all(name == info.name for name, info in report.tensors.items())
     options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}  # their attention never runs
     with quiet(), library_errors("The weights do not fit config.json. Download the model again."):
-        if values is None:
+        if plain:
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, key_mapping=unwrap, **options)
+                folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options)
         else:
+            read = read_weights(folder, checked.stored, report, checked.weights or {})
+            values = {name: tensor.to(dtype) for name, tensor in read}
             model, info = model_class(config).from_pretrained(None, config=config, state_dict=values, **options)
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

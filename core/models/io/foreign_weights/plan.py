@@ -60,7 +60,8 @@ def plan_weights(
         layout = _choose(base, list(LAYOUTS[method](settings, base, shape)), {part: tensors[n] for part, n in names.items()})
         for stored in names.values():
             del tensors[stored]
-        tensors[f"{base}.weight"] = TensorInfo(layout.title, shape, report.tensors[next(iter(names.values()))].file)
+        first = report.tensors[next(iter(names.values()))]
+        tensors[f"{base}.weight"] = replace(first, dtype=layout.title, shape=shape)
         weights[f"{base}.weight"] = PackedWeight(layout, names)
     for name in (tensors.keys() & shapes.keys()) - weights.keys():  # tensors that the model does not have: see `check_tensors`
         if tensors[name].dtype not in FLOAT_TYPES:
@@ -76,13 +77,13 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of the tensors of a planned folder, one after the other: quantised weights as float32.
 
-    Args: stored: of `check_folder`. planned, weights: of `plan_weights`.
+    Args: stored: of `check_folder`. planned, weights: of `plan_weights`; `stored` and no weights where none is quantised.
     Raises: ModelError E-MODEL-BAD for values that their format does not have.
     """
     handles = {file: safe_open(folder / file, framework="pt") for file in {info.file for info in stored.tensors.values()}}
 
     def take(name: str) -> Tensor:
-        return handles[stored.tensors[name].file].get_tensor(stored.wrapper + name)
+        return handles[stored.tensors[name].file].get_tensor(stored.tensors[name].name)
 
     for name in planned.tensors:
         packed = weights.get(name)

@@ -63,22 +63,30 @@ _READ = {
 """Those of these fields that an architecture reads."""
 
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "n_inner", "num_labels"}
+IMAGE_MODELS = ("gemma3", "mistral3")
+"""`model_type` of models that also read images, and whose text model, described by `text_config`, is read."""
+_OF_THE_WHOLE = ("quantization_config", "compression_config", "quantization", "tie_word_embeddings")
+"""Fields in which the configuration of such a model speaks of its text model too."""
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """Check a raw `config.json` at any depth: limits, types, divisibility, no code, no quantisation that is not read.
 
+    Returns: the configuration of the model that is read: `config`, or that of the text model of one that also reads images.
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
     named_only = config.get("model_type") in ("bitnet", "phi3")  # their repositories name code that is part of transformers
     refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
     check_sizes(config)
+    if config.get("model_type") in IMAGE_MODELS and isinstance(config.get("text_config"), dict):
+        config = config["text_config"] | {name: config[name] for name in _OF_THE_WHOLE if name in config}
     if not isinstance(config.get("model_type"), str):
         raise ModelError("config.json does not say its model_type. Download the model again.", code="E-MODEL-BAD")
     if bitnet_format(config) is None:
         stated_format(config)
     _refuse_foreign_maths(config)
+    return config
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:

@@ -48,6 +48,9 @@ after them."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 """Prefixes that data-parallel training, torch.compile and models of several parts put before the names of all tensors."""
+_OF_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+_TEXT_MODEL = re.compile(r"^(model\.)?language_model\.")
+"""What stands before the names of a text model beside an image model: "language_model.model.", or "model.language_model."."""
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -58,11 +61,12 @@ _CONVERT = "Only safetensors weights are read: choose a revision that has them, 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a weight file: element type (`F32`, …), shape, and the name of the file."""
+    """One tensor of a weight file: element type (`F32`, …), shape, the name of the file, and the tensor's name there."""
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    name: str
 
     @property
     def count(self) -> int:
@@ -72,16 +76,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files.
+    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files, by their names
+    without `WRAPPERS`.
 
-    `wrapper`: what the stored names begin with in addition to the names here (see `WRAPPERS`).
+    `images`: whether config and tensors are those of the text model of one that also reads images.
     `quantised`: the tool that quantised the weights, by its `quant_method`, and the settings it states; None for float weights
     and for BitNet's.
     """
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    wrapper: str = ""
+    images: bool = False
     quantised: tuple[str, Mapping[str, Any]] | None = None
 
     @property
@@ -118,11 +123,17 @@ def _quantised(folder: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[st
 
 
 def _unwrapped(report: FolderReport) -> FolderReport:
-    """Take the wrappers that all tensors share off their names."""
-    wrapper, tensors = "", report.tensors
+    """Take the wrappers that all tensors share off their names; leave out what reads images."""
+    config, tensors = report.config, report.tensors
     while found := next((w for w in WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), None):
-        wrapper, tensors = wrapper + found, {name.removeprefix(found): tensor for name, tensor in tensors.items()}
-    return FolderReport(report.config, tensors, wrapper)
+        tensors = {name.removeprefix(found): tensor for name, tensor in tensors.items()}
+    if report.images:
+        kept = {name: tensor for name, tensor in tensors.items() if not _OF_IMAGES.match(name)}
+        tensors = {_TEXT_MODEL.sub(r"\1", name): tensor for name, tensor in kept.items()}
+        if len(tensors) < len(kept):
+            raise _bad("The weights hold tensors of the text model twice, under two names. Download the model again.")
+        config = {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
+    return replace(report, config=config, tensors=tensors)
 
 
 def check_files(folder: Path) -> FolderReport:
@@ -136,14 +147,14 @@ def check_files(folder: Path) -> FolderReport:
         raise _adapter()
     if "config.json" not in names:
         raise _no_config(names)
-    config = read_json(folder, "config.json")
-    check_config(config)
+    stated = read_json(folder, "config.json")
+    config = check_config(stated)
     refuse_quantized_files(folder)
     _check_side_files(folder)
     tensors = read_weights(folder)
     if tensors and all("lora_" in name for name in tensors):
         raise _adapter()
-    return FolderReport(config, tensors)
+    return FolderReport(config, tensors, images=config is not stated)
 
 
 def read_weights(folder: Path) -> dict[str, TensorInfo]:
@@ -348,7 +359,7 @@ def _check_entry(name: str, entry: Any, file_name: str) -> tuple[TensorInfo, tup
     begin, end = offsets
     if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise _bad(f"Tensor {name[:80]} in {file_name} has a shape that does not fit its bytes. Download it again.")
-    return TensorInfo(dtype, tuple(shape), file_name), (begin, end)
+    return TensorInfo(dtype, tuple(shape), file_name, name), (begin, end)
 
 
 def _whole_numbers(values: Any) -> bool:
