@@ -120,7 +120,7 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
             f"config.json has no {missing[0]}: it describes no decoder that is counted. Choose another model.", code="E-MODEL-BAD"
         )
     hidden, heads = found["hidden"], found["heads"]
-    shared = config.get("multi_query") and not config.get("new_decoder_architecture")
+    shared = config.get("multi_query", kind == "falcon") and not config.get("new_decoder_architecture")
     rows = _size(config, (_POSITIONS.get(kind, ""),))
     return Shape(
         **found,

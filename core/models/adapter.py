@@ -121,7 +121,9 @@ class ModelAdapter:
         query_growth: whether `rope_parameters` says how queries grow with their position.
         norm1, norm2: norms before attention and MLP; post_norm1, post_norm2: after them; None without. post_norms: as in
             BlockSpec. unit_offset: whether every gain is stored minus one.
-        qkv: the linears that are [q; k; v] together; interleaved: whether one stores (q, k, v) of head after head.
+        qkv: the linears that are [q; k; v] together; interleaved: whether one stores, key/value head after key/value head, its
+            queries, its key and its value.
+        kv_heads: function that counts the key/value heads, None where `num_key_value_heads` does.
         mlp_in: the linears that read mlp_in, [gate; up] together, or up without a gate.
         parallel: field that says whether the MLP reads the layer's input.
         factors: function that reads the factors of a configuration, None where all are neutral.
@@ -150,6 +152,7 @@ class ModelAdapter:
     unit_offset: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     interleaved: bool = False
+    kv_heads: Callable[[PretrainedConfig], int] | None = None
     o: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     gated: bool = True
@@ -172,7 +175,7 @@ class ModelAdapter:
         return BlockSpec(
             hidden=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=self.kv_heads(config) if self.kv_heads else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             ffn=getattr(config, self.ffn_field) or 4 * config.hidden_size,
             norm=self.norm,

@@ -32,6 +32,21 @@ def _granite_factors(config: PretrainedConfig) -> Factors:
     return Factors(embed, residual, config.logits_scaling, config.attention_multiplier)
 
 
+def _falcon_kv_heads(config: PretrainedConfig) -> int:
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+def _falcon_rejects(config: PretrainedConfig) -> str | None:
+    norms = config.num_ln_in_parallel_attn
+    if norms not in ((None, 1, 2) if config.new_decoder_architecture else (None, 1)):
+        return f"config.json says num_ln_in_parallel_attn = {str(norms)[:20]}, which does not fit its new_decoder_architecture."
+    if config.new_decoder_architecture and not config.parallel_attn:
+        return "config.json says new_decoder_architecture without parallel_attn, which is not supported."
+    return _rejects("alibi")(config)
+
+
 def _rejects(*fields: str) -> Callable[[PretrainedConfig], str | None]:
     """Make the function that rejects a configuration in which one of these fields is set."""
 
@@ -59,6 +74,28 @@ _STABLELM = ModelAdapter(
     partial_rope=True,
     eps_field="layer_norm_eps",
     rejects=_rejects("qk_layernorm"),
+)
+# Falcon 7B and 11B: one norm for attention and MLP
+_FALCON = ModelAdapter(
+    name="Falcon",
+    model_types=("falcon",),
+    norm="layer",
+    layers="transformer.h",
+    embed="word_embeddings",
+    final_norm="ln_f",
+    norm2="input_layernorm",
+    qkv=("self_attention.query_key_value",),
+    interleaved=True,
+    kv_heads=_falcon_kv_heads,
+    o="self_attention.dense",
+    mlp_in=("mlp.dense_h_to_4h",),
+    gated=False,
+    down="mlp.dense_4h_to_h",
+    parallel="parallel_attn",
+    ffn_field="ffn_hidden_size",
+    activation_field="activation",
+    eps_field="layer_norm_epsilon",
+    rejects=_falcon_rejects,
 )
 # the paper's architecture
 _OPT = ModelAdapter(
@@ -173,6 +210,21 @@ ADAPTERS = (
         parallel="use_parallel_residual",
         eps_field="layer_norm_eps",
     ),
+    # Falcon 40B and 180B
+    replace(
+        _FALCON,
+        name="Falcon (two norms)",
+        serves=lambda config: config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1,
+        norm1="ln_attn",
+        norm2="ln_mlp",
+    ),
+    replace(
+        _FALCON,
+        name="Falcon (sequential)",
+        serves=lambda config: not config.new_decoder_architecture and not config.parallel_attn,
+        norm2="post_attention_layernorm",
+    ),
+    _FALCON,
     ModelAdapter(
         name="GPT-2",
         model_types=("gpt2",),

@@ -3,7 +3,7 @@
     stored by the architecture                      read as
     gain minus one                                  gain
     [in, out] (GPT-2)                               [out, in]
-    (q, k, v) of head after head (GPT-NeoX)         [q; k; v]
+    (queries, k, v) of kv head after kv head        [q; k; v]
     only the first R of E channels rotated          q and k in the order that pairs channels e and e + E / 2, as everywhere; the
                                                     others are rotated by the angle 0 (`whole_rotation`)
     scores times c in place of E**-0.5              rows of Wq, or the gain of q's norm, times c E**0.5
@@ -102,7 +102,8 @@ def _head_rows(adapter: ModelAdapter, config: PretrainedConfig, spec: BlockSpec)
     heads, dim, rotated = spec.heads + 2 * spec.kv_heads, spec.head_dim, adapter.rotated(config)
     rows = torch.arange(heads * dim).view(heads, dim)
     if adapter.interleaved:
-        rows = rows.view(spec.heads, 3, dim).transpose(0, 1).reshape(heads, dim)
+        rows = rows.view(spec.kv_heads, spec.groups + 2, dim)
+        rows = torch.cat([rows[:, :-2].flatten(0, 1), rows[:, -2], rows[:, -1]])
     if rotated < dim:
         turned, still = torch.arange(rotated).view(2, -1), torch.arange(rotated, dim).view(2, -1)
         paired = torch.cat([turned, still], dim=1).flatten()

@@ -53,6 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": _LLAMA_LIKE | {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
+    "falcon": {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
     "ministral": _LLAMA_LIKE | {"sliding_window": 16},
     "ministral3": _LLAMA_LIKE | {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,

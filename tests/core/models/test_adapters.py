@@ -94,7 +94,7 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) == 18 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) == 19 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_architecture_is_one_sentence(config):
     "kind",
     (
         *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3", "llama4_text"),
-        *("gemma3n_text", "gemma3", "mistral3", "qwen3_next", "falcon", "falcon_h1", "mamba", "gpt_neo", "gptj"),
+        *("gemma3n_text", "gemma3", "mistral3", "qwen3_next", "falcon_h1", "mamba", "gpt_neo", "gptj"),
         *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "olmo3", "glm4", "starcoder2", "nemotron"),
     ),
 )
@@ -142,6 +142,11 @@ def test_other_architectures_are_refused_by_name(kind):
         ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "llama_4_scaling_beta": 2}}, "beta = 2 "),
         ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": -1.0,
                                             "original_max_position_embeddings": 16}}, "llama_4_scaling_beta = -1.0"),
+        ("falcon", {"alibi": True}, "alibi = True"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
+        ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3"),
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "without parallel_attn"),
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False, "num_ln_in_parallel_attn": 1}, "parallel_attn"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "= 0.2"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -130,6 +130,15 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
         "relu": {"hidden_act": "relu"},
         "tied": {"tie_word_embeddings": True},
     },
+    "falcon": {
+        "two norms": {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "one norm": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        "sequential": {"parallel_attn": False, "multi_query": False},
+        "all heads": {"multi_query": False},
+        "biases": {"bias": True, "new_decoder_architecture": True, "num_kv_heads": 1},
+        "yarn": rope("yarn"),
+        "untied": {"tie_word_embeddings": False},
+    },
     "gpt2": {
         "n_inner": {"n_inner": None},
         "unscaled": {"scale_attn_weights": False},

@@ -29,8 +29,8 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _CAPS = (
     dict.fromkeys(_LAYERS, MAX_LAYERS) | dict.fromkeys(_HIDDEN, MAX_HIDDEN) | dict.fromkeys(_HEADS, 1_024)
-    | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "head_dim": 4_096, "intermediate_size": 8 * MAX_HIDDEN,
-       "ffn_dim": 8 * MAX_HIDDEN, "n_inner": 8 * MAX_HIDDEN,
+    | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "num_kv_heads": 1_024, "head_dim": 4_096,
+       "intermediate_size": 8 * MAX_HIDDEN, "ffn_dim": 8 * MAX_HIDDEN, "ffn_hidden_size": 8 * MAX_HIDDEN, "n_inner": 8 * MAX_HIDDEN,
        "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
 )
 """Largest accepted value of each size; the smallest is 1."""
@@ -57,12 +57,13 @@ _READ = {
     "granite": {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
     "gemma3_text": {"final_logit_softcapping", "query_pre_attn_scalar"},
+    "falcon": {"parallel_attn"},
     "stablelm": {"partial_rotary_factor", "use_parallel_residual"},
     "gpt_neox": {"partial_rotary_factor", "rotary_pct", "use_parallel_residual"},
 }
 """Those of these fields that an architecture reads."""
 
-_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "n_inner", "num_labels"}
+_MAY_BE_NULL = {"num_key_value_heads", "num_kv_heads", "ffn_hidden_size", "head_dim", "n_inner", "num_labels"}
 IMAGE_MODELS = ("gemma3", "mistral3")
 """`model_type` of models that also read images, and whose text model, described by `text_config`, is read."""
 _OF_THE_WHOLE = ("quantization_config", "compression_config", "quantization", "tie_word_embeddings")
@@ -76,7 +77,7 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     Returns: the configuration of the model that is read: `config`, or that of the text model of one that also reads images.
     Raises: ModelError E-MODEL-CODE, E-MODEL-SIZE (above a cap) or E-MODEL-BAD.
     """
-    named_only = config.get("model_type") in ("bitnet", "phi3")  # their repositories name code that is part of transformers
+    named_only = config.get("model_type") in ("bitnet", "falcon", "phi3")  # they name code that is part of transformers
     refuse_code({key: value for key, value in config.items() if key != "auto_map"} if named_only else config)
     check_sizes(config)
     if config.get("model_type") in IMAGE_MODELS and isinstance(config.get("text_config"), dict):
@@ -239,7 +240,7 @@ def _check_heads(table: Mapping[str, Any]) -> None:
     """Check that heads divide the width (unless head_dim is stated), and key/value heads divide heads."""
     heads = next((table[key] for key in _HEADS if key in table), None)
     hidden = next((table[key] for key in _HIDDEN[:3] if key in table), None)
-    groups = table.get("num_key_value_heads")
+    groups = table.get("num_key_value_heads") or table.get("num_kv_heads")
     if heads and hidden and not table.get("head_dim") and hidden % heads:
         raise ModelError(f"config.json says {hidden} channels for {heads} heads: they must divide evenly. "
                          "Download the model again.", code="E-MODEL-BAD")

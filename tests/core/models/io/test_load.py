@@ -162,11 +162,12 @@ def test_names_of_published_checkpoints_are_known(copy, saved):
         assert torch.equal(found.model(ids).logits, tiny_model(architecture, seed=3).model(ids).logits)
 
 
-def test_code_that_transformers_has_is_not_run(copy):
-    """Published Phi-3 repositories name their own files; transformers' class takes their place."""
-    folder = copy("phi3", config={"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+@pytest.mark.parametrize(("kind", "name"), [("phi3", "Phi-3"), ("falcon", "Falcon")])
+def test_code_that_transformers_has_is_not_run(copy, kind, name):
+    """Published repositories name their own files; transformers' class takes their place."""
+    folder = copy(kind, config={"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
     (folder / "modeling.py").write_text(f"open({str(folder / 'canary')!r}, 'w')")
-    assert load_model(str(folder)).adapter.name == "Phi-3" and not (folder / "canary").exists()
+    assert load_model(str(folder)).adapter.name == name and not (folder / "canary").exists()
 
 
 @pytest.mark.parametrize(("config", "code"), [
