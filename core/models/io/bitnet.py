@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.errors import InputError, ModelError
-from core.models.adapter import BlockSpec, ModelAdapter
+from core.models.adapter import ModelAdapter
 from core.models.architectures import adapter_for
 from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
@@ -102,25 +102,29 @@ def load_bitnet(folder: Path, report: FolderReport, config: PreTrainedConfig) ->
     Args:
         report: of `check_folder`; its configuration says the format (`bitnet_format`).
         config: the folder's configuration; the loaded model's has no `quantization_config`, as the layers hold these facts.
-    Raises: ModelError E-MODEL-MISSING (a tensor is missing or left over), E-MODEL-BAD (an impossible shape, code or scale,
-        or a weight that is all zeros, as in a damaged upload), E-NUM-NAN.
+    Raises: ModelError E-MODEL-ARCH (tensors of this architecture are folded), E-MODEL-MISSING (a tensor is missing or left over),
+        E-MODEL-BAD (an impossible shape, code or scale, or a weight that is all zeros, as in a damaged upload), E-NUM-NAN.
     """
     stated = report.config.get("quantscope") or {}
     mode, keep = stated.get("mode", "w1.58a8"), float(stated.get("keep", 0.5))
     rules = BitNetRules(mode, keep, trained=mode if stated.get("trained", True) else None, trained_keep=keep)
     fmt, adapter = bitnet_format(report.config), adapter_for(config)
+    if not adapter.keeps_tensors(config):
+        raise ModelError(f"Ternary weights of {adapter.name} are not read: use a model of BitNet or Llama.", code="E-MODEL-ARCH")
     for name in ("quantization_config", "quantscope"):
         if hasattr(config, name):
             delattr(config, name)
     with library_errors("The weights do not fit config.json. Download the model again."):
-        spec, source = adapter.spec(config), _Folder(folder, report.tensors)
-        blocks = [_block(source, adapter, spec, index, fmt, rules) for index in range(config.num_hidden_layers)]
+        source = _Folder(folder, report.tensors)
+        blocks = [_block(source, adapter, config, index, fmt, rules) for index in range(config.num_hidden_layers)]
         model = CausalModel(config, adapter, blocks, dict(source.rest()))
         return model.requires_grad_(False)
 
 
-def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, fmt: str, rules: BitNetRules) -> DecoderBlock:
-    prefix = f"{adapter.layers}.{index}."
+def _block(
+    source: _Folder, adapter: ModelAdapter, config: PreTrainedConfig, index: int, fmt: str, rules: BitNetRules
+) -> DecoderBlock:
+    spec, prefix = adapter.spec(config, index), f"{adapter.layers}.{index}."
 
     def norm(path: str, width: int) -> ReorderNorm:
         weight = source.take(f"{prefix}{path}.weight").to(torch.float32)
@@ -135,7 +139,7 @@ def _block(source: _Folder, adapter: ModelAdapter, spec: BlockSpec, index: int, 
     return DecoderBlock(
         spec,
         index,
-        None,
+        adapter.windows(config)[index],
         norm1=norm(adapter.norm1, spec.hidden),
         norm2=norm(adapter.norm2, spec.hidden),
         attn_sub_norm=norm(adapter.attn_sub_norm, spec.width("o_in")) if spec.sub_norms else None,

@@ -30,8 +30,8 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _CAPS = (
     dict.fromkeys(_LAYERS, MAX_LAYERS) | dict.fromkeys(_HIDDEN, MAX_HIDDEN) | dict.fromkeys(_HEADS, 1_024)
     | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "num_kv_heads": 1_024, "head_dim": 4_096,
-       "intermediate_size": 8 * MAX_HIDDEN, "ffn_dim": 8 * MAX_HIDDEN, "ffn_hidden_size": 8 * MAX_HIDDEN, "n_inner": 8 * MAX_HIDDEN,
-       "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
+       "intermediate_size": 8 * MAX_HIDDEN, "ffn_dim": 8 * MAX_HIDDEN, "ffn_hidden_size": 8 * MAX_HIDDEN,
+       "n_inner": 8 * MAX_HIDDEN, "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
 )
 """Largest accepted value of each size; the smallest is 1."""
 
