@@ -50,7 +50,7 @@ def test_shapes_and_biases_are_those_of_the_architecture(architecture):
     assert len(loaded.model.blocks) == 3 and spec.head_dim == 16
     heads = {"falcon": (4, 1)} | dict.fromkeys(("opt", "gpt2", "gpt_neox"), (4, 4))
     assert (spec.heads, spec.kv_heads) == heads.get(architecture, (8, 2))
-    assert bool(biases) == (architecture in ("opt", "gpt2", "gpt_neox", "stablelm", "qwen2"))
+    assert bool(biases) == (architecture in ("opt", "gpt2", "gpt_neox", "stablelm", "qwen2", "falcon"))
     assert all(bias.abs().min() > 0 for bias in biases)
     tied = loaded.model.decoder.head.weight is loaded.model.get_input_embeddings().weight
     assert tied == (architecture in ("opt", "smollm", "smollm3", "gpt2", "gemma", "gemma2", "gemma3_text", "falcon"))
