@@ -85,7 +85,7 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _UNGATED = {"opt", "gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "falcon", "mpt", "phi", "codegen", "starcoder2"}
 """Families with two feed-forward matrices."""
 _UNTIED = {"llama", "mistral", "qwen2", "qwen3", "bitnet", "gpt_neox", "gptj", "phi", "phi3", "codegen", "stablelm", "olmo2",
-           "granite", "ministral", "ministral3"}
+           "granite", "ministral", "ministral3", "olmo3"}
 """Families whose head is a matrix of its own where the configuration does not say."""
 _POSITIONS = {"opt": "max_position_embeddings", "gpt_neo": "max_position_embeddings"} | dict.fromkeys(
     ("gpt2", "gpt_bigcode"), "n_positions"

@@ -66,6 +66,19 @@ _FOUR_NORMS = {
     "post_norm2": "post_feedforward_layernorm",
     "post_norms": "output",
 }
+# no norm before attention and MLP: they read the residual stream
+_OLMO2 = ModelAdapter(
+    name="OLMo 2",
+    model_types=("olmo2",),
+    norm="rms",
+    norm1=None,
+    norm2=None,
+    post_norm1="post_attention_layernorm",
+    post_norm2="post_feedforward_layernorm",
+    post_norms="output",
+    wide_qk_norm=True,
+    **_QK_NORM,
+)
 _STABLELM = ModelAdapter(
     name="StableLM",
     model_types=("stablelm",),
@@ -170,19 +183,8 @@ ADAPTERS = (
         **_FOUR_NORMS,
         **_QK_NORM,
     ),
-    # no norm before attention and MLP: they read the residual stream
-    ModelAdapter(
-        name="OLMo 2",
-        model_types=("olmo2",),
-        norm="rms",
-        norm1=None,
-        norm2=None,
-        post_norm1="post_attention_layernorm",
-        post_norm2="post_feedforward_layernorm",
-        post_norms="output",
-        wide_qk_norm=True,
-        **_QK_NORM,
-    ),
+    _OLMO2,
+    replace(_OLMO2, name="OLMo 3", model_types=("olmo3",), window="layer_types", ropes=True),
     _STABLELM,
     # one norm for attention and MLP
     replace(

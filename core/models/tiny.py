@@ -50,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite": _LLAMA_LIKE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
                               "attention_multiplier": 0.1},
     "olmo2": _LLAMA_LIKE,
+    "olmo3": _LLAMA_LIKE | {"sliding_window": 16},
     "smollm3": _LLAMA_LIKE | {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},

@@ -94,7 +94,7 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) == 19 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) == 20 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_architecture_is_one_sentence(config):
     (
         *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3", "llama4_text"),
         *("gemma3n_text", "gemma3", "mistral3", "qwen3_next", "falcon_h1", "mamba", "gpt_neo", "gptj"),
-        *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "olmo3", "glm4", "starcoder2", "nemotron"),
+        *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "glm4", "starcoder2", "nemotron"),
     ),
 )
 def test_other_architectures_are_refused_by_name(kind):

@@ -115,6 +115,11 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
         "tied": {"tie_word_embeddings": True},
         "yarn": rope("yarn"),
     },
+    "olmo3": {
+        "types": {"layer_types": TYPES},
+        "published": {"layer_types": TYPES, "rope_scaling": {**ROPES["yarn"], "attention_factor": 1.2}, "rope_theta": 300.0},
+        "head_dim": {"head_dim": 32},
+    },
     "stablelm": {
         "parallel": {"use_parallel_residual": True},
         "biases": {"use_qkv_bias": True},
