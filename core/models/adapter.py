@@ -123,7 +123,8 @@ class ModelAdapter:
             BlockSpec. unit_offset: whether every gain is stored minus one.
         qkv: the linears that are [q; k; v] together; interleaved: whether one stores, key/value head after key/value head, its
             queries, its key and its value.
-        kv_heads: function that counts the key/value heads, None where `num_key_value_heads` does.
+        kv_heads: function that counts the key/value heads, None where `num_key_value_heads` does; fixed_head: whether the
+            size of a head is hidden / heads whatever `head_dim` says.
         mlp_in: the linears that read mlp_in, [gate; up] together, or up without a gate.
         parallel: field that says whether the MLP reads the layer's input.
         factors: function that reads the factors of a configuration, None where all are neutral.
@@ -153,6 +154,7 @@ class ModelAdapter:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     interleaved: bool = False
     kv_heads: Callable[[PretrainedConfig], int] | None = None
+    fixed_head: bool = False
     o: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     gated: bool = True
@@ -258,14 +260,17 @@ class ModelAdapter:
         """Say what in a configuration is not covered, in a sentence; None if all is."""
         if self.window == "layer_types" and (other := set(config.layer_types) - set(LAYER_TYPES)):
             return f"config.json names the layer type {min(other)[:40]!r}: only {' and '.join(LAYER_TYPES)} are supported."
+        spec = self.spec(config)
+        if self.fixed_head and spec.head_dim != spec.hidden // spec.heads:
+            return f"config.json says head_dim = {spec.head_dim}, which this architecture does not support."
         parts = [_rope(one).get("partial_rotary_factor") or 1.0 for one in self.rotations(config)]
         part, rotated = next((part for part in parts if part != 1), 1), self.rotated(config)
-        if part != 1 and not self.partial_rope or parts and (not rotated or rotated % 2 or self.spec(config).head_dim % 2):
+        if part != 1 and not self.partial_rope or parts and (not rotated or rotated % 2 or spec.head_dim % 2):
             return f"config.json says partial_rotary_factor = {str(part)[:20]}, which this architecture does not support."
         for name, value in vars(self.factors_of(config)).items():
             if value is not None and not 0 < value < math.inf:
                 return f"config.json gives the factor {name} the value {str(value)[:20]}: it must be above 0."
-        beta, length = self.spec(config).query_growth or (0.0, 1)
+        beta, length = spec.query_growth or (0.0, 1)
         if type(beta) not in (int, float) or type(length) is not int or not 0 <= beta < math.inf or length < 1:
             return (f"config.json says llama_4_scaling_beta = {str(beta)[:20]} with original_max_position_embeddings = "
                     f"{str(length)[:20]}: numbers above 0 are needed.")

@@ -32,10 +32,14 @@ def _granite_factors(config: PretrainedConfig) -> Factors:
     return Factors(embed, residual, config.logits_scaling, config.attention_multiplier)
 
 
+def _all_heads(config: PretrainedConfig) -> int:
+    return config.num_attention_heads
+
+
 def _falcon_kv_heads(config: PretrainedConfig) -> int:
     if config.new_decoder_architecture:
         return config.num_kv_heads
-    return 1 if config.multi_query else config.num_attention_heads
+    return 1 if config.multi_query else _all_heads(config)
 
 
 def _falcon_rejects(config: PretrainedConfig) -> str | None:
@@ -83,6 +87,7 @@ _STABLELM = ModelAdapter(
     name="StableLM",
     model_types=("stablelm",),
     norm="layer",
+    fixed_head=True,
     serves=lambda config: not config.use_parallel_residual,
     partial_rope=True,
     eps_field="layer_norm_eps",
@@ -122,6 +127,8 @@ _OPT = ModelAdapter(
     position_offset=2,
     norm1="self_attn_layer_norm",
     norm2="final_layer_norm",
+    kv_heads=_all_heads,
+    fixed_head=True,
     o="self_attn.out_proj",
     mlp_in=("fc1",),
     gated=False,
@@ -205,6 +212,8 @@ ADAPTERS = (
         partial_rope=True,
         qkv=("attention.query_key_value",),
         interleaved=True,
+        kv_heads=_all_heads,
+        fixed_head=True,
         o="attention.dense",
         mlp_in=("mlp.dense_h_to_4h",),
         gated=False,
@@ -238,6 +247,8 @@ ADAPTERS = (
         norm1="ln_1",
         norm2="ln_2",
         qkv=("attn.c_attn",),
+        kv_heads=_all_heads,
+        fixed_head=True,
         o="attn.c_proj",
         mlp_in=("mlp.c_fc",),
         gated=False,
@@ -254,6 +265,7 @@ ADAPTERS = (
         name="BitNet",
         model_types=("bitnet",),
         norm="rms",
+        fixed_head=True,
         attn_sub_norm="self_attn.attn_sub_norm",
         ffn_sub_norm="mlp.ffn_sub_norm",
     ),

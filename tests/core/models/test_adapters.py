@@ -18,7 +18,7 @@ from core.models.tiny import CONFIGS as TINY
 from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
 from core.recipe import SITES
 from tests.core.models.variants import VARIANTS
-from tests.core.tools import ARCHITECTURES, spec_of, tokens
+from tests.core.tools import ARCHITECTURES, relative, spec_of, tokens
 
 OF_NORMS = ("norm1", "norm2", "post_norm1", "post_norm2", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm")
 
@@ -142,6 +142,7 @@ def test_other_architectures_are_refused_by_name(kind):
         ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "llama_4_scaling_beta": 2}}, "beta = 2 "),
         ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": -1.0,
                                             "original_max_position_embeddings": 16}}, "llama_4_scaling_beta = -1.0"),
+        *((kind, {"head_dim": 8}, "head_dim = 8") for kind in ("bitnet", "gpt2", "gpt_neox", "opt", "stablelm")),
         ("falcon", {"alibi": True}, "alibi = True"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2"),
         ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3"),
@@ -171,3 +172,13 @@ def test_partial_rotary_positions_are_refused_or_right(architecture):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     expected = model(tokens(1, 9)).logits
     assert torch.allclose(CausalModel.from_transformers(model, adapter)(tokens(1, 9)).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stray", ({"num_key_value_heads": 4}, {"num_kv_heads": 2}, {"sliding_window": 4}), ids=str)
+@pytest.mark.parametrize("architecture", [a for a in tiny_architectures() if a != "smollm"])
+@torch.inference_mode()
+def test_a_field_of_other_architectures_has_the_effect_that_it_has_in_transformers(architecture, stray):
+    """Often none: a name that some architectures read must not be read for the others."""
+    source, ids = tiny_transformers(architecture, **stray), tokens(1, 40)
+    made = CausalModel.from_transformers(source, adapter_for(source.config))
+    assert relative(made(ids).logits, source(ids).logits) < 1e-5
