@@ -66,6 +66,9 @@ _READ = {
 _MAY_BE_NULL = {"num_key_value_heads", "num_kv_heads", "ffn_hidden_size", "head_dim", "n_inner", "num_labels"}
 IMAGE_MODELS = ("gemma3", "mistral3")
 """`model_type` of models that also read images, and whose text model, described by `text_config`, is read."""
+_OF_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+_TEXT_MODEL = re.compile(r"^(model\.)?language_model\.")
+"""What stands before the names of the text model: "language_model.model.", or "model.language_model."."""
 _OF_THE_WHOLE = ("quantization_config", "compression_config", "quantization", "tie_word_embeddings")
 """Fields in which the configuration of such a model speaks of its text model too."""
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d{1,6})\.")
@@ -88,6 +91,11 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
         stated_format(config)
     _refuse_foreign_maths(config)
     return config
+
+
+def text_model_name(name: str) -> str | None:
+    """Return the name that a tensor of one of IMAGE_MODELS has in its text model; None for a part that reads images."""
+    return None if _OF_IMAGES.match(name) else _TEXT_MODEL.sub(r"\1", name)
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:

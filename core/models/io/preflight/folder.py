@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError
-from core.models.io.preflight.config import bitnet_format, check_config, check_layers, refuse_code
+from core.models.io.preflight.config import bitnet_format, check_config, check_layers, refuse_code, text_model_name
 from core.models.io.preflight.other_tools import (
     SETTINGS_FILES,
     refuse_quantized_files,
@@ -48,9 +48,6 @@ after them."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 WRAPPERS = ("module.", "_orig_mod.", "language_model.")
 """Prefixes that data-parallel training, torch.compile and models of several parts put before the names of all tensors."""
-_OF_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
-_TEXT_MODEL = re.compile(r"^(model\.)?language_model\.")
-"""What stands before the names of a text model beside an image model: "language_model.model.", or "model.language_model."."""
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -76,8 +73,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """The parts of a model folder that `check_folder` read: the raw config and the tensors of all weight files, by their names
-    without `WRAPPERS`.
+    """The parts of a model folder that `check_folder` read: the raw config and all tensors, by their names without `WRAPPERS`.
 
     `images`: whether config and tensors are those of the text model of one that also reads images.
     `quantised`: the tool that quantised the weights, by its `quant_method`, and the settings it states; None for float weights
@@ -128,8 +124,8 @@ def _unwrapped(report: FolderReport) -> FolderReport:
     while found := next((w for w in WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), None):
         tensors = {name.removeprefix(found): tensor for name, tensor in tensors.items()}
     if report.images:
-        kept = {name: tensor for name, tensor in tensors.items() if not _OF_IMAGES.match(name)}
-        tensors = {_TEXT_MODEL.sub(r"\1", name): tensor for name, tensor in kept.items()}
+        kept = [(own, tensor) for name, tensor in tensors.items() if (own := text_model_name(name)) is not None]
+        tensors = dict(kept)
         if len(tensors) < len(kept):
             raise _bad("The weights hold tensors of the text model twice, under two names. Download the model again.")
         config = {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
