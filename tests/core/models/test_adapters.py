@@ -14,6 +14,7 @@ from core.errors import ModelError
 from core.models.adapter import ModelAdapter
 from core.models.architectures import ADAPTERS, adapter_for, supported_model_types
 from core.models.decoder import CausalModel
+from core.models.io.preflight.config import check_architecture
 from core.models.tiny import CONFIGS as TINY
 from core.models.tiny import tiny_architectures, tiny_model, tiny_transformers
 from core.recipe import SITES
@@ -122,6 +123,14 @@ def test_an_unknown_architecture_is_one_sentence(config):
 def test_other_architectures_are_refused_by_name(kind):
     with pytest.raises(ModelError, match=f"^Architecture '{kind}' has no adapter: use one of [^.]+[.]$") as caught:
         adapter_for(AutoConfig.for_model(kind))
+    assert caught.value.code == "E-MODEL-ARCH" and len(str(caught.value)) <= 240
+
+
+def test_layers_of_linear_attention_are_named():
+    """As Qwen3.5 is published: the text model is described inside the whole one."""
+    config = {"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention", "full_attention"]}}
+    with pytest.raises(ModelError, match="'qwen3_5' .* layer_types name 'linear_attention'") as caught:
+        check_architecture(config)
     assert caught.value.code == "E-MODEL-ARCH" and len(str(caught.value)) <= 240
 
 

@@ -151,9 +151,15 @@ def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, it
 
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
-    from core.models.architectures import supported_model_types  # imported here, as it loads torch and transformers
+    from core.models.adapter import LAYER_TYPES  # imported here, as they load torch and transformers
+    from core.models.architectures import supported_model_types
 
-    known = supported_model_types()
+    known, inner = supported_model_types(), config.get("text_config")
+    kinds = [table.get("layer_types") for table in (config, inner) if isinstance(table, Mapping)]
+    for kind in (kind for listed in kinds if isinstance(listed, list) for kind in listed):
+        if kind not in LAYER_TYPES:
+            raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: its layer_types name "
+                             f"{str(kind)[:40]!r}, and only {' and '.join(LAYER_TYPES)} are read.", code="E-MODEL-ARCH")
     if config.get("model_type") not in known:
         raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: use one of "
                          f"{', '.join(known)}.", code="E-MODEL-ARCH")
