@@ -20,6 +20,7 @@ from app.door.visitor import visitor
 from app.inbox import Inbox
 from app.view import texts
 from app.view.names import names_of
+from core.baselines.registry import split_key
 from core.errors import ResourceError
 from core.recipe import Calibration, Clusters, QuantRecipe
 
@@ -59,10 +60,10 @@ class Protocol:
 
 @dataclass
 class Run:
-    """A model that can be compared: an unquantised one, or a quantised one.
+    """A model that can be compared: an unquantised one, a quantised one, or a baseline of an unquantised one.
 
     Attributes:
-        key: the workbench's key: a model name, or the hash of its recipe.
+        key: the workbench's key: a model name, the hash of its recipe, or a baseline's key.
         label: the full name. name: the visitor's own name for it, empty for the page's short name.
         measured: measurements (EvalReport) by how they were made, the newest last.
         ternary: its reports for the BitNet tab. state: of a local model's files, see `core.folders.state_of`.
@@ -80,7 +81,12 @@ class Run:
     @property
     def model(self) -> str:
         """Name of the model that was loaded, or that was quantised."""
-        return self.recipe.model if self.recipe else self.key
+        return self.recipe.model if self.recipe else split_key(self.key)[0]
+
+    @property
+    def baseline(self) -> str | None:
+        """Name of the baseline that it is, None for every other run."""
+        return split_key(self.key)[1]
 
     @property
     def evaluation(self) -> Any:
@@ -95,7 +101,7 @@ class Run:
     @property
     def is_base(self) -> bool:
         """Whether this is an unquantised model."""
-        return self.recipe is None
+        return self.recipe is None and self.baseline is None
 
 
 @dataclass

@@ -6,7 +6,6 @@ The tested ranges are read from `requirements.txt`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from core.baselines.registry import BASELINES, installed_version
 from core.errors import ResourceError
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -38,7 +38,7 @@ class PackageCheck:
 
 @dataclass(frozen=True)
 class BackendCheck:
-    """One backend of the linear layers: what it is for, or why it cannot run here."""
+    """One backend of the linear layers, or one baseline: what it is, or why it cannot run here."""
 
     name: str
     runs: bool
@@ -51,6 +51,7 @@ class DoctorReport:
 
     packages: list[PackageCheck]
     backends: list[BackendCheck]
+    baselines: list[BackendCheck]
     hardware: str
 
     @property
@@ -77,14 +78,8 @@ def packages(requirements: Path = REQUIREMENTS) -> list[PackageCheck]:
         ) from None
     wanted = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate()]
-    return [_check(Requirement(f"python{PYTHON}"), platform.python_version()), *(_check(r, _installed(r.name)) for r in needed)]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    own = _check(Requirement(f"python{PYTHON}"), platform.python_version())
+    return [own, *(_check(r, installed_version(r.name)) for r in needed)]
 
 
 def _check(requirement: Requirement, version: str | None) -> PackageCheck:
@@ -132,7 +127,8 @@ def examine() -> DoctorReport:
     """Check packages and backends. Raises: ResourceError (E-DOCTOR) without requirements.txt."""
     from core.provenance import hardware
 
-    return DoctorReport(packages(), backends(), hardware())
+    baselines = [BackendCheck(b.name, b.missing is None, b.missing or b.label) for b in BASELINES.values()]
+    return DoctorReport(packages(), backends(), baselines, hardware())
 
 
 def summary() -> str:

@@ -216,6 +216,7 @@ class EvalReport(Scores):
         tokens, window: how many tokens were read, in windows of how many.
         reference: key of the model that `Scores` compares with, None without one.
         weight_bytes, weight_parts: measured on the tensors in memory; working_bytes: copies that backends hold beside them.
+        effective_weight_bits: stored bits per decoder weight with scales and zero points; None in rows of earlier versions.
         protocol: one sentence.
         origin: the float model that it is or was made from, its precision and where it comes from.
         caution: a warning to show where weights are compared; None where none is needed.
@@ -237,6 +238,7 @@ class EvalReport(Scores):
     protocol: str
     origin: str = ""
     caution: str | None = None
+    effective_weight_bits: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The order of the stages, in one place: load, observe, quantise, evaluate, generate.
 
 The page's worker, the command line and `core.run` call it. A `Workbench` keeps models in memory, the least recently used go
-first, and returns reports of plain numbers. Quantised models are also saved in the cache, so that a worker started anew finds
-them again.
+first, and returns reports of plain numbers. Quantised models are saved in the cache too, where a new worker finds them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from core.baselines.apply import with_baseline
+from core.baselines.registry import split_key
 from core.cache import cache_limit, in_use
 from core.calibration.channel import channel_detail
 from core.calibration.data import TextSource, calibration_tokens, resolve_text
@@ -29,7 +30,7 @@ from core.errors import ArtifactError, InputError, ResourceError
 from core.evaluation import sparsity
 from core.evaluation.describe import caution_of, model_info, report_from_dict, set_backend
 from core.evaluation.generate import generate
-from core.evaluation.memory import measured_parts, working_bytes
+from core.evaluation.memory import held_bytes
 from core.evaluation.perplexity import Reference, hidden_windows
 from core.evaluation.speed import speed_limit
 from core.evaluation.token_report import TokensReport
@@ -64,9 +65,9 @@ _Name = tuple[str, str | None, str | None]
 class Workbench(ProbeBench):
     """Models by key, and every stage as a method that returns a report.
 
-    A key is a model name as `load_model` takes it, or the hash of a recipe that `quantize` returned. Every method takes the
-    `owner` who asks: a session's secret key on the page, None for the local user. A model made from a private text
-    (`core.privacy`) is found by its owner alone; to everybody else its hash is an unknown name.
+    A key is a model name as `load_model` takes it, the hash of a recipe that `quantize` returned, or a baseline's (`split_key`).
+    Every method takes the `owner` who asks: a session's secret key on the page, None for the local user. A model made from a
+    private text (`core.privacy`) is found by its owner alone; to everybody else its hash is an unknown name.
 
     Args:
         max_bytes: models beyond this are dropped, least recently used first (the one in use stays); what is kept of
@@ -349,20 +350,23 @@ class Workbench(ProbeBench):
 
     def _load(self, key: str, revision: str | None, owner: str | None, progress: Progress) -> _Name:
         """Load the model of a key that `owner` may use, from memory, from the cache, or by name; return its name in memory."""
-        state = state_of(key)
+        model, baseline = split_key(key)
+        state = state_of(model)
         for tag in (owner_tag(owner), None):
             name = self._aliases.get((key, revision, tag), (key, revision, tag))
             if name in self._models and self._states[name] == state:
                 self._models.move_to_end(name)
                 return name
-        folder = saved.find_saved(key, owner)
-        if folder is not None:
+        if baseline is not None:
+            base = self._load(model, revision, owner, progress)
+            loaded, name = with_baseline(self._models[base], baseline, progress=progress), (key, *base[1:])
+        elif (folder := saved.find_saved(key, owner)) is not None:
             loaded = replace(self._load_saved(folder, progress), name=key)
             name = (key, revision, None if saved.is_public_folder(folder) else owner_tag(owner))
         else:
             loaded = load_model(key, revision=revision, device=self.device, progress=progress, allow_local=self.allow_local)
-            name = (key, loaded.revision, None)  # reports name this revision: asking for it finds the model loaded now
-            self._aliases[key, revision, None] = name
+            name = (key, loaded.revision, None)
+        self._aliases[key, revision, name[2]] = name  # reports name this revision: asking for it finds the model loaded now
         self._remember(name, loaded, state)
         return name
 
@@ -377,7 +381,7 @@ class Workbench(ProbeBench):
         self._models.move_to_end(name)
         for known in [known for known in self._references if known[0] == name]:
             del self._references[known]  # the name may mean another model now
-        while len(self._models) > 1 and sum(_held_bytes(m) for m in self._models.values()) > self.max_bytes:
+        while len(self._models) > 1 and sum(held_bytes(m.model) for m in self._models.values()) > self.max_bytes:
             dropped, _ = self._models.popitem(last=False)
             logger.info("dropped model %s from memory", dropped[0])
 
@@ -394,7 +398,3 @@ class Workbench(ProbeBench):
         while sum(t.nbytes for states in self._references.values() for t in states) > REFERENCE_SHARE * self.max_bytes:
             self._references.popitem(last=False)
         return hidden
-
-
-def _held_bytes(loaded: LoadedModel) -> int:
-    return sum(measured_parts(loaded.model).values()) + working_bytes(loaded.model)

@@ -30,6 +30,7 @@ STAGES = (
     {"hf"},
     {"calibration"},
     {"methods"},
+    {"baselines"},
     {"doctor"},
     {"evaluation"},
     {"distill"},

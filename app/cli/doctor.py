@@ -14,12 +14,16 @@ def doctor(args: Namespace, console: Console) -> None:
 
     report = examine()
     packages = [[p.name, p.version or "missing", p.tested, "tested" if p.ok else "NOT TESTED"] for p in report.packages]
-    backends = [[b.name, "runs" if b.runs else "no", b.reason] for b in report.backends]
+    backends, baselines = (
+        [[b.name, "runs" if b.runs else "no", b.reason] for b in found] for found in (report.backends, report.baselines)
+    )
     console.finish(
         report.to_dict(),
         table(["package", "installed", "tested range", ""], packages, left=4)
         + "\n"
         + table(["backend", "", "why"], backends, left=3)
+        + "\n"
+        + table(["baseline of compare", "", "what it is, or why not"], baselines, left=3)
         + f"\n{report.hardware}\n",
     )
     if not report.ok:

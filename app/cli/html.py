@@ -8,6 +8,7 @@ from typing import Any
 
 from app.report import report_html
 from app.session import Protocol, Run, Session
+from core.baselines.registry import BASELINES
 from core.errors import ArtifactError
 from core.recipe import QuantRecipe
 from core.storage import write_file
@@ -23,6 +24,7 @@ def write_html(target: str, bench: Any, protocol: dict[str, Any], measured: Sequ
     session = Session(protocol=Protocol(protocol["text"], protocol["tokens"], protocol["window"]))
     for name, report in measured:
         run = Run(name, report.label)
+        run.label = BASELINES[run.baseline].label if run.baseline else run.label
         try:
             run.quantize = bench.open_saved(folder=name)
             run.recipe = QuantRecipe.from_dict(run.quantize.recipe)

@@ -15,6 +15,7 @@ from app.view import bases
 from app.view import texts_bases as words
 from app.view.figure import bytes_text, number
 from app.view.tables import probability_change, quantile, share, with_error
+from core.baselines.registry import baseline_key, find_baseline, split_key
 from core.checks import parse_int, require_choice, require_int
 from core.errors import InputError
 from core.options import BASES
@@ -133,24 +134,26 @@ def generate(args: Namespace, console: Console) -> None:
 
 
 def compare(args: Namespace, console: Console) -> None:
-    """Measure several models and print one row per model; the first is the reference of the others."""
-    if len(args.models) < 2:
+    """Measure several models, and baselines of the first, and print a row for each; the first is the others' reference."""
+    first, own = args.models[0], [find_baseline(name).name for name in dict.fromkeys(args.baseline)]
+    models = [*args.models, *(baseline_key(first, name) for name in own)]
+    if len(models) < 2:
         raise InputError("Only one model is given: name two or more, the first being the reference.", code="E-PARAM-MODELS")
     protocol, writing = _protocol(args), _writing(args, args.prompt) | {"backend": _backend(args)}
     from core import Workbench
     from core.models.io.catalog import resolve
     from core.provenance import provenance
 
-    bench, first = Workbench(device=args.device), args.models[0]
+    bench = Workbench(device=args.device)
     for name in args.models:
         resolve(name, progress=console.progress)  # an unknown name must fail before the first model is measured
     reports = [
         bench.evaluate(name, reference=None if i == 0 else first, **protocol, progress=console.progress)
-        for i, name in enumerate(args.models)
+        for i, name in enumerate(models)
     ]
     if args.html is not None:
-        write_html(args.html, bench, protocol, list(zip(args.models, reports, strict=True)))
-    headers = ["model", "perplexity", "ln ratio", "KLD", "same top", "weights", "KV / token", "tokens/s"]
+        write_html(args.html, bench, protocol, list(zip(models, reports, strict=True)))
+    headers = ["model", "perplexity", "ln ratio", "KLD", "same top", "weights", "bits/weight", "KV / token", "tokens/s"]
     rows = [
         [
             name,
@@ -159,22 +162,24 @@ def compare(args: Namespace, console: Console) -> None:
             with_error(r.kld_mean, r.kld_stderr),
             share(r.same_top_token, r.same_top_stderr),
             bytes_text(r.weight_bytes),
+            number(r.effective_weight_bits),
             bytes_text(r.kv_bytes_per_token),
             number(r.tokens_per_second),
         ]
-        for name, r in zip(args.models, reports, strict=True)
+        for name, r in zip(models, reports, strict=True)
     ]
     console.write(table(headers, rows) + f"\nln ratio, KLD and same top token are against the first. {reports[0].protocol}.\n")
-    console.write("".join(f"\n{name}\n{facts(_divergence(r))}" for name, r in zip(args.models[1:], reports[1:], strict=True)))
-    sources = [*((name, r.origin) for name, r in zip(args.models, reports, strict=True) if r.origin)]
+    console.write("".join(f"\n{name}\n{facts(_divergence(r))}" for name, r in zip(models[1:], reports[1:], strict=True)))
+    origins = ((name, r.label if split_key(name)[1] else r.origin) for name, r in zip(models, reports, strict=True))
+    sources = [(name, said) for name, said in origins if said]
     sources += [("caution", said) for said in dict.fromkeys(r.caution for r in reports if r.caution)]
     console.write(f"\n{facts(sources)}" if sources else "")
     written = []
-    for name in args.models if args.prompt is not None else ():
+    for name in models if args.prompt is not None else ():
         console.write(f"\n── {name}\n")
         written.append(_stream(bench, name, args.prompt, writing, console))
         console.write(f"\n[{_speed(written[-1])}]\n")
-    measured = [{"model": name, **r.to_dict()} for name, r in zip(args.models, reports, strict=True)]
+    measured = [{"model": name, **r.to_dict()} for name, r in zip(models, reports, strict=True)]
     continued = [{"model": w.key, **w.to_dict()} for w in written]
     console.finish(
         {"reference": first, "models": measured, "prompt": args.prompt, "continuations": continued, "provenance": provenance()},

@@ -2,6 +2,7 @@
 
 A quantised run is called by its bits and clusters, "W4A4 g32", "RTN W4A4" or "BitNet a4.8". Every other choice of its recipe is
 named only where a run of the same short name chose otherwise, the calibration text where any run did: "W4A4 g32 · WikiText-2".
+A baseline is called by its title and its library's version.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     several = len({run.model for run in runs}) > 1
     names = []
     for run in runs:
+        lead = model_name(run.model) if several else ""
         if run.name or run.recipe is None:
-            names.append(run.name or model_name(run.label))
+            own = " · ".join(filter(None, (lead, run.label))) if run.baseline else model_name(run.label)
+            names.append(run.name or own)
             continue
         alike = [other for key, other in chosen.items() if made[key] == made[run.key]]
         differing = [
@@ -88,7 +91,6 @@ def names_of(runs: Sequence[Run]) -> list[str]:
             for choice, words in chosen[run.key].items()
             if any(other[choice] != words for other in (chosen.values() if choice == "text" else alike))
         ]
-        lead = model_name(run.model) if several else ""
         names.append(" · ".join(filter(None, (lead, made[run.key][1], *differing))))
     return names
 
@@ -96,7 +98,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def full_name(run: Run) -> str:
     """Return a run's name with everything that its recipe says."""
     if run.recipe is None:
-        return run.label
+        return f"{run.model} · {run.label}" if run.baseline else run.label
     calibration = run.recipe.calibration
     where = f"{calibration.tokens:,} tokens of {text_name(calibration.text)} in windows of {calibration.window}"
     return f"{run.model} · {run.label} · {where}, seed {run.recipe.seed}"

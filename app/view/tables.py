@@ -69,8 +69,8 @@ NUMBER_COLUMNS = {
 RECORDED = (
     *("key", "reference", "text_name", "tokens", "window", "windows_id", "perplexity", "perplexity_stderr", "ln_ratio"),
     *("ln_ratio_stderr", "kld_mean", "kld_stderr", "delta_p_mean", "delta_p_stderr", "delta_p_rms", "delta_p_rms_stderr"),
-    *("same_top_token", "same_top_stderr", "weight_bytes", "kv_bytes_per_token", "tokens_per_second"),
-    *("device", "dtype", "backend"),
+    *("same_top_token", "same_top_stderr", "weight_bytes", "effective_weight_bits", "kv_bytes_per_token"),
+    *("tokens_per_second", "device", "dtype", "backend"),
 )
 """Fields of EvalReport that the files of numbers have, beside the divergence's quantiles."""
 SPREAD = ("50", "99", "99.9")
@@ -117,7 +117,7 @@ def number_rows(runs: Sequence[Measured]) -> tuple[list[str], Rows]:
             f"{number(e.perplexity, 4)} ± {number(e.perplexity_stderr, 2) if e.perplexity_stderr else '–'}",
             ratio_cell(run),
             *divergence_cells(run),
-            bytes_text(e.weight_bytes),
+            bytes_cell(e),
             Estimate(bytes_text(run.estimate)) if run.estimate else "–",
             bytes_text(e.kv_bytes_per_token),
             number(e.tokens_per_second),
@@ -153,6 +153,12 @@ def ratio_cell(run: Measured) -> Cell:
         return "–"
     pair = against_reference(e)
     return Hover(f"×{number(pair.ratio)} (ln {with_error(e.ln_ratio, e.ln_ratio_stderr)})", pair.verdict())
+
+
+def bytes_cell(report: Any) -> Cell:
+    """Format the bytes of a model's weights, with the bits of a decoder weight where they are known."""
+    size, bits = bytes_text(report.weight_bytes), report.effective_weight_bits
+    return size if bits is None else Hover(size, f"{number(bits)} bits per decoder weight, scales included")
 
 
 def divergence_cells(run: Measured) -> list[Cell]:

@@ -21,19 +21,23 @@ class Footprint:
 
     Attributes:
         parts: bytes as `measured_parts` counts them. working, kv_per_token: bytes as in `EvalReport`.
-        backends: as `backend_use`.
+        backends: as `backend_use`. linear: stored bytes and number of the linear layers' weights.
     """
 
     parts: dict[str, int]
     working: int
     kv_per_token: int
     backends: list[BackendUse]
+    linear: tuple[int, int]
 
 
 def footprint_of(loaded: LoadedModel) -> Footprint:
     """Measure a model in memory."""
     model = loaded.model
-    return Footprint(measured_parts(model), working_bytes(model), kv_bytes_per_token(model), backend_use(loaded))
+    linears = [linear for block in model.blocks for linear in block.linears().values()]
+    stored, count = sum(x.stored_bytes for x in linears), sum(x.in_features * x.out_features for x in linears)
+    parts, working, kv_per_token = measured_parts(model), working_bytes(model), kv_bytes_per_token(model)
+    return Footprint(parts, working, kv_per_token, backend_use(loaded), (stored, count))
 
 
 def joint_footprint(layers: list[Footprint], outside: dict[str, int]) -> Footprint:
@@ -50,7 +54,8 @@ def joint_footprint(layers: list[Footprint], outside: dict[str, int]) -> Footpri
         uses.update({(use.backend, use.reason): use.layers for use in layer.backends})
     backends = [BackendUse(*choice, number) for choice, number in uses.items()]
     working, kv_per_token = max(layer.working for layer in layers), sum(layer.kv_per_token for layer in layers)
-    return Footprint({name: size for name, size in parts.items() if size}, working, kv_per_token, backends)
+    stored, count = (sum(sizes) for sizes in zip(*(layer.linear for layer in layers), strict=True))
+    return Footprint({name: size for name, size in parts.items() if size}, working, kv_per_token, backends, (stored, count))
 
 
 def eval_report(
@@ -90,6 +95,7 @@ def eval_report(
         f"{dtype} on {device}, one window at a time",
         origin="" if loaded.origin is None else f"{loaded.origin.label}: {loaded.origin.sentence}",
         caution=caution_of(loaded),
+        effective_weight_bits=8 * footprint.linear[0] / footprint.linear[1],
     )
 
 

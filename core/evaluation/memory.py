@@ -264,6 +264,11 @@ def working_bytes(model: CausalModel) -> int:
     return sum(m.working_bytes for m in modules_of(model))
 
 
+def held_bytes(model: CausalModel) -> int:
+    """Count the bytes of a model in memory: its tensors and the backends' working copies."""
+    return sum(measured_parts(model).values()) + working_bytes(model)
+
+
 def kv_bytes_per_token(model: CausalModel) -> int:
     """Count the stored bytes of one token's keys and values over all layers; a first token with bits of its own is left out."""
     spec = model.blocks[0].spec
@@ -279,7 +284,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _part(module: nn.Module, name: str, tensor: Tensor) -> str:
     if name == "packed":
         return "packed weights"
-    if name in ("weight_scale", "weight_zero", "scale", "zero_point", "bounds"):
+    if name in ("weight_scale", "weight_zero", "zero_point", "bounds") or name.startswith("scale"):
         return "scales and zero points"
     return "decoder weights (float)" if tensor.dim() == 2 and name == "weight" else "norms, biases and orders"
 

@@ -8,6 +8,8 @@ D hidden, H query heads, Hkv key/value heads, E head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,8 @@ class Attention(nn.Module):
     Set by quantisation: `q_quantizer`, `k_quantizer`, `v_quantizer`, None where a site stays in float; `bits`, those of
     BitNet's rules; `softmax_bits`; `sink_tokens`, the first positions whose activations stay in float; `rope_order` [Hkv, E] (R2,
     None keeps the order); `rotates_heads`, whether a Hadamard matrix rotates q and k after their rotation by position; `key_mean`
-    [Hkv, E], subtracted from the keys last: it changes all scores of a query by the same number, which softmax ignores.
+    [Hkv, E], subtracted from the keys last: it changes all scores of a query by the same number, which softmax ignores; `store`,
+    which makes another library's store of keys and values (`core.baselines.cache`), None for ours.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Attention(nn.Module):
         self.v_quantizer: ActivationQuantizer | TokenQuantizer | None = None
         self.rotates_heads = False
         self.bits: AttentionBits | None = None
+        self.store: Callable[[], FloatKVLayer] | None = None
         self.softmax_bits, self.sink_tokens = 16, 0
 
     def grids(self) -> tuple[KVGrid | None, KVGrid | None]:
@@ -80,7 +84,7 @@ class Attention(nn.Module):
 
     def new_cache(self) -> FloatKVLayer | QuantizedKVLayer:
         """Make an empty store for keys and values: packed where both are quantised."""
-        return new_layer(*self.grids())
+        return new_layer(*self.grids()) if self.store is None else self.store()
 
     def forward(
         self, x: Tensor | Codes, use: InputUse, rotary: Rotary, cache: FloatKVLayer | QuantizedKVLayer | None
@@ -161,6 +165,10 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: FloatKVLayer | QuantizedKVLayer | None) -> Tensor:
         """Compute o_in [B, T, H E] before its norm; keys and values are quantised here, or by the cache that stores them."""
+        if cache is None and self.store is not None:
+            cache = self.store()  # keys that it has not quantised yet are exact: each piece sees what one token at a time would
+            pieces = (x.split(cache.pieces(q.shape[2]), dim=2) for x in (q, k, v))
+            return torch.cat([self._attend(*piece, cache) for piece in zip(*pieces, strict=True)], dim=1)
         past = 0 if cache is None else cache.length
         mask = None if self.window is None else window_mask(q.shape[2], past + q.shape[2], self.window, q.device)
         if cache is None:

@@ -130,6 +130,10 @@ class FloatKVLayer:
         self.length = stop
         return self._slots[0, :, :, :stop], self._slots[1, :, :, :stop]
 
+    def pieces(self, tokens: int) -> list[int]:
+        """Return how many of `tokens` new positions may come at once, so that all see what they would one at a time."""
+        return [tokens]
+
     def attends(self, q: Tensor, softmax_bits: int) -> bool:
         """Say no: see `QuantizedKVLayer.attends`."""
         return False

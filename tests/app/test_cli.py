@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shlex
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_compare_measures_against_the_first(call):
     assert [c["model"] for c in made["continuations"]] == ["base", "made"]
     code, out, err = call("compare", "--models", "base", "made", *SCORING)
     assert code == 0 and err == "" and out.splitlines()[0].split()[:2] == ["model", "perplexity"] and "±" in out
+
+
+def test_compare_measures_baselines_of_the_first(call, place):
+    asked = ["--baseline", "gguf-q4_0", "--baseline", "gguf-q8_0", "--baseline", "gguf-q4_0", *SCORING, "--html", "base.html"]
+    made = document(call, "compare", "--models", "base", *asked, "--prompt", "The", "--max-new-tokens", 4)
+    base, *found = made["models"]
+    assert [m["model"] for m in found] == ["base::gguf-q4_0", "base::gguf-q8_0"] and len(made["continuations"]) == 3
+    assert [m["windows_id"] for m in found] == [base["windows_id"]] * 2 and base["effective_weight_bits"] == 32
+    assert [m["effective_weight_bits"] for m in found] == [4.5, 8.5] and found[0]["kld_mean"] > found[1]["kld_mean"] > 0
+    version = importlib.metadata.version("gguf")
+    assert found[0]["label"] == f"base · llama.cpp's Q4_0, gguf {version}"
+    assert f"Q4_0, gguf {version}" in (place / "base.html").read_text(encoding="utf-8")
 
 
 def test_memory_projects_named_shapes_and_prints_both_units(call):

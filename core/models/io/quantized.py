@@ -44,6 +44,7 @@ from core.models.loaded import LoadedModel
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
 from core.quant.affine import QParams
+from core.quant.linear.base import FloatLinear, LinearLayer
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.rotated import TokenQuantizer
@@ -369,16 +370,16 @@ def _all_tensors(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
             yield from ((".".join(filter(None, ("decoder", name, index, own))), tensor) for own, tensor in tensors.items())
 
 
-def modules_of(model: nn.Module) -> list[QuantLinear | TernaryLinear]:
+def modules_of(model: nn.Module) -> list[LinearLayer]:
     """List every low-bit linear layer of a model."""
-    return [m for m in model.modules() if isinstance(m, (QuantLinear, TernaryLinear))]
+    return [m for m in model.modules() if isinstance(m, LinearLayer) and not isinstance(m, FloatLinear)]
 
 
 def parameters_of(model: CausalModel) -> int:
     """Count the parameters of a model, tied ones once. Quantising changes their bits, not their number."""
     floats, packed = {id(p): p for p in model.parameters()}, 0
     for module in model.modules():
-        if isinstance(module, (QuantLinear, TernaryLinear)):
+        if isinstance(module, LinearLayer) and not isinstance(module, FloatLinear):
             packed += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
         elif isinstance(module, (ReorderNorm, Attention)):
             names = ("weight", "bias") if isinstance(module, ReorderNorm) else ("q_norm", "k_norm")

@@ -1,0 +1,77 @@
+"""Make a model's baseline: the same decoder, with weights or a KV cache of another library."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from core.baselines.cache import STORES
+from core.baselines.registry import Baseline, baseline_key, find_baseline
+from core.baselines.weights import GROUP, GROUPED, QUANTIZERS
+from core.errors import InputError, ModelError
+from core.models.block import DecoderBlock
+from core.models.io.foreign import quiet
+from core.models.loaded import LoadedModel
+from core.progress import Progress, silent
+from core.quant.linear.foreign import ForeignLinear
+
+CACHE_GROUP = 64
+"""Numbers of a group of transformers' quantised cache, its default; the keys of one token fill whole groups."""
+
+
+@torch.inference_mode()
+def with_baseline(base: LoadedModel, name: str, *, progress: Progress = silent) -> LoadedModel:
+    """Make the baseline `name` of a float model, which is not changed and shares what is not quantised.
+
+    Raises: as `find_baseline`; ModelError E-MODEL-QUANTIZED where weights are not float; InputError E-PARAM-BASELINE where the
+        model's sizes do not fit the library's groups.
+    """
+    chosen = find_baseline(name)
+    if not all(block.is_float for block in base.model.blocks):
+        raise ModelError(f"This model is already quantised: apply {name} to the float model.", code="E-MODEL-QUANTIZED")
+    blocks, made = base.model.blocks, []
+    for index, block in enumerate(blocks):
+        progress(f"Layer {index + 1} of {len(blocks)}: {chosen.title}", index / len(blocks))
+        with quiet():
+            made.append(_with_store(block, chosen) if chosen.keys_values else _with_weights(block, chosen))
+    return replace(
+        base,
+        model=base.model.with_blocks(made),
+        name=baseline_key(base.name, name),
+        source=f"Quantised by {chosen.label} from {base.name}. {base.source}",
+        path=None,
+        label=f"{base.name} · {chosen.label}",
+    )
+
+
+def _with_weights(block: DecoderBlock, chosen: Baseline) -> DecoderBlock:
+    """Replace the four linear layers of a block."""
+    layers = {}
+    for part, linear in block.linears().items():
+        columns = linear.in_features
+        if chosen.name in GROUPED and columns % GROUP:
+            raise InputError(
+                f"{chosen.name} quantises groups of {GROUP} columns, and {part} has {columns}: choose another baseline.",
+                code="E-PARAM-BASELINE",
+            )
+        weight = QUANTIZERS[chosen.name](linear.weight.detach().float())
+        how = "multiplied by the library" if weight.product else "dequantised by the library, multiplied in float"
+        shape, bias = (linear.out_features, columns), None if linear.bias is None else linear.bias.detach()
+        layers[part] = ForeignLinear(weight, shape, bias, bits=chosen.bits, reason=f"{chosen.label}: {how}")
+    return block.with_parts(**layers)
+
+
+def _with_store(block: DecoderBlock, chosen: Baseline) -> DecoderBlock:
+    """Copy a block, with another store of its keys and values."""
+    spec, made = block.spec, block.with_parts()
+    if block.attention.window is not None:
+        raise InputError(f"{chosen.name} takes no sliding window: choose another baseline.", code="E-PARAM-BASELINE")
+    if len(chosen.packages) > 1 and spec.kv_heads * spec.head_dim % CACHE_GROUP:
+        raise InputError(
+            f"{chosen.name} quantises groups of {CACHE_GROUP} numbers, and a token's keys have {spec.kv_heads * spec.head_dim}: "
+            "choose another baseline.",
+            code="E-PARAM-BASELINE",
+        )
+    made.attention.store = STORES[chosen.name]
+    return made
