@@ -178,7 +178,7 @@ def _scoring(verb: Parser) -> None:
 
 
 def _backend(verb: Parser) -> None:
-    verb.add_argument("--backend", default="auto", help=f"{', '.join(verbs.BACKENDS)}: how low-bit layers multiply (default auto)")
+    verb.add_argument("--backend", default="auto", help=f"{', '.join(verbs.BACKENDS)}: how layers multiply (default auto)")
 
 
 def _writing(verb: Parser) -> None:
@@ -293,7 +293,7 @@ def _generate(verb: Parser) -> None:
 
 def _compare(verb: Parser) -> None:
     verb.add_argument("--models", required=True, nargs="+", metavar="M", help="two or more; the first is the reference")
-    verb.add_argument("--baseline", action="append", default=[], metavar="B", help="a library's baseline of the first, see doctor; repeatable")
+    verb.add_argument("--baseline", action="append", default=[], metavar="B", help="baseline of the first: see doctor")
     _device(verb)
     _scoring(verb)
     verb.add_argument("--prompt", help="also let every model continue this text")

@@ -1,1 +1,1 @@
-"""Baselines: what other libraries make of a float model, measured by the same evaluation as our own methods."""
+"""Baselines: what other libraries make of a float model, measured like our own methods."""

@@ -1,4 +1,4 @@
-"""Linear layer whose weight another library has quantised: its own codes and scales, dequantised by its own function."""
+"""Linear layer whose weight another library has quantised: its codes and scales, its own dequantisation."""
 
 from __future__ import annotations
 
