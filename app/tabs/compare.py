@@ -11,6 +11,7 @@ import gradio as gr
 from app import engine
 from app.context import LIGHT, Context, Updates
 from app.session import MAX_RUNS, Protocol, Run, Session
+from app.tabs.baselines import Baselines
 from app.tabs.keep import Keep
 from app.tabs.measured import MEASURED_TEXT, WINDOW, bytes_parts, numbers_table, window_of
 from app.tabs.memory import Memory
@@ -60,6 +61,7 @@ class Compare:
                 )
                 with gr.Column(scale=1, min_width=120, elem_classes="qs-tight"):
                     self.measure = gr.Button(texts.MEASURE_NOW, elem_id="measure-now")
+            self.baselines = Baselines()
             with gr.Row(elem_classes="qs-controls qs-card", equal_height=True):
                 self.prompt = gr.Textbox(
                     prompt_for(ctx.settings.model),
@@ -135,6 +137,8 @@ class Compare:
         shown = [*lists, self.prompt, *self.results, *self.memory.outputs]
         self.tab.select(guard(self.opened), {*self.memory.inputs, self.prompt}, [*shown, *status], **LIGHT)
         self.runs.input(guard(self.ticked), {key, self.runs}, [*self.results, *status], **LIGHT)
+        chosen = self.baselines.choice
+        chosen.input(guard(self.added), {key, self.runs, chosen}, [*lists, *self.results, *status], **LIGHT)
         wishes = {key, self.runs, self.prompt, self.new_tokens, self.temperature, self.seed, self.chat}
         for event in (self.write.click, self.prompt.submit):
             on(event, self.generate, wishes, [self.streams, self.speed, *status])
@@ -158,6 +162,13 @@ class Compare:
     def ticked(self, values: Updates) -> Updates:
         """Show the numbers of the ticked runs."""
         return self.render(self.ctx.session(values), values[self.runs])
+
+    def added(self, values: Updates) -> Updates:
+        """Add the chosen baselines to the runs, and tick them."""
+        session = self.ctx.session(values)
+        keys = self.baselines.add(session, values[self.baselines.choice] or [])
+        ticked = list(dict.fromkeys([*(values[self.runs] or []), *keys]))
+        return {**self.keep.render(session), **self.listed(session), **self.choices(session, ticked)}
 
     async def generate(self, values: Updates) -> AsyncIterator[Updates]:
         """Let the ticked runs continue the prompt, one after the other, streaming."""
@@ -232,10 +243,11 @@ def chosen_runs(session: Session, keys: object, most: int) -> list[Run]:
 
 
 def origin_of(session: Session, run: Run) -> dict[str, str | None]:
-    """Return the arguments for a run's comparison: a quantised run's reference, or an unquantised model's revision."""
+    """Return the arguments for a run's comparison: its reference, and the revision of a model that the key names."""
     if run.recipe is not None:
         return {"reference": run.recipe.model, "reference_revision": run.recipe.revision}
-    return {"revision": getattr(session.models.get(run.key), "revision", None)}
+    revision = getattr(session.models.get(run.model), "revision", None)
+    return {"revision": revision} | ({} if run.is_base else {"reference": run.model, "reference_revision": revision})
 
 
 def prompt_for(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -156,8 +157,10 @@ class Keep:
 
 def _told(run: Run) -> str:
     """Write the command that repeats a run, and the programs that load it."""
-    command = cards.command(command_of(run.recipe)) if run.recipe is not None else ""
-    return command + (cards.loads(run.quantize.loads) if run.quantize is not None else "")
+    compared = ["python", "-m", "app.cli", "compare", "--models", run.model, "--baseline", run.baseline or ""]
+    line = shlex.join(compared) if run.baseline else ""
+    line = line if run.recipe is None else command_of(run.recipe)
+    return (cards.command(line) if line else "") + (cards.loads(run.quantize.loads) if run.quantize is not None else "")
 
 
 def packed_file(folder: str, name: str, limit: int) -> tuple[Path, int]:

@@ -52,7 +52,7 @@ class Tokens:
 
     def render(self, session: Session) -> Updates:
         """List the quantised runs, the newest chosen."""
-        runs = [run for run in reversed(session.runs) if not run.is_base]
+        runs = [run for run in reversed(session.runs) if run.recipe is not None]
         return {self.run: gr.update(choices=[(session.title(r), r.key) for r in runs], value=runs[0].key if runs else None)}
 
     def wire(self) -> None:
@@ -87,6 +87,6 @@ class Tokens:
 def chosen_run(session: Session, key: object) -> Run:
     """Return the quantised run of a key. Raises: InputError if this session has none such."""
     run = session.run(key)
-    if run is None or run.is_base:
+    if run is None or run.recipe is None:
         raise InputError(words.TOKENS_NONE, code="E-PARAM-RUNS")
     return run

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.view import (
     texts,
+    texts_baselines,
     texts_bases,
     texts_distill,
     texts_divergence,
@@ -25,6 +26,7 @@ from app.view import (
 )
 from app.view.zh import inline
 from app.view.zh import texts as zh_texts
+from app.view.zh import texts_baselines as zh_baselines
 from app.view.zh import texts_bases as zh_bases
 from app.view.zh import texts_distill as zh_distill
 from app.view.zh import texts_divergence as zh_divergence
@@ -37,6 +39,7 @@ from app.view.zh import texts_rotation as zh_rotation
 
 MODULES = (
     (texts, zh_texts),
+    (texts_baselines, zh_baselines),
     (texts_bases, zh_bases),
     (texts_distill, zh_distill),
     (texts_divergence, zh_divergence),
