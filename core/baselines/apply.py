@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from core.baselines.cache import STORES
 from core.baselines.registry import Baseline, baseline_key, find_baseline
-from core.baselines.weights import GROUP, GROUPED, QUANTIZERS
+from core.baselines.weights import CALIBRATED, GROUP, GROUPED, QUANTIZERS
+from core.calibration.data import calibration_tokens
+from core.calibration.observe import Recorder, embed
 from core.errors import InputError, ModelError
+from core.methods.sequential import run_layer, watch_layer
 from core.models.block import DecoderBlock
 from core.models.io.foreign import quiet
 from core.models.loaded import LoadedModel
 from core.progress import Progress, silent
 from core.quant.linear.foreign import ForeignLinear
+from core.recipe import INPUT_SITE, Calibration
 
 CACHE_GROUP = 64
 """Numbers of a group of transformers' quantised cache, its default; the keys of one token fill whole groups."""
@@ -29,12 +35,18 @@ def with_baseline(base: LoadedModel, name: str, *, progress: Progress = silent) 
     """
     chosen = find_baseline(name)
     if not all(block.is_float for block in base.model.blocks):
-        raise ModelError(f"This model is already quantised: apply {name} to the float model.", code="E-MODEL-QUANTIZED")
+        raise ModelError(f"This model is already quantised or ternary: apply {name} to a float model.", code="E-MODEL-QUANTIZED")
     blocks, made = base.model.blocks, []
+    moments = _Moments(base) if name in CALIBRATED else None
     for index, block in enumerate(blocks):
         progress(f"Layer {index + 1} of {len(blocks)}: {chosen.title}", index / len(blocks))
         with quiet():
-            made.append(_with_store(block, chosen) if chosen.keys_values else _with_weights(block, chosen))
+            if chosen.keys_values:
+                made.append(_with_store(block, chosen))
+            else:
+                made.append(_with_weights(block, chosen, {} if moments is None else moments.of(block)))
+        if moments is not None:
+            moments.advance(made[-1])
     return replace(
         base,
         model=base.model.with_blocks(made),
@@ -45,8 +57,27 @@ def with_baseline(base: LoadedModel, name: str, *, progress: Progress = silent) 
     )
 
 
-def _with_weights(block: DecoderBlock, chosen: Baseline) -> DecoderBlock:
-    """Replace the four linear layers of a block."""
+class _Moments:
+    """What enters the linear layers on the calibration text, behind the layers that are quantised already."""
+
+    def __init__(self, base: LoadedModel) -> None:
+        self.windows, _ = calibration_tokens(base, Calibration(), 0, True)
+        self.inputs = embed(base.model, self.windows)
+        self.hidden = [item.hidden for item in self.inputs]
+
+    def of(self, block: DecoderBlock) -> dict[str, Tensor]:
+        """Compute the mean of x xᵀ [K, K] at every site that a linear layer of the next block reads."""
+        recorder = Recorder(block.layer_index, len(self.windows), hessians_wanted=True)
+        watch_layer(block, self.hidden, self.inputs, [recorder])
+        return {site: total / self.windows.numel() for site, total in recorder.hessians.items()}
+
+    def advance(self, made: DecoderBlock) -> None:
+        """Pass the hidden states through the block that was made."""
+        self.hidden = run_layer(made, self.hidden, self.inputs)
+
+
+def _with_weights(block: DecoderBlock, chosen: Baseline, moments: Mapping[str, Tensor]) -> DecoderBlock:
+    """Replace the four linear layers of a block. Args: moments: of their inputs, by site, where the library needs them."""
     layers = {}
     for part, linear in block.linears().items():
         columns = linear.in_features
@@ -55,7 +86,9 @@ def _with_weights(block: DecoderBlock, chosen: Baseline) -> DecoderBlock:
                 f"{chosen.name} quantises groups of {GROUP} columns, and {part} has {columns}: choose another baseline.",
                 code="E-PARAM-BASELINE",
             )
-        weight = QUANTIZERS[chosen.name](linear.weight.detach().float())
+        own = linear.weight.detach().float()
+        calibrated = chosen.name in CALIBRATED
+        weight = CALIBRATED[chosen.name](own, moments[INPUT_SITE[part]]) if calibrated else QUANTIZERS[chosen.name](own)
         how = "multiplied by the library" if weight.product else "dequantised by the library, multiplied in float"
         shape, bias = (linear.out_features, columns), None if linear.bias is None else linear.bias.detach()
         layers[part] = ForeignLinear(weight, shape, bias, bits=chosen.bits, reason=f"{chosen.label}: {how}")

@@ -75,6 +75,7 @@ BASELINES = {
         Baseline("bnb-nf4-double", "NF4 with double quantisation", _BNB, 4),
         Baseline("torchao-int8", "int8 weight-only", _AO, 8),
         Baseline("torchao-int4", "int4 weight-only, groups of 32", _AO, 4),
+        Baseline("llmc-gptq", "GPTQ, int4 in groups of 32", ("llmcompressor>=0.14",), 4),
         Baseline("kv-quanto-4", "QuantizedCache, 4 bits", _QUANTO, 4, keys_values=True),
         Baseline("kv-quanto-2", "QuantizedCache, 2 bits", _QUANTO, 2, keys_values=True),
         Baseline("kv-hqq-8", "QuantizedCache, 8 bits", _HQQ, 8, keys_values=True),

@@ -5,9 +5,11 @@
     bnb-int8      one float32 scale per row; the library's own product also rounds inputs to int8, but for columns above 6
     torchao-int8  one float32 scale per row
     torchao-int4  groups of 32 columns: codes, bfloat16 scale, int8 zero point
+    llmc-gptq     groups of 32 columns: codes, bfloat16 scale; rounded by GPTQ on what enters the layer
 
 What does not depend on the weight, the 16 quantiles of NF4 and the 256 levels of its doubled scales, is not counted. Sources:
-github.com/ggml-org/llama.cpp/tree/master/gguf-py, arXiv:2305.14314 (NF4), arXiv:2208.07339 (LLM.int8()), github.com/pytorch/ao.
+github.com/ggml-org/llama.cpp/tree/master/gguf-py, arXiv:2305.14314 (NF4), arXiv:2208.07339 (LLM.int8()), github.com/pytorch/ao,
+github.com/vllm-project/llm-compressor (GPTQ, arXiv:2210.17323).
 """
 
 from __future__ import annotations
@@ -89,6 +91,25 @@ def torchao_int4(weight: Tensor) -> ForeignWeight:
     return ForeignWeight({"packed": packed, "scale": made.scale, "zero_point": made.zero_point}, made.dequantize)
 
 
+def gptq_weight(weight: Tensor, moments: Tensor) -> ForeignWeight:
+    """Quantise to int4 in groups by GPTQ of llm-compressor; K is a multiple of `GROUP`.
+
+    Args: moments: mean of x xᵀ over the layer's inputs x, [K, K].
+    """
+    from compressed_tensors.quantization import QuantizationArgs, dequantize, quantize
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+    from llmcompressor.observers import MemorylessMinMaxObserver
+
+    args = QuantizationArgs(num_bits=4, group_size=GROUP, symmetric=True, strategy="group")
+    found = MemorylessMinMaxObserver("weight", args)(weight).get_qparams()
+    stored, zero = found["scale"].to(torch.bfloat16), found["zero_point"]
+    scale = stored.float()
+    rounded, _, _ = quantize_weight(weight[None].clone(), moments[None].clone(), scale[None], zero[None], None, args)
+    codes = quantize(rounded[0], scale, zero, args, dtype=torch.int8)
+    packed = pack((codes + 8).to(torch.uint8), 4)
+    return ForeignWeight({"packed": packed, "scale": stored}, lambda: dequantize(codes, scale, zero, args))
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -104,5 +125,7 @@ QUANTIZERS = {
     "torchao-int4": torchao_int4,
 }
 """Function of each baseline of weights, float32 [N, K] to ForeignWeight."""
-GROUPED = tuple(name for name in QUANTIZERS if name.startswith("gguf-") or name == "torchao-int4")
+CALIBRATED = {"llmc-gptq": gptq_weight}
+"""The same for baselines that also need the moments of the layer's inputs."""
+GROUPED = tuple(name for name in QUANTIZERS if name.startswith("gguf-")) + ("torchao-int4", "llmc-gptq")
 """Baselines whose K must be a multiple of `GROUP`."""

@@ -34,6 +34,7 @@ STORED = {
     "bnb-nf4-double": CODES // 2 + CODES // 64 + 4 * sum(-(-n // 64 // 256) + 1 for n in (192 * 64, 64 * 128, 192 * 64, 64 * 96)),
     "torchao-int8": CODES + 4 * ROWS,
     "torchao-int4": CODES // 2 + CODES // 32 * (2 + 1),
+    "llmc-gptq": CODES // 2 + CODES // 32 * 2,
 }
 KEPT = {"kv-quanto-4": 4, "kv-quanto-2": 2, "kv-hqq-8": 8, "kv-hqq-4": 4}
 """Bits of a code of keys and values; each 64 have a scale and an offset in float32."""
@@ -81,8 +82,11 @@ def test_more_bits_diverge_less(base, coarse, fine):
     assert 0 < divergence(base, with_baseline(base, fine)) < divergence(base, with_baseline(base, coarse))
 
 
-@pytest.mark.parametrize(("coarse", "fine"), [("bnb-nf4", "bnb-int8"), ("torchao-int4", "torchao-int8")])
-def test_more_bits_of_optional_libraries_diverge_less(base, coarse, fine):
+PAIRS = [("bnb-nf4", "bnb-int8"), ("torchao-int4", "torchao-int8"), ("torchao-int4", "llmc-gptq")]
+
+
+@pytest.mark.parametrize(("coarse", "fine"), PAIRS)
+def test_more_bits_or_gptq_of_optional_libraries_diverge_less(base, coarse, fine):
     if said := BASELINES[coarse].missing or BASELINES[fine].missing:
         pytest.skip(said)
     assert 0 < divergence(base, with_baseline(base, fine)) < divergence(base, with_baseline(base, coarse))
@@ -162,7 +166,7 @@ def test_what_cannot_run_says_what_to_do(base, monkeypatch):
         monkeypatch.setitem(BASELINES, "absent", Baseline("absent", "Absent", (needs,), 4))
         with pytest.raises(ResourceError, match=f"absent needs {needs}, which {state}.*run `pip install '{needs}'`"):
             with_baseline(base, "absent")
-    with pytest.raises(ModelError, match="already quantised: apply gguf-q4_0 to the float model"):
+    with pytest.raises(ModelError, match="already quantised or ternary: apply gguf-q4_0 to a float model"):
         with_baseline(with_baseline(base, "gguf-q8_0"), "gguf-q4_0")
     with pytest.raises(InputError, match="groups of 32 columns, and down has 80"):
         with_baseline(tiny_model("llama", layers=1, intermediate_size=80), "gguf-q4_0")
