@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from core.progress import Progress, silent
 from core.quant.linear.foreign import ForeignLinear
 from core.recipe import INPUT_SITE, Calibration
 
-CACHE_GROUP = 64
-"""Numbers of a group of transformers' quantised cache, its default; the keys of one token fill whole groups."""
+CACHE_GROUPS = (64, 32, 16)
+"""Numbers of a group of transformers' quantised cache: 64 is its default, a smaller one is for keys that 64 does not fit."""
 
 
 @torch.inference_mode()
@@ -100,11 +101,16 @@ def _with_store(block: DecoderBlock, chosen: Baseline) -> DecoderBlock:
     spec, made = block.spec, block.with_parts()
     if block.attention.window is not None:
         raise InputError(f"{chosen.name} takes no sliding window: choose another baseline.", code="E-PARAM-BASELINE")
-    if len(chosen.packages) > 1 and spec.kv_heads * spec.head_dim % CACHE_GROUP:
-        raise InputError(
-            f"{chosen.name} quantises groups of {CACHE_GROUP} numbers, and a token's keys have {spec.kv_heads * spec.head_dim}: "
-            "choose another baseline.",
-            code="E-PARAM-BASELINE",
-        )
     made.attention.store = STORES[chosen.name]
+    if len(chosen.packages) > 1:  # groups; HQQ puts codes of two groups into a byte and fails where a token ends inside one
+        numbers = spec.kv_heads * spec.head_dim
+        unit = 8 // chosen.bits if chosen.name.startswith("kv-hqq") else 1
+        fits = [group for group in CACHE_GROUPS if numbers % (group * unit) == 0]
+        if not fits:
+            raise InputError(
+                f"{chosen.name} quantises groups of 64, 32 or 16 numbers, and a token's keys have {numbers}: choose another "
+                "baseline.",
+                code="E-PARAM-BASELINE",
+            )
+        made.attention.store = partial(STORES[chosen.name], fits[0])
     return made

@@ -70,18 +70,18 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def quanto_store(bits: int) -> ForeignKVLayer:
-    """Make an empty store that optimum-quanto quantises, groups of 64 numbers with float scale and shift."""
+def quanto_store(bits: int, group: int) -> ForeignKVLayer:
+    """Make an empty store that optimum-quanto quantises, groups of `group` numbers with float scale and shift."""
     from transformers import QuantoQuantizedLayer
 
-    return ForeignKVLayer(partial(QuantoQuantizedLayer, nbits=bits), 1)
+    return ForeignKVLayer(partial(QuantoQuantizedLayer, nbits=bits, q_group_size=group), 1)
 
 
-def hqq_store(bits: int) -> ForeignKVLayer:
-    """Make an empty store that HQQ quantises, groups of 64 numbers with float scale and zero point."""
+def hqq_store(bits: int, group: int) -> ForeignKVLayer:
+    """Make an empty store that HQQ quantises, groups of `group` numbers with float scale and zero point."""
     from transformers import HQQQuantizedLayer
 
-    return ForeignKVLayer(partial(HQQQuantizedLayer, nbits=bits, axis_key=1, axis_value=1), 1)
+    return ForeignKVLayer(partial(HQQQuantizedLayer, nbits=bits, q_group_size=group, axis_key=1, axis_value=1), 1)
 
 
 def fp8_store() -> ForeignKVLayer:
@@ -98,4 +98,4 @@ STORES = {
     "kv-hqq-4": partial(hqq_store, 4),
     "kv-fp8": fp8_store,
 }
-"""Function of each baseline of keys and values, which makes the empty store of one layer."""
+"""Function of each baseline of keys and values, which makes the empty store of one layer, where groups are, of a group size."""

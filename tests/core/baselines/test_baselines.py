@@ -121,6 +121,16 @@ def test_bytes_of_a_cache_are_those_counted_by_hand(wide, name):
     assert 0 < divergence(wide, made) < 0.5
 
 
+@pytest.mark.parametrize("name", installed(KEPT))
+def test_a_token_whose_keys_fill_no_even_number_of_groups_gets_smaller_ones(name):
+    """192 numbers are three groups of 64: HQQ puts codes of two into a byte, so a token would end in the middle of one."""
+    base = tiny_model("llama", layers=1, hidden_size=192, num_attention_heads=12, num_key_value_heads=12)
+    group = 32 if name == "kv-hqq-4" else 64
+    made = with_baseline(base, name)
+    assert kv_bytes_per_token(made.model) == 2 * (192 * KEPT[name] // 8 + 192 // group * 2 * 4)
+    assert 0 < divergence(base, made) < 0.5
+
+
 @pytest.mark.parametrize("name", installed(["kv-fp8"]))
 def test_fp8_takes_a_byte_for_each_number(base, name):
     """Its scale is set by the first tokens: the windows are longer than those."""
@@ -177,8 +187,8 @@ def test_models_that_a_cache_does_not_fit_are_refused(base, name):
     with pytest.raises(InputError, match="takes no sliding window"):
         with_baseline(tiny_model("gemma2", layers=1), name)
     if BASELINES[name].bits == 4:
-        with pytest.raises(InputError, match="groups of 64 numbers, and a token's keys have 32"):
-            with_baseline(base, name)
+        with pytest.raises(InputError, match="64, 32 or 16 numbers, and a token's keys have 24"):
+            with_baseline(tiny_model("llama", layers=1, num_key_value_heads=1, num_attention_heads=4, head_dim=24), name)
 
 
 def test_a_missing_library_ends_the_command_with_one_sentence(monkeypatch, capsys):
