@@ -36,6 +36,7 @@ METHODS = {
     "open_saved",
     "evaluate",
     "tokens",
+    "moved",
     "probe",
     "predict",
     "measure",

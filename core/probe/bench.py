@@ -9,6 +9,7 @@ from functools import partial
 
 from core.calibration.data import calibration_tokens
 from core.calibration.report import RangesReport
+from core.checks import require_int
 from core.errors import InputError
 from core.evaluation.describe import model_info
 from core.evaluation.run_estimate import time_layer, timed_recipe
@@ -25,6 +26,7 @@ from core.probe.autopilot import Predict, allocate, smallest_g
 from core.probe.calibrations import compare_plans
 from core.probe.curve import cost_curve
 from core.probe.measure import measure, swap
+from core.probe.moved import moved_sites
 from core.probe.predict import predict
 from core.probe.probe import Probe, build_probe
 from core.probe.report import (
@@ -35,6 +37,7 @@ from core.probe.report import (
     CostCurve,
     GroupCount,
     Measurement,
+    MovedReport,
     Prediction,
     ProbeInfo,
     ProbeText,
@@ -65,7 +68,7 @@ class Instrument:
 
 
 class ProbeBench(ABC):
-    """The methods of a workbench that predict and measure on a probe, and `bases`. Those on a probe take the same options:
+    """The methods of a workbench that predict and measure on a probe, `bases`, `moved`. Those on a probe take the same options:
 
     Args:
         recipe: what to predict or measure; its model is the one probed, its calibration the one that plans are made on.
@@ -255,6 +258,30 @@ class ProbeBench(ABC):
             predicted=tuple(predicted),
             measured=tuple(measured),
         )
+
+    def moved(
+        self,
+        key: str,
+        recipe: QuantRecipe,
+        *,
+        text: str = "sotu",
+        tokens: int = 128,
+        place: int,
+        owner: str | None = None,
+        progress: Progress = silent,
+    ) -> MovedReport:
+        """Find what moved most in the run `key`, made by a recipe, when token `place` of a text was predicted.
+
+        Args: text, tokens: as they were read token by token (`core.evaluation.tokens`). place: 1 to the text's last token.
+        """
+        other = self._get(recipe.model, recipe.revision, owner, progress)
+        loaded = self._get(key, None, owner, progress)
+        windows, source = evaluation_windows(loaded, text, tokens=tokens, window=tokens, allow_local=self.allow_local)
+        ids, decode = windows[0], loaded.tokenizer.decode
+        place = require_int("token", place, 1, len(ids) - 1, f"use 1 to {len(ids) - 1}; nothing predicts the first")
+        found = moved_sites(loaded.model, other.model, ids[:place], recipe.method, progress=progress)
+        token, after = (decode(ids[at : at + 1].tolist()) for at in (place, place - 1))
+        return MovedReport(key, recipe.model, source.name, place, token, after, tuple(found))
 
     def _predictor(self, recipe: QuantRecipe, text: ProbeText, owner: str | None, progress: Progress) -> Predict:
         """Return `predict` on the probe and the statistics of a recipe."""

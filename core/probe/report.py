@@ -261,3 +261,47 @@ class GroupCount(Report):
     predicted: float
     per_channel: float
     within: float
+
+
+@dataclass(frozen=True)
+class SiteMove(Report):
+    """How far the activations of one site of one layer moved at one position, as shares of squares (`core.probe.moved`).
+
+    Attributes:
+        moved: in all; None where the run's channels cannot be put into the model's order.
+        came: what came in with the residual stream. rounded: what rounding the site adds, in the run's own channels.
+        channels: the largest differences, the largest first: (channel, the original's value, the run's); where `moved` is None,
+            the value that came in.
+    """
+
+    layer: int
+    site: str
+    moved: float | None
+    came: float
+    rounded: float
+    channels: tuple[tuple[int, float, float], ...]
+
+    @property
+    def size(self) -> float:
+        """What moved in all, or the sum of its two parts where that is not known."""
+        return self.came + self.rounded if self.moved is None else self.moved
+
+
+@dataclass(frozen=True)
+class MovedReport(Report):
+    """Where a quantised run's activations moved when one token was predicted.
+
+    Attributes:
+        key, reference: names of the two models. text_name: of the text.
+        place: of the predicted token in the text, from 1. token: its text. after: the text of the token before, where it is
+            predicted and where the sites were compared.
+        sites: every site of every layer, the farthest moved first.
+    """
+
+    key: str
+    reference: str
+    text_name: str
+    place: int
+    token: str
+    after: str
+    sites: tuple[SiteMove, ...]
