@@ -94,7 +94,7 @@ class Session:
             while there is no page.
         protocol: of the newest measurements, None before the first. recipe: quantised last.
         tab: the open tab. grid: drawn over the chosen channel. preset: whether the page chose the method, to fit a BitNet model.
-        curve, compared, spent: the last results of `app.tabs.reorder`, `.calibrations` and `.autopilot`.
+        curve, compared, spent, reading: the last results of `app.tabs.reorder`, `.calibrations`, `.autopilot` and `.tokens`.
         size: bytes that the Pareto chart compares, a field of EvalReport.
         link: what the address of its page says, as keys and values. programs: whether it belongs to programs, and has no page.
         failed: time of the error on the status line, else 0. held: whether it stays, as a link's, until another tab is chosen.
@@ -124,6 +124,7 @@ class Session:
     curve: tuple[Any, Any] = (None, None)
     compared: Any = None
     spent: Any = None
+    reading: Any = None
     size: str = "weight_bytes"
     preset: bool = False
     link: dict[str, str] = field(default_factory=dict)
@@ -134,9 +135,8 @@ class Session:
 
     def add_run(self, run: Run) -> Run:
         """Add a run, or return the one with the same key. The oldest quantised run is dropped when there are too many."""
-        for known in self.runs:
-            if known.key == run.key:
-                return known
+        if (known := self.run(run.key)) is not None:
+            return known
         self.runs.append(run)
         if len(self.runs) > MAX_RUNS:
             self.runs.remove(next((r for r in self.runs if not r.is_base), self.runs[0]))

@@ -8,10 +8,12 @@ import gradio as gr
 
 from app.context import Context, Updates
 from app.session import Run, Session
+from app.tabs.moved import Moved, Reading
 from app.tabs.quantize import MEASURED_TEXT
 from app.view import cards, texts
 from app.view import texts_divergence as words
-from app.view.tokens import text_of_tokens
+from app.view.chart import Table
+from app.view.tokens import table_by_confidence, text_of_tokens
 from app.worker.job import Step
 from core.checks import require_choice, require_int
 from core.errors import InputError
@@ -43,7 +45,9 @@ class Tokens:
                 )
                 with gr.Column(scale=1, min_width=170, elem_classes="qs-tight"):
                     self.read = gr.Button(words.TOKENS_READ, elem_id="read-tokens")
-            self.shown = gr.HTML(cards.hint(words.TOKENS_READY), elem_id="reading", apply_default_css=False)
+            self.shown = Table(cards.hint(words.TOKENS_READY), label=words.TOKENS, elem_id="reading")
+            self.moved = Moved(ctx)
+            self.groups = gr.HTML("", apply_default_css=False)
 
     @property
     def outputs(self) -> list:
@@ -56,9 +60,10 @@ class Tokens:
         return {self.run: gr.update(choices=[(session.title(r), r.key) for r in runs], value=runs[0].key if runs else None)}
 
     def wire(self) -> None:
-        """Connect the button."""
-        outputs = [self.shown, self.ctx.status, self.ctx.stop]
+        """Connect the button and the tokens."""
+        outputs = [self.shown, self.groups, self.ctx.status, self.ctx.stop]
         self.ctx.on(self.read.click, self.clicked, {self.ctx.key, self.run, self.text, self.count}, outputs)
+        self.moved.wire(self.shown.select)
 
     async def clicked(self, values: Updates) -> AsyncIterator[Updates]:
         """Read the text with the chosen run and with its unquantised model."""
@@ -79,7 +84,9 @@ class Tokens:
         )
         async for job in self.ctx.follow(session, "tokens", [step]):
             if job.finished:
-                yield {self.shown: text_of_tokens(job.results[0]), **self.ctx.rest(session)}
+                session.reading, report = Reading(run.key, run.recipe, text, count), job.results[0]
+                shown = {self.shown: text_of_tokens(report), self.groups: table_by_confidence(report.groups)}
+                yield {**shown, **self.moved.render(session), **self.ctx.rest(session)}
             else:
                 yield self.ctx.busy(job, "Reading")
 

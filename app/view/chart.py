@@ -33,7 +33,10 @@ FRAME = (
 _TABLE_JS = """
 const pick = (event) => {
   const row = event.target.closest('[data-index]');
-  if (row) trigger('select', { index: Number(row.dataset.index) });
+  if (!row) return;
+  element.querySelector('[aria-current]')?.removeAttribute('aria-current');
+  row.setAttribute('aria-current', 'true');
+  trigger('select', { index: Number(row.dataset.index) });
 };
 element.addEventListener('click', pick);
 element.addEventListener('keydown', (event) => {

@@ -12,12 +12,37 @@ TOKENS_NONE = "No quantised run yet: press Quantise first, then read a text with
 TOKENS_READY = "Press the button: a quantised run and its original read the text, and every token shows how far apart they are."
 TOKENS_NOTE = (
     "Colour: KLD of the prediction at this token, in nats; underlined: the two find different tokens likeliest (a flip). "
-    "Hover a token, or reach it with the Tab key, for the five likeliest of both."
+    "Hover a token, or reach it with the Tab key, for the five likeliest of both. "
+    "Click it, or press Enter on it, to see which activations moved most there."
 )
 TOKENS_FIRST = "the first token is not predicted"
 TOKENS_LEGEND = ("below 0.01", "0.01", "0.05", "0.2", "0.5", "1 nat and more")
 CONFIDENCE_HEADERS = ["reference's largest probability", "tokens", "mean KLD, nats", "flips"]
 CONFIDENCE_CAPTION = "By the confidence of the unquantised model"
+
+# what moved at one token
+MOVED_JOB = "Looking inside at this token"
+MOVED_AT = "The token"
+MOVED_AFTER = "was predicted here, behind"
+MOVED_MOST = "Moved most: {site} of layer {layer}, by {share} % of its square. Channel {channel}: {before} became {after}."
+MOVED_ROUNDED = "Rounded most: {site} of layer {layer}, by {share} %."
+MOVED_NOTHING = "Nothing moved: the run computes what the original does."
+MOVED_TABLE = "The ten sites that moved farthest"
+MOVED_HEADERS = ["layer", "site", "moved, %", "came in, %", "rounded here, %", "channels: original → run"]
+MOVED_FIGURES = {"moved": "moved in all", "came": "came in", "rounded": "rounded here"}
+MOVED_CAPTION = "squared difference from the original, % of the original's squares, by site and layer"
+MOVED_LABEL = "Chart of the sites that moved farthest at the chosen token, by layer"
+MOVED_JSON = "All sites (JSON)"
+MOVED_NONE = "No token was chosen: click one of the coloured text first."
+MOVED_NOTE = (
+    "Each figure is a sum over the channels of one site of one layer, at the token before the chosen one, where it is predicted. "
+    "Came in: the layer of the original reads what enters this layer in the quantised run. Rounded here: what rounding this site "
+    "adds. Moved: everything together, rounded weights of this layer too. Channels have the numbers of the tab Explore."
+)
+MOVED_MIXED = (
+    "Where “moved” is a dash, the run scales or rotates the channels inside its layers, or their order is not known: they have "
+    "no counterpart in the original, and the channels listed show what came in."
+)
 
 # texts written side by side
 FIRST_DIFFERENCE = "token {} is the first that differs from the original's text"

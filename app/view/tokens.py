@@ -21,8 +21,8 @@ def level(kld: float) -> int:
 
 
 def text_of_tokens(report: Any) -> str:
-    """Write the tokens of a report, the legend of their colours, and the figures by confidence."""
-    shown = "".join(_token(entry, report) for entry in report.tokens)
+    """Write the tokens of a report and the legend of their colours; those that were predicted can be chosen by their place."""
+    shown = "".join(_token(entry, place) for place, entry in enumerate(report.tokens))
     predicted = [t for t in report.tokens if t.kld is not None]
     flips = sum(t.flips for t in predicted)
     summary = (
@@ -33,8 +33,12 @@ def text_of_tokens(report: Any) -> str:
         f'<p class="qs-verdict">{escape(summary)}</p>{_legend()}'
         f'<div class="qs-reading" role="group" aria-label="{escape(texts.TOKENS)}">{shown}</div>'
         f"{cards.caution(texts.TOKENS_NOTE)}"
-        f"{cards.table(texts.CONFIDENCE_HEADERS, confidence_rows(report.groups), caption=texts.CONFIDENCE_CAPTION)}"
     )
+
+
+def table_by_confidence(groups: Sequence[Any]) -> str:
+    """Write the table of the divergence by the original's confidence."""
+    return cards.table(texts.CONFIDENCE_HEADERS, confidence_rows(groups), caption=texts.CONFIDENCE_CAPTION)
 
 
 def confidence_rows(groups: Sequence[Any]) -> list[list[str]]:
@@ -49,7 +53,7 @@ def _legend() -> str:
     return f'<p class="qs-legend">KLD, nats: {parts}</p>'
 
 
-def _token(entry: Any, report: Any) -> str:
+def _token(entry: Any, place: int) -> str:
     text = escape(entry.text.replace("\n", "⏎\n")) or "∅"
     if entry.kld is None:
         return f'<span class="qs-tok" title="{escape(texts.TOKENS_FIRST)}">{text}</span>'
@@ -63,7 +67,8 @@ def _token(entry: Any, report: Any) -> str:
         )
     )
     return (
-        f'<span class="qs-tok qs-k{level(entry.kld)}{flip}" tabindex="0" role="img" aria-label="{escape(said)}">{text}'
+        f'<span class="qs-tok qs-k{level(entry.kld)}{flip}" data-index="{place}" tabindex="0" role="button" '
+        f'aria-label="{escape(said)}">{text}'
         f'<span class="qs-tip"><b>{number(entry.kld)} nats</b><span class="qs-both">{columns}</span></span></span>'
     )
 

@@ -15,9 +15,11 @@ from core.probe.report import (
     CostCurve,
     GroupCount,
     Measurement,
+    MovedReport,
     Prediction,
     ProbeInfo,
     ProbeText,
+    SiteMove,
     SiteShift,
     Uniform,
 )
@@ -49,6 +51,19 @@ class FakeProbe:
         sizes = [300.0 if massive else 2.0, *(1.5 - 0.1 * i for i in range(4))]
         shown = [TokenExtreme(size, f" <b>{i}", "the state", " of it", 7 * i) for i, size in enumerate(sizes)]
         return TokenPeaks(tokens, 1.0, 0.1, int(massive), shown)
+
+    def moved(
+        self, key: str, recipe: QuantRecipe, *, text: str, tokens: int, place: int, owner: str | None = None, progress: Progress
+    ) -> MovedReport:
+        """MLP hidden of layer 1 moved most, by as many hundredths as the token's place; a rotated run knows what came in only."""
+        known = recipe.method != "rotation"
+        places = [(1, "down_in"), *((layer, site) for layer in (2, 3) for site in SITES)]
+        channels = ((344, 12.3, 9.1), (7, 1.0, -2.0))
+        sites = [
+            SiteMove(layer, site, 0.01 * place / (1 + i) if known else None, 0.002, 0.001 * (i == 3), channels)
+            for i, (layer, site) in enumerate(places)
+        ]
+        return MovedReport(key, recipe.model, text, place, f"<i>{place} ", f"<i>{place - 1} ", tuple(sites))
 
     def probe(self, recipe: QuantRecipe, *, owner: str, progress: Progress) -> ProbeInfo:
         """Made-up facts."""
