@@ -22,8 +22,8 @@ CONFIDENCE_CAPTION = "By the confidence of the unquantised model"
 
 # what moved at one token
 MOVED_JOB = "Looking inside at this token"
-MOVED_AT = "The token"
-MOVED_AFTER = "was predicted here, behind"
+MOVED_AT = "Predicted token:"
+MOVED_AFTER = "behind"
 MOVED_MOST = "Moved most: {site} of layer {layer}, by {share} % of its square. Channel {channel}: {before} became {after}."
 MOVED_ROUNDED = "Rounded most: {site} of layer {layer}, by {share} %."
 MOVED_NOTHING = "Nothing moved: the run computes what the original does."

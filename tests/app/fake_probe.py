@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +57,10 @@ class FakeProbe:
         self, key: str, recipe: QuantRecipe, *, text: str, tokens: int, place: int, owner: str | None = None, progress: Progress
     ) -> MovedReport:
         """MLP hidden of layer 1 moved most, by as many hundredths as the token's place; a rotated run knows what came in only."""
+        misbehave(recipe.model, progress)
+        for step in range(20 if recipe.model == "fake-slow" else 1):
+            progress(f"Layer {step + 1} of 20", step / 20)
+            time.sleep(0.1 if recipe.model == "fake-slow" else 0)
         known = recipe.method != "rotation"
         places = [(1, "down_in"), *((layer, site) for layer in (2, 3) for site in SITES)]
         channels = ((344, 12.3, 9.1), (7, 1.0, -2.0))

@@ -50,6 +50,9 @@ def spend(page):
 def read(page):
     page.locator("#read-tokens").click()
     page.wait_for_selector("#reading .qs-reading .qs-flip")
+    page.locator("#reading .qs-tok[data-index='20']").click()
+    page.wait_for_selector("#moved tbody tr")
+    page.wait_for_selector("#moved-chart .qs-chart[data-drawn]")
     page.locator("#write").click()
     page.wait_for_selector("#speed tbody tr:nth-child(2)")
     page.wait_for_selector("#pareto .qs-chart[data-drawn]")

@@ -148,3 +148,16 @@ def test_a_folder_that_was_written_again_is_loaded_again(bench, tmp_path):
         save_tiny(folder, "llama", seed=seed)
         seen.append([bench.evaluate(str(folder), **SEEN).nll for _ in range(2)])
     assert seen[0][0] == seen[0][1] != seen[1][0] == seen[1][1] == Workbench().evaluate(str(folder), **SEEN).nll
+
+
+def test_what_moved_at_a_token_is_found_again_by_another_workbench(bench, folder):
+    recipe = recipe_of(folder, scheme="W4A4KV")
+    key = bench.quantize(recipe).key
+    read = bench.tokens(key, folder, text=TEXT, tokens=24)
+    found = bench.moved(key, recipe, text=TEXT, tokens=24, place=5)
+    plain(found)
+    assert (found.token, found.after) == (read.tokens[5].text, read.tokens[4].text) and len(found.sites) == 14
+    assert found.sites[0].moved > 0 and Workbench().moved(key, recipe, text=TEXT, tokens=24, place=5) == found
+    for place in (0, 24, "many"):
+        with pytest.raises(InputError, match="use 1 to 23"):
+            bench.moved(key, recipe, text=TEXT, tokens=24, place=place)
