@@ -2,7 +2,8 @@
 
 Rows, all at the bits of the published schemes: RPTQ; RTN matched (RPTQ's groups, clip search and first token, without reordering)
 with GPTQ and with rounded weights; RTN plain; then g = 1, 8, 32 and per channel for W4A4 and its strict variant.
-`--rows ablation` measures the ingredients of the method rotation one by one in their place, on C4 too where pyarrow is installed.
+`--rows ablation` measures the ingredients of the method rotation one by one in their place, then those of RPTQ+ one by one and
+together, on C4 too where pyarrow is installed.
 `PROTOCOLS` says which texts and windows each model is calibrated and measured on; divergence is against the unquantised model.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from benchmarks.common import installed
 from core import PER_CHANNEL, SCHEMES, Calibration, Clusters, QuantRecipe, Workbench
 from core.errors import InputError
 from core.provenance import provenance
-from core.recipe import RotationOptions
+from core.recipe import PlusOptions, RotationOptions
 
 MATCHED = {"method": "rtn", "variant": "matched"}
 STORIES = "train/tinystories_mix.txt"
@@ -108,7 +109,8 @@ def recipes(model: str, calibration: Calibration) -> list[QuantRecipe]:
 
 
 def ablations(model: str, calibration: Calibration) -> list[QuantRecipe]:
-    """List the method rotation, W4A4 strict, then with each ingredient off or otherwise in turn, and RPTQ at the same bits."""
+    """List the method rotation, W4A4 strict, then with each ingredient off or otherwise in turn, and RPTQ at the same bits, then
+    with each part of RPTQ+ alone, with those of its default together, and with others."""
 
     def recipe(weights: str = "gptq", **options: object) -> QuantRecipe:
         own = RotationOptions(**options)
@@ -117,7 +119,12 @@ def ablations(model: str, calibration: Calibration) -> list[QuantRecipe]:
     switches = [entry.name for entry in fields(RotationOptions) if isinstance(entry.default, bool)]
     others = ({"block": 64}, {"group": 64}, {"group": 128}, {"kv": "token"})
     rows = [recipe(), *(recipe(**{name: False}) for name in switches), *(recipe(**each) for each in others), recipe("rtn")]
-    return [*rows, QuantRecipe(model, variant="strict", calibration=calibration)]
+    none = PlusOptions(**dict.fromkeys(("scale", "key_mean", "clip", "halfway"), False), group=0, rotate="none")
+    alone = [{name: True} for name in ("scale", "key_mean", "clip", "halfway")]
+    alone += [{"group": size} for size in (32, 64, 128)] + [{"dynamic": "q"}, {"rotate": "down_in"}]
+    added = [none, *(replace(none, **part) for part in alone), PlusOptions(), PlusOptions(dynamic="q")]
+    added += [PlusOptions(rotate="none"), PlusOptions(scale=False), PlusOptions(rotate="mlp_in+down_in")]
+    return [*rows, *(QuantRecipe(model, variant="strict", calibration=calibration, plus=plus) for plus in (None, *added))]
 
 
 ROWS = {"schemes": recipes, "ablation": ablations}

@@ -1,4 +1,4 @@
-"""Options of single methods, "bitnet" and "rotation", and of the distillation that may follow a method."""
+"""Options of single methods, "bitnet" and "rotation", of the parts added to RPTQ, and of the distillation after a method."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ GROUPS = (16, 24, 32, 64, 128)
 """Numbers of neighbouring columns that may share a weight's scale in the method "rotation"; 0 stands for a whole row."""
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of channels that a Hadamard matrix may rotate together in the method "rotation"; 0 stands for all of a site."""
+
+TOKEN_SITES = ("attn_in", "q", "o_in", "mlp_in", "down_in")
+"""Sites of RPTQ that may have a range of each token in place of static ranges of clusters: all but those that are stored."""
+ROTATED_SITES = ("attn_in", "mlp_in", "down_in")
+"""Those of them that may be rotated over their whole width, which leaves no clusters."""
 
 DISTILL_TEXTS = ("calibration", "sotu", "wikitext2")
 """Texts that a distillation may read; a text of one's own is read as the calibration's."""
@@ -73,6 +78,23 @@ class BitNetOptions:
         return Bits(2, attn_in, self.q_bits, self.kv_bits, self.kv_bits, o_in=o_in, mlp_in=mlp_in, down_in=down_in)
 
 
+def _require_switches(options: object, code: str) -> None:
+    """Refuse switches that are neither on nor off."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if isinstance(entry.default, bool) and not isinstance(value, bool):
+            raise InputError(f"{entry.name} is {str(value)[:40]!r}: use on or off.", code=f"E-PARAM-{code}")
+
+
+def _require_size(options: object, name: str, sizes: tuple[int, ...], none: str, code: str) -> None:
+    """Refuse a number of channels or columns that is not offered, and store it as a whole number; 0 stands for `none`."""
+    rule = f"use 0 for {none}, or {', '.join(map(str, sizes))}"
+    value = require_int(name, getattr(options, name), 0, sizes[-1], rule)
+    if value not in (0, *sizes):
+        raise InputError(f"{name} is {value}: {rule}.", code=f"E-PARAM-{code}")
+    object.__setattr__(options, name, value)
+
+
 @dataclass(frozen=True)
 class RotationOptions:
     """Options of the method "rotation": each ingredient is a switch.
@@ -99,17 +121,10 @@ class RotationOptions:
     halfway: bool = True
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(entry.default, bool) and not isinstance(value, bool):
-                raise InputError(f"{entry.name} is {str(value)[:40]!r}: use on or off.", code="E-PARAM-ROTATION")
+        _require_switches(self, "ROTATION")
         require_choice("kv", self.kv, KV_RANGES)
-        for name, sizes, meaning in (("block", BLOCKS, "all channels"), ("group", GROUPS, "a whole row")):
-            rule = f"use 0 for {meaning}, or {', '.join(map(str, sizes))}"
-            value = require_int(name, getattr(self, name), 0, sizes[-1], rule)
-            if value not in (0, *sizes):
-                raise InputError(f"{name} is {value}: {rule}.", code="E-PARAM-ROTATION")
-            object.__setattr__(self, name, value)
+        _require_size(self, "block", BLOCKS, "all channels", "ROTATION")
+        _require_size(self, "group", GROUPS, "a whole row", "ROTATION")
 
     def describe(self) -> str:
         """Describe the options shortly, by what differs from the default: "groups of 32", or "groups of 64, without clip"."""
@@ -119,6 +134,52 @@ class RotationOptions:
         parts += [f"blocks of {self.block}"] if self.block else []
         parts += ["KV range per token"] if self.kv != plain["kv"] else []
         return ", ".join(parts) + (f", without {', '.join(off)}" if off else "")
+
+
+@dataclass(frozen=True)
+class PlusOptions:
+    """Parts of the method rotation that are added to RPTQ's clusters ("RPTQ+"); weights are rounded for the quantised inputs.
+
+    Attributes:
+        scale, key_mean: as in `RotationOptions`; clusters are formed of what they leave.
+        clip: fit the grid of each weight group while GPTQ reaches it, by a search of ratios that shrink its range.
+        halfway: as in `RotationOptions`.
+        group: columns along the reordered width that share a weight's scale, one of GROUPS, or 0 for the clusters of the input.
+        dynamic, rotate: sites with a range of each token in place of clusters, as they are or rotated; joined by +, or "none".
+    """
+
+    scale: bool = True
+    key_mean: bool = True
+    clip: bool = True
+    halfway: bool = True
+    group: int = 32
+    dynamic: str = "none"
+    rotate: str = "down_in"
+
+    def __post_init__(self) -> None:
+        _require_switches(self, "PLUS")
+        _require_size(self, "group", GROUPS, "the clusters of the input", "PLUS")
+        for name, sites in (("dynamic", TOKEN_SITES), ("rotate", ROTATED_SITES)):
+            remedy = f"No site is named: join some of {', '.join(sites)} by +, or use none."
+            text = require_text(name, getattr(self, name), remedy)
+            chosen = [] if text == "none" else [require_choice(f"site of {name}", site, sites) for site in text.split("+")]
+            object.__setattr__(self, name, "+".join(site for site in sites if site in chosen) or "none")
+        both = set(self.dynamic.split("+")) & set(self.rotate.split("+")) - {"none"}
+        if both:
+            rule = f"{min(both)} is named by dynamic and by rotate, which has a range of each token too: name it by one of them."
+            raise InputError(rule, code="E-PARAM-PLUS")
+
+    def by_token(self, site: str) -> bool:
+        """Say whether a site has a range of each token in place of clusters."""
+        return site in (*self.dynamic.split("+"), *self.rotate.split("+"))
+
+    def describe(self) -> str:
+        """Describe the options shortly: "groups of 32, down_in rotated, without clip"."""
+        parts = [f"groups of {self.group}"] if self.group else []
+        parts += [f"{self.rotate} rotated"] if self.rotate != "none" else []
+        parts += [f"{self.dynamic} by token"] if self.dynamic != "none" else []
+        off = [name.replace("_", " ") for name, value in asdict(self).items() if value is False]
+        return ", ".join([*parts, *([f"without {', '.join(off)}"] if off else [])])
 
 
 BASES = {
@@ -161,23 +222,23 @@ class DistillOptions:
         return f"distilled {self.steps} × {self.tokens:,} tokens{on}"
 
 
-Options = TypeVar("Options", BitNetOptions, RotationOptions, DistillOptions)
+Options = TypeVar("Options", BitNetOptions, RotationOptions, PlusOptions, DistillOptions)
 
 
 def parse_options(name: str, text: str, kind: type[Options]) -> Options:
-    """Read "mode=a4.8,kv_bits=3" or "scale=off,group=64" into options; what is left out keeps its default.
+    """Read "mode=a4.8,kv_bits=3" or "scale=off,group=64" into options; what is left out keeps its default: all of "on".
 
     Args: name: what the options are called in an error.
     Raises: InputError naming the part that does not fit.
     """
     readers = {bool: _parse_switch, int: parse_int, float: parse_float, str: lambda _, value: value}
     read = {entry.name: readers[type(entry.default)] for entry in fields(kind)}
-    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip()]
+    pairs = [[p.strip() for p in part.split("=", 1)] for part in text.split(",") if part.strip() not in ("", "on")]
     chosen = {key: read.get(key, parse_int)(key[:20], "".join(value)) for key, *value in pairs}
     return kind(**require_keys(name, chosen, kind))
 
 
-def options_text(options: BitNetOptions | RotationOptions | DistillOptions) -> str:
+def options_text(options: BitNetOptions | RotationOptions | PlusOptions | DistillOptions) -> str:
     """Write options as `parse_options` reads them: "mode=a4.8,keep=0.5,…"."""
     return ",".join(f"{name}={value}" for name, value in asdict(options).items())
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 from core.bits import INPUT_SITE, PER_CHANNEL, REORDER_OF, REORDERS, SCHEMES, SITES, Bits, Clusters, parse_bits
 from core.checks import FLOAT_BITS, parse_int, require_choice, require_int, require_keys, require_text
 from core.errors import InputError
-from core.options import BITNET_MODES, BitNetOptions, DistillOptions, RotationOptions, options_text, parse_options
+from core.options import BITNET_MODES, BitNetOptions, DistillOptions, PlusOptions, RotationOptions, options_text, parse_options
 from core.overrides import Overrides
 from core.privacy import text_record
 
@@ -40,6 +40,7 @@ __all__ = [
     "Clusters",
     "DistillOptions",
     "Overrides",
+    "PlusOptions",
     "QuantRecipe",
     "RotationOptions",
     "parse_bits",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 METHODS = {
-    "rptq": "core.methods.rptq.method",
+    "rptq": "core.methods.rptq.plus",
     "rotation": "core.methods.rotation.method",
     "rtn": "core.methods.rtn",
     "bitnet": "core.methods.bitnet",
@@ -69,6 +70,8 @@ OPTIONS = {
     "rotation": (RotationOptions, "scale, rotate, group and the other switches of rotation"),
 }
 """The class of the options that belong to one method, and what they are, by the method's name: fields of `QuantRecipe`."""
+ADDED = {"distill": DistillOptions, "plus": PlusOptions}
+"""The class of what a recipe may add to its method, None for nothing: fields of `QuantRecipe`."""
 ORDERS = {"layer": "", "shared": ", one order for all layers"}
 """Orders of the residual stream in RPTQ, and how a label tells them: R1 and R4 of each layer, or one order for all layers."""
 SEGMENTS = {"exact": "", "aligned": " in few aligned runs", "pow2": " with power-of-two scales"}
@@ -108,6 +111,7 @@ class QuantRecipe:
         overrides: bits and clusters of single layers; what equals those of all layers is left out.
         order: of the residual stream in RPTQ; "layer": each layer's norms store R1 and R4, "shared": one order for all layers is
             folded into weights, embedding and head, and each layer has its own boundaries of clusters.
+        plus: the parts of the method rotation that are added to RPTQ, None for none; see `PlusOptions`.
         distill: the distillation that follows, None for none; not of bitnet, whose weights have another form.
     """
 
@@ -127,6 +131,7 @@ class QuantRecipe:
     rotation: RotationOptions | None = None
     order: str = "layer"
     distill: DistillOptions | None = None
+    plus: PlusOptions | None = None
 
     def __post_init__(self) -> None:
         require_text("model", self.model, "No readable model was named: give a catalogue name, a Hub id or a folder.")
@@ -154,8 +159,22 @@ class QuantRecipe:
                 raise InputError(rule, code=f"E-PARAM-{name.upper()}")
         if self.distill is not None and self.method == "bitnet":
             raise InputError("The method bitnet is not distilled: leave distill out, or choose another.", code="E-PARAM-DISTILL")
+        self._check_plus()
         self._check_overrides()
         object.__setattr__(self, "overrides", self.overrides.without(self.tensor_bits, self.clusters))
+
+    def _check_plus(self) -> None:
+        if self.plus is None:
+            return
+        refused = {
+            f"the method {self.method}": self.method != "rptq",
+            "the variant official, whose rules are the published ones": self.variant == "official",
+            f"segments {self.segments}, as weights have groups of their own": self.segments != "exact",
+        }
+        for what, applies in refused.items():
+            if applies:
+                rule = f"RPTQ+ does not go with {what}: leave plus out, or choose another."
+                raise InputError(rule, code="E-PARAM-PLUS")
 
     def _check_overrides(self) -> None:
         grouped = self.method == "rptq" or self.variant == "matched"
@@ -197,8 +216,13 @@ class QuantRecipe:
     def reorderings(self) -> tuple[str, ...]:
         """Names of the reorderings that the method makes; R2 only serves quantised queries and keys."""
         bits = self.tensor_bits
-        without = () if min(bits.q, bits.k) < FLOAT_BITS else ("R2",)
+        without = set() if min(bits.q, bits.k) < FLOAT_BITS else {"R2"}
+        without |= {REORDER_OF[site] for site in ("attn_in", "mlp_in", "down_in") if self.by_token(site)}
         return tuple(name for name in REORDERS if name not in without) if self.method == "rptq" else ()
+
+    def by_token(self, site: str) -> bool:
+        """Say whether `plus` gives a quantised site a range of each token in place of RPTQ's clusters."""
+        return self.plus is not None and self.tensor_bits.site(site) < FLOAT_BITS and self.plus.by_token(site)
 
     @property
     def all_bits(self) -> tuple[Bits, ...]:
@@ -213,10 +237,11 @@ class QuantRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; `from_dict` is the inverse.
 
-        `bitnet`, `rotation`, `segments`, `overrides`, `order` and `distill` are left out where they hold their default: recipes
-        from before these fields keep their hash.
+        `bitnet`, `rotation`, `segments`, `overrides`, `order`, `distill` and `plus` are left out where they hold their default:
+        recipes from before these fields keep their hash.
         """
-        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}, "order": "layer", "distill": None}
+        later = {"bitnet": None, "rotation": None, "segments": "exact", "overrides": {}, "order": "layer"}
+        later |= dict.fromkeys(ADDED)
         fields = asdict(self) | {"overrides": self.overrides.to_dict()}
         return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
@@ -233,7 +258,7 @@ class QuantRecipe:
     def from_dict(cls, data: dict[str, Any]) -> QuantRecipe:
         """Read what `to_dict` wrote. Raises: InputError for an unknown or badly typed field."""
         data = dict(require_keys("recipe", data, cls))
-        own = {name: kind for name, (kind, _) in OPTIONS.items()} | {"distill": DistillOptions}
+        own = {name: kind for name, (kind, _) in OPTIONS.items()} | ADDED
         parts = {"bits": Bits, "clusters": Clusters, "calibration": Calibration} | own
         for name, part in parts.items():
             if data.get(name) is not None or (name in data and part in (Clusters, Calibration)):
@@ -275,9 +300,8 @@ class QuantRecipe:
             "window": self.calibration.window,
             "seed": self.seed,
             "bits": ",".join(f"{k}={v}" for k, v in asdict(self.bits).items()) if self.bits else "",
-            **{name: options_text(getattr(self, name)) for name in OPTIONS if getattr(self, name)},
+            **{name: options_text(getattr(self, name)) for name in (*OPTIONS, *ADDED) if getattr(self, name)},
             "set": self.overrides.to_text(),
-            "distill": options_text(self.distill) if self.distill else "",
         }
 
     @classmethod
@@ -305,8 +329,9 @@ class QuantRecipe:
         for name, (kind, _) in OPTIONS.items():
             if "method" in given or name in given:
                 changes[name] = parse_options(name, given[name], kind) if name in given else None
-        if "distill" in given or "method" in given:
-            changes["distill"] = parse_options("distill", given["distill"], DistillOptions) if "distill" in given else None
+        for name, kind in ADDED.items():
+            if name in given or "method" in given:
+                changes[name] = parse_options(name, given[name], kind) if name in given else None
         if {"model", "method", "scheme"} & given.keys():
             changes["overrides"] = Overrides()
         if "set" in given:
@@ -351,7 +376,9 @@ class QuantRecipe:
             matched = f"RTN matched ({self.clusters.describe()}{calibrated})"
             parts = [matched if self.variant == "matched" else "RTN plain", self.describe_bits()]
         else:
-            parts = ["RPTQ", self.describe_bits(), self.clusters.describe() + SEGMENTS[self.segments] + ORDERS[self.order]]
+            clusters = self.clusters.describe() + SEGMENTS[self.segments] + ORDERS[self.order]
+            parts = ["RPTQ", self.describe_bits(), clusters]
+            parts = ["RPTQ+", *parts[1:], *filter(None, [self.plus.describe()])] if self.plus else parts
         parts.append(self.weights.upper() if any(bits.quantizes_weights for bits in self.all_bits) else "float weights")
         parts += [self.distill.describe()] if self.distill else []
         return " · ".join(parts if self.variant in ("default", "matched") else [*parts, self.variant])

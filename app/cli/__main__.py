@@ -255,12 +255,11 @@ def _recipe(verb: Parser) -> None:
     verb.add_argument("--segments", help=f"{', '.join(SEGMENTS)}: how many accumulators integers take (default exact)")
     verb.add_argument("--order", help=f"{' or '.join(ORDERS)}: of the residual stream, in each layer or in all (default layer)")
     verb.add_argument("--weights", help=f"{' or '.join(WEIGHT_METHODS)} (default gptq)")
-    verb.add_argument(
-        "--rotation",
-        metavar="scale=off,group=64",
-        help="options of the method rotation: scale, rotate, key_mean, dynamic, clip, halfway on or off; "
-        "block and group as numbers, 0 for all channels; kv=static or token",
-    )
+    switches = "options of the method rotation: scale, rotate, key_mean, dynamic, clip, halfway on or off; "
+    switches += "block and group as numbers, 0 for all channels; kv=static or token"
+    verb.add_argument("--rotation", metavar="scale=off,group=64", help=switches)
+    parts = "RPTQ+: on, or switches as of --rotation; group 0 for clusters, dynamic and rotate as sites joined by +; off: RPTQ"
+    verb.add_argument("--plus", metavar="on", help=parts)
     verb.add_argument(
         "--distill",
         metavar="steps=12,tokens=1024",

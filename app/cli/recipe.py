@@ -13,12 +13,12 @@ from core.errors import InputError
 from core.options import options_text
 from core.privacy import PASTED, PASTED_DIGEST
 from core.recipe import (
+    ADDED,
     OPTIONS,
     VARIANTS,
     Bits,
     Calibration,
     Clusters,
-    DistillOptions,
     Overrides,
     QuantRecipe,
     parse_bits,
@@ -54,7 +54,7 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         if getattr(args, name) is not None and not (matched and name == "clusters"):
             raise InputError(f"--{name} has no meaning for the method {method}: leave it out.", code="E-PARAM-METHOD")
     if method != "rptq":
-        for name in ("segments", "order"):
+        for name in ("segments", "order", "plus"):
             base.pop(name, None)
     if method not in VARIANTS[base.get("variant", "default")]:
         base.pop("variant", None)
@@ -68,10 +68,12 @@ def recipe_of(args: Namespace) -> QuantRecipe:
         given["rotation"] = _changed("rotation", base, args.rotation)
     if given.get("method") == "bitnet":
         base.pop("distill", None)
-    if args.distill == "off":
-        base.pop("distill", None)
-    elif args.distill is not None:
-        given["distill"] = _changed("distill", base, args.distill)
+    for name in ADDED:
+        text = getattr(args, name)
+        if text == "off":
+            base.pop(name, None)
+        elif text is not None:
+            given[name] = _changed(name, base, text)
     if args.clusters is not None:
         base.pop("clusters", None)
     recipe = QuantRecipe.from_dict(base | given) if base or given else _no_model()
@@ -88,7 +90,7 @@ def recipe_of(args: Namespace) -> QuantRecipe:
 
 def _changed(name: str, base: dict[str, Any], text: str) -> dict[str, Any]:
     """Return the fields of a method's options: those of the recipe `base`, with what a text changes."""
-    kind = DistillOptions if name == "distill" else OPTIONS[name][0]
+    kind = ADDED.get(name) or OPTIONS[name][0]
     return asdict(parse_options(name, f"{options_text(kind(**(base.get(name) or {})))},{text}", kind))
 
 
@@ -114,8 +116,7 @@ def command_of(recipe: QuantRecipe) -> str:
             options["bits"] = ",".join(f"{name}={value}" for name, value in asdict(recipe.bits).items())
     if recipe.rotation is not None:
         options |= {"rotation": options_text(recipe.rotation)}
-    if recipe.distill is not None:
-        options |= {"distill": options_text(recipe.distill)}
+    options |= {name: options_text(own) for name in ADDED if (own := getattr(recipe, name)) is not None}
     if recipe.method == "rptq" or recipe.variant == "matched":
         options |= {"clusters": ",".join(f"{name}={count}" for name, count in asdict(recipe.clusters).items())}
     if recipe.method == "rptq":

@@ -15,6 +15,7 @@ from app.tabs.cost import Cost
 from app.tabs.distill import DistillFields
 from app.tabs.measured import MEASURED_TEXT, QUICK_TOKENS, WINDOW, details, numbers_table, verdict, window_of
 from app.tabs.overrides import LayerField
+from app.tabs.plus import PlusFields
 from app.tabs.reorder import require_count
 from app.tabs.rotation import RotationFields
 from app.tabs.sidebar import DEFAULT_TOKENS, TOKEN_RANGE, Sidebar, variant_choices
@@ -132,6 +133,7 @@ class Quantize:
                         ("segments", texts.SEGMENTS, texts.SEGMENTS_LABEL, texts.SEGMENTS_INFO),
                     )
                 )
+            self.plus = PlusFields()
             self.rotation = RotationFields()
             self.distill = DistillFields()
             self.layers = LayerField(self.ctx)
@@ -159,7 +161,7 @@ class Quantize:
     @property
     def inputs(self) -> set:
         """All fields of the recipe on this tab."""
-        fields = (self.bits, self.clusters, self.attention, self.rotation.fields, self.distill.fields)
+        fields = (self.bits, self.clusters, self.attention, self.plus.fields, self.rotation.fields, self.distill.fields)
         return {
             self.variant,
             self.weights,
@@ -184,14 +186,15 @@ class Quantize:
         side = self.side
         model, revision = side.chosen_model(values)
         calibration = replace(side.calibration(values), window=values[self.window])
-        seed = values[self.seed]
         if values[side.method] == "bitnet":
             attention = {name: _whole(values[field]) for name, field in self.attention.items()}
             options = BitNetOptions(values[side.mode], values[self.keep], **attention)
-            return QuantRecipe(model, revision, "bitnet", calibration=calibration, seed=seed, bitnet=options)
+            return QuantRecipe(model, revision, "bitnet", calibration=calibration, seed=values[self.seed], bitnet=options)
         custom = values[side.scheme] == "custom"
         bits = Bits(**{name: _whole(values[field]) for name, field in self.bits.items()}) if custom else None
         counts = {name: require_count(name, values[field]) for name, field in self.clusters.items()}
+        rptq = values[side.method] == "rptq"
+        own = {"segments": values[self.segments], "order": values[self.order], "plus": self.plus.read(values)} if rptq else {}
         return QuantRecipe(
             model,
             revision,
@@ -202,10 +205,9 @@ class Quantize:
             values[self.weights],
             values[self.variant],
             calibration,
-            seed,
-            segments=values[self.segments] if values[side.method] == "rptq" else "exact",
+            values[self.seed],
             overrides=self.layers.read(values),
-            order=values[self.order] if values[side.method] == "rptq" else "layer",
+            **own,
             rotation=self.rotation.read(values) if values[side.method] == "rotation" else None,
             distill=self.distill.read(values),
         )
@@ -216,6 +218,7 @@ class Quantize:
         return {
             self.keep: options.keep,
             **{field: getattr(options, name) for name, field in self.attention.items()},
+            **self.plus.fill(recipe.plus),
             **self.rotation.fill(recipe.rotation),
             **self.distill.fill(recipe.distill),
             **self.show(recipe.method, recipe.variant),
@@ -243,6 +246,7 @@ class Quantize:
             self.ternary: not grid,
             self.folds: grid,
             self.tokens: grid,
+            self.plus.fold: method == "rptq",
             self.rotation.fold: method == "rotation",
             self.cluster_fold: method == "rptq" or (method == "rtn" and variant == "matched"),
         }
@@ -302,7 +306,7 @@ class Quantize:
         inputs = {self.ctx.key, *side.source, *side.recipe, *self.inputs}
         *others, last = self.clusters.values()  # every g changes the last, after the others
         typed = [side.mode, side.tokens, self.tokens, self.weights, self.segments, self.order, self.keep]
-        typed += [*self.attention.values(), *self.rotation.fields.values()]
+        typed += [*self.attention.values(), *self.plus.fields.values(), *self.rotation.fields.values()]
         changes = [last.change, *(field.blur for field in others), *(field.input for field in typed), *chosen]
         filled = self.autopilot.wire(self.recipe, inputs, [self.tab.select, scheme.then, method.then], self.fill_all)
         self.cost.wire(self.recipe, inputs, self.tab.select, [*changes, filled])

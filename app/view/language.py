@@ -21,6 +21,7 @@ from app.view import (
     texts_guide,
     texts_layers,
     texts_memory,
+    texts_plus,
     texts_report,
     texts_rotation,
 )
@@ -34,6 +35,7 @@ from app.view.zh import texts_groups as zh_groups
 from app.view.zh import texts_guide as zh_guide
 from app.view.zh import texts_layers as zh_layers
 from app.view.zh import texts_memory as zh_memory
+from app.view.zh import texts_plus as zh_plus
 from app.view.zh import texts_report as zh_report
 from app.view.zh import texts_rotation as zh_rotation
 
@@ -47,6 +49,7 @@ MODULES = (
     (texts_guide, zh_guide),
     (texts_layers, zh_layers),
     (texts_memory, zh_memory),
+    (texts_plus, zh_plus),
     (texts_report, zh_report),
     (texts_rotation, zh_rotation),
 )

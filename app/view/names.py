@@ -34,7 +34,7 @@ def short_name(recipe: QuantRecipe, label: str) -> str:
         return (f"RTN matched {scheme} {_clusters(recipe.clusters)}" if recipe.variant == "matched" else f"RTN {scheme}") + own
     if recipe.rotation is not None:
         return f"Rotation {scheme} {recipe.rotation.describe()}{own}"
-    return f"{scheme} {_clusters(recipe.clusters)}{own}"
+    return f"{'RPTQ+ ' if recipe.plus else ''}{scheme} {_clusters(recipe.clusters)}{own}"
 
 
 def _clusters(clusters: Clusters) -> str:
@@ -68,6 +68,7 @@ def choices_of(recipe: QuantRecipe) -> dict[str, str]:
         chosen |= {"weights": f"{recipe.weights.upper()} weights", "variant": recipe.variant}
     if recipe.method == "rptq":
         chosen |= {"segments": recipe.segments, "order": "" if recipe.order == "layer" else recipe.order}
+    chosen["plus"] = recipe.plus.describe() if recipe.plus else ""
     chosen["distill"] = recipe.distill.describe() if recipe.distill else ""
     chosen["overrides"] = recipe.overrides.describe(8)
     return chosen

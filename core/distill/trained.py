@@ -52,7 +52,7 @@ class TrainedBlock:
                 self._vary(f"{name}.scale", layer.weight_scale)
                 self._vary(f"{name}.zero", layer.weight_zero)
             shared = isinstance(layer.quantizer, ActivationQuantizer) and not torch.equal(layer.quantizer.offsets, layer.offsets)
-            if not shared:  # with a common step, the scales are tied to each other
+            if not shared or len(layer.offsets) > 2:  # with a common step, the scales are tied to each other
                 self._vary_quantizer(f"{name}.input", layer.quantizer)
         for site in SITES:
             quantizer = getattr(block.attention, f"{site}_quantizer")

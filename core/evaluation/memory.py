@@ -161,6 +161,9 @@ def linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
     """Count the bytes of one linear layer's weights by its layer's recipe, with scales, zero points and cluster offsets."""
     rows, columns = linear_sizes(shape)[name]
     bits, groups = recipe.tensor_bits.weight(name), _groups(shape, recipe)[INPUT_SITE[name]]
+    if recipe.plus is not None:
+        size = recipe.plus.group or (columns if recipe.by_token(INPUT_SITE[name]) else 0)
+        groups = math.ceil(columns / size) if size else groups
     offsets = 4 * (groups + 1)
     if bits >= FLOAT_BITS:
         return 4 * rows * columns + offsets
@@ -204,11 +207,15 @@ def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
         width, static = shape.kv_heads * shape.head_dim, recipe.rotation.kv == "static"
         mean = 4 * width if recipe.rotation.key_mean and min(bits.q, bits.k) < FLOAT_BITS else 0
         return mean + sum(12 * width + 4 for own in (bits.k, bits.v) if static and own < FLOAT_BITS)
-    grids = sum(8 * groups[site] + 4 * (groups[site] + 1) for site in SITES if bits.site(site) < FLOAT_BITS)
+    static = [site for site in SITES if bits.site(site) < FLOAT_BITS and not recipe.by_token(site)]
+    grids = sum(8 * groups[site] + 4 * (groups[site] + 1) for site in static)
     if recipe.method != "rptq":
         return grids
     rotated = shape.positions == 0 and min(bits.q, bits.k) < FLOAT_BITS
-    stored = 2 * shape.hidden if recipe.order == "layer" else 0  # by the two norms
+    norms = sum(name in recipe.reorderings for name in ("R1", "R4"))
+    stored = norms * shape.hidden if recipe.order == "layer" else 0
+    if recipe.plus is not None and recipe.plus.key_mean and min(bits.q, bits.k) < FLOAT_BITS:
+        grids += 4 * shape.kv_heads * shape.head_dim
     return grids + 4 * (stored + (shape.kv_heads * shape.head_dim if rotated else 0))
 
 

@@ -219,7 +219,8 @@ class ProbeBench(ABC):
         progress: Progress = silent,
     ) -> CostCurve:
         """Predict what one site costs by its number of clusters, in one layer or in all (None); see `core.probe.curve`."""
-        plain = {"variant": "default", "segments": "exact", "order": "layer", "overrides": Overrides(), **dict.fromkeys(OPTIONS)}
+        none = dict.fromkeys((*OPTIONS, "plus"))
+        plain = {"variant": "default", "segments": "exact", "order": "layer", "overrides": Overrides(), **none}
         recipe = replace(recipe, method="rptq", **plain)
         tool = self._instrument(recipe, text, owner, progress)
         layers = range(len(tool.model.blocks)) if layer is None else [layer]

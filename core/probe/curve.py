@@ -17,7 +17,7 @@ from core.errors import InputError
 from core.methods.base import SEARCHED_RANGES, channel_importance
 from core.methods.fake import fake_site
 from core.methods.rptq.explore import counts_within, knee
-from core.methods.rptq.method import METHOD
+from core.methods.rptq.plus import METHOD
 from core.models.decoder import CausalModel
 from core.probe.plans import Layer, cell_name, require_cell
 from core.probe.predict import predict, site_cost

@@ -90,7 +90,8 @@ def _recipe(chosen: Mapping[str, str]) -> QuantRecipe:
     if method not in VARIANTS.get(chosen.get("variant", "default"), (method,)):
         foreign.add("variant")
     if method != "rptq":
-        foreign |= {"segments", "order"} | ({"clusters"} if (method, chosen.get("variant")) != ("rtn", "matched") else set())
+        foreign |= {"segments", "order", "plus"}
+        foreign |= {"clusters"} if (method, chosen.get("variant")) != ("rtn", "matched") else set()
     if method == "bitnet":
         foreign |= {"scheme", "bits", "variant", "weights", "set"}
     kept = {key: value for key, value in chosen.items() if key not in foreign}

@@ -271,3 +271,14 @@ def test_quantize_by_rotation_with_single_switches(call):
     assert code == 0 and out
     other = document(call, "quantize", "--recipe", "rotation.json", "--method", "rptq", "--out", "other")
     assert "rotation" not in other["recipe"]
+
+
+def test_quantize_by_rptq_with_added_parts(call):
+    options = ("--calibration", "text.txt", "--calibration-tokens", 64, "--window", 32)
+    made = document(call, "quantize", "--model", "base", "--plus", "on", *options, "--out", "plus")
+    assert made["label"].startswith("RPTQ+ ") and made["recipe"]["plus"]["rotate"] == "down_in"
+    Path("plus.json").write_text(json.dumps(made["recipe"]))
+    again = document(call, "quantize", "--recipe", "plus.json", "--plus", "dynamic=q,scale=off", "--out", "plus-again")
+    assert again["recipe"]["plus"] == made["recipe"]["plus"] | {"dynamic": "q", "scale": False}
+    plain = document(call, "quantize", "--recipe", "plus.json", "--plus", "off", "--out", "plus-off")
+    assert "plus" not in plain["recipe"]

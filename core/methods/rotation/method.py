@@ -113,54 +113,83 @@ class Rotation(Method):
 
     def fake_site(self, plan: SitePlan, site: str, recipe: QuantRecipe, spec: BlockSpec) -> Fake | None:
         """Make the function that rounds a site in its basis and returns to the model's own; None where it stays in float."""
-        if plan.bits >= FLOAT_BITS:
-            return None
-        rounded, sinks = _rounding(plan, site, spec), self.sink_tokens(recipe)
-
-        def fake(x: Tensor) -> Tensor:
-            found = plan.basis.back(rounded(plan.basis.to(x)))
-            found[:, :sinks] = x[:, :sinks]
-            return found
-
-        return fake
+        return fake_based_site(plan, site, spec, self.sink_tokens(recipe))
 
     def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
         """Round a weight to nearest in the basis of its input; rows of v are taken as they are before their rotation."""
-        bits = recipe.tensor_bits.weight(name)
-        if bits >= FLOAT_BITS:
-            return None
-        own = plan.basis.weight(linear.dequantized_weight().to(torch.float32)).t().contiguous()
-        shrink = SHRINK_WEIGHTS if recipe.rotation.clip else (1.0,)
-        rounded = fake_columns(own, plan.weight_offsets.to(own.device), bits=bits, grid=Grid.EXACT, shrink=shrink).t()
-        rounded = Basis(block=plan.basis.block).weight(rounded)  # its own inverse
-        return rounded if plan.basis.scale is None else rounded / plan.basis.scale.to(rounded.device)
+        return fake_based_weight(linear, plan, recipe.tensor_bits.weight(name), clip=recipe.rotation.clip)
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Run the layer with quantised activations in its new bases for Hessians and targets, and quantise the weights."""
-        live = with_quantizers(change_bases(block, plan), plan)
-        bits, options = plan.weight_bits, recipe.rotation
-        wanted = recipe.weights == "gptq" and min(bits.values()) < FLOAT_BITS
-        moments = collect_moments(live, plan, stats.streams) if wanted else {}
-        layers, errors = {}, {}
-        shrink = SHRINK_WEIGHTS if options.clip else (1.0,)
-        for name, linear in live.linears().items():
-            site = plan.sites[INPUT_SITE[name]]
-            weight = linear.weight
-            if bits[name] >= FLOAT_BITS:
-                layers[name], errors[name] = linear, WeightError(FLOAT_BITS, "float", float("inf"), None, linear.effective_bits)
-                continue
-            hessian, target = None, weight
-            if wanted:
-                hessian, shift = moments[INPUT_SITE[name]]
-                target = weight if shift is None else weight + half_way(weight, hessian, shift)
-            offsets = site.weight_offsets.to(weight.device)
-            made = quantize_weight(target, hessian, offsets, bits=bits[name], grid=Grid.EXACT, shrink=shrink)
-            layers[name] = QuantLinear.from_weight(made.weight, linear.bias, site.quantizer())
-            noise = sqnr_db(weight, made.weight.dequantize())
-            errors[name] = WeightError(bits[name], made.method, noise, made.fallback, layers[name].effective_bits)
-        return attach(live.with_parts(**layers), plan), errors
+        clip, gptq = recipe.rotation.clip, recipe.weights == "gptq"
+        return quantize_block(change_bases(block, plan), plan, stats.streams, clip=clip, gptq=gptq)
+
+
+def fake_based_site(plan: RotatedPlan, site: str, spec: BlockSpec, sinks: int) -> Fake | None:
+    """Make the function that rounds a site in its basis and returns to the model's own; None where it stays in float.
+
+    Args: sinks: first positions that stay in float.
+    """
+    if plan.bits >= FLOAT_BITS:
+        return None
+    rounded = _rounding(plan, site, spec)
+
+    def fake(x: Tensor) -> Tensor:
+        found = plan.basis.back(rounded(plan.basis.to(x)))
+        found[:, :sinks] = x[:, :sinks]
+        return found
+
+    return fake
+
+
+def fake_based_weight(linear: LinearLayer, plan: RotatedPlan, bits: int, *, clip: bool) -> Tensor | None:
+    """Round a weight [N, K] to nearest in the basis of its input, and return to the model's own; None at 16 bits.
+
+    Args: clip: search ratios that shrink the ranges of its groups.
+    """
+    if bits >= FLOAT_BITS:
+        return None
+    own = plan.basis.weight(linear.dequantized_weight().to(torch.float32)).t().contiguous()
+    shrink = SHRINK_WEIGHTS if clip else (1.0,)
+    rounded = fake_columns(own, plan.weight_offsets.to(own.device), bits=bits, grid=Grid.EXACT, shrink=shrink).t()
+    return plan.basis.weight_back(rounded)
+
+
+def quantize_block(
+    shaped: DecoderBlock, plan: LayerPlan, streams: Streams, *, clip: bool, gptq: bool
+) -> tuple[DecoderBlock, dict[str, WeightError]]:
+    """Run a layer with quantised activations for Hessians and targets, quantise its weights, attach the quantisers.
+
+    Args:
+        shaped: float, in the bases and orders of the plan, but for the rotations that run online, and the keys' mean.
+        plan: its sites are `RotatedPlan`s.
+        streams: of the layer; weights aim half-way where it has exact inputs.
+        clip: fit the grid of each group by a search of ratios. gptq: or else round to nearest.
+    Returns: as `Method.apply_layer`.
+    """
+    live, bits = with_quantizers(shaped, plan), plan.weight_bits
+    wanted = gptq and min(bits.values()) < FLOAT_BITS
+    moments = collect_moments(live, plan, streams) if wanted else {}
+    layers, errors = {}, {}
+    shrink = SHRINK_WEIGHTS if clip else (1.0,)
+    for name, linear in live.linears().items():
+        site = plan.sites[INPUT_SITE[name]]
+        weight = linear.weight
+        if bits[name] >= FLOAT_BITS:
+            layers[name], errors[name] = linear, WeightError(FLOAT_BITS, "float", float("inf"), None, linear.effective_bits)
+            continue
+        hessian, target = None, weight
+        if wanted:
+            hessian, shift = moments[INPUT_SITE[name]]
+            target = weight if shift is None else weight + half_way(weight, hessian, shift)
+        offsets = site.weight_offsets.to(weight.device)
+        made = quantize_weight(target, hessian, offsets, bits=bits[name], grid=Grid.EXACT, shrink=shrink)
+        layers[name] = QuantLinear.from_weight(made.weight, linear.bias, site.quantizer())
+        noise = sqnr_db(weight, made.weight.dequantize())
+        errors[name] = WeightError(bits[name], made.method, noise, made.fallback, layers[name].effective_bits)
+    return attach(live.with_parts(**layers), plan), errors
 
 
 def changes_basis(site: str, recipe: QuantRecipe) -> bool:
@@ -237,23 +266,28 @@ def half_way(weight: Tensor, hessian: Tensor, shift: Tensor) -> Tensor:
 
 def _plan_site(stats: LayerStatistics, site: str, key: SiteKey, spec: BlockSpec) -> RotatedPlan:
     options, changes = key.rest
-    rows, width = stats.calibrated[site].rows, spec.width(site)
-    basis = site_basis(stats, site, options, spec) if changes else Basis()
-    rows = basis.to(rows)
+    return plan_rotated(stats, site, site_basis(stats, site, options, spec) if changes else Basis(), key.bits, options, spec)
+
+
+def plan_rotated(
+    stats: LayerStatistics, site: str, basis: Basis, bits: int, options: RotationOptions, spec: BlockSpec
+) -> RotatedPlan:
+    """Choose the ranges of one site in a basis."""
+    width, rows = spec.width(site), basis.to(stats.calibrated[site].rows)
     own = {"basis": basis, "folded": site in PER_HEAD or (site == "o_in" and not spec.sub_norms)}
     whole, step = torch.tensor([0, width]), options.group or width
     groups = torch.tensor([*range(0, width, step), width])
-    if key.bits >= FLOAT_BITS:
+    if bits >= FLOAT_BITS:
         return RotatedPlan(FLOAT_BITS, whole, None, None, groups, **own)
     if site in ("k", "v") and options.kv == "static":
         low, high = rows.amin(0), rows.amax(0)
         rules = RangeRules(Grid.EXACT, ema=False, clip_search=options.clip)
-        found = plan_site(ChannelRanges(low, high, low[None], high[None], rows), torch.arange(width + 1), key.bits, rules)
-        return RotatedPlan(key.bits, found.offsets, found.params, found.sqnr_db, groups, **own)
+        found = plan_site(ChannelRanges(low, high, low[None], high[None], rows), torch.arange(width + 1), bits, rules)
+        return RotatedPlan(bits, found.offsets, found.params, found.sqnr_db, groups, **own)
     least, best = float("inf"), None
     for factor in SHRINK if options.clip else (1.0,):
         clip, limits = _range(rows, site, factor, options)
-        plan = RotatedPlan(key.bits, whole, None, None, groups, **own, clip=clip, limits=limits)
+        plan = RotatedPlan(bits, whole, None, None, groups, **own, clip=clip, limits=limits)
         fake = _rounding(plan, site, spec)(rows)
         # relative to each row: a few tokens are hundreds of times larger than the others
         error = float(((fake - rows).square().sum(1) / rows.square().sum(1).clamp_min(1e-12)).mean())

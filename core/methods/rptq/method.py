@@ -253,6 +253,3 @@ def _plan_site(stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: Blo
         offsets = best_runs(ranges.low, ranges.high, weight, limit=limit)
     plan = plan_site(ranges, offsets, bits, rules_of(recipe).ranges, weight)
     return replace(power_of_two(plan, ranges) if spare else plan, order=order)
-
-
-METHOD = RPTQ()

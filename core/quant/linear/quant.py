@@ -73,7 +73,8 @@ class QuantLinear(LinearLayer):
     """A linear layer y = x̂ Ŵᵀ + b with Ŵ packed at 2 to 8 bits (or float) and x̂ quantised per input cluster (or float).
 
     Weight and input share their clusters; or the weight has one scale per row, and the input's scales are the largest one
-    divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator. With a `TokenQuantizer`
+    divided by powers of two (`ActivationQuantizer.common_step`), so that integers need one accumulator. Where a weight has other
+    groups than that, the rounded input is multiplied in floating point. With a `TokenQuantizer`
     the input has no clusters: it is rotated, and y[m] = s[m] (Σ q[m] Ŵᵀ - z[m] Σ Ŵᵀ) + b with the token's scale and zero point.
 
     Saved buffers: `packed` [N, packed_width(K, bits)] uint8, `weight_scale`, `weight_zero` [N, G], `offsets` [G + 1]
@@ -144,13 +145,15 @@ class QuantLinear(LinearLayer):
             ].shape == tensors["weight_zero"].shape == (rows, len(offsets) - 1)
         if not fits:
             raise ValueError(f"the tensors of a {self.bits}-bit layer of {self.in_features} inputs do not fit each other")
-        if isinstance(quantizer, ActivationQuantizer) and quantizer.offsets.tolist() != offsets:
-            fits = quantizer.width == self.in_features and len(offsets) == 2 and quantizer.common_step() is not None
-            if not fits:
-                raise ValueError("the clusters of the input's quantiser do not fit those of the weight")
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.width != self.in_features:
+            raise ValueError(f"the input's quantiser has {quantizer.width} channels, and the layer {self.in_features} inputs")
+        self._apart = isinstance(quantizer, ActivationQuantizer) and quantizer.offsets.tolist() != offsets
+        self._apart = self._apart and (len(offsets) > 2 or quantizer.common_step() is None)
 
     def choose(self, backend: Backend) -> Choice:
         """Choose the backend as `LinearLayer.choose` and `kernels.select_linear_backend` say."""
+        if self._apart and backend is Backend.AUTO and self.offsets.device.type == "cpu":
+            return Choice(Backend.REFERENCE, "its groups are not the clusters of the input, which is rounded in float")
         return select_linear_backend(
             backend,
             weight_bits=self.bits,
@@ -163,7 +166,8 @@ class QuantLinear(LinearLayer):
 
     @property
     def _activation_bits(self) -> int:
-        floats = self.quantizer is None or (self._by_token and self.offsets.device.type != "cpu")  # no kernel takes such codes
+        # no kernel takes such codes
+        floats = self.quantizer is None or self._apart or (self._by_token and self.offsets.device.type != "cpu")
         return 16 if floats else self.quantizer.bits
 
     @property
@@ -207,11 +211,13 @@ class QuantLinear(LinearLayer):
         """Compute `LinearLayer.parts`; INT8 and REFERENCE compute a part when the iterator reaches it."""
         if self._by_token:
             x = self.quantizer.rotate(x) if self.takes_codes else self.quantizer.fake(x, use)
+        elif self._apart:
+            x = self.quantizer.fake(x, use)
         if self.choice.backend is Backend.INT4 and x.numel() <= int4.MAX_ROWS * self.in_features:
             return self.copies.get("few rows", self._int4_operands).parts(x, sizes)
         operands = self.copies.get("product", self._operands)
         if not operands.takes_codes:
-            x = x if self.quantizer is None or self._by_token else self.quantizer.fake(x, use)
+            x = x if self.quantizer is None or self._by_token or self._apart else self.quantizer.fake(x, use)
             return operands.parts(x, sizes)
         if self._by_token:
             found = self._token_parts(x, operands, sizes)

@@ -14,7 +14,7 @@ from core.methods.sequential import _observe, run_layer
 from core.models.io.quantized import load_quantized, save_quantized
 from core.models.tiny import tiny_model
 from core.quant.linear.quant import QuantLinear
-from core.recipe import Bits, Clusters, Overrides, QuantRecipe, RotationOptions
+from core.recipe import Bits, Clusters, Overrides, PlusOptions, QuantRecipe, RotationOptions
 from core.stages import quantize
 from tests.core.tools import in_steps, quantised, relative, spec_of, tokens
 
@@ -94,12 +94,14 @@ def test_a_saved_model_with_layers_of_its_own_is_the_same(name, tmp_path):
     assert all(same(one, other) for one, other in zip(back.model.blocks, made.blocks, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rptq", "kv", "matched", "float", "official", "plain", "rotation", "kv token"])
+@pytest.mark.parametrize("name", ["rptq", "kv", "matched", "float", "official", "plain", "rotation", "kv token", "plus", "plus by token"])
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
 def test_the_formula_counts_the_tensors(architecture, name):
     more = {
         "plain": {"method": "rtn", "weights": "rtn"},
         "rotation": {"method": "rotation", "variant": "strict"},
+        "plus": {"variant": "strict", "plus": PlusOptions()},
+        "plus by token": {"plus": PlusOptions(key_mean=False, group=0, dynamic="q+o_in+mlp_in")},
         "kv token": {"method": "rotation", "rotation": RotationOptions(kv="token", group=64)},
     }
     options = (RECIPES | more)[name]

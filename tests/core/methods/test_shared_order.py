@@ -18,7 +18,7 @@ from core.evaluation.describe import model_info
 from core.evaluation.memory import measured_parts, recipe_bytes
 from core.evaluation.shapes import shape_of_loaded
 from core.methods.base import FLOAT_FIRST_TOKENS
-from core.methods.rptq.method import METHOD
+from core.methods.rptq.plus import METHOD
 from core.methods.rptq.reorder import reorder_block
 from core.methods.rptq.shared import residual_order, shared_clusters
 from core.models.decoder import CausalModel

@@ -1,0 +1,154 @@
+"""RPTQ+ on tiny models: what it folds changes no logit, what it stores is what it computes, every part is a switch that acts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from core.calibration.observe import Recorder
+from core.errors import InputError
+from core.evaluation.memory import measured_parts
+from core.methods import method
+from core.methods.rotation.method import with_quantizers
+from core.methods.rptq.plus import in_bases
+from core.methods.sequential import layer_statistics, watch_layer
+from core.models.io.quantized import load_quantized, save_quantized
+from core.options import options_text, parse_options
+from core.probe.plans import CELLS
+from core.probe.predict import predict
+from core.quant.rotated import TokenQuantizer
+from core.quant.static import ActivationQuantizer
+from core.recipe import PlusOptions, QuantRecipe
+from tests.core.methods.reorder_tools import IDS
+from tests.core.methods.rotation_tools import W4A4
+from tests.core.probe.probe_tools import probed, recipe_of, statistics_of
+from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, in_steps, quantised, relative, tiny, tokens
+
+NONE = PlusOptions(scale=False, key_mean=False, clip=False, halfway=False, group=0, rotate="none")
+PARTS = {
+    "scale": True, "key_mean": True, "clip": True, "halfway": True, "group": 32, "dynamic": "q", "rotate": "down_in",
+}  # fmt: skip
+EVERY = PlusOptions(dynamic="q+o_in", rotate="attn_in+mlp_in+down_in")
+
+
+def made(architecture: str = "llama", plus: PlusOptions | None = None, **fields):
+    return quantised(architecture, variant="strict", plus=plus, **fields)
+
+
+def folded(architecture: str, options: PlusOptions) -> torch.nn.Module:
+    """The model with a plan's scales, orders, rotations and means at 4 bits everywhere, and all quantisers off."""
+    loaded, planner, blocks = tiny(architecture), method("rptq"), []
+    recipe = QuantRecipe("tiny", scheme="custom", bits=W4A4, plus=options)
+    item = block_inputs(loaded.model, tokens(4, 32, seed=3))
+    hidden = [item.hidden]
+    for block in float_blocks(loaded):
+        recorder = Recorder(block.layer_index, 4, hessians_wanted=False)
+        hidden = watch_layer(block, hidden, [item], [recorder])
+        plan = planner.plan_layer(layer_statistics(block, recorder, recorder), recipe, block.spec)
+        off = {site: dataclasses.replace(own, bits=16, params=None) for site, own in plan.sites.items()}
+        plan = dataclasses.replace(plan, sites=off, softmax_bits=16, sink_tokens=0)
+        blocks.append(with_quantizers(in_bases(block, plan), plan))
+    return loaded.model.with_blocks(blocks)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", [NONE, PlusOptions(rotate="none"), PlusOptions(), EVERY])
+def test_what_is_folded_changes_no_logit(architecture, options):
+    expected, model = tiny(architecture).model(IDS).logits, folded(architecture, options)
+    assert relative(model(IDS).logits, expected) < 1e-5
+    assert relative(in_steps(model, IDS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", [PlusOptions(), EVERY], ids=["default", "every"])
+def test_a_cache_and_a_saved_folder_give_the_same_model(architecture, options, tmp_path):
+    done = made(architecture, options)
+    expected = done.model(IDS).logits
+    assert relative(in_steps(done.model, IDS), expected) < 1e-4
+    save_quantized(tmp_path / "q", done.loaded, {"recipe": done.recipe.to_record()})
+    again = load_quantized(tmp_path / "q").model
+    assert torch.equal(again(IDS).logits, expected)
+    assert measured_parts(again) == measured_parts(done.model)
+
+
+def test_sites_are_quantised_as_the_recipe_says():
+    block = made(plus=PlusOptions(dynamic="q", rotate="down_in")).blocks[0]
+    attention, down = block.attention, block.mlp.down
+    assert isinstance(attention.q_quantizer, TokenQuantizer) and isinstance(attention.k_quantizer, ActivationQuantizer)
+    assert attention.rope_order is not None and attention.key_mean is not None, "keys keep their clusters"
+    assert down.quantizer.block == 0 and len(down.offsets) == 4, "96 columns in groups of 32"
+    assert attention.qkv.packed.dtype == torch.uint8 and attention.qkv.offsets.tolist() == [0, 32, 64]
+    assert attention.qkv.quantizer.offsets.tolist() != [0, 32, 64], "the input has its own clusters"
+    assert str(attention.qkv.choice.backend) == "reference" and not attention.qkv.takes_codes
+    with pytest.raises(InputError):
+        attention.qkv.set_backend("int8")
+    attention.qkv.set_backend("auto")
+    assert block.norm1.order is not None and made(plus=EVERY).blocks[0].norm1.order is None
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_makes_another_model_and_another_recipe(part):
+    plain, other = made(plus=NONE), made(plus=dataclasses.replace(NONE, **{part: PARTS[part]}))
+    assert plain.recipe.hash != other.recipe.hash and plain.recipe.label() != other.recipe.label()
+    assert relative(other.model(IDS).logits, plain.model(IDS).logits) > 1e-4
+    assert QuantRecipe.from_json(other.recipe.to_json()) == other.recipe
+    assert QuantRecipe.from_query(other.recipe.to_query(), default=QuantRecipe("x")).plus == other.recipe.plus
+    assert parse_options("plus", options_text(other.recipe.plus), PlusOptions) == other.recipe.plus
+
+
+def test_without_any_part_rptq_has_its_own_clusters_and_grids():
+    """What is left is the inputs that GPTQ rounds for: weights that are rounded to nearest are RPTQ's, bit for bit."""
+    plain, none = made(weights="rtn"), made(plus=NONE, weights="rtn")
+    assert torch.equal(none.model(IDS).logits, plain.model(IDS).logits)
+    assert measured_parts(none.model) == measured_parts(plain.model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bitnet"])
+def test_the_probe_predicts_every_cell(architecture):
+    loaded, probe = probed(architecture)
+    recipe = recipe_of(variant="strict", scheme="W4A4", plus=PlusOptions())
+    found = predict(probe, loaded.model, statistics_of(loaded.model, recipe), recipe)
+    assert len(found.cells) == len(CELLS) * 2 and not found.unknown
+    assert 0 < found.total < 50
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("group=20", "group is 20"),
+        ("scale=2", "on or off"),
+        ("dynamic=k", "'k'"),
+        ("rotate=o_in", "'o_in'"),
+        ("dynamic=q+down_in", "down_in is named by dynamic and by rotate"),
+        ("rotate=", "use none"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(text, words):
+    with pytest.raises(InputError, match=words.replace("+", r"\+")):
+        parse_options("plus", text, PlusOptions)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "rotation"}, "the method rotation"),
+        ({"method": "rtn"}, "the method rtn"),
+        ({"variant": "official"}, "the variant official"),
+        ({"segments": "pow2"}, "segments pow2"),
+    ],
+)
+def test_recipes_that_it_does_not_go_with_are_refused(fields, words):
+    with pytest.raises(InputError, match=f"RPTQ.* does not go with {words}"):
+        QuantRecipe("m", plus=PlusOptions(), **fields)
+
+
+def test_one_order_for_all_layers_and_weights_alone():
+    shared = made(plus=PlusOptions(), order="shared")
+    assert shared.blocks[0].norm1.order is None
+    assert relative(in_steps(shared.model, IDS), shared.model(IDS).logits) < 1e-4
+    weights = quantised("llama", plus=PlusOptions(), scheme="W4A16").blocks[0]
+    assert weights.mlp.down.quantizer is None, "nothing is rotated whose input stays in float"
+    assert parse_options("plus", "on", PlusOptions) == PlusOptions()
+    assert "plus" not in QuantRecipe("m").to_dict(), "recipes from before keep their hash"
