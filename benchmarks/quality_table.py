@@ -119,10 +119,10 @@ def ablations(model: str, calibration: Calibration) -> list[QuantRecipe]:
     switches = [entry.name for entry in fields(RotationOptions) if isinstance(entry.default, bool)]
     others = ({"block": 64}, {"group": 64}, {"group": 128}, {"kv": "token"})
     rows = [recipe(), *(recipe(**{name: False}) for name in switches), *(recipe(**each) for each in others), recipe("rtn")]
-    none = PlusOptions(**dict.fromkeys(("scale", "key_mean", "clip", "halfway"), False), group=0, rotate="none")
+    none = PlusOptions(**dict.fromkeys(("scale", "key_mean", "clip", "halfway"), False), group=0, dynamic="none", rotate="none")
     alone = [{name: True} for name in ("scale", "key_mean", "clip", "halfway")]
     alone += [{"group": size} for size in (32, 64, 128)] + [{"dynamic": "q"}, {"rotate": "down_in"}]
-    added = [none, *(replace(none, **part) for part in alone), PlusOptions(), PlusOptions(dynamic="q")]
+    added = [none, *(replace(none, **part) for part in alone), PlusOptions(), PlusOptions(dynamic="none")]
     added += [PlusOptions(rotate="none"), PlusOptions(scale=False), PlusOptions(rotate="mlp_in+down_in")]
     return [*rows, *(QuantRecipe(model, variant="strict", calibration=calibration, plus=plus) for plus in (None, *added))]
 

@@ -153,7 +153,7 @@ class PlusOptions:
     clip: bool = True
     halfway: bool = True
     group: int = 32
-    dynamic: str = "none"
+    dynamic: str = "q"
     rotate: str = "down_in"
 
     def __post_init__(self) -> None:

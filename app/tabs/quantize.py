@@ -90,7 +90,6 @@ class Quantize:
 
     def _folds(self) -> None:
         """Make the folded controls here: bits of every tensor, clusters of every reordering, segments for integers."""
-        names = [entry.name for entry in fields(Bits)]
         with gr.Row(elem_classes="qs-folds") as self.folds:
             with gr.Accordion(texts.BITS_PANEL, open=False):
                 gr.Markdown(texts.BITS_INFO, elem_classes="qs-caption")
@@ -104,7 +103,7 @@ class Quantize:
                             filterable=False,
                             elem_id=f"bits-{name}",
                         )
-                        for name in names
+                        for name in (entry.name for entry in fields(Bits))
                     }
             with gr.Accordion(texts.CLUSTER_PANEL, open=False) as self.cluster_fold:
                 with gr.Row():

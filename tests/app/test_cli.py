@@ -278,7 +278,7 @@ def test_quantize_by_rptq_with_added_parts(call):
     made = document(call, "quantize", "--model", "base", "--plus", "on", *options, "--out", "plus")
     assert made["label"].startswith("RPTQ+ ") and made["recipe"]["plus"]["rotate"] == "down_in"
     Path("plus.json").write_text(json.dumps(made["recipe"]))
-    again = document(call, "quantize", "--recipe", "plus.json", "--plus", "dynamic=q,scale=off", "--out", "plus-again")
-    assert again["recipe"]["plus"] == made["recipe"]["plus"] | {"dynamic": "q", "scale": False}
+    again = document(call, "quantize", "--recipe", "plus.json", "--plus", "dynamic=none,scale=off", "--out", "plus-again")
+    assert again["recipe"]["plus"] == made["recipe"]["plus"] | {"dynamic": "none", "scale": False}
     plain = document(call, "quantize", "--recipe", "plus.json", "--plus", "off", "--out", "plus-off")
     assert "plus" not in plain["recipe"]

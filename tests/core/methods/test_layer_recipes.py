@@ -94,7 +94,10 @@ def test_a_saved_model_with_layers_of_its_own_is_the_same(name, tmp_path):
     assert all(same(one, other) for one, other in zip(back.model.blocks, made.blocks, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rptq", "kv", "matched", "float", "official", "plain", "rotation", "kv token", "plus", "plus by token"])
+NAMES = ("rptq", "kv", "matched", "float", "official", "plain", "rotation", "kv token", "plus", "plus by token")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("architecture", ("llama", "opt"))
 def test_the_formula_counts_the_tensors(architecture, name):
     more = {
