@@ -4,7 +4,6 @@ from __future__ import annotations
 
 KEPT = ("PANEL",)
 
-PANEL = "RPTQ+"
 ON = "加入对 RPTQ 有益的部分"
 INFO = "旋转方法中可与分组并用的部分。每个部分都可以关闭，以测量它的价值。"
 SWITCHES_LABEL = "部分"
