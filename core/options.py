@@ -1,4 +1,4 @@
-"""Options of single methods, "bitnet" and "rotation", of the parts added to RPTQ, and of the distillation after a method."""
+"""Options of single methods, of the parts added to RPTQ, and of the distillation that may follow."""
 
 from __future__ import annotations
 

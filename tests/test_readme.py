@@ -120,7 +120,7 @@ def test_tabs_are_named_as_in_the_page():
 NAMED_ELSEWHERE = {
     "app/worker/server": ("app/worker/client", "import wire"),  # another process: both speak this module's messages
     "core/workbench": ("app/settings", "core.workbench"),
-    "core/methods/rptq/method": ("core/recipe", "core.methods.rptq.method"),  # the table of methods
+    "core/methods/rptq/method": ("core/methods/rptq/plus", "core.methods.rptq.method"),  # the table of methods
     "core/methods/apply": ("core/methods/rptq/method", "core.methods.apply"),  # plan, then apply: both are called from one place
 }
 """Files that the one above them does not import by name: where they are named instead, and how."""

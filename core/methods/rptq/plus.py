@@ -49,7 +49,7 @@ class RPTQPlus(RPTQ):
     """RPTQ as `core.methods.rptq.method` has it, and with the parts of `PlusOptions` where the recipe has them."""
 
     def uses_hessians(self, recipe: QuantRecipe) -> bool:
-        """Say so for RPTQ alone: with additions, Hessians are made of quantised inputs, by `apply_layer`."""
+        """Say whether `apply_layer` reads Hessians of float inputs: RPTQ does, with additions they are of quantised inputs."""
         return recipe.plus is None and super().uses_hessians(recipe)
 
     def uses_exact_inputs(self, recipe: QuantRecipe) -> bool:
@@ -96,7 +96,7 @@ class RPTQPlus(RPTQ):
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
-        """Fold scales, then orders, quantise the weights, attach the quantisers."""
+        """Apply scales and orders to the block, quantise its weights, attach the quantisers."""
         if recipe.plus is None:
             return super().apply_layer(block, plan, stats, recipe)
         gptq = recipe.weights == "gptq"
