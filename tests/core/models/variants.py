@@ -53,7 +53,7 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
     "ministral3": {
         "window": {"sliding_window": 8},
         "no growth": rope("yarn", llama_4_scaling_beta=0),
-        "default": rope("theta", llama_4_scaling_beta=2, original_max_position_embeddings=5),
+        "llama3": rope("llama3", llama_4_scaling_beta=0.5),
         "tied": {"tie_word_embeddings": True},
     },
     "qwen2": {
