@@ -1,7 +1,7 @@
-"""Configurations as they are published, with the fields and spellings of their day: they are read as transformers reads them.
+"""Configurations with the fields and spellings of published ones, of several years: they are read as transformers reads them.
 
-Sizes are small and weights are random; every other field is the published one, and `config.json` is not written by transformers,
-whose class would complete and rename it.
+Sizes are small and weights are random. The other fields were written down by hand, not compared with the files of today's
+repositories. `config.json` is not written by transformers, whose class would complete and rename it.
 """
 
 from __future__ import annotations
