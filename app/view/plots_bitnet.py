@@ -136,6 +136,7 @@ def training_curves(cards: Sequence[dict[str, Any]]) -> Figure:
     for card in cards:
         config, mode = card["config"], str(card.get("mode"))
         name = f"{config.get('architecture', '')} {texts.BITNET_MODES.get(mode, 'full precision').partition(':')[0]}".strip()
+        name += ", distilled" if config.get("teacher") else ""
         colour = MODE_COLOURS.get(mode, "@base")
         lines.append((name, card["curve"], colour, DASHES[sum(c == colour for _, _, c, _ in lines) % 5]))
         if config.get("switch"):
@@ -196,7 +197,7 @@ def loss_chart(
         }
         for m in marks
     ]
-    words = {"text": "switch to a4.8 ", "showarrow": False, "font": {"size": 11, "color": "@alert"}}
+    words = {"text": "switch to 4 bits ", "showarrow": False, "font": {"size": 11, "color": "@alert"}}
     notes = [words | {"x": m / 1e6, "xanchor": "right", "y": 1, "yref": "paper", "yanchor": "top"} for m in marks]
     return {
         "data": traces,

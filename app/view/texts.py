@@ -65,8 +65,8 @@ BITNET_MODES = {
     "w1.58a8": "b1.58: 8-bit inputs",
     "a4.8": "a4.8: 4 bits, sparse 8 bits",
     "a4.8-fp4": "a4.8 FP4: 4-bit floats",
-    "int4": "full INT4",
-    "fp4": "full FP4",
+    "int4": "full INT4", "fp4": "full FP4",
+    "v2-a8": "v2, 8 bits: Hadamard before Out and Down", "v2": "v2: 4 bits, Hadamard before Out and Down",
 }
 QUANTIZE = "Quantise"
 STOP = "Stop"
@@ -350,11 +350,11 @@ PROJECTION_LABELS = {"qkv": "QKV", "out": "Out", "up": "Up", "gate": "Gate", "do
 PROJECTION_INPUTS = {"attn_in": "QKV", "o_in": "Out", "mlp_in": "Up and Gate", "down_in": "Down"}
 INPUT_KINDS = {
     "fp": "not quantised",
-    "int8": "INT8, step max / 127",
-    "int4": "INT4, step mean / √7",
+    "int8": "INT8, step max / 127", "int4": "INT4, step mean / √7",
     "int4x2": "INT4, step 2 · mean / √7",
     "fp4": "FP4, step max / 12",
     "topk8": "TopK, then INT8",
+    "h-int8": "Hadamard, then INT8, step max / 127", "h-int4": "Hadamard, then INT4, step mean / √7",
 }
 SPARSITY_HEADERS = ["zeros at the input of", "QKV", "Out", "Up", "Gate", "Down", "overall", "active parameters"]
 SPARSITY_LAYER_HEADERS = ["layer", *PROJECTION_LABELS.values(), "overall"]

@@ -5,10 +5,11 @@ How good the result is depends on the rules that the model was trained by; `BitN
     trained by the same rules       nothing is approximated
     trained as BitNet, other rules  the same ternary weights, another mode, share of TopK, bits of attention: approximate
     trained in full precision       weights rounded to ternary, no sub-norms, its own activation: simulated, expect noise
+    trained with other rotations    the weights behind rotated inputs (modes v2, v2-a8) are rounded again: simulated, expect noise
 
 Products skipped for zeros of the squared ReLU are exact in every case. Nothing is calibrated: the text only serves to measure
 noise.
-Source: BitNet a4.8 (arXiv:2411.04965), section 2.
+Sources: BitNet a4.8 (arXiv:2411.04965), section 2, BitNet v2 (arXiv:2504.18415), section 2.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from core.methods.fake import Fake
 from core.models.adapter import BlockSpec
 from core.models.bitnet import AttentionBits, BitNetRules
 from core.models.block import DecoderBlock
-from core.quant.dynamic import MODES, quantize_input
+from core.options import same_weights
+from core.quant.dynamic import MODES, quantize_input, rotates
 from core.quant.kv_grid import fake_per_row
 from core.quant.linear.base import LinearLayer
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.observer import SitePlan, sqnr_db
 from core.recipe import INPUT_SITE, BitNetOptions, QuantRecipe
 from core.report import WeightError
+from kernels import hadamard
 
 
 class BitNet(Method):
@@ -48,8 +51,8 @@ class BitNet(Method):
         return SiteKey(recipe.tensor_bits.site(site), 1, _rules(recipe.bitnet))
 
     def weight_key(self, name: str, recipe: QuantRecipe) -> SiteKey:
-        """Collect what `fake_weight` depends on: nothing, weights are ternary."""
-        return SiteKey(2, 1, "ternary")
+        """Collect what `fake_weight` depends on: whether the input is rotated; weights are ternary."""
+        return SiteKey(2, 1, ("ternary", rotates(_rules(recipe.bitnet).kind(INPUT_SITE[name]))))
 
     def plan_site(self, stats: LayerStatistics, site: str, recipe: QuantRecipe, spec: BlockSpec) -> SitePlan:
         """Record the bits of one site and the noise that its dynamic quantiser makes on sampled rows."""
@@ -62,30 +65,37 @@ class BitNet(Method):
 
     def fake_weight(self, linear: LinearLayer, name: str, plan: SitePlan, recipe: QuantRecipe, spec: BlockSpec) -> Tensor | None:
         """Round a float weight to ternary, each projection by its own mean."""
-        if isinstance(linear, TernaryLinear):
+        kind = _rules(recipe.bitnet).kind(INPUT_SITE[name])
+        if _serves(linear, kind):
             return None
         weight = linear.dequantized_weight().to(torch.float32)
-        return TernaryLinear.from_weights(list(weight.split(_rows(name, spec)))).dequantized_weight()
+        return TernaryLinear.from_weights(list(weight.split(_rows(name, spec))), kind=kind).dequantized_weight()
 
     def apply_layer(
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Build a block with the same norms and ternary layers, made of its ternary weights or of its float ones, rounded."""
         layers, errors = {}, {}
-        rules = _rules(recipe.bitnet, block.rules)
+        keeps = block.rules is not None and same_weights(recipe.bitnet.mode, block.rules.mode)
+        rules = _rules(recipe.bitnet, block.rules if keeps else None)
         for name, linear in block.linears().items():
             kind = rules.kind(INPUT_SITE[name])
-            if isinstance(linear, TernaryLinear):
+            if _serves(linear, kind):
                 layer = linear.with_input(kind, rules.keep)
                 errors[name] = WeightError(2, "ternary", float("inf"), None, layer.effective_bits)
             else:
-                weight, bias = linear.weight.detach().to(torch.float32), linear.bias
+                weight, bias = linear.dequantized_weight().detach().to(torch.float32), linear.bias
                 parts = list(weight.split(_rows(name, block.spec)))
                 layer = TernaryLinear.from_weights(parts, None if bias is None else bias.detach(), kind=kind, keep=rules.keep)
                 noise = sqnr_db(weight, layer.dequantized_weight())
                 errors[name] = WeightError(2, "ternary", noise, None, layer.effective_bits)
             layers[name] = layer
         return block.with_parts(**layers, rules=rules), errors
+
+
+def _serves(linear: LinearLayer, kind: str) -> bool:
+    """Return whether a layer's weights are ternary already, and for an input that is rotated as `kind` says."""
+    return isinstance(linear, TernaryLinear) and rotates(kind) == rotates(linear.kind)
 
 
 def _rows(name: str, spec: BlockSpec) -> list[int]:
@@ -128,7 +138,7 @@ def fake_dynamic(site: str, rules: BitNetRules, spec: BlockSpec) -> Fake | None:
 
 def _fake_input(x: Tensor, *, kind: str, keep: float) -> Tensor:
     codes, scale = quantize_input(x, kind, keep=keep)
-    return codes * scale
+    return hadamard(codes * scale) if rotates(kind) else codes * scale
 
 
 METHOD = BitNet()

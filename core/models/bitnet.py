@@ -31,7 +31,7 @@ class BitNetRules:
     Attributes:
         mode: one of BITNET_MODES.
         keep: share of o_in that TopK keeps.
-        trained: the mode of the training; None if weights were rounded to ternary without training.
+        trained: the mode of the training; None if weights were rounded to ternary after it.
         attention: bits of keys, values and queries; never part of the training.
         trained_keep: the share in the training.
     Raises: ValueError for an unknown mode.
@@ -55,7 +55,7 @@ class BitNetRules:
     def fidelity(self) -> str:
         """Text that says how close the rules are to the training: trained, approximate (with every difference), or simulated."""
         if self.trained is None:
-            return f"{self.mode} simulated on a model trained in full precision: expect noise"
+            return f"{self.mode} simulated on a model that was not trained for it: expect noise"
         changes = []
         if self.mode != self.trained:
             changes.append(f"{self.mode} rules")

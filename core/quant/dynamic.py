@@ -1,13 +1,17 @@
-"""Quantise by the rules of BitNet b1.58 and BitNet a4.8, into integer codes and scales: pure functions.
+"""Quantise by the rules of BitNet b1.58, BitNet a4.8 and BitNet v2, into integer codes and scales: pure functions.
 
     ternary   round(w / α) clipped to -1 … 1      α = mean |w|, one per projection
     int8      round(127 x / γ)                    γ = max |x|, one per token; value = code · γ / 127
     int4      round(√7 x / β) clipped to -8 … 7   β = factor · mean |x|; value = code · β / √7
     fp4       nearest of ±{0,1,2,3,4,6,8,12}      E2M1: twice its grid, so that codes are integers; value = code · γ / 12
     topk8     int8 codes, the k largest |x| of each token kept, the others 0; γ is not changed by the mask
+    h-int8    int8 of x R                         R orthogonal and symmetric (`kernels.hadamard` over all of x)
+    h-int4    int4 of x R
 
+Behind h-int8 or h-int4 the ternary weight is that of W R: its projection computes (x R) Ŵᵀ, in float x (Ŵ R)ᵀ.
 Rounding is half to even, statistics are clamped at 1e-5, everything is computed in float32. Sources: BitNet b1.58
-(arXiv:2402.17764, equations 1-3), BitNet a4.8 (arXiv:2411.04965, equations 1-9), Q-Sparse (arXiv:2407.10969) for TopK.
+(arXiv:2402.17764, equations 1-3), BitNet a4.8 (arXiv:2411.04965, equations 1-9), Q-Sparse (arXiv:2407.10969) for TopK,
+BitNet v2 (arXiv:2504.18415, section 2) for the Hadamard matrix before o and down.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ import math
 import torch
 from torch import Tensor
 
+from kernels import hadamard
+
 EPS = 1e-5
 ROOT7 = math.sqrt(7.0)
 
-INPUT_KINDS = ("int8", "int4", "int4x2", "fp4", "topk8")
+INPUT_KINDS = ("int8", "int4", "int4x2", "fp4", "topk8", "h-int8", "h-int4")
 """Names of the quantisers of a projection's input. Callers add "fp" for an input that is not quantised."""
 
 MODES: dict[str, dict[str, str]] = {
@@ -30,6 +36,8 @@ MODES: dict[str, dict[str, str]] = {
     "a4.8-fp4": {"attn_in": "fp4", "o_in": "fp4", "mlp_in": "fp4", "down_in": "int8"},
     "int4": {"attn_in": "int4", "o_in": "int4", "mlp_in": "int4", "down_in": "int4x2"},
     "fp4": {"attn_in": "fp4", "o_in": "fp4", "mlp_in": "fp4", "down_in": "fp4"},
+    "v2-a8": {"attn_in": "int8", "o_in": "h-int8", "mlp_in": "int8", "down_in": "h-int8"},
+    "v2": {"attn_in": "int4", "o_in": "h-int4", "mlp_in": "int4", "down_in": "h-int4"},
 }
 """Quantiser of each projection's input by mode. "fp" keeps the weights in float too; all others have ternary weights."""
 
@@ -108,6 +116,19 @@ def topk_int8(x: Tensor, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
     return codes * topk_mask(x, keep), scale
 
 
+def rotates(kind: str) -> bool:
+    """Return whether a quantiser rotates its input, so that the ternary weight behind it belongs to the rotated channels."""
+    return kind.startswith("h-")
+
+
+def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Quantise w [N, K], of one projection, to ternary codes: w R where the quantiser `kind` of its input rotates.
+
+    Returns: as `ternary_absmean`.
+    """
+    return ternary_absmean(hadamard(w.to(torch.float32)) if rotates(kind) else w)
+
+
 def quantize_input(x: Tensor, kind: str, *, keep: float = 0.5) -> tuple[Tensor, Tensor]:
     """Quantise the input of a projection with one scale per token.
 
@@ -118,6 +139,8 @@ def quantize_input(x: Tensor, kind: str, *, keep: float = 0.5) -> tuple[Tensor, 
     Returns: (codes [..., C] float32 holding integers in -127 … 127, scale [..., 1] float32).
     Raises: ValueError for another kind.
     """
+    if rotates(kind):
+        x, kind = hadamard(x.to(torch.float32)), kind.removeprefix("h-")
     if kind == "int8":
         return int8_absmax(x)
     if kind == "int4":

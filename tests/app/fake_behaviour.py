@@ -41,7 +41,7 @@ def fidelity_of(recipe: QuantRecipe) -> str:
         return ""
     mode = recipe.bitnet.mode
     if recipe.model != TERNARY:
-        return f" · {mode} simulated on a model trained in full precision: expect noise"
+        return f" · {mode} simulated on a model that was not trained for it: expect noise"
     return f" · trained {mode}" if mode == "a4.8" else f" · {mode} rules applied training-free to a a4.8 model: approximate"
 
 

@@ -57,7 +57,7 @@ def test_layers_of_their_own_are_named():
 
 def test_a_bitnet_run_says_what_it_is_worth():
     recipe = QuantRecipe("m", method="bitnet", bitnet=BitNetOptions("a4.8", kv_bits=3))
-    label = f"{recipe.label()} · a4.8 simulated on a model trained in full precision: expect noise"
+    label = f"{recipe.label()} · a4.8 simulated on a model that was not trained for it: expect noise"
     assert names_of([Run(recipe.hash, label, recipe)]) == ["BitNet a4.8 · KV 3 bits, first token 4 · expect noise"]
 
 

@@ -79,7 +79,7 @@ def test_modes_are_those_of_the_quantisers():
     from core.quant.dynamic import MODES
 
     assert set(BITNET_MODES) == set(MODES) - {"fp"}
-    bits_of = {"int8": 8, "topk8": 8, "int4": 4, "int4x2": 4, "fp4": 4}
+    bits_of = {"int8": 8, "topk8": 8, "int4": 4, "int4x2": 4, "fp4": 4, "h-int8": 8, "h-int4": 4}
     for mode in BITNET_MODES:
         bits = QuantRecipe("m", method="bitnet", bitnet=BitNetOptions(mode, kv_bits=3, q_bits=8)).tensor_bits
         assert {site: bits.site(site) for site in MODES[mode]} == {site: bits_of[kind] for site, kind in MODES[mode].items()}

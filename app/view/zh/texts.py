@@ -56,8 +56,8 @@ BITNET_MODES = {
     "w1.58a8": "b1.58：8 比特输入",
     "a4.8": "a4.8：4 比特，稀疏处 8 比特",
     "a4.8-fp4": "a4.8 FP4：4 比特浮点",
-    "int4": "全部 INT4",
-    "fp4": "全部 FP4",
+    "int4": "全部 INT4", "fp4": "全部 FP4",
+    "v2-a8": "v2，8 比特：Out 和 Down 之前作哈达玛变换", "v2": "v2：4 比特，Out 和 Down 之前作哈达玛变换",
 }
 QUANTIZE = "量化"
 STOP = "停止"
@@ -285,11 +285,11 @@ PROJECTION_LABELS = {"qkv": "QKV", "out": "Out", "up": "Up", "gate": "Gate", "do
 PROJECTION_INPUTS = {"attn_in": "QKV", "o_in": "Out", "mlp_in": "Up 与 Gate", "down_in": "Down"}
 INPUT_KINDS = {
     "fp": "未量化",
-    "int8": "INT8，步长 最大值 / 127",
-    "int4": "INT4，步长 均值 / √7",
+    "int8": "INT8，步长 最大值 / 127", "int4": "INT4，步长 均值 / √7",
     "int4x2": "INT4，步长 2 · 均值 / √7",
     "fp4": "FP4，步长 最大值 / 12",
     "topk8": "TopK，然后 INT8",
+    "h-int8": "哈达玛变换，然后 INT8，步长 最大值 / 127", "h-int4": "哈达玛变换，然后 INT4，步长 均值 / √7",
 }
 SPARSITY_HEADERS = ["输入中的零", "QKV", "Out", "Up", "Gate", "Down", "总计", "活跃参数"]
 SPARSITY_LAYER_HEADERS = ["层", "QKV", "Out", "Up", "Gate", "Down", "总计"]

@@ -20,6 +20,7 @@ from core.models.export.unfold import column_order
 from core.models.io.gguf_tokenizer import rule_of
 from core.models.io.quantized import already_quantized
 from core.models.loaded import LoadedModel
+from core.quant.dynamic import rotates
 from core.quant.linear.base import LinearLayer
 from core.quant.linear.quant import QuantLinear
 from core.quant.linear.ternary import TernaryLinear
@@ -33,6 +34,7 @@ HALF_ROUNDING = 2**-10
 """Largest relative change of a number that float16 holds with all its digits."""
 _MARLIN_GROUPS = (0, 32, 64, 128)
 _OWN = "the folder that quantize writes, after `import core.hf`"
+_ROTATED_INPUTS = "its input is rotated by a Hadamard matrix, which other programs leave out"
 _FLOAT_INPUTS = "inputs, keys and values stay in float there, which are rounded here"
 
 
@@ -173,6 +175,8 @@ def _gguf_obstacle(block: DecoderBlock, name: str, linear: LinearLayer) -> str |
     if isinstance(linear, TernaryLinear):
         if not bool((linear.weight_scale.half().float() / linear.weight_scale - 1).abs().max() < HALF_ROUNDING):
             return "the scale of its ternary weight is no float16 number"
+        if rotates(linear.kind):
+            return _ROTATED_INPUTS
         return None if linear.kind in ("int8", "fp") else "its inputs have 4 bits or are sparse, and llama.cpp's have 8"
     if input_kind(linear, block.attention.sink_tokens) != "float":
         return "its inputs are quantised by ranges that llama.cpp does not have"
@@ -194,6 +198,8 @@ def _bitnet(model: CausalModel) -> list[str]:
     for block, name, linear in linears(model):
         if not isinstance(linear, TernaryLinear):
             raise Unfit(f"layers.{block.layer_index}.{name}: its weights are not ternary")
+        if rotates(linear.kind):
+            raise Unfit(f"layers.{block.layer_index}.{name}: {_ROTATED_INPUTS}")
         if linear.bias is not None:
             raise Unfit(f"layers.{block.layer_index}.{name} has a bias, which packed layers of transformers do not add here")
         if bool((linear.bounds.diff() % 4).any()):

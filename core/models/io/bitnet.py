@@ -4,12 +4,14 @@
     bitnet, autobitlinear, online            floating masters [N, K]                 –          rounded to ternary here
     bitnet, autobitlinear, offline           uint8 [N / 4, K]                        α          value = t · weight_scale
     bitnet, bitlinear                        uint8 [N / 4, K]                        1 / α      value = t / weight_scale
+    bitnet, h-bitlinear, offline             uint8 [N / 4, K]                        α          as the first, o and down rotated
     none, but "quantscope": {"mode": …}      floating masters [N, K]                 –          rounded to ternary here
 
 A packed byte of row r holds rows r, r + N/4, r + 2N/4, r + 3N/4 in bits 0-1, 2-3, 4-5, 6-7 as t + 1: packed along the rows,
 where our own layout packs along the columns. "quantscope" in config.json names the mode the model was trained for ("w1.58a8"
 when absent), TopK's share, and with "trained": false that it runs by this mode without having been trained for it. The names
-`BitLinear` and `AutoBitLinear` are transformers'; its code tells which of them divides.
+`BitLinear` and `AutoBitLinear` are transformers'; its code tells which of them divides. It refuses "h-bitlinear", since it
+cannot rotate an input and would compute something else.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from core.models.bitnet import BitNetRules
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
 from core.models.io.foreign import library_errors
-from core.models.io.preflight.config import ONLINE_MASTERS, bitnet_format
+from core.models.io.preflight.config import ONLINE_MASTERS, ROTATED, bitnet_format
 from core.models.io.preflight.folder import FolderReport, TensorInfo
 from core.models.io.write import config_facts, write_model
 from core.models.norm import ReorderNorm
-from core.quant.dynamic import MODES, ternary_absmean
+from core.options import ROTATED_MODES
+from core.quant.dynamic import MODES, quantize_weight
 from core.quant.linear.ternary import TernaryLinear
 from core.storage import check_target
 
@@ -133,7 +136,7 @@ def _block(
 
     def linear(site: str, sizes: tuple[tuple[str, int], ...]) -> TernaryLinear:
         width = spec.width(site)
-        parts = [_projection(source, prefix + path, rows, width, fmt) for path, rows in sizes]
+        parts = [_projection(source, prefix + path, rows, width, fmt, rules.kind(site)) for path, rows in sizes]
         return TernaryLinear.from_codes(parts, kind=rules.kind(site), keep=rules.keep)
 
     return DecoderBlock(
@@ -152,12 +155,12 @@ def _block(
     )
 
 
-def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> tuple[Tensor, Tensor]:
+def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str, kind: str) -> tuple[Tensor, Tensor]:
     """Return (codes [rows, width] int8, α) of one projection."""
     weight = source.take(f"{name}.weight")
     if fmt == ONLINE_MASTERS:
         _require(weight.is_floating_point() and weight.shape == (rows, width), f"{name}.weight has another shape or type")
-        codes, scale = ternary_absmean(weight)
+        codes, scale = quantize_weight(weight, kind)
     else:
         _require(weight.dtype == torch.uint8 and weight.shape == (rows // 4, width), f"{name}.weight has another shape or type")
         stored = source.take(f"{name}.weight_scale").to(torch.float32)
@@ -166,7 +169,7 @@ def _projection(source: _Folder, name: str, rows: int, width: int, fmt: str) -> 
             codes = unpack_rows(weight)
         except ValueError as error:
             raise ModelError(f"{name[:80]}: {error}. Download the model again.", code="E-MODEL-BAD") from error
-        scale = stored.reshape(()) if fmt == "autobitlinear" else 1 / stored.reshape(())
+        scale = 1 / stored.reshape(()) if fmt == "bitlinear" else stored.reshape(())
     if not bool(codes.any()):
         raise ModelError(
             f"{name[:80]} holds only zeros: this upload of the weights is damaged. Name an earlier one as owner/name@commit.",
@@ -209,9 +212,9 @@ def save_bitnet(
 ) -> None:
     """Write a trained model as a folder that `load_model` and transformers read; an earlier model is replaced in one step.
 
-    Decoder linears are packed from their masters (`ternary_absmean`); everything else is stored in float32, since transformers
+    Decoder linears are packed from their masters (`quantize_weight`); everything else is stored in float32, since transformers
     keeps stored types and cannot multiply two different ones. With mode "fp" nothing is packed. Inputs of 4 bits exist in
-    Quantscope alone: transformers runs every packed model with 8-bit inputs.
+    Quantscope alone: transformers runs every packed model with 8-bit inputs, and refuses one whose inputs are rotated.
 
     Args:
         model: a transformers causal model whose decoder linears hold floating masters in `weight` and have no bias.
@@ -226,27 +229,29 @@ def save_bitnet(
     if not all(isinstance(card.get(key), str) and card[key] for key in _CARD_KEYS):
         raise InputError(f"The card needs a text for each of {', '.join(_CARD_KEYS)}.", code="E-PARAM-CARD")
     adapter = adapter_for(model.config)
-    tensors = dict(_stored(model, adapter, packed=mode != "fp"))
+    tensors = dict(_stored(model, adapter, mode))
     own = {"architectures": [type(model).__name__], "dtype": "float32", "quantscope": {"mode": mode, "keep": keep}}
-    config = config_facts(model.config) | own | ({"quantization_config": PACKED} if mode != "fp" else {})
+    packed = PACKED | {"linear_class": ROTATED} if mode in ROTATED_MODES else PACKED
+    config = config_facts(model.config) | own | ({"quantization_config": packed} if mode != "fp" else {})
     files = {"card.json": json.dumps(card, indent=1, ensure_ascii=False)}
     files |= {} if readme is None else {"README.md": readme}
     write_model(folder, tensors, config, model.generation_config, tokenizer, files=files, shard_bytes=SHARD_BYTES)
 
 
-def _stored(model: PreTrainedModel, adapter: ModelAdapter, *, packed: bool) -> Iterator[tuple[str, Tensor]]:
+def _stored(model: PreTrainedModel, adapter: ModelAdapter, mode: str) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor as stored, packed uint8 or float32, each storage once (a tied head is left out)."""
-    linears = {f".{path}.weight" for path in (*adapter.qkv, adapter.o, *adapter.mlp_in, adapter.down)}
+    sites = {"attn_in": adapter.qkv, "o_in": (adapter.o,), "mlp_in": adapter.mlp_in, "down_in": (adapter.down,)}
+    kinds = {f"{path}.weight": MODES[mode][site] for site, paths in sites.items() for path in paths}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         layer, _, path = name.removeprefix(adapter.layers + ".").partition(".")
-        if not packed or not layer.isdigit() or f".{path}" not in linears:
+        if mode == "fp" or not layer.isdigit() or path not in kinds:
             yield name, tensor.detach().to(torch.float32).contiguous()
             continue
-        codes, scale = ternary_absmean(tensor.detach())
+        codes, scale = quantize_weight(tensor.detach(), kinds[path])
         if len(codes) % 4:
             raise InputError(f"{name} has {len(codes)} rows: choose sizes that four divides.", code="E-PARAM-MODEL")
         yield name, pack_rows(codes)

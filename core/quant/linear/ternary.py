@@ -2,7 +2,8 @@
 
 Weights are two bits each with one scale per projection: a fused q|k|v or gate|up keeps the scales of its parts (`bounds`). The
 input is quantised once per call, per token, and all parts use the same codes. Integer and float arithmetic give the same bits
-(`kernels/ternary/`). Source: BitNet a4.8 (arXiv:2411.04965), section 2.
+(`kernels/ternary/`). Behind a quantiser that rotates its input, the codes are those of x R and the weights those of Ŵ R.
+Sources: BitNet a4.8 (arXiv:2411.04965), section 2, BitNet v2 (arXiv:2504.18415), section 2.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
+from core.quant.dynamic import INPUT_KINDS, quantize_input, quantize_weight, rotates
 from core.quant.linear.base import LinearLayer
 from core.quant.static import PLAIN, InputUse
-from kernels import Backend, Choice, Codes, packed_width
+from kernels import Backend, Choice, Codes, hadamard, packed_width
 from kernels.backend import triton_unsupported_reason
 from kernels.ternary import apply_scales, pack_ternary, ternary_product, unpack_ternary
 
@@ -68,8 +69,8 @@ class TernaryLinear(LinearLayer):
     def from_weights(
         cls, parts: list[Tensor], bias: Tensor | None = None, *, kind: str = "int8", keep: float = 0.5
     ) -> TernaryLinear:
-        """Make a layer of float projections [n, K] that read the same input, each rounded to ternary by its own mean."""
-        return cls.from_codes([ternary_absmean(p) for p in parts], bias, kind=kind, keep=keep)
+        """Make a layer of float projections [n, K] that read the same input, each rounded by `quantize_weight`."""
+        return cls.from_codes([quantize_weight(p, kind) for p in parts], bias, kind=kind, keep=keep)
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
         bounds, rows = tensors["bounds"].tolist(), self.out_features
@@ -83,7 +84,12 @@ class TernaryLinear(LinearLayer):
             raise ValueError(f"input quantiser {self.kind[:20]!r} with keep {self.keep}")
 
     def with_input(self, kind: str, keep: float) -> TernaryLinear:
-        """Return a layer with the same weights, shared, and another input quantiser."""
+        """Return a layer with the same weights, shared, and another input quantiser.
+
+        Raises: ValueError where one of the quantisers rotates the input and the other does not.
+        """
+        if rotates(kind) != rotates(self.kind):
+            raise ValueError(f"weights behind the input quantiser {self.kind} do not serve {kind[:20]}: round them again")
         tensors = {name: getattr(self, name) for name in ("packed", "weight_scale", "bounds")}
         return TernaryLinear(tensors, in_features=self.in_features, bias=self.bias, kind=kind, keep=keep)
 
@@ -121,8 +127,9 @@ class TernaryLinear(LinearLayer):
         return list(zip(self._ternary().split(self.bounds.diff().tolist()), self.weight_scale, strict=True))
 
     def dequantized_weight(self) -> Tensor:
-        """Return Ŵ [N, K] float32."""
-        return torch.cat([codes.to(torch.float32) * scale for codes, scale in self.projections()])
+        """Return Ŵ [N, K] float32, for an input that is not rotated."""
+        weight = torch.cat([codes.to(torch.float32) * scale for codes, scale in self.projections()])
+        return hadamard(weight) if rotates(self.kind) else weight
 
     def quantize(self, x: Tensor) -> Codes:
         """Compute the codes of x [..., K] as rows; not for kind "fp"."""
@@ -158,7 +165,7 @@ class TernaryLinear(LinearLayer):
     @property
     def skips_zeros(self) -> bool:
         """Whether `sparse_product` may take this layer's place."""
-        return self.choice.backend is Backend.TRITON and self.bias is None
+        return self.choice.backend is Backend.TRITON and self.bias is None and not rotates(self.kind)
 
     def sparse_product(self, x: Tensor | Codes) -> Tensor:
         """Apply the layer without bias to x [..., K] by TRITON, which does not read the columns of zero codes: [..., N]."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
 from core.models.io.preflight.other_tools import FLOAT_TYPES, stated_format
+from core.options import ROTATED_MODES
 from core.recipe import BITNET_MODES
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ _CAPS = (
 
 ONLINE_MASTERS = "masters"
 _OUTSIDE = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens")
-_LINEAR_CLASSES = ("autobitlinear", "bitlinear")
+ROTATED = "h-bitlinear"
+"""Our linear class of packed ternary weights behind rotated inputs (BitNet v2), which transformers refuses."""
+_LINEAR_CLASSES = ("autobitlinear", "bitlinear", ROTATED)
 
 _FACTORS = frozenset((
     "embedding_multiplier", "logit_scale", "logits_scaling", "partial_rotary_factor", "residual_multiplier",
@@ -112,8 +115,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
 def bitnet_format(config: Mapping[str, Any]) -> str | None:
     """Return how a raw `config.json` says that ternary weights are stored; None where it mentions none.
 
-    Returns: ONLINE_MASTERS (floating, to be rounded), "autobitlinear" (packed, weight_scale multiplies) or "bitlinear" (packed,
-        weight_scale divides).
+    Returns: ONLINE_MASTERS (floating, to be rounded), "autobitlinear" (packed, weight_scale multiplies), ROTATED (so too) or
+        "bitlinear" (packed, weight_scale divides).
     Raises: ModelError E-MODEL-BAD for a BitNet configuration that is not one of these.
     """
     stored, own = config.get("quantization_config"), config.get("quantscope")
@@ -129,7 +132,8 @@ def bitnet_format(config: Mapping[str, Any]) -> str | None:
     kind, when = stored.get("linear_class", "bitlinear"), stored.get("quantization_mode", "offline")
     outside = isinstance(kept, list) and all(name in _OUTSIDE for name in kept)
     if mode == "fp" or stored.get("use_rms_norm") or not outside or kind not in _LINEAR_CLASSES or (
-            when not in ("offline", "online")) or (kind == "bitlinear" and when == "online"):
+            when not in ("offline", "online")) or (kind != "autobitlinear" and when == "online") or (
+            kind == ROTATED) != (mode in ROTATED_MODES):
         raise ModelError("config.json describes a BitNet variant that is not read: use linear_class autobitlinear or "
                          "bitlinear, all decoder linears ternary, no extra norm inside them.", code="E-MODEL-BAD")
     return ONLINE_MASTERS if when == "online" else kind

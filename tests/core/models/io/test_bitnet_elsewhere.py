@@ -15,7 +15,11 @@ from core.errors import ModelError
 from core.models.io.bitnet import save_bitnet
 from core.models.io.catalog import EMBEDDED
 from core.models.io.load import load_model
+<<<<<<< HEAD
 from core.quant.linear.ternary import TernaryLinear
+=======
+from core.models.io.preflight.config import bitnet_format
+>>>>>>> e0c9c87 (Distillation in the training; packed models with rotated inputs run, and other programs refuse them)
 from core.storage import verify
 from tests.core.models.io.bitnet_tools import write
 from tests.core.tools import relative, tiny_source, tokens
@@ -50,6 +54,20 @@ def test_the_embedded_models_run_in_transformers(name, tmp_path):
     compare(EMBEDDED / name, tmp_path, 2e-2)  # measured: 2.2e-3 and 5.2e-3 on two processors, roundings on the edge of a code
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / name)
     assert tokenizer.decode(tokenizer("Once upon a time").input_ids) == "Once upon a time"
+
+
+def test_transformers_refuses_rotated_inputs(tmp_path):
+    """It would leave the rotation out and compute something else."""
+    loaded = tiny_source("bitnet")
+    save_bitnet(tmp_path / "m", loaded.model, loaded.tokenizer, mode="v2", card=CARD)
+    with pytest.raises(ValueError, match="linear_class"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for claim, stored in (("w1.58a8", None), ("v2", "autobitlinear")):
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        config["quantscope"]["mode"] = claim
+        config["quantization_config"]["linear_class"] = stored or config["quantization_config"]["linear_class"]
+        with pytest.raises(ModelError, match="BitNet variant"):
+            bitnet_format(config)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EMBEDDED.iterdir()))

@@ -10,8 +10,8 @@ from core.errors import BackendError
 from core.quant.dynamic import INPUT_KINDS, quantize_input, ternary_absmean
 from core.quant.linear.ternary import TernaryLinear
 from core.quant.static import InputUse
-from kernels import Backend
-from tests.core.tools import gaussian
+from kernels import Backend, hadamard
+from tests.core.tools import gaussian, relative
 from tests.kernels.fake_cuda import on_second_gpu
 
 
@@ -67,6 +67,22 @@ def test_a_float_input_is_multiplied_in_float():
     assert layer.choice.backend is Backend.REFERENCE and "float" in layer.choice.reason
     with pytest.raises(BackendError, match="use reference"):
         layer.set_backend(Backend.INT8)
+
+
+@pytest.mark.parametrize("width", (64, 96, 100))
+def test_a_rotated_input_meets_weights_of_rotated_channels(width):
+    """With fine weights both rotations cancel; with ternary ones the float weight is that for the input as it comes."""
+    x, weight = gaussian(5, width), gaussian(16, width, seed=2)
+    layer = TernaryLinear.from_weights([weight], kind="h-int8")
+    assert relative(hadamard(x) @ hadamard(weight).t(), x @ weight.t()) < 1e-5
+    rounded = torch.cat([t.float() * a for t, a in layer.projections()])
+    assert relative(rounded, hadamard(weight)) < 0.6 and torch.equal(layer.dequantized_weight(), hadamard(rounded))
+    assert relative(layer(x), x @ layer.dequantized_weight().t()) < 2e-2
+    assert torch.allclose(layer(x[None], InputUse(1))[0, 0], x[0] @ layer.dequantized_weight().t(), rtol=1e-4, atol=1e-4)
+    assert layer.with_input("h-int4", 0.5).packed is layer.packed
+    for kind in ("int4", "fp"):
+        with pytest.raises(ValueError, match="round them again"):
+            layer.with_input(kind, 0.5)
 
 
 def test_exempt_rows_keep_a_float_input():
