@@ -1,12 +1,16 @@
 """BitLinear: a linear layer trained with ternary weights and quantised inputs, straight-through.
 
-    y  = (c @ tᵀ) · s · α        c, s = quantize_input(x, kind), per token;  t, α = ternary_absmean(weight)
+    y  = (c @ tᵀ) · s · α        c, s = quantize_input(x, kind), per token;  t, α = quantize_weight(weight, kind)
     dx = dy · (α t)              at every position, also where TopK or a clip changed the value
     dW = dyᵀ · (c s)             both products use the quantised operands
 
+Where the quantiser rotates its input (h-int8, h-int4), c s stands for x R and α t for W R, and both gradients are multiplied by
+Rᵀ = R: the master stays in the channels as they come, whose few large gradients AdamW scales one by one.
+
 The float weight is the master that the optimizer updates; t and α are computed from it in each pass. Codes are at most 127 in
 size, so they are exact in bfloat16, and so are products and float32 sums of them. Sources: BitNet b1.58
-(arXiv:2402.17764, section 2), BitNet a4.8 (arXiv:2411.04965, section 2), Q-Sparse (arXiv:2407.10969, equation 13).
+(arXiv:2402.17764, section 2), BitNet a4.8 (arXiv:2411.04965, section 2), Q-Sparse (arXiv:2407.10969, equation 13), BitNet v2
+(arXiv:2504.18415, section 2).
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from torch.nn.functional import linear
 
 from core.checks import require_choice
 from core.errors import InputError
-from core.quant.dynamic import INPUT_KINDS, MODES, quantize_input, ternary_absmean
+from core.quant.dynamic import INPUT_KINDS, MODES, quantize_input, quantize_weight, rotates
+from kernels import hadamard
 
 _SITE_OF = {
     "q_proj": "attn_in",
@@ -61,10 +66,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kind: str, keep: float, dtype: torch.dtype) -> Tensor:
         codes, scale = quantize_input(x, kind, keep=keep)
-        ternary, alpha = ternary_absmean(weight)
+        ternary, alpha = quantize_weight(weight, kind)
         codes, ternary = codes.to(dtype), ternary.to(dtype)
         ctx.save_for_backward(codes, scale, ternary, alpha)
-        ctx.types = x.dtype, weight.dtype
+        ctx.types, ctx.rotated = (x.dtype, weight.dtype), rotates(kind)
         return (linear(codes, ternary) * (scale * alpha)).to(dtype)
 
     @staticmethod
@@ -72,8 +77,10 @@ class _StraightThrough(torch.autograd.Function):
         codes, scale, ternary, alpha = ctx.saved_tensors
         x_type, weight_type = ctx.types
         to_input = (grad.to(ternary.dtype) @ ternary).to(x_type) * alpha.to(x_type)
+        to_input = hadamard(to_input) if ctx.rotated else to_input
         scaled = (grad * scale).to(codes.dtype).flatten(0, -2)
-        return to_input, (scaled.T @ codes.flatten(0, -2)).to(weight_type), None, None, None
+        to_weight = (scaled.T @ codes.flatten(0, -2)).to(weight_type)
+        return to_input, hadamard(to_weight) if ctx.rotated else to_weight, None, None, None
 
 
 def convert_to_bitlinear(model: nn.Module, mode: str, *, inputs: Mapping[str, str] | None = None, keep: float = 0.5) -> nn.Module:

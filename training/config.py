@@ -42,6 +42,8 @@ class TrainConfig:
         seed: of the initial weights and of the order of windows.
         precision: bf16 computes in bfloat16 (masters stay float32). compile: auto compiles where a compiler is found.
         init_from: a checkpoint folder to take weights from; with `resume_optimizer` also optimizer states and step.
+        teacher: a float model by name or folder that the run learns from beside the text; teacher_weight: its share of the loss;
+            teacher_start: begin with its tensors of equal name and shape. See `distill`.
         checkpoint_every, eval_every: steps. keep_at: shares of the steps whose checkpoint is kept.
     """
 
@@ -74,6 +76,9 @@ class TrainConfig:
     compile: str = "auto"
     init_from: str | None = None
     resume_optimizer: bool = False
+    teacher: str | None = None
+    teacher_weight: float = 0.5
+    teacher_start: bool = False
     checkpoint_every: int = 100
     eval_every: int = 100
     keep_at: tuple[float, ...] = ()
@@ -105,13 +110,14 @@ class TrainConfig:
                 f'inputs is {str(self.inputs)[:40]!r}: name quantisers by input, such as {{"down_in": "int8"}}.',
                 code="E-PARAM-INPUTS",
             )
-        if self.init_from is not None:
-            rule = f"init_from is {str(self.init_from)[:40]!r}: name a checkpoint folder, or leave it out."
-            require_text("init_from", self.init_from, rule)
-        if not isinstance(self.resume_optimizer, bool):
-            raise InputError(
-                f"resume_optimizer is {str(self.resume_optimizer)[:40]!r}: use true or false.", code="E-PARAM-RESUME_OPTIMIZER"
-            )
+        for name, what in (("init_from", "a checkpoint folder"), ("teacher", "a model")):
+            value = getattr(self, name)
+            if value is not None:
+                require_text(name, value, f"{name} is {str(value)[:40]!r}: name {what}, or leave it out.")
+        for name in ("resume_optimizer", "teacher_start"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {str(value)[:40]!r}: use true or false.", code=param_code(name))
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -148,6 +154,9 @@ class TrainConfig:
             )
         if self.resume_optimizer and self.init_from is None:
             raise InputError("resume_optimizer needs init_from: name a checkpoint folder.", code="E-PARAM-INIT_FROM")
+        if self.teacher_start and (self.teacher is None or self.init_from is not None):
+            rule = "teacher_start needs a teacher and no init_from: the run begins with one of them."
+            raise InputError(rule, code="E-PARAM-TEACHER")
 
     @property
     def steps(self) -> int:
@@ -269,6 +278,7 @@ _RATES = (
     ("keep", 1e-3, 1.0),
     ("switch", 0.0, 1.0),
     ("restart_lr", 0.0, 1.0),
+    ("teacher_weight", 0.0, 1.0),
     ("keep_at", 0.0, 1.0),
 )
 _LISTS = ("lr", "weight_decay", "keep_at")

@@ -154,14 +154,17 @@ def _card(
     mode, million = config.mode_at(config.steps), document["parameters"] / 1e6
     tokens = config.steps * config.batch * config.seq
     kind = {"llama": "Llama, float", "opt": "OPT, float"}.get(config.architecture, f"BitNet {_MODE_TITLES.get(mode, mode)}")
+    origin = "trained from scratch"
+    if config.teacher is not None:
+        kind, origin = f"{kind}, distilled", f"distilled from {config.teacher}"
     data = [source | {"licence": LICENCES.get(str(source["name"]), "terms unknown")} for source in document["corpus"]]
     terms = sorted({str(s["licence"]) for s in data} - {"public domain"})
     return {
         "title": f"{kind}, {million:.1f}M",
-        "description": f"A demonstration model of {config.layers} layers, trained from scratch on {tokens:,} "
+        "description": f"A demonstration model of {config.layers} layers, {origin} on {tokens:,} "
         f"tokens of {' and '.join(str(s['name']) for s in data)}.",
         "licence": _LICENCE if not terms else f"{_LICENCE}; texts {', '.join(terms)}",
-        "source": f"part of this installation, trained from scratch by configuration {config.name}",
+        "source": f"part of this installation, {origin} by configuration {config.name}",
         "name": config.name,
         "mode": mode,
         "parameters": document["parameters"],
@@ -178,7 +181,7 @@ def _card(
     }
 
 
-_MODE_TITLES = {"w1.58a8": "b1.58", "a4.8": "a4.8", "a4.8-fp4": "a4.8 (FP4)"}
+_MODE_TITLES = {"w1.58a8": "b1.58", "a4.8": "a4.8", "a4.8-fp4": "a4.8 (FP4)", "v2": "v2", "v2-a8": "v2 (8 bits)"}
 
 
 def thin(log: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dict[str, Any]]:

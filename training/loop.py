@@ -2,8 +2,8 @@
 
     run.json              the configuration, the corpus, versions and hardware; for each resumption its step and machine
     tokenizer.json        of the corpus
-    log.jsonl             one line a step: step, loss, lr, weight_decay, tokens, tokens_per_second, seconds, mode, and
-                          held_out_loss now and then
+    log.jsonl             one line a step: step, loss (cross entropy, with a teacher too), lr, weight_decay, tokens,
+                          tokens_per_second, seconds, mode, and held_out_loss now and then
     checkpoint/           the latest state (`checkpoint.py`); previous/ the one before, step-<n>/ states that are kept
     lock                  held while a process trains here
 
@@ -38,6 +38,7 @@ from training.bitlinear import set_mode
 from training.checkpoint import load_optimizer, load_weights, newest, read_state, save_checkpoint, save_latest
 from training.config import TrainConfig
 from training.corpus import Corpus, batch_rows, load_corpus, require_same
+from training.distill import divergence, load_teacher, start_from, teacher_logits
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def held_out_loss(model: nn.Module, tokens: Tensor, *, seq: int, windows: int | 
     was_training = model.training
     model.eval()
     with torch.no_grad(), _autocast(device, autocast):
-        losses = torch.stack([_loss(model, row[None].to(device)) for row in rows])
+        losses = torch.stack([_cross_entropy(_logits(model, row), row) for row in rows[:, None].to(device)])
     model.train(was_training)
     return losses
 
@@ -120,6 +121,9 @@ class _Run:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others}], betas=BETAS, fused=True)
+        self.teacher = None
+        if config.teacher is not None:
+            self.teacher = load_teacher(config.teacher, corpus.tokenizer_file, seq=config.seq, device=str(self.device))
         self.step = 0
 
     def start(self, resume: bool) -> None:
@@ -140,6 +144,8 @@ class _Run:
                     code="E-PARAM-INIT_FROM",
                 )
             log = source.parent / LOG if self.step else log
+        elif self.config.teacher_start:
+            start_from(self.model, self.teacher)
         if self.rank == 0:
             write_file(self.out / LOG, _log_until(log, self.step))
             write_file(self.out / "tokenizer.json", self.corpus.tokenizer_file.read_bytes())
@@ -224,7 +230,7 @@ class _Run:
         return last.get("loss"), last.get("held_out_loss")
 
     def _step(self, forward: nn.Module, mode: str) -> float:
-        """Do one optimizer step. Returns: the mean loss of the whole batch before it."""
+        """Do one optimizer step. Returns: the mean cross entropy of the whole batch before it."""
         config, schedule = self.config, self.config.schedule
         if config.architecture == "bitnet":
             set_mode(self.model, mode, inputs=config.inputs)
@@ -232,9 +238,12 @@ class _Run:
             group["lr"], group["weight_decay"] = schedule.lr(self.step), decay  # gains and biases do not decay
         rows = batch_rows(self.corpus.train, step=self.step, batch=config.batch, seq=config.seq, seed=config.seed)
         rows = rows[self.rank :: self.world].to(self.device)
+        aim = None if self.teacher is None else teacher_logits(self.teacher, rows)
         with _autocast(self.device, config.precision == "bf16"):
-            loss = _loss(forward, rows)
-        loss.backward()
+            logits = _logits(forward, rows)
+        loss = _cross_entropy(logits, rows)
+        share = config.teacher_weight
+        (loss if aim is None else (1 - share) * loss + share * divergence(logits, aim)).backward()
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         mean = loss.detach()
@@ -278,10 +287,14 @@ class _Run:
             self.step = state["step"]
 
 
-def _loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Compute the mean next-token cross entropy of windows [B, T], in float32."""
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+def _logits(model: nn.Module, rows: Tensor) -> Tensor:
+    """Compute the logits of windows [B, T] for the next tokens: [B, T - 1, V] float32."""
+    return model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+
+
+def _cross_entropy(logits: Tensor, rows: Tensor) -> Tensor:
+    """Compute the mean cross entropy of logits [B, T - 1, V] and the next tokens of windows [B, T]."""
+    return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 def _autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -297,17 +310,17 @@ def _compiled(model: nn.Module, choice: str) -> tuple[nn.Module, bool]:
     except (RuntimeError, OSError, ImportError) as error:  # no compiler, or one that does not work
         logger.info("training runs uncompiled: %s", type(error).__name__)
         return model, False
-    return torch.compile(model), True
+    return torch.compile(model, dynamic=False), True
 
 
 def _check_same(config: TrainConfig, stored: dict[str, Any]) -> None:
     """Check that a run is continued under its first configuration, except for fields that do not change its losses."""
     free = {"checkpoint_every", "eval_every", "keep_at", "name"}
-    own = config.to_dict()
-    differing = sorted(name for name in own if name not in free and own[name] != stored.get(name))
+    own, stored = config.to_dict(), TrainConfig.from_dict(stored).to_dict()  # fields added since hold their default
+    differing = sorted(name for name in own if name not in free and own[name] != stored[name])
     if differing:
         raise InputError(
-            f"The run began with another {differing[0]} ({str(stored.get(differing[0]))[:40]}, now "
+            f"The run began with another {differing[0]} ({str(stored[differing[0]])[:40]}, now "
             f"{str(own[differing[0]])[:40]}): use its configuration, or another folder.",
             code="E-PARAM-CONFIG",
         )

@@ -7,7 +7,8 @@ import torch
 from transformers import BitNetConfig, BitNetForCausalLM, OPTConfig, OPTForCausalLM
 
 from core.errors import InputError
-from core.quant.dynamic import INPUT_KINDS, MODES, quantize_input, ternary_absmean, topk_mask
+from core.quant.dynamic import INPUT_KINDS, MODES, quantize_input, quantize_weight, rotates, topk_mask
+from kernels import hadamard
 from training.bitlinear import BitLinear, convert_to_bitlinear, set_mode
 
 
@@ -33,22 +34,23 @@ def test_the_output_is_the_integer_product(layer, kind):
     layer.kind = kind
     x = torch.randn(3, 5, 24)
     codes, scale = quantize_input(x, kind)
-    ternary, alpha = ternary_absmean(layer.weight.detach())
+    ternary, alpha = quantize_weight(layer.weight.detach(), kind)
     whole = (codes.reshape(15, 24).to(torch.int64) @ ternary.to(torch.int64).T).reshape(3, 5, 12)
     assert torch.allclose(layer(x), (whole.double() * (scale.double() * alpha.double())).float(), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_gradients_use_the_quantised_operands_at_every_position(layer, kind):
-    """dx = dy (α t), dW = dyᵀ (c s): also at positions that TopK sets to zero or that a clip changes."""
+    """dx = dy (α t) [R], dW = dyᵀ (c s) [R]: also at positions that TopK sets to zero or that a clip changes."""
     layer.kind = kind
     x = torch.randn(7, 24, requires_grad=True)
     upstream = torch.randn(7, 12)
     layer(x).backward(upstream)
     codes, scale = quantize_input(x.detach(), kind)
-    ternary, alpha = ternary_absmean(layer.weight.detach())
-    assert torch.allclose(x.grad, upstream @ (alpha * ternary), rtol=1e-5, atol=1e-6)
-    assert torch.allclose(layer.weight.grad, upstream.T @ (codes * scale), rtol=1e-5, atol=1e-5)
+    ternary, alpha = quantize_weight(layer.weight.detach(), kind)
+    basis = hadamard(torch.eye(24)) if rotates(kind) else torch.eye(24)
+    assert torch.allclose(x.grad, upstream @ (alpha * ternary) @ basis, rtol=1e-5, atol=2e-6)
+    assert torch.allclose(layer.weight.grad, upstream.T @ (codes * scale) @ basis, rtol=1e-5, atol=1e-5)
     if kind == "topk8":
         masked = ~topk_mask(x.detach())
         assert masked.any() and (x.grad[masked] != 0).all()

@@ -188,13 +188,13 @@ def test_weights_alone_start_a_new_run(place, whole, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(place, tmp_path, monkeypatch):
-    real, calls = training._loss, []
+    real, calls = training._cross_entropy, []
 
-    def poisoned(model, rows):
+    def poisoned(logits, rows):
         calls.append(1)
-        return real(model, rows) * (float("nan") if len(calls) == 6 else 1.0)
+        return real(logits, rows) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(training, "_loss", poisoned)
+    monkeypatch.setattr(training, "_cross_entropy", poisoned)
     with pytest.raises(NumericError, match="step 6 is nan"):
         train(tiny(place, eval_every=100), tmp_path / "run")
     assert read_state(tmp_path / "run/checkpoint")["step"] == 4
@@ -235,7 +235,9 @@ def test_two_processes_share_a_batch(place, tmp_path):
 # export
 
 
-@pytest.mark.parametrize(("architecture", "mode"), [("llama", "fp"), ("opt", "fp"), ("bitnet", "w1.58a8"), ("bitnet", "a4.8")])
+@pytest.mark.parametrize(
+    ("architecture", "mode"), [("llama", "fp"), ("opt", "fp"), ("bitnet", "w1.58a8"), ("bitnet", "a4.8"), ("bitnet", "v2")]
+)
 def test_a_run_becomes_a_model_folder(place, tmp_path, architecture, mode):
     """The loaded model, packed and native for BitNet, scores what the masters scored."""
     config = tiny(place, architecture=architecture, mode=mode, tokens=30 * 64)
