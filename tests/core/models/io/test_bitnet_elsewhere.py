@@ -15,11 +15,8 @@ from core.errors import ModelError
 from core.models.io.bitnet import save_bitnet
 from core.models.io.catalog import EMBEDDED
 from core.models.io.load import load_model
-<<<<<<< HEAD
-from core.quant.linear.ternary import TernaryLinear
-=======
 from core.models.io.preflight.config import bitnet_format
->>>>>>> e0c9c87 (Distillation in the training; packed models with rotated inputs run, and other programs refuse them)
+from core.quant.linear.ternary import TernaryLinear
 from core.storage import verify
 from tests.core.models.io.bitnet_tools import write
 from tests.core.tools import relative, tiny_source, tokens
