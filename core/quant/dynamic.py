@@ -1,4 +1,4 @@
-"""Quantise by the rules of BitNet b1.58, BitNet a4.8 and BitNet v2, into integer codes and scales: pure functions.
+"""Quantise by the rules of BitNet b1.58, a4.8 and v2, into integer codes and scales: pure functions.
 
     ternary   round(w / α) clipped to -1 … 1      α = mean |w|, one per projection
     int8      round(127 x / γ)                    γ = max |x|, one per token; value = code · γ / 127
