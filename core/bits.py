@@ -21,6 +21,24 @@ REORDER_OF = {site: name for name, sites in REORDERS.items() for site in sites}
 INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
 """The site that each fused linear layer of a decoder block reads from."""
 
+
+
+def expert_site(name: str, index: int) -> str:
+    """Name the site, or the linear layer, of one expert of a mixture: down_in.3, up.3."""
+    return f"{name}.{index}"
+
+
+def kind_of(name: str) -> str:
+    """Return the name of a site or a linear layer without the expert that it belongs to: down_in of down_in.3."""
+    return name.partition(".")[0]
+
+
+def input_site(linear: str) -> str:
+    """Name the site that a linear layer of a block reads: experts read one mlp_in, and each its own down_in."""
+    kind, _, expert = linear.partition(".")
+    return f"down_in.{expert}" if expert and kind == "down" else INPUT_SITE[kind]
+
+
 PER_CHANNEL = 65536
 """A cluster count at least as large as any width: one cluster per channel."""
 

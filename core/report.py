@@ -6,7 +6,7 @@ Observed ranges, which are arrays, are in `core.calibration.report`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class ModelInfo(Report):
         hidden, heads, kv_heads, head_dim, ffn, vocab: D, H, Hkv, E, F, V.
         context: tokens that the model can look back on, 0 where its configuration does not say.
         weight_bytes: measured from the tensors. dtype: float type that it computes in.
-        gated: whether the feed-forward part has three matrices instead of two.
+        gated: whether the feed-forward part has three matrices instead of two. experts, top_k: N and k of a mixture, else 0.
         tied: whether the head is the embedding table. positions: rows of a learned position embedding, 0 without one.
         fidelity: how close a BitNet model's rules are to its training (`BitNetRules.fidelity`), None for every other model.
         label: the name with what tells it from others, such as "smollm2-135m (Q4_1, wheel)".
@@ -75,6 +75,8 @@ class ModelInfo(Report):
     precision: str = ""
     lossy_source: bool = False
     caution: str | None = None
+    experts: int = 0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,20 @@ class WeightError(Report):
 
 @dataclass(frozen=True)
 class LayerReport(Report):
-    """One decoder layer after quantisation; `output_sqnr_db` compares its output with the float layer's on equal inputs."""
+    """One decoder layer after quantisation; `output_sqnr_db` compares its output with the float layer's on equal inputs, `routed`
+    counts the calibration tokens that were sent to each expert, without those left out of the ranges."""
 
     layer: int
     output_sqnr_db: float
     sites: dict[str, SiteError]
     weights: dict[str, WeightError]
+    routed: list[int] = field(default_factory=list)
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Weights that GPTQ could not quantise, with the reason, and experts that no calibration token was sent to."""
+        found = {name: note.fallback for name, note in self.weights.items() if note.fallback}
+        return found | {f"expert {i}": "no token was sent to it: ranges of all" for i, n in enumerate(self.routed) if not n}
 
 
 @dataclass(frozen=True)
@@ -128,13 +138,11 @@ class QuantizeReport(Report):
     """Outcome of a quantisation.
 
     Attributes:
-        key: the recipe's hash; names the model in later calls.
-        bits_description: the scheme with what it keeps at 8 or 16 bits.
+        key: the recipe's hash; names the model in later calls. bits_description: the scheme with what it keeps at 8 or 16 bits.
         stages: seconds per stage. effective_weight_bits: stored bits per decoder weight with scales and zero points.
         weight_bytes, float_bytes: measured bytes of the quantised and of the float model.
         folder: where it is saved, "" for a model in memory only.
-        unsaved: why it could not be saved, a sentence; None otherwise.
-        base: label of the float model (`ModelInfo.label`) that was really quantised.
+        unsaved: why it could not be saved, a sentence; None otherwise. base: `ModelInfo.label` of the float model.
         caution: a warning to show where weight bits are compared; None where none is needed.
         loads: whether an export loads in another program, and why not, by its name; None for a run of an earlier version.
         distilled: of the distillation that followed, None without one; the layers' noise is that before it.
@@ -161,13 +169,8 @@ class QuantizeReport(Report):
 
     @property
     def fallbacks(self) -> list[str]:
-        """Weights that GPTQ could not quantise, with the reason."""
-        return [
-            f"layers.{entry.layer}.{name}: {note.fallback}"
-            for entry in self.layers
-            for name, note in entry.weights.items()
-            if note.fallback
-        ]
+        """Weights that GPTQ could not quantise, with the reason, and experts that no calibration token was sent to."""
+        return [f"layers.{entry.layer}.{name}: {why}" for entry in self.layers for name, why in entry.fallbacks.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +220,7 @@ class EvalReport(Scores):
         reference: key of the model that `Scores` compares with, None without one.
         weight_bytes, weight_parts: measured on the tensors in memory; working_bytes: copies that backends hold beside them.
         effective_weight_bits: stored bits per decoder weight with scales and zero points; None in rows of earlier versions.
-        protocol: one sentence.
-        origin: the float model that it is or was made from, its precision and where it comes from.
+        protocol: one sentence. origin: the float model that it is or was made from, its precision and where it comes from.
         caution: a warning to show where weights are compared; None where none is needed.
     """
 
@@ -246,11 +248,9 @@ class GenerationReport(Report):
     """A continuation of a prompt, and how fast it was made.
 
     Attributes:
-        key: name of the model. text: the continuation alone.
-        seconds: of the whole, the prompt's pass included.
+        key: name of the model. text: the continuation alone. seconds: of the whole, the prompt's pass included.
         tokens_per_second: of decoding: tokens after the first, which the prompt's pass yields, over their time; 0 for one token.
-        stopped: "eos", "length" or "cancelled".
-        kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
+        stopped: "eos", "length" or "cancelled". kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
         decoding: how kernels were launched on a GPU, as `core.evaluation.graph.captured_step` says; empty on a CPU.
         unformatted: whether a chat format was asked for and the model has none.
         pieces: what each token added to the text; "" for a token that ends inside a character.

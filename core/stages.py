@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from core.bits import kind_of
 from core.calibration.data import TextSource, calibration_tokens, fit_window
 from core.calibration.observe import observe_layers
 from core.calibration.report import RangesReport, SiteRanges, TokenPeaks
@@ -75,6 +77,7 @@ def observe_in_bases(
 ) -> dict[str, RangesReport]:
     """Measure ranges as `observe` does, and the size of tokens, in every basis of `core.options.BASES`. Raises: as `observe`."""
     require_float(loaded, "inspect")
+    loaded.require_dense("shown in other bases")
     start = time.perf_counter()
     tokens, source = calibration_tokens(loaded, calibration, seed, allow_local)
     sites: dict[str, dict[str, SiteRanges]] = {name: {} for name in BASES}
@@ -89,13 +92,16 @@ def observe_in_bases(
 
 
 def _site_ranges(loaded: LoadedModel, layer: int, ranges: Mapping[str, ChannelRanges]) -> dict[str, SiteRanges]:
-    """Return the ranges of a layer's sites by name, without the sampled rows, which are large."""
-    spec, sites = loaded.adapter.spec(loaded.model.config), {}
-    for kind, found in ranges.items():
+    """Return the ranges of a layer's sites by name, without the sampled rows, which are large; experts stand side by side."""
+    spec, sites = loaded.model.blocks[layer].spec, {}
+    for kind in SITES:
         block = spec.head_dim if kind in ("q", "k", "v", "o_in") else spec.width(kind)
+        own = [ranges.get(site) for site in spec.sites if kind_of(site) == kind]
+        none = [torch.zeros(spec.width(kind))] * 4  # an expert that no token was sent to
+        bounds = [none if found is None else (found.low, found.high, *channel_ema(found)) for found in own]
         name = f"layers.{layer}.{kind}"
-        averages = [bound.numpy() for bound in channel_ema(found)]
-        sites[name] = SiteRanges(name, layer, kind, found.low.numpy(), found.high.numpy(), block, *averages)
+        arrays = [torch.cat(parts).numpy() for parts in zip(*bounds, strict=True)]
+        sites[name] = SiteRanges(name, layer, kind, *arrays[:2], block, *arrays[2:])
     return sites
 
 

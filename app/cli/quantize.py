@@ -93,6 +93,7 @@ def _quantize_text(report: Any) -> str:
             ("weights", f"{saved}, {number(report.effective_weight_bits)} bits per decoder weight with scales"),
             ("time", ", ".join(f"{name} {number(seconds)} s" for name, seconds in report.stages.items())),
             ("backends", "; ".join(f"{use.backend} × {use.layers} ({use.reason})" for use in report.backends)),
+            *_routed(report.layers),
             *cautions(report),
             *(report.loads or {}).items(),
         ]
@@ -105,6 +106,14 @@ def _quantize_text(report: Any) -> str:
         return text + "\nNot saved.\n"
     out = report.folder
     return text + f"\nSaved as {out}. Next: python -m app.cli evaluate --model {out} --reference {report.recipe['model']}\n"
+
+
+def _routed(layers: Any) -> list[tuple[str, str]]:
+    """Write how many calibration tokens experts got; nothing where there are none."""
+    counts = sorted(count for entry in layers for count in entry.routed)
+    if not counts:
+        return []
+    return [("experts", f"{counts[0]:,} to {counts[-1]:,} calibration tokens each, {counts[len(counts) // 2]:,} in the middle")]
 
 
 def _distillation(found: Any) -> str:

@@ -252,13 +252,8 @@ def _millions(count: int) -> str:
 
 
 def fallback_rows(report: Any) -> Rows:
-    """Make a row for each weight that GPTQ did not round although asked to: layer, weight, reason."""
-    return [
-        [str(entry.layer), name, str(weight.fallback)]
-        for entry in report.layers
-        for name, weight in entry.weights.items()
-        if weight.fallback
-    ]
+    """Make a row for each weight that GPTQ did not round although asked to, and each expert without tokens: layer, name, why."""
+    return [[str(entry.layer), name, why] for entry in report.layers for name, why in entry.fallbacks.items()]
 
 
 def stage_rows(report: Any) -> Rows:

@@ -79,7 +79,11 @@ def _parse(loaded: LoadedModel, site: str, channel: int) -> tuple[int, str]:
         raise InputError(
             f"Site {str(site)[:40]!r} does not exist: use layers.0.attn_in to layers.{count - 1}.down_in.", code="E-PARAM-SITE"
         )
-    width = loaded.model.blocks[0].spec.width(match[2])
+    spec = loaded.model.blocks[int(match[1])].spec
+    if match[2] not in spec.sites:
+        rule = f"{site} is inside of experts, whose channels have no histogram: choose another site."
+        raise InputError(rule, code="E-PARAM-SITE")
+    width = spec.width(match[2])
     if isinstance(channel, bool) or not isinstance(channel, int) or not 0 <= channel < width:
         raise InputError(f"Channel {str(channel)[:20]} does not exist in {site}: use 0 to {width - 1}.", code="E-PARAM-CHANNEL")
     return int(match[1]), match[2]

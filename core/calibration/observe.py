@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from core.bits import kind_of
 from core.calibration.states import KeptStates
 from core.errors import NumericError
 from core.models.attention import Rotary
 from core.models.decoder import CausalModel
+from core.models.slots import ROUTES
 from core.progress import Progress, silent
 from core.quant.ranges import ChannelRanges
 from core.recipe import SITES
@@ -35,6 +37,8 @@ class Recorder:
         hessians_wanted: accumulate Xᵀ X of the inputs of linear layers.
         skip_first: positions at the start of every window left out of the ranges (sink tokens).
         seed: of the row sample.
+    Attributes:
+        routed: tokens that each site of an expert has seen, without those left out of the ranges.
     """
 
     layer: int
@@ -43,14 +47,30 @@ class Recorder:
     skip_first: int = 0
     seed: int = 0
     hessians: dict[str, Tensor] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
+    _routes: Tensor | None = None
     _low: dict[str, list[Tensor]] = field(default_factory=dict)
     _high: dict[str, list[Tensor]] = field(default_factory=dict)
     _rows: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, site: str, x: Tensor) -> None:
-        """Observe x [B, T, C] of one batch of windows."""
-        kept = x[:, self.skip_first :]
-        low, high = kept.amin(dim=1), kept.amax(dim=1)  # [B, C]
+        """Observe x [B, T, C] of one batch of windows; of an expert, the tokens [1, n, C] that ROUTES said before."""
+        if site == ROUTES:
+            self._routes = x
+            return
+        expert = site.partition(".")[2]
+        if expert:
+            places = (self._routes == int(expert)).any(-1).nonzero()  # window and position of each of its tokens
+            places = places[later := places[:, 1] >= self.skip_first]
+            kept = x[:, later]
+            self.routed[site] = self.routed.get(site, 0) + len(places)
+            if not len(places):
+                return
+            windows = [part for part in kept[0].split(places[:, 0].bincount().tolist()) if len(part)]
+            low, high = (torch.stack([edge(part, dim=0) for part in windows]) for edge in (torch.amin, torch.amax))
+        else:
+            kept = x[:, self.skip_first :]
+            low, high = kept.amin(dim=1), kept.amax(dim=1)  # [B, C]
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise NumericError(
@@ -62,9 +82,12 @@ class Recorder:
         self._high.setdefault(site, []).append(high)
         per_window = max(1, -(-SAMPLED_ROWS // self.windows))
         generator = torch.Generator().manual_seed(self.seed + len(self._low[site]))
-        picked = torch.randint(kept.shape[1], (per_window,), generator=generator)
+        if expert:
+            picked = torch.randperm(kept.shape[1], generator=generator)[: per_window * len(windows)]
+        else:
+            picked = torch.randint(kept.shape[1], (per_window,), generator=generator)
         self._rows.setdefault(site, []).append(kept[:, picked].flatten(0, 1).clone())
-        if self.hessians_wanted and site in LINEAR_SITES:
+        if self.hessians_wanted and kind_of(site) in LINEAR_SITES:
             rows = x.flatten(0, 1)
             if site in self.hessians:
                 self.hessians[site].addmm_(rows.t(), rows)
@@ -72,9 +95,12 @@ class Recorder:
                 self.hessians[site] = rows.t() @ rows
 
     def ranges(self) -> dict[str, ChannelRanges]:
-        """Return the ranges of every observed site, in the order of `SITES`; on the CPU, where plans are made."""
+        """Return the ranges of every observed site, in the order of `SITES`; on the CPU, where plans are made.
+
+        Those of an expert have the windows in `sample_low` and `sample_high` that it had tokens of.
+        """
         result = {}
-        for site in SITES:
+        for site in sorted(self._low, key=lambda name: (SITES.index(kind_of(name)), int(name.partition(".")[2] or 0))):
             low, high, rows = (torch.cat(seen[site]).to("cpu", torch.float32) for seen in (self._low, self._high, self._rows))
             result[site] = ChannelRanges(low.amin(0), high.amax(0), low, high, rows)
         return result

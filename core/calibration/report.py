@@ -18,7 +18,7 @@ class SiteRanges:
     Attributes:
         site: "layers.3.down_in"; kind: one of SITES.
         low, high: [C] float32, in the original channel order.
-        block: width inside which channels may be reordered: a head's for q, k, v, o_in, else C.
+        block: width inside which channels may be reordered: a head's for q, k, v, o_in, an expert's for down_in, else C.
         ema_low, ema_high: [C] float32, the moving averages; None where only the exact ranges are known.
     """
 

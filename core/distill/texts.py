@@ -39,8 +39,10 @@ class DistillTexts:
 def distill_texts(loaded: LoadedModel, recipe: QuantRecipe, allow_local: bool) -> DistillTexts:
     """Draw the windows by the recipe's texts and seed, equally many of each text; they do not depend on the number of steps.
 
-    Raises: TextError as `resolve_text`, and E-TEXT-SHORT where a text has less than two windows.
+    Raises: TextError as `resolve_text`, and E-TEXT-SHORT where a text has less than two windows; ModelError E-MODEL-ARCH for a
+        mixture of experts.
     """
+    loaded.require_dense("distilled")
     own = recipe.calibration
     chosen = list(dict.fromkeys(own.text if name == "calibration" else name for name in recipe.distill.texts.split("+")))
     window = fit_window(loaded, own.window)

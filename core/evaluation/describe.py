@@ -23,7 +23,7 @@ from kernels import Backend
 
 def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
     """Describe a loaded model; `seconds`: how long loading took."""
-    config, spec, positions = loaded.model.config, loaded.adapter.spec(loaded.model.config), loaded.model.decoder.positions
+    config, spec, positions = loaded.model.config, loaded.adapter.widest(loaded.model.config), loaded.model.decoder.positions
     table, head = loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight
     return ModelInfo(
         name=loaded.name,
@@ -50,6 +50,8 @@ def model_info(loaded: LoadedModel, seconds: float) -> ModelInfo:
         precision="" if loaded.origin is None else loaded.origin.precision,
         lossy_source=loaded.origin is not None and loaded.origin.lossy,
         caution=lossy_caution(loaded.origin),
+        experts=spec.experts,
+        top_k=spec.top_k,
     )
 
 
@@ -142,7 +144,7 @@ class LayerRecord(Report):
             (m.in_features * m.out_features, m.effective_bits, str(m.choice.backend), m.choice.reason) for m in modules_of(after)
         ]
         return cls(
-            LayerReport(after.layer_index, outcome.output_sqnr_db, sites, outcome.weights),
+            LayerReport(after.layer_index, outcome.output_sqnr_db, sites, outcome.weights, list(outcome.routed)),
             linears,
             module_bytes(after),
             float_bytes,
@@ -209,4 +211,5 @@ def _layer_report(entry: dict[str, Any]) -> LayerReport:
 
     sites = {k: SiteError(**v) for k, v in entry["sites"].items()}
     weights = {k: WeightError(**{**v, "sqnr_db": decibels(v["sqnr_db"])}) for k, v in entry["weights"].items()}
-    return LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights)
+    routed = [int(count) for count in entry.get("routed") or ()]  # earlier versions had none
+    return LayerReport(entry["layer"], decibels(entry["output_sqnr_db"]), sites, weights, routed)

@@ -93,6 +93,8 @@ def unsupported_reason(model: CausalModel, cache: KVCache, room: int) -> str | N
         return f"{length + room} tokens leave the window of {window}"
     if any(block.spec.softcap is not None for block in blocks):
         return "attention scores are capped"
+    if any(block.experts for block in blocks):
+        return "which experts run depends on the token"
     if any(block.attention.qkv.requested is Backend.REFERENCE for block in blocks):
         return "the reference was asked for by name"
     reasons = (layer.unsupported_reason(block.attention.softmax_bits) for layer, block in zip(cache.layers, blocks, strict=True))

@@ -121,7 +121,7 @@ def estimate(shape: Shape, bits: Bits, *, batch: int, sequence: int, scheme: str
             )
     tokens = batch * sequence
     cache = shape.layers * tokens * shape.kv_heads * shape.head_dim * (bits.k + bits.v) // 8
-    activations = tokens * (shape.ffn * bits.down_in + shape.heads * shape.head_dim * bits.o_in) // 8
+    activations = tokens * (max(1, shape.top_k) * shape.ffn * bits.down_in + shape.heads * shape.head_dim * bits.o_in) // 8
     return MemoryEstimate(scheme, batch, sequence, shape.parameters * bits.weights // 8, cache, activations)
 
 
@@ -154,11 +154,17 @@ def total_bytes(shape: Shape, recipe: QuantRecipe, context: int) -> int:
 def decoder_bytes(shape: Shape, recipe: QuantRecipe) -> float:
     """Count the bytes of all layers' weight matrices at a recipe's bits, without scales."""
     layers = [recipe.for_layer(index).tensor_bits for index in range(shape.layers)]
-    return sum(bits.weight(name) * math.prod(size) / 8 for bits in layers for name, size in linear_sizes(shape).items())
+    sizes = {name: math.prod(size) * linear_copies(shape, name) for name, size in linear_sizes(shape).items()}
+    return sum(bits.weight(name) * size / 8 for bits in layers for name, size in sizes.items())
 
 
 def linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
-    """Count the bytes of one linear layer's weights by its layer's recipe, with scales, zero points and cluster offsets."""
+    """Count the bytes of one linear layer's weights, those of all experts, by its layer's recipe, with scales, zero points and
+    cluster offsets."""
+    return linear_copies(shape, name) * _linear_bytes(shape, name, recipe)
+
+
+def _linear_bytes(shape: Shape, name: str, recipe: QuantRecipe) -> int:
     rows, columns = linear_sizes(shape)[name]
     bits, groups = recipe.tensor_bits.weight(name), _groups(shape, recipe)[INPUT_SITE[name]]
     if recipe.plus is not None:
@@ -198,6 +204,16 @@ def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     }
 
 
+def linear_copies(shape: Shape, name: str) -> int:
+    """Count how often a layer has the linear layer of this name: once for each expert of a mixture."""
+    return shape.experts if shape.experts and name in ("up", "down") else 1
+
+
+def layer_floats(shape: Shape) -> int:
+    """Count the entries of one layer's weight matrices."""
+    return sum(rows * columns * linear_copies(shape, name) for name, (rows, columns) in linear_sizes(shape).items())
+
+
 def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
     """Count the bytes of one layer's activation grids, and of the orders in which its norms and heads put their channels."""
     bits, groups = recipe.tensor_bits, _groups(shape, recipe)
@@ -207,8 +223,9 @@ def _grid_bytes(shape: Shape, recipe: QuantRecipe) -> int:
         width, static = shape.kv_heads * shape.head_dim, recipe.rotation.kv == "static"
         mean = 4 * width if recipe.rotation.key_mean and min(bits.q, bits.k) < FLOAT_BITS else 0
         return mean + sum(12 * width + 4 for own in (bits.k, bits.v) if static and own < FLOAT_BITS)
+    copies = {site: linear_copies(shape, name) for name, site in INPUT_SITE.items()}  # every expert has grids of its own
     static = [site for site in SITES if bits.site(site) < FLOAT_BITS and not recipe.by_token(site)]
-    grids = sum(8 * groups[site] + 4 * (groups[site] + 1) for site in static)
+    grids = sum(copies.get(site, 1) * (8 * groups[site] + 4 * (groups[site] + 1)) for site in static)
     if recipe.method != "rptq":
         return grids
     rotated = shape.positions == 0 and min(bits.q, bits.k) < FLOAT_BITS
@@ -293,7 +310,7 @@ def _part(module: nn.Module, name: str, tensor: Tensor) -> str:
         return "packed weights"
     if name in ("weight_scale", "weight_zero", "zero_point", "bounds") or name.startswith("scale"):
         return "scales and zero points"
-    return "decoder weights (float)" if tensor.dim() == 2 and name == "weight" else "norms, biases and orders"
+    return "decoder weights (float)" if tensor.dim() == 2 and name in ("weight", "router") else "norms, biases and orders"
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from core.evaluation.memory import linear_sizes
+from core.evaluation.memory import linear_copies, linear_sizes
 from core.evaluation.shapes import Shape
 from core.recipe import FLOAT_BITS, INPUT_SITE, Bits
 
@@ -117,8 +117,10 @@ def operators(shape: Shape, bits: Bits, *, batch: int, sequence: int, phase: str
     def linear(name: str) -> Operator:
         outputs, inputs = linear_sizes(shape)[name]
         own, read = bits.weight(name), bits.site(INPUT_SITE[name])
-        moved = outputs * inputs * own + rows * inputs * read + rows * outputs * OUTPUT_BITS
-        return Operator(name, 2 * layers * rows * outputs * inputs, layers * moved // 8, max(own, read))
+        sent = rows * max(1, shape.top_k) if name in ("up", "down") else rows
+        matrices = min(linear_copies(shape, name), sent)  # those that some token is sent to
+        moved = matrices * outputs * inputs * own + sent * inputs * read + sent * outputs * OUTPUT_BITS
+        return Operator(name, 2 * layers * sent * outputs * inputs, layers * moved // 8, max(own, read))
 
     scores = 2 * layers * queries * sequence
     keys = layers * (queries * bits.q + cached * bits.k) // 8

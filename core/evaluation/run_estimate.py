@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.calibration.observe import BATCH_TOKENS, SAMPLED_ROWS
-from core.evaluation.memory import linear_bytes, linear_sizes, recipe_bytes, working_bytes
+from core.evaluation.memory import layer_floats, linear_bytes, linear_sizes, recipe_bytes, working_bytes
 from core.evaluation.perplexity import Reference, hidden_windows, score
 from core.evaluation.run_report import RunEstimate
 from core.evaluation.shapes import Shape
@@ -168,7 +168,7 @@ def added_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> 
 
     whichever is the most; see `step_bytes`.
     """
-    parts, layer = step_bytes(shape, recipe, windows), 4 * sum(rows * columns for rows, columns in linear_sizes(shape).values())
+    parts, layer = step_bytes(shape, recipe, windows), 4 * layer_floats(shape)
     kept, batch, shaped = parts["statistics"], parts["batch"], 0 if method(recipe.method).keeps_ternary else layer
     most = max(kept + batch, kept + shaped + parts["rounding"], layer + batch)
     return _own_bytes(shape, recipe) + parts["hidden states"] + most
@@ -188,7 +188,7 @@ def step_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int]) -> d
     sizes = linear_sizes(shape).values()
     batch = min(count, max(1, BATCH_TOKENS // length)) * length
     heads = shape.heads * shape.head_dim
-    inputs = (shape.hidden, heads, shape.hidden, shape.ffn)
+    inputs = (shape.hidden, heads, shape.hidden, *(shape.ffn for _ in range(shape.experts or 1)))
     own = method(recipe.method)
     solved, calibrations = own.uses_hessians(recipe), 1 + (own.calibration_softmax_bits(recipe) < FLOAT_BITS)
     kept = calibrations * SAMPLED_ROWS * (sum(inputs) + heads + 2 * shape.kv_heads * shape.head_dim)

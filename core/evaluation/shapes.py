@@ -27,7 +27,10 @@ OPT_POSITION_OFFSET = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head."""
+    """Sizes that memory depends on. `ffn_matrices` is 2 for up/down, 3 with a gate; `tied` shares embedding and head.
+
+    `experts`: MLPs of each layer, 0 for one that is no mixture; `top_k`: those that a token is sent to.
+    """
 
     layers: int
     hidden: int
@@ -39,18 +42,20 @@ class Shape:
     ffn_matrices: int = 2
     positions: int = 0
     tied: bool = True
+    experts: int = 0
+    top_k: int = 0
 
     @property
     def decoder_weights(self) -> int:
         """Number of entries in all layers' weight matrices, to which the bits of the weights apply."""
         attention = 2 * self.hidden * self.heads * self.head_dim + 2 * self.hidden * self.kv_heads * self.head_dim
-        return self.layers * (attention + self.ffn_matrices * self.hidden * self.ffn)
+        return self.layers * (attention + max(1, self.experts) * self.ffn_matrices * self.hidden * self.ffn)
 
     @property
     def parameters(self) -> int:
         """Number of parameters: with biases and LayerNorms for two feed-forward matrices (OPT), RMSNorms for three (Llama)."""
         biased = self.ffn_matrices == 2
-        small = 9 * self.hidden + self.ffn if biased else 2 * self.hidden  # OPT: F = 4 D, so 13 D
+        small = 9 * self.hidden + self.ffn if biased else (2 + self.experts) * self.hidden  # OPT: F = 4 D, so 13 D
         embeddings = self.vocab * (1 if self.tied else 2) + self.positions
         return self.decoder_weights + self.layers * small + embeddings * self.hidden + (2 if biased else 1) * self.hidden
 
@@ -149,15 +154,15 @@ def _size(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
 def shape_of(spec: BlockSpec, layers: int, vocab: int, *, tied: bool, positions: int = 0) -> Shape:
     """Make the shape of a model of `layers` equal decoder layers; `positions`: rows of a learned position embedding."""
     size = (spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn)
-    return Shape(layers, *size, vocab, ffn_matrices=3 if spec.gated else 2, positions=positions, tied=tied)
+    matrices, mixture = 3 if spec.gated else 2, (spec.experts, spec.top_k)
+    return Shape(layers, *size, vocab, matrices, positions, tied, *mixture)
 
 
 def shape_of_loaded(info: ModelInfo) -> Shape:
     """Make the shape of a loaded model from its report."""
     size = (info.hidden, info.heads, info.kv_heads, info.head_dim, info.ffn)
-    return Shape(
-        info.layers, *size, info.vocab, ffn_matrices=3 if info.gated else 2, positions=info.positions, tied=info.tied
-    )
+    matrices, mixture = 3 if info.gated else 2, (info.experts, info.top_k)
+    return Shape(info.layers, *size, info.vocab, matrices, info.positions, info.tied, *mixture)
 
 
 def model_shape(name: str, *, allow_local: bool = True) -> Shape:

@@ -86,6 +86,8 @@ def input_histogram(
         raise InputError(f"site is {str(site)[:30]!r}: use one of {', '.join(SITES)}.", code="E-PARAM-SITE")
     if not isinstance(layer, int) or not 0 <= layer < depth:
         raise InputError(f"layer is {str(layer)[:30]!r}: this model has layers 0 to {depth - 1}.", code="E-PARAM-LAYER")
+    if site not in loaded.model.blocks[layer].spec.sites:
+        raise InputError(f"{site} of layer {layer} is inside of experts: choose another site.", code="E-PARAM-SITE")
     seen: list[Tensor] = []
     for block, run in _layers(loaded, windows, progress):
         if block.layer_index == layer:

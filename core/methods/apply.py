@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from core.bits import input_site, kind_of
 from core.methods.base import LayerPlan
 from core.models.block import DecoderBlock
 from core.quant.affine import Grid
@@ -17,7 +18,7 @@ from core.quant.gptq import quantize_weight
 from core.quant.linear.quant import QuantLinear
 from core.quant.observer import SitePlan, sqnr_db
 from core.quant.static import ActivationQuantizer
-from core.recipe import FLOAT_BITS, INPUT_SITE
+from core.recipe import FLOAT_BITS
 from core.report import WeightError
 
 
@@ -42,9 +43,9 @@ def build_block(
     """
     layers, errors, orders = {}, {}, orders or {}
     for name, linear in block.linears().items():
-        site = INPUT_SITE[name]
+        site = input_site(name)
         moments = hessians.get(site), orders.get(site)
-        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], moments, plan.weight_bits[name], grid)
+        layers[name], errors[name] = _quantized_linear(linear, plan.sites[site], moments, plan.weight_bits[kind_of(name)], grid)
     new = block.with_parts(**layers)
     new.attention.softmax_bits, new.attention.sink_tokens = plan.softmax_bits, plan.sink_tokens
     for site in ("q", "k", "v"):

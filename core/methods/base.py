@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from core.bits import kind_of
 from core.calibration.observe import BlockInputs
 from core.methods.fake import Fake, fake_site, fake_weight
 from core.models.adapter import BlockSpec
@@ -17,7 +18,7 @@ from core.quant.affine import Grid
 from core.quant.linear.base import LinearLayer
 from core.quant.observer import RangeRules, SitePlan
 from core.quant.ranges import ChannelRanges
-from core.recipe import FLOAT_BITS, INPUT_SITE, SITES, QuantRecipe
+from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
 from core.report import WeightError
 
 Made = TypeVar("Made")
@@ -34,9 +35,9 @@ class LayerPlan:
     """Decisions for one decoder layer.
 
     Attributes:
-        orders: R1 … R5 -> new = old[order]; [D], [Hkv, E] for R2 and R3, [F]. Left out: the order stays.
-        sites: every site of `core.recipe.SITES`.
-        softmax_bits: 2 to 8 or 16. weight_bits: of the weights of each fused linear layer, by name; 2 to 8 or 16.
+        orders: R1 … R5 -> new = old[order]; [D], [Hkv, E] for R2 and R3, [F], or [N, F] for N experts. Left out: the order stays.
+        sites: every site of the block (`BlockSpec.sites`).
+        softmax_bits: 2 to 8 or 16. weight_bits: of the weights of each kind of linear layer, by name; 2 to 8 or 16.
         sink_tokens: first positions whose activations stay in float.
     """
 
@@ -83,6 +84,18 @@ class LayerStatistics:
     residual: Tensor | None = None
     made: dict[Hashable, object] = field(default_factory=dict)
 
+    def at(self, site: str) -> tuple[LayerStatistics, str]:
+        """Return the statistics by which a site is planned, and its kind; for an expert's site, those of that expert."""
+        kind = kind_of(site)
+        return (self, site) if kind == site else (self.once(site, lambda: self._of_expert(site, kind)), kind)
+
+    def _of_expert(self, site: str, kind: str) -> LayerStatistics:
+        def only(held: dict[str, Made]) -> dict[str, Made]:
+            return {n: x for n, x in held.items() if n == kind_of(n)} | ({kind: held[site]} if site in held else {})
+
+        parts = map(only, (self.ranges, self.calibrated, self.hessians, self.importance))
+        return LayerStatistics(*parts, residual=self.residual)
+
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` gives, made at most once for each key: a second plan only makes what differs from the first.
 
@@ -107,9 +120,11 @@ class Method(ABC):
     Every method takes the recipe of one layer (`QuantRecipe.for_layer`).
 
     `keeps_ternary`: whether the method takes blocks whose weights are ternary already as they are; else it gets float weights.
+    `takes_experts`: whether the method quantises mixtures of experts.
     """
 
     keeps_ternary = False
+    takes_experts = False
 
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """Count the first positions of each window that are left out of the ranges and kept in float: none."""
@@ -147,7 +162,7 @@ class Method(ABC):
 
     def plan_layer(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> LayerPlan:
         """Decide orders, clusters, scales and bits of one layer from its statistics."""
-        sites, bits = {site: self.plan_site(stats, site, recipe, spec) for site in SITES}, recipe.tensor_bits
+        sites, bits = {site: self.plan_site(*stats.at(site), recipe, spec) for site in spec.sites}, recipe.tensor_bits
         weights = {name: bits.weight(name) for name in INPUT_SITE}
         return LayerPlan(self.orders(stats, recipe, spec), sites, bits.softmax, weights, self.sink_tokens(recipe))
 

@@ -38,6 +38,8 @@ PLAIN_RANGES = RangeRules(Grid.EXACT, ema=False, clip_search=False)
 class RoundToNearest(Method):
     """The method "rtn". No channel moves; weights are rounded as `recipe.weights` says."""
 
+    takes_experts = True
+
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """Return 1 for the matched variant where activations are quantised, as RPTQ does; else 0."""
         return FLOAT_FIRST_TOKENS if recipe.variant == "matched" and recipe.tensor_bits.quantizes_activations else 0

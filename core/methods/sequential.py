@@ -19,15 +19,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from core.bits import input_site, kind_of
 from core.calibration.observe import LINEAR_SITES, BlockInputs, Recorder, embed, observe_layers
-from core.errors import NumericError
+from core.errors import InputError, NumericError
 from core.memory import give_back
 from core.methods.base import FLOAT_FIRST_TOKENS, LayerPlan, LayerStatistics, Method, Streams
 from core.models.block import DecoderBlock
 from core.models.decoder import CausalModel
+from core.models.slots import ROUTES
 from core.progress import Progress, part, silent
 from core.quant.observer import decibels
-from core.recipe import FLOAT_BITS, INPUT_SITE, QuantRecipe
+from core.recipe import FLOAT_BITS, QuantRecipe
 from core.report import WeightError
 
 ORDER_TIME = 0.15
@@ -36,11 +38,15 @@ ORDER_TIME = 0.15
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """One layer's plan, how its weights were quantised, and the error of its output against the float block, dB."""
+    """One layer's plan, how its weights were quantised, and the error of its output against the float block, dB.
+
+    `routed`: calibration tokens that each expert's ranges were taken from, none where there is one MLP.
+    """
 
     plan: LayerPlan
     weights: dict[str, WeightError]
     output_sqnr_db: float
+    routed: tuple[int, ...] = ()
 
 
 @dataclass
@@ -84,6 +90,7 @@ class LayerSteps:
         order: Tensor | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
+        require_method(shell, method, recipe)
         self.method, self.recipe, self.count, self.progress = method, recipe, count, progress
         self.index, self.watch, self._device = 0, watch or Stopwatch(), shell.device
         self.inputs = embed(shell, windows)
@@ -116,7 +123,7 @@ class LayerSteps:
             own = self.recipe.for_layer(index)
             block = start if start.is_float or method.keeps_ternary else start.dequantized()
             block = block if self.order is None else block.in_order(self.order)
-            stats, outputs = _observe(block, self.hidden, self.inputs, method, own, tell)
+            stats, outputs, routed = _observe(block, self.hidden, self.inputs, method, own, tell)
             sites: dict[str, list[Tensor]] = {}
             if self.exact is not None:
                 self.exact = _watch_inputs(block, self.exact, self.inputs, sites)
@@ -135,13 +142,20 @@ class LayerSteps:
             hidden = run_layer(quantized, self.hidden, self.inputs, lambda part: tell("quantised pass", 0.7 + 0.3 * part))
             for linear in quantized.linears().values():
                 linear.release()
-            outcome = LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index))
+            outcome = LayerOutcome(plan, errors, _output_sqnr(outputs, hidden, index), routed)
             self.resume(index + 1, hidden, self.exact)
             watch.lap("propagate")
             return quantized, outcome
 
     def _with_hidden(self, hidden: list[Tensor]) -> list[BlockInputs]:
         return [BlockInputs(states, item.rotary) for states, item in zip(hidden, self.inputs, strict=True)]
+
+
+def require_method(model: CausalModel, method: Method, recipe: QuantRecipe) -> None:
+    """Check that a method quantises this kind of model. Raises: InputError E-PARAM-METHOD."""
+    if model.decoder.adapter.experts is not None and not method.takes_experts:
+        rule = f"The method {recipe.method} does not quantise mixtures of experts: choose rptq or rtn."
+        raise InputError(rule, code="E-PARAM-METHOD")
 
 
 @torch.inference_mode()
@@ -175,24 +189,51 @@ def _observe(
     method: Method,
     recipe: QuantRecipe,
     tell: Callable[[str, float], None],
-) -> tuple[LayerStatistics, list[Tensor]]:
-    """Measure one float block's statistics and outputs; a method that calibrates with a quantised softmax needs a second pass."""
+) -> tuple[LayerStatistics, list[Tensor], tuple[int, ...]]:
+    """Measure one float block's statistics and outputs, and the tokens that each expert got.
+
+    A method that calibrates with a quantised softmax needs a second pass, and an expert that no token was sent to another one, in
+    which it gets all of them.
+    """
 
     skip = method.sink_tokens(recipe)
+    routed: list[tuple[int, ...]] = []
 
     def record(wants_hessians: bool, stage: str, softmax_bits: int) -> tuple[Recorder, list[Tensor]]:
         windows = sum(len(h) for h in hidden)
         recorder = Recorder(block.layer_index, windows, hessians_wanted=wants_hessians, skip_first=skip, seed=recipe.seed)
-        return recorder, watch_layer(
+        outputs = watch_layer(
             block, hidden, inputs, [recorder], lambda part: tell(stage, 0.35 * part), softmax_bits=softmax_bits
         )
+        routed.append(tuple(recorder.routed.get(site, 0) for site in block.spec.sites if site != kind_of(site)))
+        if 0 in routed[-1]:
+            _watch_unrouted(block, hidden, inputs, recorder, [i for i, count in enumerate(routed[-1]) if not count])
+        return recorder, outputs
 
     wanted, softmax_bits = method.uses_hessians(recipe), method.calibration_softmax_bits(recipe)
     recorder, outputs = record(wanted and softmax_bits >= FLOAT_BITS, "observing", FLOAT_BITS)
     calibrated = recorder
     if softmax_bits < FLOAT_BITS:
         calibrated, _ = record(wanted, "calibrating", softmax_bits)
-    return layer_statistics(block, recorder, calibrated), outputs
+    return layer_statistics(block, recorder, calibrated), outputs, routed[0]
+
+
+def _watch_unrouted(
+    block: DecoderBlock, hidden: list[Tensor], inputs: list[BlockInputs], recorder: Recorder, experts: list[int]
+) -> None:
+    """Show a recorder the sites of experts as if every token were sent to them."""
+    chosen = torch.tensor(experts, device=hidden[0].device)
+
+    def see(site: str, x: Tensor) -> Tensor | None:
+        if site == ROUTES:
+            x = chosen.expand(*x.shape[:2], -1)
+        elif site == kind_of(site):
+            return None
+        recorder(site, x)
+        return x
+
+    with block.slots.watch(see):
+        run_layer(block, hidden, inputs)
 
 
 def watch_layer(
@@ -234,7 +275,10 @@ def _watch_inputs(
 def layer_statistics(block: DecoderBlock, clustered: Recorder, calibrated: Recorder) -> LayerStatistics:
     """Collect what recorders have seen of a block: ranges for clusters and for scales, the latter's Hessians, and importance."""
     linears, ranges = block.linears(), clustered.ranges()
-    importance = {site: linears[name].dequantized_weight().square().mean(0).cpu() for name, site in INPUT_SITE.items()}
+    squares: dict[str, list[Tensor]] = {}
+    for name, linear in linears.items():  # experts read one mlp_in: their mean
+        squares.setdefault(input_site(name), []).append(linear.dequantized_weight().square().mean(0).cpu())
+    importance = {site: torch.stack(found).mean(0) for site, found in squares.items()}
     scales = ranges if calibrated is clustered else calibrated.ranges()
     return LayerStatistics(ranges, scales, calibrated.hessians, importance)
 

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
+from core.bits import INPUT_SITE, SITES, expert_site, kind_of
+
+MAX_EXPERTS = 1024
+"""Most experts of a layer: more than any published model has."""
 HEAD = "lm_head.weight"
 """Name of the output embedding in every supported checkpoint."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -45,6 +49,8 @@ class BlockSpec:
         rotary: which of the model's rotations this layer uses.
         query_growth: (β, L) where the query at position p is multiplied by 1 + β ln(1 + ⌊p / L⌋), None without.
         softcap: c of c tanh(score / c), None without.
+        experts: number of MLPs of width F in place of one, 0 for one MLP; top_k: how many of them a token is sent to;
+            norm_top_k: whether the shares of these are divided by their sum.
     """
 
     hidden: int
@@ -66,6 +72,19 @@ class BlockSpec:
     rotary: int = 0
     query_growth: tuple[float, int] | None = None
     softcap: float | None = None
+    experts: int = 0
+    top_k: int = 0
+    norm_top_k: bool = False
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the block's sites, in the order in which they appear; each expert has a down_in of its own."""
+        return tuple(_by_expert(SITES, ("down_in",), self.experts))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the block's linear layers; each expert has an up and a down of its own."""
+        return tuple(_by_expert(INPUT_SITE, ("up", "down"), self.experts))
 
     @property
     def groups(self) -> int:
@@ -83,7 +102,23 @@ class BlockSpec:
             "k": key,
             "v": key,
             "down_in": self.ffn,
-        }[site]
+        }[kind_of(site)]
+
+
+def _by_expert(names: Iterable[str], own: tuple[str, ...], experts: int) -> Iterator[str]:
+    """Yield names, those that each expert has of its own once for each."""
+    for name in names:
+        yield from (expert_site(name, i) for i in range(experts)) if experts and name in own else (name,)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of one layer: N of width F, k of which a token is sent to, with shares that add up to 1 or not."""
+
+    count: int
+    top_k: int
+    ffn: int
+    norm_top_k: bool
 
 
 @dataclass(frozen=True)
@@ -127,6 +162,7 @@ class ModelAdapter:
             size of a head is hidden / heads whatever `head_dim` says.
         mlp_in: the linears that read mlp_in, [gate; up] together, or up without a gate.
         parallel: field that says whether the MLP reads the layer's input.
+        experts: function that reads the mixture of experts of a layer, None for a layer without and in architectures without.
         factors: function that reads the factors of a configuration, None where all are neutral.
         rejects: function that returns a sentence for a configuration that is not covered, else None.
     """
@@ -168,18 +204,21 @@ class ModelAdapter:
     ffn_field: str = "intermediate_size"
     activation_field: str = "hidden_act"
     eps_field: str | None = "rms_norm_eps"
+    experts: Callable[[PretrainedConfig, int], Experts | None] | None = None
     factors: Callable[[PretrainedConfig], Factors] | None = None
     rejects: Callable[[PretrainedConfig], str | None] | None = None
 
     def spec(self, config: PretrainedConfig, layer: int = 0) -> BlockSpec:
         """Read the shape of a decoder layer that `config` describes."""
         heads, kinds = config.num_attention_heads, _rope_kinds(config) if self.ropes else []
+        mixture = None if self.experts is None else self.experts(config, layer)
+        own = Experts(0, 0, getattr(config, self.ffn_field) or 4 * config.hidden_size, False) if mixture is None else mixture
         return BlockSpec(
             hidden=config.hidden_size,
             heads=heads,
             kv_heads=self.kv_heads(config) if self.kv_heads else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            ffn=getattr(config, self.ffn_field) or 4 * config.hidden_size,
+            ffn=own.ffn,
             norm=self.norm,
             eps=getattr(config, self.eps_field) if self.eps_field else 1e-5,
             activation=getattr(config, self.activation_field),
@@ -194,7 +233,14 @@ class ModelAdapter:
             rotary=kinds.index(config.layer_types[layer]) if kinds else 0,
             query_growth=_growth(_rope(config)) if self.query_growth else None,
             softcap=self.factors_of(config).softcap,
+            experts=own.count,
+            top_k=own.top_k,
+            norm_top_k=own.norm_top_k,
         )
+
+    def widest(self, config: PretrainedConfig) -> BlockSpec:
+        """Read the shape of the layer with the most experts; where no layer has any, of the first."""
+        return max((self.spec(config, i) for i in range(config.num_hidden_layers)), key=lambda spec: spec.experts)
 
     def factors_of(self, config: PretrainedConfig) -> Factors:
         """Read the factors that `config` states."""
@@ -276,6 +322,11 @@ class ModelAdapter:
                     f"{str(length)[:20]}: numbers above 0 are needed.")
         if self.no_rope is not None and len(getattr(config, self.no_rope)) != config.num_hidden_layers:
             return f"config.json lists {len(getattr(config, self.no_rope))} {self.no_rope} for {config.num_hidden_layers} layers."
+        for layer in range(config.num_hidden_layers if self.experts else 0):
+            spec = self.spec(config, layer)
+            if spec.experts and not 1 <= spec.top_k <= spec.experts <= MAX_EXPERTS:
+                said = f"{str(spec.top_k)[:20]} of {str(spec.experts)[:20]} experts"
+                return f"config.json sends a token to {said}: use 1 up to all, of at most {MAX_EXPERTS}."
         return None if self.rejects is None else self.rejects(config)
 
 

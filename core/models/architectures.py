@@ -11,7 +11,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from core.errors import ModelError
-from core.models.adapter import Factors, ModelAdapter
+from core.models.adapter import Experts, Factors, ModelAdapter
 
 
 def _gemma_factors(config: PretrainedConfig) -> Factors:
@@ -49,6 +49,20 @@ def _falcon_rejects(config: PretrainedConfig) -> str | None:
     if config.new_decoder_architecture and not config.parallel_attn:
         return "config.json says new_decoder_architecture without parallel_attn, which is not supported."
     return _rejects("alibi")(config)
+
+
+def _mixtral_experts(config: PretrainedConfig, layer: int) -> Experts:
+    return Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size, True)
+
+
+def _qwen_experts(config: PretrainedConfig, layer: int) -> Experts | None:
+    if not config.num_experts or layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step:
+        return None
+    return Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+
+
+def _olmo_experts(config: PretrainedConfig, layer: int) -> Experts:
+    return Experts(config.num_experts, config.num_experts_per_tok, config.intermediate_size, config.norm_topk_prob)
 
 
 def _rejects(*fields: str) -> Callable[[PretrainedConfig], str | None]:
@@ -141,12 +155,17 @@ ADAPTERS = (
     # SmolLM and SmolLM2 are this architecture
     ModelAdapter(name="Llama", model_types=("llama",), norm="rms"),
     ModelAdapter(name="Mistral", model_types=("mistral",), norm="rms", window="all"),
+    ModelAdapter(name="Mixtral", model_types=("mixtral",), norm="rms", window="all", experts=_mixtral_experts),
     ModelAdapter(name="Ministral", model_types=("ministral",), norm="rms", window="layer_types"),
     # queries grow with their position beyond the context of the pretraining
     ModelAdapter(name="Ministral 3", model_types=("ministral3",), norm="rms", window="all", query_growth=True),
     # biases on q, k and v: R2 and R3 permute them with their rows
     ModelAdapter(name="Qwen2", model_types=("qwen2",), norm="rms", window="layer_types"),
     ModelAdapter(name="Qwen3", model_types=("qwen3",), norm="rms", window="layer_types", **_QK_NORM),
+    ModelAdapter(name="Qwen3-MoE", model_types=("qwen3_moe",), norm="rms", window="all", experts=_qwen_experts, **_QK_NORM),
+    ModelAdapter(
+        name="OLMoE", model_types=("olmoe",), norm="rms", wide_qk_norm=True, experts=_olmo_experts, **_QK_NORM
+    ),
     ModelAdapter(
         name="Phi-3",
         model_types=("phi3",),
@@ -297,9 +316,13 @@ def adapter_for(config: PretrainedConfig) -> ModelAdapter:
             if problem:
                 raise ModelError(f"{problem} Choose another model.", code="E-MODEL-ARCH")
             return adapter
-    raise ModelError(
-        f"Architecture {str(kind)[:40]!r} has no adapter: use one of {', '.join(supported_model_types())}.", code="E-MODEL-ARCH"
-    )
+    raise ModelError(f"Architecture {str(kind)[:40]!r} has no adapter: use {some_architectures()}.", code="E-MODEL-ARCH")
+
+
+def some_architectures() -> str:
+    """Write what may be used in place of an architecture without adapter: their number, some names, and where all are."""
+    named = ", ".join(("llama", "mistral", "mixtral", "qwen3", "gemma2", "phi3", "gpt2"))
+    return f"one of the {len(supported_model_types())} in docs/architectures, such as {named} and opt"
 
 
 def supported_model_types() -> list[str]:

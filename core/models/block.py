@@ -12,13 +12,18 @@ run. `slots` holds what looks at the seven sites. Shapes: B batch, T tokens, D h
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
+from core.bits import expert_site, kind_of
 from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.attention import Attention, Rotary
 from core.models.bitnet import BitNetRules
 from core.models.convert import block_parts
 from core.models.mlp import MLP
+from core.models.moe import MoE
 from core.models.norm import ReorderNorm
 from core.models.slots import Slots
 from core.quant.kv_cache import FloatKVLayer, QuantizedKVLayer
@@ -33,7 +38,8 @@ class DecoderBlock(nn.Module):
         window: positions that a token sees, itself included; None for all before it.
         norm1, norm2: before attention and MLP; of kind "none" where those read the residual stream itself.
         post_norm1, post_norm2: after them, at the place that `spec.post_norms` says; None without.
-        rules: how a block with ternary weights runs, None for others. Other parts: see `Attention` and `MLP`.
+        router: weight [N, D] of a mixture of experts, whose up and down are lists; None for one MLP.
+        rules: how a block with ternary weights runs, None for others. Other parts: see `Attention`, `MLP` and `MoE`.
     Attributes:
         slots: what stands at the seven sites, empty outside of a `with`.
     """
@@ -48,8 +54,9 @@ class DecoderBlock(nn.Module):
         norm2: ReorderNorm,
         qkv: LinearLayer,
         o: LinearLayer,
-        up: LinearLayer,
-        down: LinearLayer,
+        up: LinearLayer | Sequence[LinearLayer],
+        down: LinearLayer | Sequence[LinearLayer],
+        router: Tensor | None = None,
         post_norm1: ReorderNorm | None = None,
         post_norm2: ReorderNorm | None = None,
         attn_sub_norm: ReorderNorm | None = None,
@@ -66,8 +73,10 @@ class DecoderBlock(nn.Module):
             spec, qkv, o, window=window, q_norm=q_norm, k_norm=k_norm, rope_order=rope_order, attn_sub_norm=attn_sub_norm
         )
         self.attention.bits = None if rules is None else rules.attention
-        self.mlp = MLP(spec, up, down, ffn_sub_norm)
-        self.slots = self.attention.slots = self.mlp.slots = Slots()
+        self.mlp = MLP(spec, up, down, ffn_sub_norm) if router is None else MoE(spec, router, up, down)
+        self.slots = self.attention.slots = self.mlp.slots = Slots(spec.sites)
+        for expert in self.experts:
+            expert.slots = self.slots
         self.rules = rules
         self.eval()
 
@@ -79,9 +88,10 @@ class DecoderBlock(nn.Module):
         return cls(spec, index, adapter.windows(config)[index], **block_parts(layer, adapter, config, spec))
 
     def with_parts(self, **parts: nn.Module | Tensor | BitNetRules | None) -> DecoderBlock:
-        """Make a block of the given parts, by their names in `__init__`, and of this one's for the rest, but its rules; its
+        """Make a block of the given parts, by their names in `parts`, and of this one's for the rest, but its rules; its
         sites have no quantisers."""
-        return DecoderBlock(self.spec, self.layer_index, self.attention.window, **{**self.parts(), **parts})
+        made = gathered({**self.parts(), **parts}, self.spec.experts)
+        return DecoderBlock(self.spec, self.layer_index, self.attention.window, **made)
 
     def in_order(self, order: Tensor) -> DecoderBlock:
         """Make the float block for a residual stream whose channels lie in `order` [D] int64, at its input and its output.
@@ -90,24 +100,40 @@ class DecoderBlock(nn.Module):
         """
         norms = {name: getattr(self, name) for name in ("norm1", "norm2", "post_norm1", "post_norm2")}
         norms = {name: norm.permuted(order) for name, norm in norms.items() if norm is not None}
-        readers = {name: self.linears()[name].permuted(columns=order) for name in ("qkv", "up")}
-        writers = {name: self.linears()[name].permuted(rows=order) for name in ("o", "down")}
-        return self.with_parts(**norms, **readers, **writers)
+        found = self.linears().items()
+        linears = {n: x.permuted(columns=order) if kind_of(n) in ("qkv", "up") else x.permuted(rows=order) for n, x in found}
+        router = {} if self.router is None else {"router": self.router[:, order]}
+        return self.with_parts(**norms, **linears, **router)
 
     def dequantized(self) -> DecoderBlock:
         """Make the float block with this one's weights (α t where they are ternary): what another method starts from."""
         return self.with_parts(**{n: FloatLinear(x.dequantized_weight(), x.bias) for n, x in self.linears().items()})
 
     def parts(self) -> dict[str, nn.Module | Tensor | None]:
-        """Return the parts by their names in `__init__`; saved folders have the same names and order."""
+        """Return the parts by their names in `__init__`, with the linear layers of experts as up.0, down.0, …; saved folders have
+        the same names and order."""
         a, m = self.attention, self.mlp
         own = {"q_norm": a.q_norm, "k_norm": a.k_norm, "rope_order": a.rope_order, "norm1": self.norm1, "norm2": self.norm2}
         own |= {"post_norm1": self.post_norm1, "post_norm2": self.post_norm2}
-        return {**own, "attn_sub_norm": a.attn_sub_norm, "ffn_sub_norm": m.ffn_sub_norm, **self.linears()}
+        own |= {"attn_sub_norm": a.attn_sub_norm, "ffn_sub_norm": None if self.experts else m.ffn_sub_norm}
+        return {**own, **({} if self.router is None else {"router": self.router}), **self.linears()}
 
     def linears(self) -> dict[str, LinearLayer]:
-        """Return the four linear layers by name; qkv reads attn_in, o reads o_in, up reads mlp_in, down reads down_in."""
-        return {"qkv": self.attention.qkv, "o": self.attention.o, "up": self.mlp.up, "down": self.mlp.down}
+        """Return the linear layers by name (`BlockSpec.linears`); qkv reads attn_in, o reads o_in, up reads mlp_in, down reads
+        down_in."""
+        own = self.experts or (self.mlp,)
+        layers = (self.attention.qkv, self.attention.o, *(x.up for x in own), *(x.down for x in own))
+        return dict(zip(self.spec.linears, layers, strict=True))
+
+    @property
+    def experts(self) -> Sequence[MLP]:
+        """The experts of a mixture; none where there is one MLP."""
+        return self.mlp.experts if isinstance(self.mlp, MoE) else ()
+
+    @property
+    def router(self) -> Tensor | None:
+        """The weight [N, D] that chooses experts; None where there is one MLP."""
+        return self.mlp.router if isinstance(self.mlp, MoE) else None
 
     @property
     def is_float(self) -> bool:
@@ -143,3 +169,9 @@ class DecoderBlock(nn.Module):
             out = self.post_norm2(out)
         out = out + h if out.requires_grad else out.add_(h)
         return self.post_norm2(out) if placed == "sum" else out
+
+
+def gathered(parts: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """Return the parts of a block as `DecoderBlock` takes them: up.0, up.1, … of a mixture of so many experts as the list up."""
+    lists = {name: [parts[expert_site(name, i)] for i in range(experts)] for name in ("up", "down") if experts}
+    return {name: part for name, part in parts.items() if kind_of(name) not in lists} | lists

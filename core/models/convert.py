@@ -27,10 +27,14 @@ from core.models.adapter import BlockSpec, ModelAdapter
 from core.models.norm import ReorderNorm
 from core.quant.linear.base import FloatLinear
 
+EXPERTS = "mlp"
+"""Path of a layer's mixture in transformers: `gate.weight` [N, D], `experts.gate_up_proj` [N, 2 F, D], `experts.down_proj`
+[N, D, F]."""
+
 
 def block_parts(
     layer: nn.Module, adapter: ModelAdapter, config: PretrainedConfig, spec: BlockSpec
-) -> dict[str, ReorderNorm | FloatLinear | Tensor]:
+) -> dict[str, ReorderNorm | FloatLinear | list[FloatLinear] | Tensor]:
     """Copy the tensors of a transformers layer into the parts of a `DecoderBlock`, by their names in its `__init__`."""
     factors = adapter.factors_of(config)
     scores = 1.0 if factors.scores is None else factors.scores * spec.head_dim**0.5
@@ -61,9 +65,14 @@ def block_parts(
     parts |= {
         "qkv": linear(adapter.qkv, _head_rows(adapter, config, spec)),
         "o": linear((adapter.o,), factor=factors.residual),
-        "up": linear(adapter.mlp_in),
-        "down": linear((adapter.down,), factor=factors.residual),
     }
+    if spec.experts:
+        mlp = layer.get_submodule(EXPERTS)
+        parts["router"] = mlp.gate.weight.detach().clone()
+        for name, fused in (("up", mlp.experts.gate_up_proj), ("down", mlp.experts.down_proj)):
+            parts[name] = [FloatLinear(weight.clone(), None) for weight in fused.detach()]
+    else:
+        parts |= {"up": linear(adapter.mlp_in), "down": linear((adapter.down,), factor=factors.residual)}
     if spec.qk_norm:
         parts |= {"q_norm": gain(adapter.q_norm) * scores, "k_norm": gain(adapter.k_norm)}
     elif scores != 1.0:

@@ -215,6 +215,10 @@ class CausalModel(PreTrainedModel, GenerationMixin):
         self.decoder = Decoder(config, adapter, blocks, tensors)
         self.eval()
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Accept a configuration that asks for any way to run experts: they are our own."""
+        return "eager"
+
     @classmethod
     def from_transformers(cls, source: PreTrainedModel, adapter: ModelAdapter, *, consume: bool = False) -> CausalModel:
         """Copy a float model of transformers: the result computes the same.

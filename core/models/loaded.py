@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from core.errors import ModelError
 from core.models.adapter import ModelAdapter
 from core.models.decoder import CausalModel
 from core.models.io.origin import Origin
@@ -35,6 +36,13 @@ class LoadedModel:
     path: Path | None
     label: str | None = None
     origin: Origin | None = None
+
+    def require_dense(self, done: str) -> None:
+        """Check that no layer is a mixture of experts. Raises: ModelError E-MODEL-ARCH; `done`: what is not done to one."""
+        if self.adapter.experts is not None:
+            raise ModelError(
+                f"Mixtures of experts are not {done}: quantise this one with rptq or rtn, and measure it.", code="E-MODEL-ARCH"
+            )
 
 
 def context_of(model: CausalModel) -> int | None:

@@ -30,27 +30,32 @@ class MLP(nn.Module):
 
     Args:
         up: mlp_in to [gate; up] (N = 2 F), or to up alone without a gate. down: down_in to D.
-        ffn_sub_norm: BitNet's norm before down, None elsewhere.
+        ffn_sub_norm: BitNet's norm before down, None elsewhere. site: name of what down reads; an expert has its own.
     Attributes:
         slots: what stands at the sites mlp_in and down_in.
         gate_first: "auto", "always" or "never": whether up is computed only where the gate is not zero; the result is the same.
     """
 
-    def __init__(self, spec: BlockSpec, up: LinearLayer, down: LinearLayer, ffn_sub_norm: ReorderNorm | None) -> None:
+    def __init__(
+        self, spec: BlockSpec, up: LinearLayer, down: LinearLayer, ffn_sub_norm: ReorderNorm | None, site: str = "down_in"
+    ) -> None:
         super().__init__()
-        self.spec, self.slots, self.activation = spec, Slots(), ACT2FN[spec.activation]
+        self.spec, self.slots, self.activation, self.site = spec, Slots(), ACT2FN[spec.activation], site
         self.ffn_sub_norm, self.up, self.down = ffn_sub_norm, up, down
         self.gate_first = "auto"
 
     def forward(self, x: Tensor | Codes, use: InputUse) -> Tensor:
         """Compute [B, T, D] of normalised tokens x [B, T, D]."""
-        x = x if use.owned else self.slots("mlp_in", x)
+        return self.inner(x if use.owned else self.slots("mlp_in", x), use)
+
+    def inner(self, x: Tensor | Codes, use: InputUse) -> Tensor:
+        """Compute `forward` of what leaves the site mlp_in."""
         gate_first = self._looks_at_gate(x, use)
         hidden = self._gated_rows(x) if gate_first else self._hidden(x, use)
         if self.ffn_sub_norm is not None:
             _, hidden = self.ffn_sub_norm.before(self.down, hidden, use)
         if not use.owned:
-            hidden = self.slots("down_in", hidden)
+            hidden = self.slots(self.site, hidden)
         elif gate_first and self.down.skips_zeros:
             return self.down.sparse_product(hidden)
         return self.down(hidden, use)

@@ -37,10 +37,13 @@ class ReorderNorm(nn.Module):
         return ReorderNorm(self.kind, weight, bias, self.eps)
 
     def before(
-        self, reader: LinearLayer, x: Tensor, use: InputUse, residual: Tensor | None = None
+        self, reader: LinearLayer | None, x: Tensor, use: InputUse, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | Codes]:
-        """Compute x + residual, and its norm as `reader` takes it: floats, or codes where one kernel makes them, on CUDA."""
-        if use.owned and not use.float_tokens and self.kind != "none" and triton_runs_on(x.device):
+        """Compute x + residual, and its norm as `reader` takes it: floats, or codes where one kernel makes them, on CUDA.
+
+        Args: reader: None where several layers read the norm.
+        """
+        if reader is not None and use.owned and not use.float_tokens and self.kind != "none" and triton_runs_on(x.device):
             from kernels.norm_quant import Norm
 
             norm = Norm(self.kind, self.eps, self.weight, self.bias, self.order)

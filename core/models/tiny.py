@@ -55,6 +55,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _LLAMA_LIKE | {"hidden_size": 128},
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
     "falcon": {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 1024},
+    "mixtral": _LLAMA_LIKE | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": _LLAMA_LIKE | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+    "olmoe": _LLAMA_LIKE | {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
     "ministral": _LLAMA_LIKE | {"sliding_window": 16},
     "ministral3": _LLAMA_LIKE | {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16, "mscale": 1.0,

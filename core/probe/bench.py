@@ -293,6 +293,7 @@ class ProbeBench(ABC):
         """Find or make the probe of a recipe's model on a text, and the statistics of its calibration."""
         loaded = self._get(recipe.model, recipe.revision, owner, progress)
         require_float(loaded, "probe")
+        loaded.require_dense("probed")
         recipe.overrides.require_layers(len(loaded.model.blocks))
         model, allow = loaded.model, self.allow_local
         text, tokens = reads.text, reads.tokens

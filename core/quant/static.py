@@ -45,9 +45,10 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.qmin, self.qmax = code_limits(bits)
-        self.register_buffer("scale", params.scale.to(torch.float32).contiguous())
-        self.register_buffer("zero_point", params.zero_point.to(torch.int32).contiguous())
-        self.register_buffer("offsets", offsets.to(torch.int32).contiguous())
+        # copies: every expert of a mixture has a quantiser of one plan, and tensors that share memory cannot be saved
+        self.register_buffer("scale", params.scale.to(torch.float32, copy=True).contiguous())
+        self.register_buffer("zero_point", params.zero_point.to(torch.int32, copy=True).contiguous())
+        self.register_buffer("offsets", offsets.to(torch.int32, copy=True).contiguous())
         if self.offsets[0] != 0 or bool((self.offsets.diff() < 1).any()) or len(self.scale) != len(self.offsets) - 1:
             raise ValueError("cluster offsets do not fit the scales")
         if not 2 <= bits <= 8 or not bool((self.scale > 0).all()):

@@ -25,7 +25,7 @@ from core.cache import in_use
 from core.calibration.data import calibration_tokens
 from core.errors import InputError, ResourceError
 from core.evaluation.describe import LayerRecord, quantize_report
-from core.evaluation.memory import linear_sizes, module_bytes, recipe_bytes
+from core.evaluation.memory import layer_floats, module_bytes, recipe_bytes
 from core.evaluation.run_estimate import step_bytes
 from core.evaluation.shapes import Shape, shape_of
 from core.folders import bytes_in, remove, state_of
@@ -119,7 +119,7 @@ def streaming_bytes(shape: Shape, recipe: QuantRecipe, windows: tuple[int, int],
 
     Args: windows: S and T. outside: bytes of the tensors outside the layers.
     """
-    layer = 4 * sum(rows * columns for rows, columns in linear_sizes(shape).values())
+    layer = 4 * layer_floats(shape)
     return {"embeddings": outside, "two layers": 2 * layer, **step_bytes(shape, recipe, windows)}
 
 
@@ -216,4 +216,4 @@ def _shape_of(reader: LayerReader) -> Shape:
     decoder, config = reader.shell.model.decoder, reader.shell.model.config
     positions, tied = decoder.positions, decoder.head.weight is decoder.embed.weight
     rows = 0 if positions is None else positions.num_embeddings
-    return shape_of(reader.adapter.spec(config), reader.count, config.vocab_size, tied=tied, positions=rows)
+    return shape_of(reader.adapter.widest(config), reader.count, config.vocab_size, tied=tied, positions=rows)

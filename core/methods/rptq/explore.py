@@ -183,6 +183,12 @@ def _clusters(report: RangesReport, entry: SiteRanges, clusters: Clusters, varia
     ranges = {kind: _ranges(report.sites[f"layers.{entry.layer}.{kind}"]) for kind in REORDERS[name]}
     recipe = QuantRecipe(report.model, clusters=clusters, variant=variant)
     heads = {"groups": report.groups, "head_dim": entry.block}
+    if name == "R5" and entry.block < len(entry.low):  # each expert by itself
+        (whole,) = ranges.values()
+        parts = [{entry.kind: whole.permuted(own)} for own in torch.arange(len(entry.low)).split(entry.block)]
+        found = [reorder_clusters(name, part, recipe, **heads, refine_up_to=REFINED) for part in parts]
+        orders = torch.cat([one.order + i * entry.block for i, one in enumerate(found)])
+        return ChannelClusters(orders, torch.cat([torch.zeros(1, dtype=torch.int64), *(one.counts for one in found)]).cumsum(0))
     return site_clusters(entry.kind, reorder_clusters(name, ranges, recipe, **heads, refine_up_to=REFINED), **heads)
 
 

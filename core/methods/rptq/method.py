@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.bits import expert_site, input_site
 from core.methods.apply import build_block
 from core.methods.base import (
     FLOAT_FIRST_TOKENS,
@@ -158,6 +159,8 @@ def site_clusters(site: str, clusters: ChannelClusters, *, groups: int, head_dim
 class RPTQ(Method):
     """The method "rptq": see the module's docstring. Plans are pure functions of statistics and recipe."""
 
+    takes_experts = True
+
     def sink_tokens(self, recipe: QuantRecipe) -> int:
         """Return the variant's count when any activation is quantised, else 0."""
         return rules_of(recipe).sink_tokens if recipe.tensor_bits.quantizes_activations else 0
@@ -173,8 +176,11 @@ class RPTQ(Method):
     def orders(self, stats: LayerStatistics, recipe: QuantRecipe, spec: BlockSpec) -> dict[str, Tensor]:
         """Choose the orders of one layer by clustering; the shared order of the residual stream is not one of them."""
         names = [name for name in recipe.reorderings if not _is_shared(name, recipe)]
-        clusters = {name: _clusters(name, stats, recipe, spec) for name in names}
-        return {name: _local(c.order, spec.head_dim) if name in ("R2", "R3") else c.order for name, c in clusters.items()}
+        found = {name: _clusters(name, stats, recipe, spec).order for name in names if name != "R5" or not spec.experts}
+        if spec.experts:
+            own = (stats.at(expert_site("down_in", i))[0] for i in range(spec.experts))
+            found["R5"] = torch.stack([_clusters("R5", one, recipe, spec).order for one in own])
+        return {name: _local(order, spec.head_dim) if name in ("R2", "R3") else order for name, order in found.items()}
 
     def weight_grid(self, recipe: QuantRecipe) -> Grid:
         """Return the variant's grid."""
@@ -200,7 +206,7 @@ class RPTQ(Method):
         self, block: DecoderBlock, plan: LayerPlan, stats: LayerStatistics, recipe: QuantRecipe
     ) -> tuple[DecoderBlock, dict[str, WeightError]]:
         """Apply the orders to the block, quantise its weights in the clusters of their inputs, attach the quantisers."""
-        orders = {site: plan.sites[site].order for site in INPUT_SITE.values()}
+        orders = {site: plan.sites[site].order for site in map(input_site, block.spec.linears)}
         reordered = reorder_block(block, Orders(**plan.orders))
         return build_block(reordered, plan, hessians=stats.hessians, grid=self.weight_grid(recipe), orders=orders)
 

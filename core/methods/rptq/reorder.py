@@ -30,7 +30,7 @@ class Orders:
     """new = old[order] for each reordering.
 
     Attributes:
-        R1, R4: [D]; R5: [F]; R2, R3: [Hkv, E], orders inside a head. None leaves that order alone.
+        R1, R4: [D]; R5: [F], or [N, F] for N experts; R2, R3: [Hkv, E], orders inside a head. None leaves that order alone.
     """
 
     R1: Tensor | None = None
@@ -42,17 +42,23 @@ class Orders:
 
 def reorder_block(block: DecoderBlock, orders: Orders) -> DecoderBlock:
     """Make a block with the orders applied; `block` (float) is not changed, tensors that keep their order are shared."""
-    spec, mlp_rows = block.spec, None
-    if orders.R5 is not None:
-        mlp_rows = torch.cat([orders.R5, orders.R5 + spec.ffn]) if spec.gated else orders.R5
+    spec = block.spec
     mixed = None if orders.R3 is None else query_channels(orders.R3, spec.groups)
     attention, mlp = block.attention, block.mlp
     parts: dict[str, nn.Module | Tensor] = {
         "qkv": attention.qkv.permuted(rows=qkv_rows(spec, None if spec.rope else orders.R2, orders.R3), columns=orders.R1),
         "o": attention.o.permuted(columns=mixed),
-        "up": mlp.up.permuted(rows=mlp_rows, columns=orders.R4),
-        "down": mlp.down.permuted(columns=orders.R5),
     }
+    for name, linear in block.linears().items():
+        kind, _, expert = name.partition(".")
+        hidden = orders.R5[int(expert)] if expert and orders.R5 is not None else orders.R5
+        if kind == "up":
+            rows = torch.cat([hidden, hidden + spec.ffn]) if spec.gated and hidden is not None else hidden
+            parts[name] = linear.permuted(rows=rows, columns=orders.R4)
+        elif kind == "down":
+            parts[name] = linear.permuted(columns=hidden)
+    if block.router is not None and orders.R4 is not None:
+        parts["router"] = block.router[:, orders.R4]
     if orders.R1 is not None:
         parts["norm1"] = block.norm1.reordered(orders.R1)
     if orders.R4 is not None:

@@ -53,6 +53,8 @@ def require_fit(loaded: LoadedModel, fmt: str) -> list[str]:
 def differences(loaded: LoadedModel, fmt: str) -> list[str]:
     """List what differs in the exported model. Raises: Unfit where the format cannot hold it."""
     checks = {"compressed-tensors": _compressed, "gguf": _gguf, "bitnet": _bitnet, "transformers": _transformers}
+    if loaded.adapter.experts is not None:
+        raise Unfit("experts of a mixture are not written in it")
     if not loaded.adapter.keeps_tensors(loaded.model.config):
         raise Unfit(f"tensors of {loaded.adapter.name} are changed while they are read, and not changed back")
     found = checks[fmt](loaded.model)

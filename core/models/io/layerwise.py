@@ -22,7 +22,7 @@ from core.models.io.foreign import library_errors, quiet
 from core.models.io.load import check_model, require_finite
 from core.models.io.quantized import QUANTSCOPE_FILE
 from core.models.io.shards import read_tensors
-from core.models.io.skeleton import skeleton
+from core.models.io.skeleton import fused_experts, skeleton
 from core.progress import Progress
 
 
@@ -60,6 +60,7 @@ class LayerReader:
         """Read the float block of layer `index`. Raises: NumericError E-NUM-NAN for a tensor with NaN or infinity."""
         prefix, layer = f"{self.adapter.layers}.{index}.", self.adapter.decoder_layers(self._source)[index]
         tensors = self._read(lambda name: name.startswith(prefix))
+        tensors = fused_experts(tensors)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
         made = DecoderBlock.from_layer(self._source, self.adapter, index)
         layer.to("meta")

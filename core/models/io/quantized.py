@@ -26,13 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from core.bits import kind_of
 from core.checks import FLOAT_BITS
 from core.errors import ArtifactError, InputError, ModelError
 from core.models.adapter import ModelAdapter
 from core.models.architectures import adapter_for
 from core.models.attention import Attention
 from core.models.bitnet import AttentionBits, BitNetRules
-from core.models.block import DecoderBlock
+from core.models.block import DecoderBlock, gathered
 from core.models.decoder import CausalModel
 from core.models.io.foreign import LIBRARY_ERRORS, load_tokenizer
 from core.models.io.limits import check_memory
@@ -41,6 +42,7 @@ from core.models.io.own_config import FORMAT, decoder_config, saved_config
 from core.models.io.preflight.folder import SAVED_WEIGHTS, check_files
 from core.models.io.shards import read_tensors
 from core.models.loaded import LoadedModel
+from core.models.moe import MoE
 from core.models.norm import ReorderNorm
 from core.progress import Progress, silent
 from core.quant.affine import QParams
@@ -53,8 +55,9 @@ from core.storage import atomic_dir, check_target, verify
 
 QUANTSCOPE_FILE = "quantscope.json"
 """File that only folders saved by Quantscope have."""
-_LINEARS = ("qkv", "o", "up", "down")
 _SITES = ("q", "k", "v")
+_COUNTED = {ReorderNorm: ("weight", "bias"), Attention: ("q_norm", "k_norm"), MoE: ("router",)}
+"""Parameters that modules hold as buffers."""
 _QUANTIZER = ("scale", "zero_point", "offsets")
 _GENERATION = "generation_config.json"
 
@@ -278,13 +281,14 @@ def block_from(
 
     rules, norms = facts.get("bitnet"), ("norm1", "norm2", *(("attn_sub_norm", "ffn_sub_norm") if spec.sub_norms else ()))
     norms += ("post_norm1", "post_norm2") if spec.post_norms else ()
+    linears = {name: _linear(facts["linears"][name], f"{prefix}{name}.", tensors) for name in spec.linears}
     block = DecoderBlock(
         spec,
         index,
         adapter.windows(config)[index],
         **{name: norm(name) for name in norms},
-        **{name: get(name) for name in ("q_norm", "k_norm", "rope_order")},
-        **{name: _linear(facts["linears"][name], f"{prefix}{name}.", tensors) for name in _LINEARS},
+        **{name: get(name) for name in ("q_norm", "k_norm", "rope_order", "router")},
+        **gathered(linears, spec.experts),
         rules=None if rules is None else BitNetRules(**{**rules, "attention": AttentionBits(**rules["attention"])}),
     )
     attention = block.attention
@@ -318,7 +322,7 @@ def _check(block: DecoderBlock) -> None:
         "up": (s.hidden, s.ffn * (2 if s.gated else 1)),
         "down": (s.ffn, s.hidden),
     }
-    fits = [(x.in_features, x.out_features) == sizes[name] for name, x in block.linears().items()]
+    fits = [(x.in_features, x.out_features) == sizes[kind_of(name)] for name, x in block.linears().items()]
     vectors = [(x.bias, x.out_features) for x in block.linears().values()]
     norms = filter(None, (block.norm1, block.norm2, block.post_norm1, block.post_norm2))
     vectors += [(t, s.hidden) for norm in norms for t in (norm.weight, norm.bias)]
@@ -327,6 +331,7 @@ def _check(block: DecoderBlock) -> None:
     widths = (s.width("q"), s.width("k")) if s.wide_qk_norm else (s.head_dim, s.head_dim)
     vectors += zip((attention.q_norm, attention.k_norm), widths, strict=True)
     fits += [t is None or t.shape == (width,) for t, width in vectors]
+    fits += [block.router is None or block.router.shape == (s.experts, s.hidden)]
     fits += [(t is not None) == s.qk_norm for t in (attention.q_norm, attention.k_norm)]
     orders = [(norm.order[None], (1, s.hidden)) for norm in (block.norm1, block.norm2) if norm.order is not None]
     if attention.rope_order is not None:
@@ -381,7 +386,6 @@ def parameters_of(model: CausalModel) -> int:
     for module in model.modules():
         if isinstance(module, LinearLayer) and not isinstance(module, FloatLinear):
             packed += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
-        elif isinstance(module, (ReorderNorm, Attention)):
-            names = ("weight", "bias") if isinstance(module, ReorderNorm) else ("q_norm", "k_norm")
+        elif names := _COUNTED.get(type(module)):
             floats |= {id(t): t for t in (getattr(module, name) for name in names) if t is not None}
     return packed + sum(p.numel() for p in floats.values())

@@ -17,6 +17,9 @@ from core.models.io.foreign import library_errors, quiet
 
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
 """Buffers that old checkpoints store and current code computes itself."""
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+"""Names in published checkpoints of Mixtral, and in all others with experts."""
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 """Names of published checkpoints (GPT-NeoX) that transformers renames while it loads them."""
 
@@ -41,7 +44,7 @@ def check_tensors(
     Raises: ModelError E-MODEL-MISSING naming up to three tensors that are missing, of another shape, or left over; E-MODEL-BAD
         for a configuration that transformers cannot build.
     """
-    expected, prefix = _shapes(config)
+    expected, prefix = _shapes(config, stored)
     found, names = {}, {}
     for name, shape in stored.items():
         if not HARMLESS.search(name) and not (inside and name.startswith(inside)):
@@ -59,7 +62,8 @@ def check_tensors(
 def shapes_of(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that stored tensors have in the model that `config` describes, by their names in the file; tensors that
     it does not have are left out. Raises: as `check_tensors` for a configuration."""
-    expected, prefix = _shapes(config)
+    names = tuple(names)
+    expected, prefix = _shapes(config, names)
     return {name: expected[spelled] for name in names if (spelled := _spelled(name, expected, prefix))}
 
 
@@ -68,15 +72,54 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return type(skeleton(config))
 
 
-def _shapes(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Return the shape of each tensor of the model by its name, and the base model's prefix."""
-    model = skeleton(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, f"{model.base_model_prefix}."
+def fused_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by their names in a checkpoint, with those of single experts joined as transformers' layers hold them.
+
+    Returns: `experts.gate_up_proj` [N, 2 F, D] and `experts.down_proj` [N, D, F] in place of `experts.<i>.gate_proj.weight`, ….
+    """
+    found, single = {}, {}
+    for name, tensor in tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            single.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+        else:
+            found[name] = tensor
+    for path, own in single.items():
+        count = 1 + max(index for index, _ in own)
+        found[f"{path}.gate_up_proj"] = torch.stack([torch.cat([own[i, "gate"], own[i, "up"]]) for i in range(count)])
+        found[f"{path}.down_proj"] = torch.stack([own[i, "down"] for i in range(count)])
+    return found
+
+
+def _shapes(config: PreTrainedConfig, stored: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Return the shape of each tensor of the model by its name, and the base model's prefix.
+
+    Where the names that are stored are of single experts, as in every published checkpoint, so are those returned.
+    """
+    model, found = skeleton(config), {}
+    alone = any(_EXPERT.fullmatch(_published(name)) for name in stored)
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if not (alone and path.endswith(".experts")):
+            found[name] = tuple(tensor.shape)
+            continue
+        count, rows, columns = tensor.shape
+        parts, rows = (("gate", "up"), rows // 2) if leaf == "gate_up_proj" else (("down",), rows)
+        found |= {f"{path}.{i}.{part}_proj.weight": (rows, columns) for i in range(count) for part in parts}
+    return found, f"{model.base_model_prefix}."
+
+
+def _published(name: str) -> str:
+    """Return the name of a stored tensor with experts named as in most architectures."""
+    if ".block_sparse_moe." in name:
+        for old, new in _MIXTRAL.items():
+            name = name.replace(old, new)
+    return name
 
 
 def _spelled(name: str, expected: Mapping[str, tuple[int, ...]], prefix: str) -> str | None:
     """Return transformers' name of a stored tensor; None if the model has none."""
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix), OLD_NAMES.get(name)) if n in expected), None)
+    old, name = OLD_NAMES.get(name), _published(name)
+    return next((n for n in (name, prefix + name, name.removeprefix(prefix), old) if n in expected), None)
 
 
 def refuse_tensors(names: Iterable[str], fault: str, total: int) -> None:

@@ -20,5 +20,7 @@ def random_orders(spec: BlockSpec, seed: int, names: tuple[str, ...] = NAMES) ->
     """Random orders of the named reorderings, the others left out."""
     g = torch.Generator().manual_seed(seed)
     heads = {n: torch.stack([torch.randperm(spec.head_dim, generator=g) for _ in range(spec.kv_heads)]) for n in ("R2", "R3")}
-    wide = {n: torch.randperm(spec.ffn if n == "R5" else spec.hidden, generator=g) for n in ("R1", "R4", "R5")}
+    wide = {n: torch.randperm(spec.hidden, generator=g) for n in ("R1", "R4")}
+    experts = [torch.randperm(spec.ffn, generator=g) for _ in range(spec.experts or 1)]
+    wide["R5"] = torch.stack(experts) if spec.experts else experts[0]
     return Orders(**{n: x for n, x in {**heads, **wide}.items() if n in names})

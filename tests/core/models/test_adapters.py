@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from core.errors import ModelError
 from core.models.adapter import ModelAdapter
 from core.models.architectures import ADAPTERS, adapter_for, supported_model_types
+from core.models.convert import EXPERTS
 from core.models.decoder import CausalModel
 from core.models.io.preflight.config import check_architecture
 from core.models.tiny import CONFIGS as TINY
@@ -45,8 +46,15 @@ def test_paths_resolve(architecture):
 
     for layer in layers:
         assert rows(adapter.qkv, layer) == spec.width("q") + spec.width("k") + spec.width("v")
-        assert rows(adapter.mlp_in, layer) == spec.ffn * (1 + spec.gated)
-        assert rows((adapter.o,), layer) == spec.width("o_in") and rows((adapter.down,), layer) == spec.ffn
+        assert rows((adapter.o,), layer) == spec.width("o_in")
+        if spec.experts:
+            mlp = layer.get_submodule(EXPERTS)
+            assert mlp.gate.weight.shape == (spec.experts, spec.hidden)
+            assert mlp.experts.gate_up_proj.shape == (spec.experts, 2 * spec.ffn, spec.hidden)
+            assert mlp.experts.down_proj.shape == (spec.experts, spec.hidden, spec.ffn)
+        else:
+            assert rows(adapter.mlp_in, layer) == spec.ffn * (1 + spec.gated)
+            assert rows((adapter.down,), layer) == spec.ffn
         for name in OF_NORMS:
             if (path := getattr(adapter, name)) is not None:
                 assert layer.get_submodule(path).weight.shape == (width.get(name, spec.hidden),)
@@ -58,6 +66,8 @@ def test_no_weight_of_a_layer_is_left_out(name, architecture, fields):
     source = tiny_transformers(architecture, **fields)
     adapter = adapter_for(source.config)
     covered = {f"{path}.{leaf}" for path in paths_of(adapter) for leaf in ("weight", "bias")}
+    if adapter.experts is not None:
+        covered |= {f"{EXPERTS}.{leaf}" for leaf in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")}
     for layer in adapter.decoder_layers(source):
         assert {name for name, _ in layer.named_parameters()} <= covered
 
@@ -95,14 +105,14 @@ def test_widths_come_from_the_configuration():
 
 def test_every_model_type_has_one_adapter():
     kinds = supported_model_types()
-    assert len(kinds) == len(set(kinds)) == 20 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) == 23 and {"opt", "llama", "mistral", "qwen2", "qwen3", "bitnet"} <= set(kinds)
     assert all(adapter.name and adapter.norm in ("rms", "layer") for adapter in ADAPTERS)
 
 
 @pytest.mark.parametrize(
     "config",
-    [AutoConfig.for_model("gptj"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("mixtral"), object()],
-    ids=("gptj", "bloom", "none", "mixtral", "not a config"),
+    [AutoConfig.for_model("gptj"), AutoConfig.for_model("bloom"), PreTrainedConfig(), AutoConfig.for_model("phimoe"), object()],
+    ids=("gptj", "bloom", "none", "phimoe", "not a config"),
 )
 def test_an_unknown_architecture_is_one_sentence(config):
     with pytest.raises(ModelError) as caught:
@@ -115,7 +125,7 @@ def test_an_unknown_architecture_is_one_sentence(config):
 @pytest.mark.parametrize(
     "kind",
     (
-        *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3", "llama4_text"),
+        *("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3", "llama4_text"),
         *("gemma3n_text", "gemma3", "mistral3", "qwen3_next", "falcon_h1", "mamba", "gpt_neo", "gptj"),
         *("bloom", "mpt", "codegen", "phi", "cohere", "cohere2", "olmo", "glm4", "starcoder2", "nemotron"),
     ),
@@ -157,6 +167,9 @@ def test_layers_of_linear_attention_are_named():
         ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3"),
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "without parallel_attn"),
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False, "num_ln_in_parallel_attn": 1}, "parallel_attn"),
+        ("mixtral", {"num_experts_per_tok": 9}, "9 of 5 experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "0 of 6 experts"),
+        ("olmoe", {"num_experts": 2048}, "2 of 2048 experts"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "= 0.2"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -16,7 +16,7 @@ from core.models.tiny import tiny_tokenizer, tiny_transformers
 from core.recipe import RotationOptions
 from tests.core.methods.reorder_tools import random_orders
 from tests.core.methods.rotation_tools import rotated
-from tests.core.models.variants import ARCHITECTURES, LONG, VARIANTS
+from tests.core.models.variants import ARCHITECTURES, LONG, MIXTURES, VARIANTS
 from tests.core.tools import float_blocks, in_steps, quantised, relative, tokens
 
 BOUND = 1e-5
@@ -62,7 +62,8 @@ def test_a_variant_is_transformers_model(name, architecture, fields):
     assert text == continued(source, text, with_cache=name.endswith(("plain", "dynamic", "beyond")))
     blocks = [reorder_block(b, random_orders(b.spec, i)) for i, b in enumerate(float_blocks(loaded))]
     assert relative(loaded.model.with_blocks(blocks)(IDS).logits, expected) < BOUND, "reordered"
-    assert relative(rotated(loaded, RotationOptions(clip=False))(IDS).logits, expected) < 2 * BOUND, "rotated"
+    if loaded.adapter.experts is None:
+        assert relative(rotated(loaded, RotationOptions(clip=False))(IDS).logits, expected) < 2 * BOUND, "rotated"
 
 
 @torch.inference_mode()
@@ -86,6 +87,10 @@ def test_capped_scores_are_capped_where_keys_are_packed():
 @pytest.mark.parametrize("method", ("rptq", "rotation"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_quantised_model_is_loaded_as_it_was_saved(architecture, method, tmp_path):
+    if method == "rotation" and architecture in MIXTURES:
+        with pytest.raises(InputError, match="does not quantise mixtures of experts"):
+            quantised(architecture, base=pair(architecture, {})[1], method=method)
+        return
     made = quantised(architecture, base=pair(architecture, {})[1], method=method, scheme="W4A4KV", weights="rtn")
     assert all(outcome.output_sqnr_db > 3 for outcome in made.outcomes)
     save_quantized(tmp_path / "q", made.loaded, {"recipe": made.recipe.to_dict()})

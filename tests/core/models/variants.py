@@ -127,6 +127,24 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
         "linear": rope("linear", partial_rotary_factor=0.25),
         "all heads": {"num_key_value_heads": 8},
     },
+    "mixtral": {
+        "window": {"sliding_window": 8},
+        "one expert": {"num_experts_per_tok": 1},
+        "all experts": {"num_experts_per_tok": 5},
+        "head_dim": {"head_dim": 32},
+        "tied": {"tie_word_embeddings": True},
+        "yarn": rope("yarn"),
+    },
+    "qwen3_moe": {
+        "shares of one": {"norm_topk_prob": True},
+        "one expert": {"num_experts_per_tok": 1},
+        "every second": {"decoder_sparse_step": 2},
+        "some dense": {"mlp_only_layers": [0]},
+        "window": {"use_sliding_window": True, "sliding_window": 8},
+        "biases": {"attention_bias": True},
+        "llama3": rope("llama3"),
+    },
+    "olmoe": {"shares of one": {"norm_topk_prob": True}, "biases": {"attention_bias": True}},
     "gpt_neox": {
         "sequential": {"use_parallel_residual": False},
         "no biases": {"attention_bias": False},
@@ -163,3 +181,5 @@ _MADE: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 VARIANTS = [(f"{a}-{n}", a, f) for a, made in _MADE.items() for n, f in {"plain": {}, **made}.items()]
 ARCHITECTURES = tuple(_MADE)
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+"""Architectures with experts, which the method rotation does not quantise."""

@@ -32,7 +32,8 @@ _CAPS = (
     dict.fromkeys(_LAYERS, MAX_LAYERS) | dict.fromkeys(_HIDDEN, MAX_HIDDEN) | dict.fromkeys(_HEADS, 1_024)
     | {"vocab_size": MAX_VOCAB, "num_key_value_heads": 1_024, "num_kv_heads": 1_024, "head_dim": 4_096,
        "intermediate_size": 8 * MAX_HIDDEN, "ffn_dim": 8 * MAX_HIDDEN, "ffn_hidden_size": 8 * MAX_HIDDEN,
-       "n_inner": 8 * MAX_HIDDEN, "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
+       "moe_intermediate_size": 8 * MAX_HIDDEN, "decoder_sparse_step": MAX_LAYERS, "n_inner": 8 * MAX_HIDDEN,
+       "max_position_embeddings": 2**24, "n_positions": 2**24, "num_labels": 10_000}
 )
 """Largest accepted value of each size; the smallest is 1."""
 
@@ -56,6 +57,7 @@ message."""
 _READ = {
     "phi3": {"partial_rotary_factor"},
     "ministral3": {"llama_4_scaling_beta"},
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), {"num_experts", "num_local_experts"}),
     "smollm3": {"no_rope_layers"},
     "granite": {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
@@ -156,7 +158,7 @@ def weight_bytes(config: Mapping[str, Any], parameters: int, outside: int, *, it
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse a raw `config.json` without adapter for its `model_type`. Raises: ModelError E-MODEL-ARCH."""
     from core.models.adapter import LAYER_TYPES  # imported here, as they load torch and transformers
-    from core.models.architectures import supported_model_types
+    from core.models.architectures import some_architectures, supported_model_types
 
     known, inner = supported_model_types(), config.get("text_config")
     kinds = [table.get("layer_types") for table in (config, inner) if isinstance(table, Mapping)]
@@ -165,8 +167,8 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: its layer_types name "
                              f"{str(kind)[:40]!r}, and only {' and '.join(LAYER_TYPES)} are read.", code="E-MODEL-ARCH")
     if config.get("model_type") not in known:
-        raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: use one of "
-                         f"{', '.join(known)}.", code="E-MODEL-ARCH")
+        raise ModelError(f"Architecture {str(config.get('model_type'))[:40]!r} is not supported: use "
+                         f"{some_architectures()}.", code="E-MODEL-ARCH")
 
 
 def refuse_code(config: Mapping[str, Any]) -> None:
@@ -218,7 +220,7 @@ def _refuse_foreign_maths(config: Mapping[str, Any]) -> None:
         for key in sorted(_FOREIGN_MATHS & table.keys() - read):
             value = table[key]
             if value and not (key in _FACTORS and type(value) in (int, float) and value == 1):
-                part = "mixtures of experts are" if "expert" in key else "this part of a model is"
+                part = "mixtures of experts of this architecture are" if "expert" in key else "this part of a model is"
                 raise ModelError(f"config.json says {key} = {str(value)[:30]}: {part} not supported, and leaving that out would "
                                  "change the model. Choose another model.", code="E-MODEL-ARCH")
 

@@ -31,7 +31,7 @@ from core.models.io.preflight.other_tools import (
 from core.models.io.preflight.tokenizer import check_brackets, check_settings, check_tokenizer
 
 MAX_HEADER_BYTES = 2 * 2**20
-MAX_TENSORS = 20_000
+MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
 MAX_SHARDS = 1_000
 MAX_INDEX_BYTES = 8 * 2**20

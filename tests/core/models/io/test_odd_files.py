@@ -135,4 +135,4 @@ def test_mixtures_of_experts_are_named(some):
     folder = some(*HF)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
-    refused(folder, "num_local_experts = 8: mixtures of experts are not supported")
+    refused(folder, "num_local_experts = 8: mixtures of experts of this architecture are not supported")
