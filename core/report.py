@@ -250,7 +250,7 @@ class GenerationReport(Report):
     Attributes:
         key: name of the model. text: the continuation alone. seconds: of the whole, the prompt's pass included.
         tokens_per_second: of decoding: tokens after the first, which the prompt's pass yields, over their time; 0 for one token.
-        stopped: "eos", "length" or "cancelled". kv_bytes, kv_bytes_float: measured bytes of the cache at the end, and the same cache in the model's float type.
+        stopped: "eos", "length" or "cancelled". kv_bytes, kv_bytes_float: of the cache at the end, measured and as floats.
         decoding: how kernels were launched on a GPU, as `core.evaluation.graph.captured_step` says; empty on a CPU.
         unformatted: whether a chat format was asked for and the model has none.
         pieces: what each token added to the text; "" for a token that ends inside a character.
