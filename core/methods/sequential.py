@@ -153,8 +153,9 @@ class LayerSteps:
 
 def require_method(model: CausalModel, method: Method, recipe: QuantRecipe) -> None:
     """Check that a method quantises this kind of model. Raises: InputError E-PARAM-METHOD."""
-    if model.decoder.adapter.experts is not None and not method.takes_experts:
-        rule = f"The method {recipe.method} does not quantise mixtures of experts: choose rptq or rtn."
+    if model.decoder.adapter.experts is not None and (recipe.plus is not None or not method.takes_experts):
+        named = recipe.method if recipe.plus is None else f"{recipe.method} with parts of rotation"
+        rule = f"The method {named} does not quantise mixtures of experts: choose rptq without additions, or rtn."
         raise InputError(rule, code="E-PARAM-METHOD")
 
 

@@ -23,6 +23,7 @@ from core.models.io.load import load_model
 from core.models.io.quantized import load_quantized, parameters_of, save_quantized
 from core.models.io.skeleton import fused_experts
 from core.models.tiny import save_tiny, tiny_model, tiny_transformers
+from core.options import PlusOptions
 from core.quant.static import InputUse
 from core.recipe import Bits, Calibration, Clusters, DistillOptions, QuantRecipe
 from tests.core.stream.stream_tools import recipe_of, tensors_of
@@ -191,6 +192,7 @@ def test_observed_ranges_have_the_experts_side_by_side():
 
 REFUSED = {
     "rotation": lambda bench, r: bench.quantize(replace(r, method="rotation")),
+    "additions": lambda bench, r: bench.quantize(replace(r, plus=PlusOptions())),
     "bitnet": lambda bench, r: bench.quantize(replace(r, method="bitnet")),
     "distillation": lambda bench, r: bench.quantize(replace(r, distill=DistillOptions(steps=1))),
     "estimate": lambda bench, r: bench.estimate(replace(r, method="rotation")),
