@@ -90,20 +90,23 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _UNGATED = {"opt", "gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "falcon", "mpt", "phi", "codegen", "starcoder2"}
 """Families with two feed-forward matrices."""
 _UNTIED = {"llama", "mistral", "qwen2", "qwen3", "bitnet", "gpt_neox", "gptj", "phi", "phi3", "codegen", "stablelm", "olmo2",
-           "granite", "ministral", "ministral3", "olmo3"}
+           "granite", "ministral", "ministral3", "olmo3", "mixtral", "qwen3_moe", "olmoe"}
 """Families whose head is a matrix of its own where the configuration does not say."""
 _POSITIONS = {"opt": "max_position_embeddings", "gpt_neo": "max_position_embeddings"} | dict.fromkeys(
     ("gpt2", "gpt_bigcode"), "n_positions"
 )
 """Families with a learned position embedding, and the field of its length."""
-_UNCOUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "state_size", "is_encoder_decoder")
-"""Fields of models that the formula does not describe: experts, latent attention, state spaces, encoders."""
+_MIXTURES = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size", "olmoe": "intermediate_size"}
+"""Families of mixtures that are counted, and the name of the width of one expert."""
+_EXPERTS = ("num_experts", "num_local_experts")
+_UNCOUNTED = (*_EXPERTS, "n_routed_experts", "kv_lora_rank", "state_size", "is_encoder_decoder")
+"""Fields of models that the formula does not describe: other experts, latent attention, state spaces, encoders."""
 
 
 def config_shape(config: Mapping[str, Any]) -> Shape:
-    """Read the shape that a raw `config.json` of a dense decoder describes.
+    """Read the shape that a raw `config.json` of a dense decoder, or of a mixture of experts in every layer, describes.
 
-    Raises: ModelError E-MODEL-BAD for a size that is missing or no size; -SIZE above a cap; -ARCH for a model with experts,
+    Raises: ModelError E-MODEL-BAD for a size that is missing or no size; -SIZE above a cap; -ARCH for a model with other experts,
         latent attention, an encoder, or no attention.
     """
     from core.models.io.preflight.config import check_sizes
@@ -113,14 +116,20 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
     config = {**inner, **outer} if isinstance(inner, Mapping) else config
     check_sizes(config)
     kind = str(config.get("model_type"))
-    for name in _UNCOUNTED:
+    mixture = kind in _MIXTURES
+    for name in _UNCOUNTED[len(_EXPERTS) if mixture else 0 :]:
         if config.get(name) and (config[name] is True or config[name] != 1):
-            raise ModelError(
-                f"config.json says {name} = {str(config[name])[:30]}: only dense decoders are counted. Choose another model.",
-                code="E-MODEL-ARCH",
-            )
-    found = {size: _size(config, names) for size, names in _FIELDS.items()}
-    if missing := [_FIELDS[size][0] for size, value in found.items() if not value]:
+            families = ", ".join(_MIXTURES)
+            rule = f"only dense decoders and mixtures of {families} are counted. Choose another model."
+            raise ModelError(f"config.json says {name} = {str(config[name])[:30]}: {rule}", code="E-MODEL-ARCH")
+    if mixture and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise ModelError(
+            "config.json gives experts to some layers only: only mixtures in every layer are counted. Choose another model.",
+            code="E-MODEL-ARCH",
+        )
+    names = {**_FIELDS, "experts": _EXPERTS, "top_k": ("num_experts_per_tok",), "ffn": (_MIXTURES[kind],)} if mixture else _FIELDS
+    found = {size: _size(config, stated) for size, stated in names.items()}
+    if missing := [names[size][0] for size, value in found.items() if not value]:
         raise ModelError(
             f"config.json has no {missing[0]}: it describes no decoder that is counted. Choose another model.", code="E-MODEL-BAD"
         )
@@ -128,10 +137,9 @@ def config_shape(config: Mapping[str, Any]) -> Shape:
     shared = config.get("multi_query", kind == "falcon") and not config.get("new_decoder_architecture")
     rows = _size(config, (_POSITIONS.get(kind, ""),))
     return Shape(
-        **found,
+        **{"ffn": _size(config, _FFN) or 4 * hidden, **found},
         kv_heads=1 if shared else _size(config, _KV_HEADS) or heads,
         head_dim=_size(config, ("head_dim",)) or max(1, hidden // heads),
-        ffn=_size(config, _FFN) or 4 * hidden,
         ffn_matrices=2 if kind in _UNGATED else 3,
         positions=rows + OPT_POSITION_OFFSET * (kind == "opt"),
         tied=bool(config.get("tie_word_embeddings", kind not in _UNTIED)),

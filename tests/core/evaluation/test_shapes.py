@@ -108,6 +108,9 @@ FAMILIES = {
     "falcon": {"multi_query": True, "new_decoder_architecture": False, "ffn_hidden_size": 300},
     "phi": {},
     "starcoder2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "head_dim": 32},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
 }
 COMMON = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 300, "vocab_size": 1000}
 RENAMED = {"gpt2", "gptj"}
@@ -125,6 +128,7 @@ def test_a_raw_configuration_gives_the_parameters_that_transformers_builds(famil
         shape = config_shape(json.loads(json.dumps(raw)))
         assert shape.parameters == pytest.approx(counted, rel=0.02), shape
         assert (shape.layers, shape.hidden, shape.heads, shape.vocab) == (3, 128, 8, 1000)
+        assert (shape.experts, shape.top_k) == ((6, 3) if "num_experts_per_tok" in FAMILIES[family] else (0, 0))
 
 
 def test_text_inside_a_model_that_reads_images_is_counted():
@@ -137,6 +141,11 @@ def test_text_inside_a_model_that_reads_images_is_counted():
     [
         ({"num_local_experts": 8}, "E-MODEL-ARCH", "num_local_experts = 8"),
         ({"kv_lora_rank": 512}, "E-MODEL-ARCH", "kv_lora_rank"),
+        ({"model_type": "mixtral"}, "E-MODEL-BAD", "no num_experts:"),
+        ({"model_type": "olmoe", "num_experts": 8}, "E-MODEL-BAD", "no num_experts_per_tok"),
+        ({"model_type": "mixtral", "num_experts": "8"}, "E-MODEL-BAD", "num_experts = 8"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "E-MODEL-ARCH", "some layers only"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "E-MODEL-ARCH", "some layers only"),
         ({"is_encoder_decoder": True}, "E-MODEL-ARCH", "is_encoder_decoder"),
         ({"hidden_size": None}, "E-MODEL-BAD", "hidden_size"),
         ({"num_hidden_layers": 10**6}, "E-MODEL-SIZE", "num_hidden_layers"),
