@@ -49,6 +49,10 @@ def theme() -> gr.themes.Base:
         block_info_text_color_dark=THEMES["dark"]["muted"],
         body_text_color_subdued=THEMES["light"]["muted"],
         body_text_color_subdued_dark=THEMES["dark"]["muted"],
+        block_label_text_color=THEMES["light"]["muted"],
+        block_label_text_color_dark=THEMES["dark"]["muted"],
+        block_title_text_color=THEMES["light"]["muted"],
+        block_title_text_color_dark=THEMES["dark"]["muted"],
         block_label_background_fill="transparent",
         block_title_text_weight="600",
     )
