@@ -1,6 +1,6 @@
 """A stand-in for core's workbench: same calls, made-up reports, no model. Drives the page and its tests in seconds.
 
-Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer;
+Model names decide how it behaves: "fake" works at once; "fake-slow" takes a tenth of a second per layer, 1.5 s to quantise it;
 "fake-endless" never ends and ignores Stop; "fake-memory", "fake-exit", "fake-killed", "fake-bug" fail in their way;
 "fake-says …" writes what is no message to the page;
 "fake-wide" has 4096 channels; "fake-single" has one layer; a folder that `quantize` wrote is a quantised model;
@@ -141,7 +141,7 @@ class FakeWorkbench(FakeProbe, FakeTernary):
         check_text(recipe.calibration)
         for layer in range(info.layers):
             progress(f"Layer {layer + 1} of {info.layers}: {recipe.weights.upper()}", layer / info.layers)
-            time.sleep(0.5 if recipe.model == "fake-slow" else 0.03)
+            time.sleep(1.5 if recipe.model == "fake-slow" else 0.03)
         self.recipes[recipe.hash], self.owners[recipe.hash] = recipe, owner
         bits = recipe.tensor_bits
         layers = [

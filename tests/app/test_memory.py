@@ -108,7 +108,7 @@ def test_the_panel_projects_what_is_chosen(panel, session, tmp_path):
     )
     session.info = SimpleNamespace(
         **{"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96, "vocab": 259, "gated": True},
-        **{"tied": True, "positions": 0},
+        **{"tied": True, "positions": 0, "experts": 0, "top_k": 0},
     )
     assert project(size=texts.THIS_MODEL)[own.bars]["data"][0]["x"][0] < 1e-3
     for bad in ({"scheme": "W9"}, {"unit": "TB"}, {"gpu": "H9"}, {"batch": 0}, {"sequence": 2.5}, {"size": ""}):

@@ -61,7 +61,7 @@ def _one_layer(model, recipe: QuantRecipe, layer: int) -> torch.nn.Module:
         for block in model.blocks[:layer]:
             hidden = run_layer(block, hidden, inputs)
         block = model.blocks[layer]
-        stats, _ = _observe(block, hidden, inputs, planner, recipe, lambda stage, part: None)
+        stats, *_ = _observe(block, hidden, inputs, planner, recipe, lambda stage, part: None)
         return planner.apply_layer(block, planner.plan_layer(stats, recipe, block.spec), stats, recipe)[0]
 
 

@@ -54,7 +54,7 @@ def test_shapes_and_biases_are_those_of_the_architecture(architecture):
     assert all(bias.abs().min() > 0 for bias in biases)
     tied = loaded.model.decoder.head.weight is loaded.model.get_input_embeddings().weight
     assert tied == (architecture in ("opt", "smollm", "smollm3", "gpt2", "gemma", "gemma2", "gemma3_text", "falcon"))
-    assert spec.qk_norm == (architecture in ("qwen3", "gemma3_text", "olmo2", "olmo3"))
+    assert spec.qk_norm == (architecture in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe"))
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.errors import InputError
 from core.probe.knapsack import choose
 
-NUMBER = st.one_of(st.integers(0, 12).map(float), st.floats(0, 10, allow_subnormal=False))
+NUMBER = st.one_of(st.integers(0, 12).map(float), st.just(0.0), st.floats(1e-9, 10))
 GROUPS = st.lists(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=5), min_size=1, max_size=5)
 
 

@@ -31,7 +31,7 @@ from core.models.io.preflight.other_tools import (
 from core.models.io.preflight.tokenizer import check_brackets, check_settings, check_tokenizer
 
 MAX_HEADER_BYTES = 2 * 2**20
-MAX_TENSORS = 200_000
+MAX_TENSORS, MAX_TENSORS_A_FILE = 200_000, 20_000
 MAX_DIMENSIONS = 8
 MAX_SHARDS = 1_000
 MAX_INDEX_BYTES = 8 * 2**20
@@ -192,8 +192,8 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _bad(f"The header of {path.name} is not a table of tensors. Download it again.")
     _check_metadata(header.pop("__metadata__", {}), path.name)
-    if len(header) > MAX_TENSORS:
-        raise _bad(f"{path.name} holds {len(header):,} tensors; at most {MAX_TENSORS:,} are read. Choose another model.")
+    if len(header) > MAX_TENSORS_A_FILE:
+        raise _bad(f"{path.name} holds {len(header):,} tensors; at most {MAX_TENSORS_A_FILE:,} are read. Choose another model.")
     tensors, spans = {}, []
     for name, entry in header.items():
         tensors[name], span = _check_entry(name, entry, path.name)

@@ -194,6 +194,12 @@ def test_shards_are_read_through_the_index(tmp_path):
     assert check_folder(folder).parameters == 144
 
 
+def test_shards_of_too_many_tensors_are_refused(tmp_path, monkeypatch):
+    folder = sharded(tmp_path, dict.fromkeys(TENSORS, "model-00001-of-00001.safetensors"))
+    monkeypatch.setattr("core.models.io.preflight.folder.MAX_TENSORS", len(TENSORS) - 1)
+    assert "at most" in str(refused(check_folder, folder))
+
+
 @pytest.mark.parametrize(("weight_map", "code"), [
     ({"x": "../../../etc/hostname"}, "BAD"),
     ({"x": "/etc/hostname"}, "BAD"),

@@ -160,11 +160,17 @@ def test_a_quantiser_of_another_width_is_refused(width):
 
 
 def test_the_integer_path_needs_equal_clusters_on_both_sides():
-    """It multiplies the scales of cluster c of the input and of the weight: other boundaries would be silently wrong."""
-    layer, _ = example()
+    """It multiplies the scales of cluster c of the input and of the weight: other boundaries are multiplied in float."""
+    layer, x = example()
     tensors = {k: v for k, v in layer.state_dict().items() if k in ("packed", "weight_scale", "weight_zero", "offsets")}
     q = ActivationQuantizer(8, QParams(torch.ones(3), torch.zeros(3)), torch.tensor([0, 2, 20, 45]))
-    with pytest.raises(ValueError):
+    apart = QuantLinear(tensors, bits=4, in_features=45, bias=None, quantizer=q)
+    assert apart.choice.backend is Backend.REFERENCE and "groups are not the clusters" in apart.choice.reason
+    assert error(apart(x), exact(apart, x)) < 3e-6
+    with pytest.raises(BackendError, match="keeps 16"):
+        apart.set_backend(Backend.INT8)
+    q = ActivationQuantizer(8, QParams(torch.ones(3), torch.zeros(3)), torch.tensor([0, 2, 20, 44]))
+    with pytest.raises(ValueError, match="44 channels"):
         QuantLinear(tensors, bits=4, in_features=45, bias=None, quantizer=q)
 
 
