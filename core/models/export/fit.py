@@ -33,7 +33,7 @@ GGUF_BLOCK = 32
 HALF_ROUNDING = 2**-10
 """Largest relative change of a number that float16 holds with all its digits."""
 _MARLIN_GROUPS = (0, 32, 64, 128)
-_OWN = "the folder that quantize writes, after `import core.hf`"
+_OWN = "the folder that quantize writes, after import core.hf"
 _ROTATED_INPUTS = "its input is rotated by a Hadamard matrix, which other programs leave out"
 _FLOAT_INPUTS = "inputs, keys and values stay in float there, which are rounded here"
 

@@ -94,12 +94,12 @@ def test_where_a_model_loads_is_said(recipe, vllm, llama_cpp, transformers):
     assert list(said) == ["vLLM", "llama.cpp", "transformers"]
     for answer, beginning in zip(said.values(), (vllm, llama_cpp, transformers), strict=True):
         assert answer.startswith(beginning), answer
-    assert said["transformers"].endswith("exactly, as the folder that quantize writes, after `import core.hf`")
+    assert said["transformers"].endswith("exactly, as the folder that quantize writes, after import core.hf")
 
 
 def test_our_own_folder_is_named_where_no_other_format_fits():
     said = loads_in(quantised("gpt2", method="rtn", weights="rtn", scheme="W4A16").loaded)
-    assert said["transformers"] == "yes, as the folder that quantize writes, after `import core.hf`"
+    assert said["transformers"] == "yes, as the folder that quantize writes, after import core.hf"
     assert said["vLLM"].startswith("no, because tensors of") and "core.hf" not in said["llama.cpp"]
     assert "core.hf" not in loads_in(load_model("quantscope-bitnet-b1.58-6m"))["transformers"]
 
