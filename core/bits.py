@@ -22,7 +22,6 @@ INPUT_SITE = {"qkv": "attn_in", "o": "o_in", "up": "mlp_in", "down": "down_in"}
 """The site that each fused linear layer of a decoder block reads from."""
 
 
-
 def expert_site(name: str, index: int) -> str:
     """Name the site, or the linear layer, of one expert of a mixture: down_in.3, up.3."""
     return f"{name}.{index}"

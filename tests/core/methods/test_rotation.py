@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from core.errors import InputError
-from core.evaluation.memory import kv_bytes_per_token, measured_parts
+from core.evaluation.memory import kv_bytes_per_token
 from core.methods import method
 from core.methods.rotation.method import half_way
-from core.models.io.quantized import load_quantized, save_quantized
 from core.models.tiny import tiny_model
 from core.options import GROUPS, options_text, parse_options
 from core.probe.plans import CELLS
@@ -20,8 +19,9 @@ from core.quant.rotated import TokenQuantizer
 from core.quant.static import InputUse
 from core.recipe import Bits, QuantRecipe, RotationOptions
 from tests.core.methods.reorder_tools import IDS
+from tests.core.methods.rotation_tools import assert_same_after_saving
 from tests.core.probe.probe_tools import probed, recipe_of, statistics_of
-from tests.core.tools import ARCHITECTURES, gaussian, in_steps, quantised, relative, tokens
+from tests.core.tools import ARCHITECTURES, gaussian, quantised, relative, tokens
 
 SWITCHES = {entry.name: not entry.default for entry in dataclasses.fields(RotationOptions) if isinstance(entry.default, bool)}
 
@@ -35,12 +35,7 @@ def made(architecture: str = "llama", **options):
 @pytest.mark.parametrize("kv", ["static", "token"])
 def test_a_cache_and_a_saved_folder_give_the_same_model(architecture, kv, tmp_path):
     done = made(architecture, variant="strict", kv=kv)
-    expected = done.model(IDS).logits
-    assert relative(in_steps(done.model, IDS), expected) < 1e-4
-    save_quantized(tmp_path / "q", done.loaded, {"recipe": done.recipe.to_record()})
-    again = load_quantized(tmp_path / "q").model
-    assert torch.equal(again(IDS).logits, expected)
-    assert measured_parts(again) == measured_parts(done.model)
+    again = assert_same_after_saving(done, tmp_path / "q")
     spec = done.blocks[0].spec
     head = spec.head_dim // 2 + (2 if kv == "token" else 0)
     assert kv_bytes_per_token(again) == 2 * len(done.blocks) * spec.kv_heads * head, "four bits, and a scale where it is stored"

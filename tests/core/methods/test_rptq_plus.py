@@ -7,14 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from core.calibration.observe import Recorder
 from core.errors import BackendError, InputError
 from core.evaluation.memory import measured_parts
-from core.methods import method
-from core.methods.rotation.method import with_quantizers
 from core.methods.rptq.plus import in_bases
-from core.methods.sequential import layer_statistics, watch_layer
-from core.models.io.quantized import load_quantized, save_quantized
 from core.options import options_text, parse_options
 from core.probe.plans import CELLS
 from core.probe.predict import predict
@@ -23,9 +18,9 @@ from core.quant.static import ActivationQuantizer
 from core.recipe import PlusOptions, QuantRecipe
 from kernels import Backend
 from tests.core.methods.reorder_tools import IDS
-from tests.core.methods.rotation_tools import W4A4
+from tests.core.methods.rotation_tools import W4A4, assert_same_after_saving, folded
 from tests.core.probe.probe_tools import probed, recipe_of, statistics_of
-from tests.core.tools import ARCHITECTURES, block_inputs, float_blocks, in_steps, quantised, relative, tiny, tokens
+from tests.core.tools import ARCHITECTURES, in_steps, quantised, relative, tiny
 
 NONE = PlusOptions(scale=False, key_mean=False, clip=False, halfway=False, group=0, dynamic="none", rotate="none")
 PARTS = {
@@ -38,26 +33,11 @@ def made(architecture: str = "llama", plus: PlusOptions | None = None, **fields)
     return quantised(architecture, variant="strict", plus=plus, **fields)
 
 
-def folded(architecture: str, options: PlusOptions) -> torch.nn.Module:
-    """The model with a plan's scales, orders, rotations and means at 4 bits everywhere, and all quantisers off."""
-    loaded, planner, blocks = tiny(architecture), method("rptq"), []
-    recipe = QuantRecipe("tiny", scheme="custom", bits=W4A4, plus=options)
-    item = block_inputs(loaded.model, tokens(4, 32, seed=3))
-    hidden = [item.hidden]
-    for block in float_blocks(loaded):
-        recorder = Recorder(block.layer_index, 4, hessians_wanted=False)
-        hidden = watch_layer(block, hidden, [item], [recorder])
-        plan = planner.plan_layer(layer_statistics(block, recorder, recorder), recipe, block.spec)
-        off = {site: dataclasses.replace(own, bits=16, params=None) for site, own in plan.sites.items()}
-        plan = dataclasses.replace(plan, sites=off, softmax_bits=16, sink_tokens=0)
-        blocks.append(with_quantizers(in_bases(block, plan), plan))
-    return loaded.model.with_blocks(blocks)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [NONE, PlusOptions(rotate="none"), PlusOptions(), EVERY])
 def test_what_is_folded_changes_no_logit(architecture, options):
-    expected, model = tiny(architecture).model(IDS).logits, folded(architecture, options)
+    recipe = QuantRecipe("tiny", scheme="custom", bits=W4A4, plus=options)
+    expected, model = tiny(architecture).model(IDS).logits, folded(tiny(architecture), recipe, in_bases)
     assert relative(model(IDS).logits, expected) < 1e-5
     assert relative(in_steps(model, IDS), expected) < 1e-5
 
@@ -65,13 +45,7 @@ def test_what_is_folded_changes_no_logit(architecture, options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [PlusOptions(), EVERY], ids=["default", "every"])
 def test_a_cache_and_a_saved_folder_give_the_same_model(architecture, options, tmp_path):
-    done = made(architecture, options)
-    expected = done.model(IDS).logits
-    assert relative(in_steps(done.model, IDS), expected) < 1e-4
-    save_quantized(tmp_path / "q", done.loaded, {"recipe": done.recipe.to_record()})
-    again = load_quantized(tmp_path / "q").model
-    assert torch.equal(again(IDS).logits, expected)
-    assert measured_parts(again) == measured_parts(done.model)
+    assert_same_after_saving(made(architecture, options), tmp_path / "q")
 
 
 def test_sites_are_quantised_as_the_recipe_says():
